@@ -1,0 +1,39 @@
+"""Shared fixtures: recorded runs, small networks, and checkpoints in the published key style."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support import GOLDEN
+
+from benchmarks.real_size import published_shapes, random_tensor
+from varedit_core.parity import Record
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def patchify() -> Record:
+    return Record.open(GOLDEN / "patchify_256.safetensors")
+
+
+@pytest.fixture(scope="session")
+def plain() -> Record:
+    return Record.open(GOLDEN / "plain_256.safetensors")
+
+
+@pytest.fixture(scope="session")
+def published_state() -> dict[str, torch.Tensor]:
+    """A small transformer of random weights in the published key style: 8 chunks, biases as loose parameters."""
+    torch.manual_seed(3)
+    shapes = published_shapes(depth=8, width=128, heads=2, token_bits=56, text=256)
+    return {key: random_tensor(key, shape, "cpu") for key, shape in shapes.items()}
+
+
+@pytest.fixture(scope="session")
+def published_file(published_state, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("published") / "8B-512.pth"
+    torch.save(published_state, path)
+    return path

@@ -1,0 +1,242 @@
+"""The loop: cached == uncached, batch rows == single rows, rows dropped and kept, draws, forcing, injection."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from varedit_core.defaults import SamplingSettings
+from varedit_core.kv import SOURCE, KeyValueStore
+from varedit_core.operations import sdpa
+from varedit_core.quantizer import area_resize, decode, latent_grids, linear_resize, to_tokens
+from varedit_core.sampling import sample
+from varedit_core.schedule import schedule_for
+
+GREEDY = SamplingSettings(temperature=0.0)
+FREE = SamplingSettings(temperature=0.0, guidance=1.0)
+
+
+def run(record, texts, features=None, settings=GREEDY, negatives=None, schedule=None, attention=sdpa):
+    features = record["ref.vae_features"].float() if features is None else features
+    return list(sample(record.transformer, features, texts, schedule or record.schedule, settings, negatives, attention))
+
+
+class UncachedStore:
+    """Keeps nothing: all scales go through the blocks at once, under a block-causal mask.
+
+    The first block's keys are the source and, for every scale but the last, the source pooled to its grid.
+    """
+
+    def __init__(self, schedule):
+        self.schedule, source = schedule, schedule.tokens[-1]
+        spans = [source, *schedule.tokens]
+        owner = torch.cat([torch.full((n,), i) for i, n in enumerate(spans)])  # 0: source, k: scale k
+        self.mask = owner[:, None] >= owner[None, :]
+        # First block: [pooled reference of scale 1]...[of scale K][source][scales]; each scale sees its own reference.
+        reference = torch.cat([torch.full((n,), i + 1) for i, n in enumerate(schedule.tokens)])
+        sees_reference = owner[:, None] == reference[None, :]
+        sees_tokens = self.mask.clone()
+        sees_tokens[source:, :source] = False
+        self.first_mask = torch.cat([sees_reference, sees_tokens], dim=1)
+
+    def extend(self, block, k, v, step):
+        if block:
+            return k, v
+        source = self.schedule.tokens[-1]
+
+        def pooled(x):
+            maps = x[:, :, :source].transpose(2, 3).flatten(1, 2).unflatten(2, self.schedule.grids[-1])
+            parts = [area_resize(maps, grid).flatten(2).unflatten(1, (x.shape[1], x.shape[3])).transpose(2, 3) for grid in self.schedule.grids]
+            return torch.cat([*parts, x], dim=2)
+
+        return pooled(k), pooled(v)
+
+    def attention(self, q, k, v, *, scale):
+        mask = self.first_mask if k.shape[2] == self.first_mask.shape[1] else self.mask if q.shape[2] == k.shape[2] == len(self.mask) else None
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).flatten(2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["patchify", "plain"])
+def test_cached_decoding_equals_uncached_forward(layout, request):
+    record = request.getfixturevalue(layout)
+    scales = run(record, record.texts("text"), settings=FREE)
+    schedule, patch, bits = record.schedule, 2 if layout == "patchify" else 1, [s.bits for s in scales]
+    network, grids = record.transformer, latent_grids(schedule, patch)
+
+    condition = network.condition(record.texts("text"))
+    inputs = [network.embed(to_tokens(record["ref.vae_features"].float(), patch), len(schedule) - 1), network.start(condition)]
+    for k in range(1, len(schedule)):
+        total = decode(bits[:k], grids[-1])
+        inputs.append(network.embed(to_tokens(linear_resize(total, grids[k]), patch), k))
+    store = UncachedStore(schedule)
+    real = KeyValueStore(schedule, network.config.depth, 1, network.config.heads, network.config.head_size, torch.float32, "cpu")
+    rotary = torch.cat([step.rotary for step in real.passes("cpu")], dim=1)
+    step = dataclasses.replace(real.passes("cpu")[0], rotary=rotary)
+    hidden = network(torch.cat(inputs, dim=1), condition, step, store, store.attention)
+    logits = network.logits(hidden, condition)[:, schedule.tokens[-1] :].split(schedule.tokens, dim=1)
+    for scale, expected in zip(scales, logits):
+        torch.testing.assert_close(scale.logits, expected, atol=2e-5, rtol=0)
+
+
+def test_batch_rows_equal_single_rows(patchify):
+    torch.manual_seed(0)
+    text = patchify.texts("text")[0]
+    texts = [text, torch.randn(3, text.shape[1]) * 0.3, torch.randn(3, text.shape[1]) * 0.3, torch.randn(19, text.shape[1]) * 0.3]
+    negatives = [None, torch.randn(5, text.shape[1]) * 0.3, None, torch.randn(1, text.shape[1]) * 0.3]
+    features = patchify["ref.vae_features"].float()
+    features = torch.cat([features, features.flip(-1), features * 0.5, features.flip(-2)])
+    settings = SamplingSettings(guidance=[3, 2, 3, 1, 3, 1, 1], temperature=0.7, seed=11)
+    together = run(patchify, texts, features, settings, negatives)
+    for row in range(4):
+        alone = run(patchify, [texts[row]], features[row : row + 1], dataclasses.replace(settings, seed=11 + row), [negatives[row]])
+        for a, b in zip(together, alone):
+            torch.testing.assert_close(a.log_odds[row], b.log_odds[0], atol=2e-4, rtol=0)
+            assert torch.equal(a.bits[row], b.bits[0])
+
+
+def test_rows_follow_the_guidance(patchify):
+    """Where guidance is 1 the unconditional head is not run; after its last use the row is gone."""
+    kept = []
+    original = KeyValueStore.keep_rows
+
+    def watched(self, count):
+        kept.append((count, self.keys[0].shape[0]))
+        original(self, count)
+        assert {t.shape[0] for t in (*self.keys, *self.values)} == {count}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KeyValueStore, "keep_rows", watched)
+        rows_seen = []
+        forward = type(patchify.transformer).forward
+        patch.setattr(type(patchify.transformer), "forward", lambda self, x, *a: (rows_seen.append(len(x)), forward(self, x, *a))[1])
+        scales = run(patchify, patchify.texts("text"), settings=SamplingSettings(guidance=[3, 1, 3, 3, 1, 1, 1], temperature=0))
+    assert [len(s.logits) for s in scales] == [2, 1, 2, 2, 1, 1, 1]
+    assert rows_seen == [2, 2, 2, 2, 2, 1, 1, 1]
+    assert kept == [(1, 2)]
+
+
+def test_dropping_rows_changes_nothing(patchify):
+    early = run(patchify, patchify.texts("text"), settings=SamplingSettings(guidance=[3, 3, 3, 3, 1, 1, 1], temperature=0))
+    almost = [3, 3, 3, 3, 1 + 1e-12, 1 + 1e-12, 1 + 1e-12]  # too little to matter, enough to keep the row
+    late = run(patchify, patchify.texts("text"), settings=SamplingSettings(guidance=almost, temperature=0))
+    assert [len(s.logits) for s in late] == [2] * 7
+    for a, b in zip(early, late):
+        torch.testing.assert_close(a.log_odds, b.log_odds, atol=1e-4, rtol=0)
+
+
+def test_guidance_one_needs_no_unconditional_text(patchify, monkeypatch):
+    monkeypatch.setattr(type(patchify.transformer), "unconditional", lambda *a: pytest.fail("not needed"))
+    scales = run(patchify, patchify.texts("text"), settings=FREE)
+    assert all(len(s.logits) == 1 for s in scales)
+
+
+def test_probability_of_a_bit_follows_temperature_guidance_and_top_p(patchify):
+    settings = SamplingSettings(guidance=2.5, temperature=0.4, top_p=0.8)
+    scale = next(iter(sample(patchify.transformer, patchify["ref.vae_features"].float(), patchify.texts("text"), patchify.schedule, settings)))
+    probabilities = (scale.logits[0] / 0.4 * 2.5 + scale.logits[1] / 0.4 * (1 - 2.5)).softmax(-1)[..., 1]
+    expected = scale.on_grid(probabilities[None])
+    expected = torch.where(expected <= 0.2, 0, torch.where(expected >= 0.8, 1, expected))
+    torch.testing.assert_close(scale.probability, expected, atol=1e-5, rtol=0)
+    assert (expected == 0).any() and (expected == 1).any() and ((expected > 0) & (expected < 1)).any()
+
+
+def test_draws_follow_the_probability(patchify):
+    """Among bits of about the same probability, as many are 1 as it says (within 4.5 deviations)."""
+    scales = run(patchify, patchify.texts("text"), settings=SamplingSettings(guidance=1.0, temperature=1.0, top_p=1.0, seed=3))
+    p = torch.cat([s.probability.flatten() for s in scales]).double()
+    bits = torch.cat([s.bits.flatten() for s in scales]).double()
+    checked = 0
+    for low in torch.arange(0, 1, 0.05):
+        near = (p >= low) & (p < low + 0.05)
+        if near.sum() > 100:
+            checked += 1
+            assert (bits[near] - p[near]).sum().abs() < 4.5 * (p[near] * (1 - p[near])).sum().sqrt()
+    assert checked > 5
+    assert 0.05 < (bits - (p > 0.5).double()).abs().mean() < 0.5, "drawn, not rounded"
+
+
+def test_one_seed_one_image_another_seed_another(patchify):
+    settings = SamplingSettings(temperature=1.0)
+    first, again, other = (run(patchify, patchify.texts("text"), settings=dataclasses.replace(settings, seed=seed)) for seed in (5, 5, 6))
+    assert all(torch.equal(a.bits, b.bits) for a, b in zip(first, again))
+    assert any(not torch.equal(a.bits, b.bits) for a, b in zip(first, other))
+
+
+def test_forced_bits_steer_the_rest_and_the_sum(patchify):
+    free, forced = run(patchify, patchify.texts("text")), []
+    for scale in sample(patchify.transformer, patchify["ref.vae_features"].float(), patchify.texts("text"), patchify.schedule, GREEDY):
+        if scale.index == 2:
+            scale.bits = ~scale.bits
+        forced.append(scale)
+    assert torch.equal(forced[2].bits, ~free[2].bits)
+    assert not torch.equal(forced[3].logits, free[3].logits)
+    expected = decode([s.bits for s in forced], forced[-1].log_odds.shape[-2:])
+    torch.testing.assert_close(forced[-1].running_sum, expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="takes bits of shape"):
+        forced[0].bits = free[3].bits
+
+
+def test_log_odds_can_be_steered_before_the_draw(patchify):
+    for scale in sample(patchify.transformer, patchify["ref.vae_features"].float(), patchify.texts("text"), patchify.schedule, SamplingSettings()):
+        scale.log_odds = torch.full_like(scale.log_odds, 50.0)
+        assert scale.bits.all()
+
+
+def test_the_store_never_holds_the_last_scale():
+    schedule = schedule_for("0.25M")
+    store = KeyValueStore(schedule, depth=2, rows=2, heads=4, head_size=8, dtype=torch.bfloat16, device="cpu")
+    assert {tuple(t.shape) for t in (*store.keys, *store.values)} == {(2, 4, 1024 + 2521 - 1024, 8)}
+    assert {t.dtype for t in (*store.keys, *store.values)} == {torch.bfloat16}
+    steps = store.passes("cpu")
+    assert [s.index for s in steps] == [SOURCE, *range(10)] and steps[-1].begin == store.keys[0].shape[2]
+    for step in steps:
+        x = torch.randn(2, 4, step.end - step.begin, 8)
+        for block in range(2):
+            keys, values = store.extend(block, x, x.bfloat16(), step)
+    assert keys.shape[2] == 1024 + 2521
+    held = sum(t.nbytes for t in (*store.keys, *store.values)) + sum(k.nbytes + v.nbytes for k, v in store.references)
+    assert held == KeyValueStore.nbytes(schedule, depth=2, rows=2, width=32, dtype=torch.bfloat16)
+
+
+def test_attention_is_the_injected_one_everywhere(patchify, monkeypatch):
+    calls = []
+
+    def injected(q, k, v, *, scale):
+        calls.append(scale)
+        return ((q @ k.transpose(-2, -1) * scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    expected = run(patchify, patchify.texts("text"))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **kw: pytest.fail("not the injected attention"))
+    given = run(patchify, patchify.texts("text"), attention=injected)
+    for a, b in zip(expected, given):
+        torch.testing.assert_close(a.logits, b.logits, atol=2e-5, rtol=0)
+    depth, scales = patchify.transformer.config.depth, len(patchify.schedule)
+    # The two rows' texts have one length: one pooling, then self- and cross-attention a block and pass.
+    assert len(calls) == 1 + 2 * depth * (1 + scales)
+    assert sum(scale == 1.0 for scale in calls) == depth * (1 + scales)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: dict(texts=[]), "1 images need 1 instructions"),
+        (lambda r: dict(texts=[torch.randn(4, 7)]), "use the text encoder it was trained with"),
+        (lambda r: dict(texts=[torch.randn(0, 256)]), "use the text encoder"),
+        (lambda r: dict(texts=[torch.randn(600, 256)]), "600 text tokens but the model takes 512"),
+        (lambda r: dict(features=torch.randn(1, 14, 30, 32)), "encode the image at 256x256"),
+        (lambda r: dict(features=torch.randn(1, 16, 32, 32)), "with the model's tokenizer"),
+        (lambda r: dict(settings=SamplingSettings(guidance=[1, 2])), "guidance has 2 values but the edit runs 7 scales"),
+    ],
+)
+def test_inputs_that_do_not_belong_together(patchify, change, message):
+    arguments = dict(texts=patchify.texts("text")) | change(patchify)
+    with pytest.raises(ValueError, match=message):
+        run(patchify, **arguments)
+
+
+@pytest.mark.parametrize("values", [dict(temperature=-1), dict(top_p=0.3), dict(top_p=1.5), dict(guidance=float("nan")), dict(seed=-1)])
+def test_settings_out_of_range(values):
+    with pytest.raises(ValueError, match="must be"):
+        SamplingSettings(**values)

@@ -1,0 +1,77 @@
+"""Whole edits: sizes, alpha, batches, cancelling, and what does not fit together."""
+
+import pytest
+import torch
+from PIL import Image
+from support import GOLDEN, ROOT
+
+from varedit_core import Editor, SamplingSettings
+from varedit_core.weights import open_weights
+
+CAT = ROOT / "examples" / "cat.jpg"
+
+
+@pytest.fixture(scope="module")
+def editor():
+    path = GOLDEN / "patchify_256.safetensors"
+    return Editor.load(path, path, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def text():
+    return open_weights(GOLDEN / "patchify_256.safetensors")["in.text.0"]
+
+
+@pytest.mark.parametrize("method", ["square", "aspect"])
+@pytest.mark.parametrize("size", [(451, 300), (1, 1), (33, 190)])
+def test_the_result_has_the_inputs_size(editor, text, method, size):
+    picture = Image.open(CAT).resize(size)
+    (result,) = editor.edit(picture, [text], size="0.06M", method=method)
+    assert result.size == size and result.mode == "RGB"
+
+
+def test_alpha_is_kept(editor, text):
+    picture = Image.open(CAT).convert("RGBA")
+    alpha = Image.linear_gradient("L").resize(picture.size)
+    picture.putalpha(alpha)
+    (result,) = editor.edit(picture, [text], size="0.06M")
+    assert result.mode == "RGBA" and result.getchannel("A").tobytes() == alpha.tobytes()
+
+
+def test_a_batch_equals_its_single_edits(editor, text):
+    pictures = [Image.open(CAT), Image.open(CAT).rotate(180).resize((80, 200))]
+    texts = [text, torch.flip(text, (0,))[:4]]
+    settings = SamplingSettings(temperature=0.0)
+    together = editor.edit(pictures, texts, size="0.06M", settings=settings)
+    for picture, prompt, expected in zip(pictures, texts, together):
+        (alone,) = editor.edit([picture], [prompt], size="0.06M", settings=settings)
+        assert alone.size == picture.size and alone.tobytes() == expected.tobytes()
+
+
+def test_every_scale_passes_by_and_raising_cancels(editor, text):
+    seen = []
+
+    def stop(scale, fitted):
+        seen.append((scale.index, scale.count, fitted[0].source.size))
+        if scale.index == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit(CAT, [text], size="0.06M", on_scale=stop)
+    assert seen == [(k, 7, (451, 300)) for k in range(3)]
+
+
+def test_different_aspects_in_one_batch(editor, text):
+    pictures = [Image.new("RGB", (100, 100)), Image.new("RGB", (100, 200))]
+    with pytest.raises(ValueError, match="need different aspect tables; edit them one by one or fit them to squares"):
+        editor.edit(pictures, [text, text], size="0.06M", method="aspect")
+
+
+def test_an_instruction_without_a_text_encoder(editor):
+    with pytest.raises(ValueError, match="no text encoder is loaded"):
+        editor.edit(CAT, "make it red", size="0.06M")
+
+
+def test_networks_that_do_not_belong_together():
+    with pytest.raises(ValueError, match="load the tokenizer the transformer was trained with"):
+        Editor.load(GOLDEN / "patchify_256.safetensors", GOLDEN / "plain_256.safetensors", device="cpu")

@@ -1,0 +1,212 @@
+"""What a weight file is, and how its keys become ours.
+
+One canonical key style, the one our modules have. Published files differ from it: transformer blocks sit in
+chunks, query and value biases are loose parameters, learned vectors have extra axes; newer tokenizer files
+wrap every convolution and norm. `part_of` names a file; `canonical` gives its tensors under our keys.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .autoencoder import Autoencoder
+from .config import AutoencoderConfig, TransformerConfig
+from .operations import Operations
+from .transformer import Transformer
+from .weights import WeightError, Weights, open_weights, under
+
+logger = logging.getLogger(__name__)
+
+TRANSFORMER, TOKENIZER, TEXT_ENCODER = "VAREdit transformer", "VAREdit tokenizer", "T5 text encoder"
+EXPECTED = {
+    TRANSFORMER: "a VAREdit transformer such as 8B-1024.pth",
+    TOKENIZER: "a tokenizer such as infinity_vae_d56_f8_14_patchify.pth",
+    TEXT_ENCODER: "a T5 encoder such as the flan-t5-xl folder",
+}
+_MARKERS = {
+    TRANSFORMER: r"word_embed\.weight",
+    TOKENIZER: r"encoder\.conv_in(\.conv)?\.weight",
+    TEXT_ENCODER: r"(encoder\.)?block\.0\.layer\.0\.SelfAttention\.q\.weight",
+}
+_OTHERS = {
+    "a Stable Diffusion or SDXL model": r"input_blocks\.0\.0\.weight",
+    "a Flux model": r"double_blocks\.0\.img_attn\.qkv\.weight",
+    "a diffusion transformer": r"(joint_blocks|transformer_blocks)\.0\..*",
+    "a CLIP text encoder": r"text_model\.embeddings\.token_embedding\.weight",
+    "a language model": r"layers\.0\.self_attn\.q_proj\.weight",
+    "a LoRA": r".*\.lora_(A|B|up|down)\.weight",
+}
+# Beside encoder and decoder a tokenizer file may hold the quantiser's constants and what only training needs.
+_IGNORED_IN_TOKENIZER = re.compile(r"(quantizer?|quantize|image_disc|video_disc|image_discriminator|video_discriminator|perceptual_model|loss)\.")
+_SCALED = ".weight_scale"
+# Loose parameters of the published files that are embeddings here, and their rows (None: as many as there are).
+_VECTORS = {"scale_mul_1H11": 1, "ada_gss": 6, "pos_start": 1, "mat_q": 1, "cfg_uncond": None}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one canonical tensor is made from tensors of the file."""
+
+    sources: tuple[str, ...]
+    make: Callable[..., Tensor] = lambda tensor: tensor
+
+
+def part_of(weights: Weights) -> tuple[str | None, Weights]:
+    """(TRANSFORMER, TOKENIZER, TEXT_ENCODER or None, the part's tensors without their common prefix)."""
+    for part, marker in _MARKERS.items():
+        found = under(weights, marker)
+        if found is not None and (part != TRANSFORMER or "lvl_embed.weight" in found):
+            return part, found
+    return None, weights
+
+
+def select(weights: Weights, part: str) -> Weights:
+    """The tensors of `part`. Raises WeightError naming the file, what it is and what was expected."""
+    found = under(weights, _MARKERS[part])
+    if found is None or (part == TRANSFORMER and "lvl_embed.weight" not in found):
+        raise WeightError(f"{weights.path} is {describe(weights)}, not {EXPECTED[part]}; choose the right file")
+    if part == TRANSFORMER and _is_text_to_image(weights):
+        raise WeightError(
+            f"{weights.path} is an Infinity text-to-image checkpoint by its name or metadata, not {EXPECTED[part]}; "
+            "it has the same tensors but never learned to edit (rename the file if it did)"
+        )
+    return found
+
+
+def describe(weights: Weights) -> str:
+    """What the file is, in a few words."""
+    part, _ = part_of(weights)
+    if part:
+        return f"a {part}"
+    for name, marker in _OTHERS.items():
+        if any(re.search(rf"(^|\.){marker}$", key) for key in weights):
+            return name
+    return f"an unknown model with keys such as {', '.join(sorted(weights)[:2])}"
+
+
+def _is_text_to_image(weights: Weights) -> bool:
+    # The two families share every key and shape, so only a name or metadata can tell.
+    name = weights.path.name.lower()
+    return "infinity" in weights.metadata.get("varedit.architecture", "") or bool(re.match(r"infinity[_-]", name))
+
+
+def transformer_recipes(weights: Weights) -> dict[str, Recipe]:
+    """Canonical key -> recipe for a transformer, published or canonical."""
+    chunks = {int(m[1]) for m in map(re.compile(r"block_chunks\.(\d+)\.").match, weights) if m}
+    per_chunk = 1 + max((int(m[1]) for m in map(re.compile(r"block_chunks\.0\.module\.(\d+)\.").match, weights) if m), default=0)
+    if chunks and chunks != set(range(len(chunks))):
+        raise WeightError(f"{weights.path} is incomplete: its block chunks are {sorted(chunks)}; download it again")
+    recipes: dict[str, Recipe] = {}
+    for key in weights:
+        name = re.sub(r"^block_chunks\.(\d+)\.module\.(\d+)\.", lambda m: f"blocks.{int(m[1]) * per_chunk + int(m[2])}.", key)
+        recipes.update(_transformer_recipe(weights, key, name))
+    return recipes
+
+
+def _transformer_recipe(weights: Weights, key: str, name: str) -> dict[str, Recipe]:
+    stem, _, leaf = name.rpartition(".")
+    folder = key.rpartition(".")[0]
+    if leaf in ("q_bias", "zero_k_bias"):
+        return {}
+    if leaf == "v_bias":
+        attends_itself = f"{folder}.q_bias" in weights
+        sources = (f"{folder}.q_bias", key) if attends_itself else (key,)
+        make = _self_attention_bias if attends_itself else _text_attention_bias
+        return {f"{stem}.{'mat_qkv' if attends_itself else 'mat_kv'}.bias": Recipe(sources, make)}
+    if leaf in _VECTORS:
+        count = _VECTORS[leaf]
+        name = f"{stem}.scale_mul.weight" if leaf == "scale_mul_1H11" else f"{name}.weight"
+        return {name: Recipe((key,), lambda tensor: tensor.reshape(count or len(tensor), -1))}
+    return {name: Recipe((key,))}
+
+
+def _self_attention_bias(q_bias: Tensor, v_bias: Tensor) -> Tensor:
+    q_bias, v_bias = q_bias.float(), v_bias.float()
+    return torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))
+
+
+def _text_attention_bias(v_bias: Tensor) -> Tensor:
+    return torch.cat((torch.zeros_like(v_bias.float()), v_bias.float()))
+
+
+def tokenizer_recipes(weights: Weights) -> dict[str, Recipe]:
+    """Canonical key -> recipe for a tokenizer file, with or without the inner `.conv` / `.norm`."""
+    wrapped = "encoder.conv_in.conv.weight" in weights
+    kept = [key for key in weights if not _IGNORED_IN_TOKENIZER.match(key)]
+    logger.debug("%s: %d tensors beside the networks ignored", weights.path, len(weights) - len(kept))
+    return {(re.sub(r"\.(conv|norm)\.(weight|bias)$", r".\2", key) if wrapped else key): Recipe((key,)) for key in kept}
+
+
+_RECIPES = {TRANSFORMER: transformer_recipes, TOKENIZER: tokenizer_recipes}
+
+
+def canonical(weights: Weights, part: str) -> Weights:
+    """The tensors of a transformer or tokenizer under canonical keys, made when they are read."""
+    selected = select(weights, part)
+    recipes = _RECIPES[part](selected)
+    meta = {key: recipe.make(*(selected.meta[s] for s in recipe.sources)) for key, recipe in recipes.items()}
+
+    def read(key: str) -> Tensor:
+        return recipes[key].make(*(selected[s] for s in recipes[key].sources))
+
+    return Weights(weights.path, meta, read, weights.metadata)
+
+
+def load_transformer(path: str | Path, operations=Operations, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
+    """Load a transformer of any size; its sizes are read off the file.
+
+    dtype: of the blocks (everything else is fp32). Tensors go to `device` one by one, so that the peak there
+    is the network plus one tensor. Raises WeightError; never loads a part.
+    """
+    weights = canonical(open_weights(path), TRANSFORMER)
+    config = _config(TransformerConfig, weights, TRANSFORMER)
+    return _filled(Transformer(config, operations, dtype, device="meta"), weights, device)
+
+
+def load_autoencoder(path: str | Path, operations=Operations, dtype: torch.dtype = torch.float32, device="cpu") -> Autoencoder:
+    """Load a tokenizer's autoencoder; its sizes are read off the file. Raises WeightError; never loads a part."""
+    weights = canonical(open_weights(path), TOKENIZER)
+    config = _config(AutoencoderConfig, weights, TOKENIZER)
+    return _filled(Autoencoder(config, operations, dtype, device="meta"), weights, device)
+
+
+def _config(kind, weights: Weights, part: str):
+    try:
+        return kind.from_shapes(weights.shapes)
+    except (KeyError, IndexError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise WeightError(f"{weights.path} is not a complete {part}: {reason}; download or convert it again") from error
+
+
+def _filled(network: nn.Module, weights: Weights, device) -> nn.Module:
+    wanted = network.state_dict()
+    check(weights, {key: tuple(tensor.shape) for key, tensor in wanted.items()})
+    state = {key: tensor for key, tensor in _placed(wanted, weights, device)}
+    network.load_state_dict(state, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _placed(wanted: dict[str, Tensor], weights: Weights, device) -> Iterator[tuple[str, Tensor]]:
+    for key in weights:
+        tensor = weights[key].to(device)
+        scaled = key.endswith(_SCALED) or key.removesuffix(".weight") + _SCALED in weights
+        yield key, tensor if scaled else tensor.to(wanted[key].dtype)
+
+
+def check(weights: Weights, wanted: dict[str, Sequence[int]]) -> None:
+    """Raise WeightError unless the file has exactly the wanted keys and shapes (beside 8-bit scales)."""
+    missing = sorted(wanted.keys() - weights.keys())
+    unknown = sorted(key for key in weights.keys() - wanted.keys() if not key.endswith(_SCALED))
+    if missing or unknown:
+        problem = f"lacks {len(missing)} tensors such as {missing[0]}" if missing else f"has {len(unknown)} unknown tensors such as {unknown[0]}"
+        raise WeightError(f"{weights.path} {problem}; it is incomplete or of another architecture, so nothing was loaded")
+    for key, shape in wanted.items():
+        if weights.meta[key].shape != torch.Size(shape):
+            raise WeightError(f"{weights.path} has {key} of shape {list(weights.meta[key].shape)} where {list(shape)} was expected; nothing was loaded")

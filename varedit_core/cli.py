@@ -1,0 +1,211 @@
+"""The command line: `varedit edit | info | convert | parity`. Thin: options in, library calls, tables out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Optional
+
+import torch
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .convert import PRECISIONS, convert
+from .defaults import FIT, NEGATIVE_PROMPT, SIZE, SamplingSettings
+from .images import FITS, FittedImage, load_image, save_image
+from .images import fit as fit_image
+from .info import inspect
+from .parity import Parity, compare
+from .pipeline import Editor
+from .sampling import Scale
+from .schedule import AREAS, schedule_for
+from .weights import open_weights
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Edit images by instruction with VAREdit.")
+console = Console(stderr=True)
+
+SIZES = {str(schedule_for(area).pixels[0]): area for area in AREAS} | {area: area for area in AREAS}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEFAULTS = SamplingSettings()
+
+
+def main() -> None:
+    """Entry point: one sentence on standard error instead of a traceback for errors the user can mend."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_time=False, show_path=False)])
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        console.print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+
+
+def _per_scale(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number nor a comma-separated list of one number a scale") from None
+
+
+def _choice(text: str, table: dict, name: str):
+    if text not in table:
+        raise typer.BadParameter(f"unknown {name} {text!r}; choose one of {', '.join(table)}")
+    return table[text]
+
+
+@contextmanager
+def _progress():
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield progress
+
+
+class _Watcher:
+    """Follows an edit scale by scale: progress bar, seconds, and a picture of every scale on request."""
+
+    def __init__(self, editor: Editor, progress: Progress, folder: Path | None, stem: str) -> None:
+        self.editor, self.progress, self.folder, self.stem = editor, progress, folder, stem
+        self.task = progress.add_task("reading the source", total=None)
+        self.begin, self.scales = time.perf_counter(), []
+
+    def __call__(self, scale: Scale, fitted: list[FittedImage]) -> None:
+        height, width = scale.grid
+        tokens = fitted[0].schedule.tokens
+        bits = scale.bits  # drawn here, so that a scale's seconds hold its own draw
+        self.scales.append({"scale": scale.index + 1, "grid": [height, width], "seconds": round(time.perf_counter() - self.begin, 4), "ones": round(bits.float().mean().item(), 4)})
+        self.progress.update(self.task, description=f"scale {scale.index + 1}/{scale.count} ({height}x{width})", total=sum(tokens), completed=sum(tokens[: scale.index + 1]))
+        if self.folder:
+            for picture in self.editor.decode(scale.running_sum, fitted):
+                save_image(picture, self.folder / f"{self.stem}-scale-{scale.index + 1:02d}-{height}x{width}.png", overwrite=True)
+        self.begin = time.perf_counter()
+
+
+@app.command()
+def edit(
+    image: Annotated[Path, typer.Argument(help="Picture to edit.")],
+    instruction: Annotated[str, typer.Argument(help="What to change, in words.")] = "",
+    model: Annotated[Path, typer.Option(help="Transformer: .safetensors, .pth or a sharded folder.")] = ...,
+    vae: Annotated[Optional[Path], typer.Option(help="Tokenizer file; by default the model file, where it holds both.")] = None,
+    text_encoder: Annotated[Optional[Path], typer.Option(help="T5 encoder: a Hugging Face folder or one file.")] = None,
+    tokenizer: Annotated[Optional[Path], typer.Option(help="Folder or file of the text encoder's tokenizer, if not with its weights.")] = None,
+    features: Annotated[Optional[str], typer.Option(help="FILE:KEY with text features to use in place of an instruction.")] = None,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Result; by default beside the picture, as NAME-edited.png.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output file if it exists.")] = False,
+    size: Annotated[str, typer.Option(help=f"Working size: {', '.join(SIZES)}.")] = SIZE,
+    fit: Annotated[str, typer.Option(help="square (as published) or aspect (experimental).")] = FIT,
+    guidance: Annotated[str, typer.Option(help="Classifier-free guidance; one number, or one a scale.")] = f"{DEFAULTS.guidance:g}",
+    temperature: Annotated[str, typer.Option(help="Temperature; 0 is greedy; one number, or one a scale.")] = f"{DEFAULTS.temperature:g}",
+    top_p: Annotated[str, typer.Option(help="Drop bit values of probability <= 1 - top_p.")] = f"{DEFAULTS.top_p:g}",
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = DEFAULTS.seed,
+    negative: Annotated[str, typer.Option(help="Negative prompt, in place of the learned unconditional features.")] = NEGATIVE_PROMPT,
+    device: Annotated[Optional[str], typer.Option(help="cuda, cpu, mps; by default cuda where there is one.")] = None,
+    dtype: Annotated[Optional[str], typer.Option(help=f"Of the transformer's blocks: {', '.join(DTYPES)}.")] = None,
+    preview_dir: Annotated[Optional[Path], typer.Option(help="Write every scale's picture into this folder.")] = None,
+    report: Annotated[bool, typer.Option("--json", help="Print a JSON report on standard output.")] = False,
+) -> None:
+    """Edit a picture by an instruction; the result has exactly its size."""
+    settings = SamplingSettings(_per_scale(guidance), _per_scale(temperature), _per_scale(top_p), seed)
+    area = _choice(size, SIZES, "size")
+    _choice(fit, dict.fromkeys(FITS), "fit")
+    kind = _choice(dtype, DTYPES, "dtype") if dtype else None
+    target = output or image.with_name(f"{image.stem}-edited.png")
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; choose another with --output or allow --overwrite")
+    if not (instruction or features):
+        raise ValueError("say what to change: give an instruction or --features FILE:KEY")
+    if not (text_encoder or features):
+        raise ValueError("an instruction needs --text-encoder")
+    source = fit_image(load_image(image), area, fit)
+    settings.per_scale(len(source.schedule))
+    prompts = [_features(features)] if features else [instruction]
+
+    begin = time.perf_counter()
+    editor = Editor.load(model, vae or model, text_encoder, tokenizer, device, kind)
+    loaded = time.perf_counter()
+    with _progress() as progress:
+        watcher = _Watcher(editor, progress, preview_dir, target.stem)
+        (result,) = editor.edit([source.source], prompts, [negative], area, fit, settings, watcher)
+    edited = time.perf_counter()
+    save_image(result, target, overwrite, source.source.icc_profile)
+    console.print(f"{target} ({result.width}x{result.height}) in {edited - loaded:.1f} s after {loaded - begin:.1f} s of loading", soft_wrap=True, highlight=False)
+    if report:
+        facts = {"output": str(target), "size": list(result.size), "pixels": list(source.schedule.pixels), "fit": fit, **asdict(settings)}
+        times = {"load_seconds": round(loaded - begin, 4), "edit_seconds": round(edited - loaded, 4)}
+        print(json.dumps({**facts, **times, "device": str(editor.device), "scales": watcher.scales}))
+
+
+def _features(name: str) -> torch.Tensor:
+    path, _, key = name.rpartition(":")
+    weights = open_weights(path)
+    if key not in weights:
+        raise ValueError(f"{path} has no tensor {key}; it has {', '.join(sorted(k for k in weights if len(weights.shapes[k]) == 2)[:3])}, ...")
+    return weights[key].float()
+
+
+@app.command()
+def info(
+    file: Annotated[Path, typer.Argument(help="Weight file or folder.")],
+    report: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a weight file is: its parts, sizes, types and metadata."""
+    facts = inspect(file)
+    if report:
+        print(json.dumps(facts))
+        return
+    table = Table(show_header=False)
+    for key, value in facts.items():
+        table.add_row(key, json.dumps(value) if isinstance(value, (dict, list)) else str(value))
+    Console().print(table)
+
+
+@app.command(name="convert")
+def convert_command(
+    source: Annotated[Path, typer.Argument(help=".pth, .safetensors or a sharded folder: transformer, tokenizer or text encoder.")],
+    target: Annotated[Path, typer.Argument(help="Result, ending in .safetensors.")],
+    precision: Annotated[str, typer.Option(help=f"Of the blocks' matrices: {', '.join(PRECISIONS)} (fp8: one scale a matrix).")] = "bf16",
+    overwrite: Annotated[bool, typer.Option(help="Replace the target if it exists.")] = False,
+) -> None:
+    """Convert weights to safetensors, a tensor at a time."""
+    with _progress() as progress:
+        task = progress.add_task("converting", total=None)
+        metadata = convert(source, target, precision, overwrite, lambda done, total: progress.update(task, completed=done, total=total))
+    console.print(f"{target}: {metadata['varedit.architecture']}, {metadata['varedit.precision']}, {target.stat().st_size / 1e9:.2f} GB", soft_wrap=True)
+
+
+@app.command()
+def parity(
+    files: Annotated[list[Path], typer.Argument(help="Recorded runs.")],
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="fp32 is judged; bf16 and fp16 are reported.")] = "fp32",
+    report: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare with recorded figures of the published implementation; fails beyond tolerance."""
+    results = [compare(file, _choice(dtype, DTYPES, "dtype"), device) for file in files]
+    if report:
+        print(json.dumps([result.to_json() for result in results]))
+    else:
+        for result in results:
+            _print_parity(result)
+    if any(result.failures for result in results):
+        raise typer.Exit(1)
+
+
+def _print_parity(result: Parity) -> None:
+    table = Table(title=f"{Path(result.file).name} ({result.dtype})", title_justify="left")
+    for heading in ("scale", "tokens", "largest logit error", "equal bits, record's history", "of these beyond the margin", "equal bits, free run"):
+        table.add_column(heading, justify="right")
+    for index, row in enumerate(result.scales, start=1):
+        error = "-" if row.logit_error is None else f"{row.logit_error:.1e}"
+        table.add_row(str(index), f"{row.grid[0]}x{row.grid[1]}", error, f"{row.forced:.4%}", f"{row.forced_beyond_margin:.4%}", f"{row.free:.4%}")
+    out = Console(width=max(Console().width, 110))
+    out.print(table)
+    out.print("; ".join(f"{name} {value:.2g}" for name, value in result.errors.items()), highlight=False)
+    verdict = f"FAILED: {'; '.join(result.failures)}" if result.failures else "reported, not judged" if result.dtype != "float32" else "passed"
+    out.print(f"free run {result.free_bits:.4%} equal; {verdict}\n", highlight=False)

@@ -1,0 +1,48 @@
+"""What a weight file holds, read from its header alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+from .checkpoints import TOKENIZER, TRANSFORMER, canonical, describe, part_of
+from .config import AutoencoderConfig, TransformerConfig
+from .weights import Weights, open_weights
+
+_CONFIGS = {TRANSFORMER: TransformerConfig, TOKENIZER: AutoencoderConfig}
+_NAMES = {(32, 2048): "2B", (40, 3584): "8B"}
+
+
+def inspect(path: str | Path) -> dict:
+    """Facts about a weight file or folder: what it is, parts, sizes, parameters, types, bytes, metadata.
+
+    Raises WeightError where the file cannot be opened; an unknown model is described, not refused.
+    """
+    weights = open_weights(path)
+    facts: dict = {"file": str(path), "is": describe(weights)}
+    for part, kind in _CONFIGS.items():
+        sizes = _sizes(weights, part, kind)
+        if sizes:
+            facts[part] = sizes
+    if part_of(weights)[0] == TRANSFORMER and TRANSFORMER in facts:
+        facts["is"] = f"a {TRANSFORMER}, {_name(facts[TRANSFORMER])}" + (" with its tokenizer" if TOKENIZER in facts else "")
+    sizes = [math.prod(meta.shape) for meta in weights.meta.values()]
+    types = Counter[str]()
+    for meta, count in zip(weights.meta.values(), sizes):
+        types[str(meta.dtype).removeprefix("torch.")] += count
+    bytes_ = sum(meta.dtype.itemsize * count for meta, count in zip(weights.meta.values(), sizes))
+    return {**facts, "tensors": len(weights), "parameters": sum(sizes), "types": dict(types), "bytes": bytes_, "metadata": weights.metadata}
+
+
+def _sizes(weights: Weights, part: str, kind) -> dict | None:
+    try:
+        return asdict(kind.from_shapes(canonical(weights, part).shapes))
+    except (ValueError, KeyError, IndexError):
+        return None
+
+
+def _name(sizes: dict) -> str:
+    known = _NAMES.get((sizes["depth"], sizes["width"]))
+    return f"{known} ({sizes['depth']} blocks of width {sizes['width']})" if known else f"{sizes['depth']} blocks of width {sizes['width']}"

@@ -1,0 +1,103 @@
+"""The keys and values of one edit: preallocated, explicit, and never holding the last scale.
+
+Each block keeps [source][scale 1]...[scale K-1]. Nobody reads the last scale's keys and values after it, so
+its pass only borrows them. Shape suffixes: R rows (images, then their unconditional twins), H heads,
+n tokens of the pass, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .quantizer import area_resize
+from .schedule import Schedule
+
+SOURCE = -1
+"""Index of the source's pass among the passes of an edit; the scales count from 0."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The tokens of one pass through the blocks: the source (index SOURCE) or one scale.
+
+    rotary: [2, n, D / 2]. begin: where its tokens lie in the store.
+    """
+
+    index: int
+    rotary: Tensor
+    begin: int
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.rotary.shape[1]
+
+
+class KeyValueStore:
+    """Keys and values of every block, in the compute dtype.
+
+    depth, heads, head_size: of the transformer. rows: R. Allocates `nbytes(...)` at once.
+    """
+
+    def __init__(self, schedule: Schedule, depth: int, rows: int, heads: int, head_size: int, dtype: torch.dtype, device) -> None:
+        self.schedule = schedule
+        self.source = schedule.tokens[-1]
+        size = (rows, heads, self.source + sum(schedule.tokens[:-1]), head_size)
+        self.keys = [torch.empty(size, dtype=dtype, device=device) for _ in range(depth)]
+        self.values = [torch.empty(size, dtype=dtype, device=device) for _ in range(depth)]
+        self.references: list[tuple[Tensor, Tensor]] = []
+
+    @staticmethod
+    def nbytes(schedule: Schedule, depth: int, rows: int, width: int, dtype: torch.dtype) -> int:
+        """Bytes a store takes with the pooled references of the first block; width = heads * head_size."""
+        stored = depth * (schedule.tokens[-1] + sum(schedule.tokens[:-1])) + sum(schedule.tokens)
+        return 2 * rows * width * stored * dtype.itemsize
+
+    def passes(self, device) -> list[Pass]:
+        """The source's pass, then one a scale, with their rotary tables on `device`."""
+        rotary = self.schedule.rotary(self.keys[0].shape[-1], device)
+        begins = [0, self.source]
+        for count in self.schedule.tokens[:-1]:
+            begins.append(begins[-1] + count)
+        return [Pass(index, table, begin) for index, (table, begin) in enumerate(zip(rotary, begins), start=SOURCE)]
+
+    def extend(self, block: int, k: Tensor, v: Tensor, step: Pass) -> tuple[Tensor, Tensor]:
+        """Keep a pass's k and v [R, H, n, D] and return all it may attend to: source, earlier scales, itself.
+
+        In block 0 the source is the scale-aligned reference: pooled to the scale's own grid (VAREdit, arXiv
+        2508.15772, section 3.3). It is staged in front of the first scale, so that no copy of the rest is made.
+        """
+        keys, values, first = self.keys[block], self.values[block], 0
+        if block == 0 and step.index == SOURCE:
+            self.references = [self._pooled(k, v, grid) for grid in self.schedule.grids]
+        elif block == 0:
+            k_reference, v_reference = self.references[step.index]
+            first = self.source - k_reference.shape[2]
+            keys[:, :, first : self.source] = k_reference
+            values[:, :, first : self.source] = v_reference
+        if step.index == len(self.schedule) - 1:
+            return _append(keys[:, :, first:], k), _append(values[:, :, first:], v)
+        keys[:, :, step.begin : step.end] = k
+        values[:, :, step.begin : step.end] = v
+        return keys[:, :, first : step.end], values[:, :, first : step.end]
+
+    def keep_rows(self, count: int) -> None:
+        """Drop all rows but the first `count` and give their memory back, block by block."""
+        for tensors in (self.keys, self.values):
+            for block, tensor in enumerate(tensors):
+                tensors[block] = tensor[:count].clone()
+        self.references = [(k[:count].clone(), v[:count].clone()) for k, v in self.references]
+
+    def _pooled(self, k: Tensor, v: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        # Pooled from k and v as they arrive (k still in fp32) and stored in the compute dtype after it.
+        def pool(x: Tensor) -> Tensor:
+            maps = x.transpose(2, 3).flatten(1, 2).unflatten(2, self.schedule.grids[-1])
+            return area_resize(maps, grid).flatten(2).unflatten(1, (x.shape[1], x.shape[3])).transpose(2, 3).to(self.keys[0].dtype)
+
+        return pool(k), pool(v)
+
+
+def _append(stored: Tensor, x: Tensor) -> Tensor:
+    return torch.cat((stored, x.to(stored.dtype)), dim=2)

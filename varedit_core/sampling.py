@@ -1,0 +1,158 @@
+"""The loop: next-scale prediction of an edit (VAREdit, arXiv 2508.15772, section 3; Infinity, algorithm 1).
+
+Knows networks, scales and draws; knows nothing of files, pictures or user interfaces. Whoever wants to look,
+force, mask, count or stop does so on the `Scale` that the loop yields.
+
+Shape suffixes: B images, d bits a latent position, (H, W) latent grid of the last scale, (h, w) of one scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .defaults import SamplingSettings
+from .kv import KeyValueStore
+from .operations import Attention, sdpa
+from .quantizer import area_resize, codes, from_tokens, latent_grids, linear_resize, to_tokens
+from .schedule import Schedule
+from .transformer import Transformer
+
+
+class Scale:
+    """One scale of an edit, between its logits and the running sum.
+
+    index, count: which of how many. grid: its token grid. logits: [rows, tokens, token bits, 2] of the head,
+    before temperature and guidance; the unconditional rows follow the conditional ones where guidance is on.
+    log_odds: fp32 [B, d, h, w] of each bit being 1, after both; change it before reading `bits` to steer
+    the draw. `bits` are drawn when first read; assign to force them. Leave the loop to cancel.
+    """
+
+    def __init__(self, index: int, schedule: Schedule, logits: Tensor, log_odds: Tensor, uniform: Tensor | None, top_p: float, total: Tensor) -> None:
+        self.index, self.count, self.grid = index, len(schedule), schedule.grids[index]
+        self.logits, self.log_odds = logits, log_odds
+        self._uniform, self._top_p, self._total = uniform, top_p, total
+        self._bits: Tensor | None = None
+        self._sum: Tensor | None = None
+
+    def on_grid(self, x_BlD: Tensor) -> Tensor:
+        """A value a token bit [B, tokens, token bits] -> the same on the latent grid [B, d, h, w]."""
+        return from_tokens(x_BlD, self.grid, self.log_odds.shape[-2] // self.grid[0])
+
+    @property
+    def probability(self) -> Tensor:
+        """Probability [B, d, h, w] that the draw gives 1, after top-p."""
+        p = self.log_odds.sigmoid()
+        cut = 1 - self._top_p
+        return p.masked_fill(p <= cut, 0.0).masked_fill(torch.sigmoid(-self.log_odds) <= cut, 1.0)
+
+    @property
+    def bits(self) -> Tensor:
+        """Boolean bits [B, d, h, w]."""
+        if self._bits is None:
+            greedy = self._uniform is None
+            self._bits = self.log_odds > 0 if greedy else self._uniform.to(self.log_odds.device) < self.probability
+        return self._bits
+
+    @bits.setter
+    def bits(self, value: Tensor) -> None:
+        if value.shape != self.log_odds.shape:
+            raise ValueError(f"scale {self.index + 1} takes bits of shape {tuple(self.log_odds.shape)}, got {tuple(value.shape)}")
+        self._bits, self._sum = value.to(self.log_odds.device, torch.bool), None
+
+    @property
+    def running_sum(self) -> Tensor:
+        """Sum [B, d, H, W] of the codes up to and with this scale: what the decoder reads."""
+        if self._sum is None:
+            self._sum = self._total + linear_resize(codes(self.bits), self._total.shape[-2:])
+        return self._sum
+
+
+@torch.no_grad()
+def sample(
+    transformer: Transformer,
+    features_BdHW: Tensor,
+    texts: Sequence[Tensor],
+    schedule: Schedule,
+    settings: SamplingSettings = SamplingSettings(),
+    negatives: Sequence[Tensor | None] | None = None,
+    attention: Attention = sdpa,
+) -> Iterator[Scale]:
+    """Edit B images; yields every `Scale` before its bits are drawn. The last `running_sum` is the result.
+
+    features_BdHW: unquantised features of the source images on the last latent grid. texts: features
+    [L_i, T] of each image's instruction. negatives: features of each negative prompt, None for the learned
+    unconditional ones. Raises ValueError where the inputs do not belong together.
+    """
+    patch = _patch(transformer, features_BdHW, schedule)
+    grids, batch, device = latent_grids(schedule, patch), len(features_BdHW), features_BdHW.device
+    plan = settings.per_scale(len(schedule))
+    guided = max((k + 1 for k, (guidance, _, _) in enumerate(plan) if guidance != 1), default=0)
+    texts = _texts(transformer, texts, negatives or [None] * batch, batch, guided > 0, device)
+
+    condition = transformer.condition(texts, attention)
+    size = transformer.config
+    store = KeyValueStore(schedule, size.depth, len(texts), size.heads, size.head_size, transformer.dtype, device)
+    source, *passes = store.passes(device)
+
+    tokens = to_tokens(area_resize(features_BdHW.float(), grids[-1]), patch)
+    transformer(_all_rows(transformer.embed(tokens, len(schedule) - 1), len(texts)), condition, source, store, attention)
+
+    total = torch.zeros_like(features_BdHW, dtype=torch.float32)
+    generators = [torch.Generator().manual_seed((settings.seed + i) % 2**64) for i in range(batch)]
+    x = transformer.start(condition)
+    for k, (guidance, temperature, top_p) in enumerate(plan):
+        if k == guided and len(x) > batch:
+            store.keep_rows(batch)
+            condition, x = condition.rows(batch), x[:batch]
+        x = transformer(x, condition, passes[k], store, attention)
+        logits = transformer.logits(x if guidance != 1 else x[:batch], condition)
+        log_odds = from_tokens(_guided_log_odds(logits, batch, guidance), schedule.grids[k], patch)
+        # Drawn on the CPU, also where a greedy scale ignores them: one seed, one image, on every device.
+        uniform = torch.stack([torch.rand(log_odds.shape[1:], generator=g) for g in generators])
+        scale = Scale(k, schedule, logits, log_odds / (temperature or 1.0), uniform if temperature else None, top_p, total)
+        yield scale
+        total = scale.running_sum
+        if k + 1 < len(schedule):
+            tokens = to_tokens(linear_resize(total, grids[k + 1]), patch)
+            x = _all_rows(transformer.embed(tokens, k + 1), len(x))
+
+
+def _guided_log_odds(logits: Tensor, batch: int, guidance: float) -> Tensor:
+    """guidance * conditional + (1 - guidance) * unconditional, as log-odds [B, tokens, token bits]."""
+    odds = logits[..., 1] - logits[..., 0]
+    return odds if len(odds) == batch else guidance * odds[:batch] + (1 - guidance) * odds[batch:]
+
+
+def _all_rows(x_BnC: Tensor, count: int) -> Tensor:
+    return x_BnC.repeat(count // len(x_BnC), 1, 1)
+
+
+def _texts(transformer, texts, negatives, batch: int, guided: bool, device) -> list[Tensor]:
+    if len(texts) != batch or len(negatives) != batch:
+        raise ValueError(f"{batch} images need {batch} instructions and negative prompts, got {len(texts)} and {len(negatives)}")
+    texts = [text.to(device) for text in texts]
+    for text in texts:
+        if text.ndim != 2 or text.shape[1] != transformer.config.text_width or not len(text):
+            raise ValueError(
+                f"the text features have the shape {tuple(text.shape)} but the transformer reads [tokens, "
+                f"{transformer.config.text_width}]; use the text encoder it was trained with"
+            )
+    if guided:
+        texts += [transformer.unconditional(len(t), device) if n is None else n.to(device) for t, n in zip(texts, negatives)]
+    return texts
+
+
+def _patch(transformer: Transformer, features: Tensor, schedule: Schedule) -> int:
+    (height, width), (rows, columns) = features.shape[-2:], schedule.grids[-1]
+    patch = height // rows
+    if patch < 1 or (height, width) != (rows * patch, columns * patch) or features.shape[1] * patch * patch != transformer.config.token_bits:
+        raise ValueError(
+            f"source features of shape {tuple(features.shape)} do not fit a {rows}x{columns} grid of tokens of "
+            f"{transformer.config.token_bits} bits; encode the image at {schedule.pixels[1]}x{schedule.pixels[0]} with the model's tokenizer"
+        )
+    if len(schedule) > transformer.config.levels:
+        raise ValueError(f"the schedule has {len(schedule)} scales but the model knows {transformer.config.levels}; choose a smaller size")
+    return patch
