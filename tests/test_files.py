@@ -194,6 +194,21 @@ def test_convert_refuses(published_file, tmp_path, monkeypatch):
         convert(published_file, tmp_path / "c.safetensors")
 
 
+def test_convert_never_a_part_and_never_nan(published_state, tmp_path):
+    state = dict(published_state)
+    state["block_chunks.2.module.0.ffn.fc1.weight"] = state["block_chunks.2.module.0.ffn.fc1.weight"] * float("nan")
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(WeightError) as error:
+        convert(tmp_path / "a.pth", tmp_path / "a.safetensors")
+    explained(error, "infinite or undefined numbers in blocks.2.ffn.fc1.weight")
+    del state["block_chunks.2.module.0.ffn.fc1.weight"]
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(WeightError) as error:
+        convert(tmp_path / "a.pth", tmp_path / "a.safetensors")
+    explained(error, "lacks 1 tensors such as blocks.2.ffn.fc1.weight")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
 # What cannot be used.
 
 

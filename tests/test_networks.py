@@ -13,7 +13,7 @@ from benchmarks.real_size import published_shapes
 from varedit_core import load_autoencoder, load_transformer, sample
 from varedit_core.autoencoder import Autoencoder
 from varedit_core.checkpoints import TRANSFORMER, canonical
-from varedit_core.config import AutoencoderConfig, TransformerConfig, patch_size
+from varedit_core.config import AUTOENCODERS, TRANSFORMERS, AutoencoderConfig, TransformerConfig, patch_size
 from varedit_core.defaults import SamplingSettings
 from varedit_core.operations import Operations
 from varedit_core.transformer import Transformer
@@ -80,8 +80,8 @@ def test_transformer_sizes_are_read_off_the_shapes(depth, width, heads, bits, te
     meta = {key: torch.empty(shape, device="meta") for key, shape in published_shapes(depth, width, heads, bits, text).items()}
     weights = canonical(Weights(ROOT / "x.pth", meta, meta.__getitem__), TRANSFORMER)
     config = TransformerConfig.from_shapes(weights.shapes)
-    assert (config.depth, config.width, config.heads, config.token_bits, config.text_width) == (depth, width, heads, bits, text)
-    assert (config.hidden, config.text_length, config.levels) == (round(4 * width / 256) * 256, 512, 15)
+    assert config == TransformerConfig(depth, width, heads, bits, text, 512, round(4 * width / 256) * 256, 15)
+    assert count is None or config in TRANSFORMERS.values()
     network = Transformer(config, device="meta")
     assert {key: tuple(t.shape) for key, t in network.state_dict().items()} == weights.shapes
     if count:
@@ -91,8 +91,7 @@ def test_transformer_sizes_are_read_off_the_shapes(depth, width, heads, bits, te
 @pytest.mark.parametrize(
     "config",
     [
-        AutoencoderConfig(14, 128, (128, 256, 512, 512), (128, 256, 512, 512), 2, 3, 8),
-        AutoencoderConfig(32, 128, (128, 256, 512, 512, 512), (128, 256, 512, 512, 512), 2, 3, 16),
+        *AUTOENCODERS.values(),
         AutoencoderConfig(14, 64, (64, 64, 64, 64), (64, 64, 96, 48), 2, 3, 8),
         AutoencoderConfig(6, 32, (64, 32), (32, 64), 1, 2, 2),
     ],

@@ -11,6 +11,7 @@ from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
+from varedit_core.convert import convert
 from varedit_core.text import load_text_encoder, load_tokenizer
 from varedit_core.weights import WeightError
 
@@ -61,6 +62,15 @@ def test_single_files(folder, encoder, tmp_path, style):
     alone = load_text_encoder(tmp_path / "t5.safetensors", tokenizer=folder)
     for a, b in zip(alone.encode(PROMPTS), encoder.encode(PROMPTS)):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 0), ("bf16", 0.05), ("fp8", 0.3)])
+def test_converted_folder(folder, encoder, tmp_path, precision, error):
+    metadata = convert(folder, tmp_path / "t5.safetensors", precision)
+    assert metadata["varedit.architecture"] == "t5-encoder" and metadata["varedit.precision"] == precision
+    for a, b in zip(load_text_encoder(tmp_path / "t5.safetensors", tokenizer=folder).encode(PROMPTS), encoder.encode(PROMPTS)):
+        assert (a - b).norm() <= error * b.norm()
+        assert error == 0 or not torch.equal(a, b)
 
 
 def test_half_precision_keeps_the_feed_forward_output_in_fp32(folder):

@@ -166,30 +166,32 @@ def load_transformer(path: str | Path, operations=Operations, dtype: torch.dtype
     is the network plus one tensor. Raises WeightError; never loads a part.
     """
     weights = canonical(open_weights(path), TRANSFORMER)
-    config = _config(TransformerConfig, weights, TRANSFORMER)
-    return _filled(Transformer(config, operations, dtype, device="meta"), weights, device)
+    return _filled(blank(weights, TRANSFORMER, operations, dtype), weights, device)
 
 
 def load_autoencoder(path: str | Path, operations=Operations, dtype: torch.dtype = torch.float32, device="cpu") -> Autoencoder:
     """Load a tokenizer's autoencoder; its sizes are read off the file. Raises WeightError; never loads a part."""
     weights = canonical(open_weights(path), TOKENIZER)
-    config = _config(AutoencoderConfig, weights, TOKENIZER)
-    return _filled(Autoencoder(config, operations, dtype, device="meta"), weights, device)
+    return _filled(blank(weights, TOKENIZER, operations, dtype), weights, device)
 
 
-def _config(kind, weights: Weights, part: str):
+def blank(weights: Weights, part: str, operations=Operations, dtype: torch.dtype = torch.float32) -> Transformer | Autoencoder:
+    """The network that canonical weights belong to, on the meta device.
+
+    Raises WeightError where the weights are not exactly those of such a network.
+    """
+    kind, network = {TRANSFORMER: (TransformerConfig, Transformer), TOKENIZER: (AutoencoderConfig, Autoencoder)}[part]
     try:
-        return kind.from_shapes(weights.shapes)
+        empty = network(kind.from_shapes(weights.shapes), operations, dtype, device="meta")
     except (KeyError, IndexError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise WeightError(f"{weights.path} is not a complete {part}: {reason}; download or convert it again") from error
+    check(weights, {key: tuple(tensor.shape) for key, tensor in empty.state_dict().items()})
+    return empty
 
 
 def _filled(network: nn.Module, weights: Weights, device) -> nn.Module:
-    wanted = network.state_dict()
-    check(weights, {key: tuple(tensor.shape) for key, tensor in wanted.items()})
-    state = {key: tensor for key, tensor in _placed(wanted, weights, device)}
-    network.load_state_dict(state, assign=True)
+    network.load_state_dict(dict(_placed(network.state_dict(), weights, device)), assign=True)
     return network.eval().requires_grad_(False)
 
 
@@ -203,7 +205,7 @@ def _placed(wanted: dict[str, Tensor], weights: Weights, device) -> Iterator[tup
 def check(weights: Weights, wanted: dict[str, Sequence[int]]) -> None:
     """Raise WeightError unless the file has exactly the wanted keys and shapes (beside 8-bit scales)."""
     missing = sorted(wanted.keys() - weights.keys())
-    unknown = sorted(key for key in weights.keys() - wanted.keys() if not key.endswith(_SCALED))
+    unknown = sorted(key for key in weights.keys() - wanted.keys() if not (key.endswith(_SCALED) and key.startswith("blocks.")))
     if missing or unknown:
         problem = f"lacks {len(missing)} tensors such as {missing[0]}" if missing else f"has {len(unknown)} unknown tensors such as {unknown[0]}"
         raise WeightError(f"{weights.path} {problem}; it is incomplete or of another architecture, so nothing was loaded")

@@ -89,6 +89,17 @@ class AutoencoderConfig:
         )
 
 
+TRANSFORMERS = {
+    "2B": TransformerConfig(32, 2048, 16, 32, 2048, 512, 8192, 15),
+    "8B": TransformerConfig(40, 3584, 28, 56, 2048, 512, 14336, 15),
+}
+AUTOENCODERS = {
+    "2B": AutoencoderConfig(32, 128, (128, 256, 512, 512, 512), (128, 256, 512, 512, 512), 2, 3, 16),
+    "8B": AutoencoderConfig(14, 128, (128, 256, 512, 512), (128, 256, 512, 512), 2, 3, 8),
+}
+"""The published models. Loading does not need them: sizes are read off the file."""
+
+
 def patch_size(transformer: TransformerConfig, autoencoder: AutoencoderConfig) -> int:
     """Latent positions a token spans along each axis: 2 for the 8B layout, 1 for the 2B layout.
 

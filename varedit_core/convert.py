@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER, canonical, describe, part_of, select
+from .checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER, blank, canonical, describe, part_of, select
 from .weights import WeightError, Weights, open_weights
 
 PRECISIONS = ("fp32", "bf16", "fp8")
@@ -70,7 +70,12 @@ def convert(source: str | Path, target: str | Path, precision: str = "bf16", ove
 
 def _open(source: Path, part: str) -> Weights:
     weights = open_weights(source)
-    return select(weights, part) if part == TEXT_ENCODER else canonical(weights, part)
+    if part == TEXT_ENCODER:  # a whole T5 has a decoder too
+        selected = select(weights, part)
+        return selected.renamed({key: key for key in selected if not key.startswith(("decoder.", "lm_head."))})
+    weights = canonical(weights, part)
+    blank(weights, part)
+    return weights
 
 
 def _plan(weights: Weights, part: str, precision: str) -> dict[str, Entry]:
@@ -119,6 +124,8 @@ def _tensors(weights: Weights, plan: Mapping[str, Entry]) -> Iterator[Tensor]:
             yield scale
             continue
         tensor = weights[entry.source]
+        if not tensor.float().isfinite().all():
+            raise WeightError(f"{weights.path} has infinite or undefined numbers in {entry.source}; download it again")
         if entry.role == "8-bit":
             tensor = tensor.float()
             scale = (tensor.abs().amax() / torch.finfo(entry.dtype).max).clamp_min(1e-12)

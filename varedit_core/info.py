@@ -8,11 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .checkpoints import TOKENIZER, TRANSFORMER, canonical, describe, part_of
-from .config import AutoencoderConfig, TransformerConfig
+from .config import TRANSFORMERS, AutoencoderConfig, TransformerConfig
 from .weights import Weights, open_weights
 
 _CONFIGS = {TRANSFORMER: TransformerConfig, TOKENIZER: AutoencoderConfig}
-_NAMES = {(32, 2048): "2B", (40, 3584): "8B"}
 
 
 def inspect(path: str | Path) -> dict:
@@ -44,5 +43,6 @@ def _sizes(weights: Weights, part: str, kind) -> dict | None:
 
 
 def _name(sizes: dict) -> str:
-    known = _NAMES.get((sizes["depth"], sizes["width"]))
-    return f"{known} ({sizes['depth']} blocks of width {sizes['width']})" if known else f"{sizes['depth']} blocks of width {sizes['width']}"
+    text = f"{sizes['depth']} blocks of width {sizes['width']}"
+    known = [name for name, config in TRANSFORMERS.items() if asdict(config) == sizes]
+    return f"{known[0]} ({text})" if known else text

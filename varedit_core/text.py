@@ -73,10 +73,16 @@ def load_text_encoder(path: str | Path, tokenizer: str | Path | None = None, dty
     known = weights.renamed({new: old for new, old in sources.items() if old in weights})
     check(known, wanted)
     # In half precision T5's feed-forward output overflows; transformers keeps it in fp32 too.
-    state = {key: known[key].to(device, torch.float32 if key.endswith(".wo.weight") and dtype == torch.float16 else dtype) for key in wanted}
-    model.load_state_dict(state, assign=True)
+    kinds = {key: torch.float32 if key.endswith(".wo.weight") and dtype == torch.float16 else dtype for key in wanted}
+    model.load_state_dict({key: _read(weights, sources[key]).to(device, kind) for key, kind in kinds.items()}, assign=True)
     model.tie_weights()
     return TextEncoder(model.eval().requires_grad_(False), tokenize, device)
+
+
+def _read(weights: Weights, key: str) -> Tensor:
+    """A tensor, brought back from 8 bits where it has a scale: transformers' layers know none."""
+    scale = f"{key}_scale"
+    return weights[key].float() * weights[scale] if scale in weights else weights[key]
 
 
 def load_tokenizer(path: str | Path) -> Callable[[str], list[int]]:

@@ -1,0 +1,53 @@
+"""Fill the README's tables from measurements: `python benchmarks/render.py` rewrites them in place.
+
+Tables stand between `<!-- name -->` and `<!-- /name -->`; a test fails where README and JSON disagree.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+README = FOLDER.parent / "README.md"
+
+
+def table(heading: list[str], rows: list[list[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def parity() -> str:
+    rows = []
+    for result in json.loads((FOLDER / "parity_cpu.json").read_text()):
+        errors = [scale["logit_error"] for scale in result["scales"] if scale["logit_error"] is not None]
+        name = Path(result["file"]).stem
+        rows.append([name, f"{max(errors):.1e}", f"{min(s['forced'] for s in result['scales']):.2%}", f"{result['free_bits']:.2%}", f"{result['errors']['vae_features']:.1e}"])
+    return table(["recorded run", "largest logit error", "equal bits, recorded history", "equal bits, own run", "tokenizer features"], rows)
+
+
+def real_size() -> str:
+    facts = json.loads((FOLDER / "real_size_h100.json").read_text())
+    rows = []
+    for name, key in (("convert 33.5 GB of fp32 to bf16", "convert_bf16"), ("convert it to fp8", "convert_fp8"), ("load bf16", "load_bf16"), ("load fp8", "load_fp8")):
+        step = facts[key]
+        gpu = f"{step['gpu_peak_gb']:.1f} GB" if step.get("gpu_peak_gb") else "-"
+        rows.append([name, f"{step.get('load_seconds', step['seconds']):.1f} s", f"{step['host_peak_gb']:.1f} GB", gpu])
+    for name, key in (("edit loop, 512", "agreement_0.25M"), ("edit loop, 1024", "agreement_1M")):
+        step = facts[key]["bf16"]
+        rows.append([name, f"{step['seconds']:.2f} s", "-", f"{step['peak_gb']:.1f} GB"])
+    return table([f"8B, {facts['device']}", "time", "host peak", "GPU peak"], rows)
+
+
+TABLES = {"parity": parity, "real size": real_size}
+
+
+def rendered(text: str) -> str:
+    for name, make in TABLES.items():
+        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _: f"<!-- {name} -->\n{make()}\n<!-- /{name} -->", text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(rendered(README.read_text()))
