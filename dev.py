@@ -19,7 +19,17 @@ from pathlib import Path
 
 RECORD = "tests/golden/patchify_256.safetensors"
 MAIN_JOB = [
-    *("examples/cat.jpg", "--model", RECORD, "--features", f"{RECORD}:in.text.0", "--size", "256", "--temperature", "0"),
+    *(
+        "examples/cat.jpg",
+        "--model",
+        RECORD,
+        "--features",
+        f"{RECORD}:in.text.0",
+        "--size",
+        "256",
+        "--temperature",
+        "0",
+    ),
     *("--output", "output/demo/cat-edited.png", "--preview-dir", "output/demo", "--overwrite"),
 ]
 
@@ -61,7 +71,10 @@ def prepare(extra: str) -> int:
     code = check_pip(python) or (0 if PYTHON.exists() else step(python, "venv", "--clear", "--without-pip", str(VENV)))
     if not code:
         stamp.unlink(missing_ok=True)
-        print(f"Installing the packages of constraints.txt into {VENV}; PyTorch makes the first time slow.", file=sys.stderr)
+        print(
+            f"Installing the packages of constraints.txt into {VENV}; PyTorch makes the first time slow.",
+            file=sys.stderr,
+        )
         code = step(python, "pip", "--python", str(PYTHON), "install", "-c", "constraints.txt", "-e", f".[{extra}]")
     if not code:
         stamp.write_text(f"{extra} {wanted}")

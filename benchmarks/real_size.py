@@ -88,7 +88,12 @@ def measured(command: list[str]) -> dict:
         raise SystemExit(f"{command} failed")
     seconds = time.perf_counter() - begin
     printed = json.loads(output.splitlines()[-1]) if output.strip() else {}
-    return {"seconds": round(seconds, 1), "host_peak_gb": round(peak["VmHWM"] / GB, 2), "host_anonymous_gb": round(peak["RssAnon"] / GB, 2), **printed}
+    return {
+        "seconds": round(seconds, 1),
+        "host_peak_gb": round(peak["VmHWM"] / GB, 2),
+        "host_anonymous_gb": round(peak["RssAnon"] / GB, 2),
+        **printed,
+    }
 
 
 def _watch(process: subprocess.Popen, peak: dict[str, int]) -> None:
@@ -174,7 +179,12 @@ def main() -> None:
     os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
     args.folder.mkdir(parents=True, exist_ok=True)
     original = args.folder / "8B-random.pth"
-    results: dict = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__, "depth": args.depth, "width": args.width}
+    results: dict = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "depth": args.depth,
+        "width": args.width,
+    }
 
     begin = time.perf_counter()
     write(original, published_shapes(args.depth, args.width, args.width // 128, 56, args.text), device)
@@ -182,7 +192,9 @@ def main() -> None:
     print("write", results["write"], flush=True)
     for precision in ("bf16", "fp8"):
         target = args.folder / f"{precision}.safetensors"
-        results[f"convert_{precision}"] = measured([sys.executable, "-m", "varedit_core", "convert", str(original), str(target), "--precision", precision])
+        results[f"convert_{precision}"] = measured(
+            [sys.executable, "-m", "varedit_core", "convert", str(original), str(target), "--precision", precision]
+        )
         results[f"convert_{precision}"]["gb"] = round(target.stat().st_size / GB, 2)
         print("convert", precision, results[f"convert_{precision}"], flush=True)
         results[f"load_{precision}"] = load(target, device)

@@ -6,7 +6,6 @@ Tables stand between `<!-- name -->` and `<!-- /name -->`; a test fails where RE
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -23,14 +22,36 @@ def parity() -> str:
     for result in json.loads((FOLDER / "parity_cpu.json").read_text()):
         errors = [scale["logit_error"] for scale in result["scales"] if scale["logit_error"] is not None]
         name = Path(result["file"]).stem
-        rows.append([name, f"{max(errors):.1e}", f"{min(s['forced'] for s in result['scales']):.2%}", f"{result['free_bits']:.2%}", f"{result['errors']['vae_features']:.1e}"])
-    return table(["recorded run", "largest logit error", "equal bits, recorded history", "equal bits, own run", "tokenizer features"], rows)
+        rows.append(
+            [
+                name,
+                f"{max(errors):.1e}",
+                f"{min(s['forced'] for s in result['scales']):.2%}",
+                f"{result['free_bits']:.2%}",
+                f"{result['errors']['vae_features']:.1e}",
+            ]
+        )
+    return table(
+        [
+            "recorded run",
+            "largest logit error",
+            "equal bits, recorded history",
+            "equal bits, own run",
+            "tokenizer features",
+        ],
+        rows,
+    )
 
 
 def real_size() -> str:
     facts = json.loads((FOLDER / "real_size_h100.json").read_text())
     rows = []
-    for name, key in (("convert 33.5 GB of fp32 to bf16", "convert_bf16"), ("convert it to fp8", "convert_fp8"), ("load bf16", "load_bf16"), ("load fp8", "load_fp8")):
+    for name, key in (
+        ("convert 33.5 GB of fp32 to bf16", "convert_bf16"),
+        ("convert it to fp8", "convert_fp8"),
+        ("load bf16", "load_bf16"),
+        ("load fp8", "load_fp8"),
+    ):
         step = facts[key]
         gpu = f"{step['gpu_peak_gb']:.1f} GB" if step.get("gpu_peak_gb") else "-"
         rows.append([name, f"{step.get('load_seconds', step['seconds']):.1f} s", f"{step['host_peak_gb']:.1f} GB", gpu])
@@ -45,7 +66,9 @@ TABLES = {"parity": parity, "real size": real_size}
 
 def rendered(text: str) -> str:
     for name, make in TABLES.items():
-        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _: f"<!-- {name} -->\n{make()}\n<!-- /{name} -->", text, flags=re.DOTALL)
+        before, _, rest = text.partition(f"<!-- {name} -->")
+        after = rest.partition(f"<!-- /{name} -->")[2]
+        text = f"{before}<!-- {name} -->\n{make()}\n<!-- /{name} -->{after}"
     return text
 
 

@@ -14,11 +14,28 @@ from varedit_core.cli import app, main
 from varedit_core.defaults import FIT, SIZE, SamplingSettings
 
 RECORD = GOLDEN / "patchify_256.safetensors"
-EDIT = ["edit", str(ROOT / "examples" / "cat.jpg"), "--model", str(RECORD), "--features", f"{RECORD}:in.text.0", "--size", "256", "--device", "cpu"]
+EDIT = [
+    "edit",
+    str(ROOT / "examples" / "cat.jpg"),
+    "--model",
+    str(RECORD),
+    "--features",
+    f"{RECORD}:in.text.0",
+    "--size",
+    "256",
+    "--device",
+    "cpu",
+]
 
 
 def command(*arguments, cwd=ROOT):
-    return subprocess.run([sys.executable, "-m", "varedit_core", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "varedit_core", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.fixture
@@ -38,7 +55,18 @@ def failed(monkeypatch, capsys):
 
 
 def test_edit_with_previews_and_report(tmp_path):
-    done = command(*EDIT, "--output", tmp_path / "out" / "cat.png", "--preview-dir", tmp_path / "scales", "--json", "--seed", 7, "--guidance", "3,3,3,3,2,1,1")
+    done = command(
+        *EDIT,
+        "--output",
+        tmp_path / "out" / "cat.png",
+        "--preview-dir",
+        tmp_path / "scales",
+        "--json",
+        "--seed",
+        7,
+        "--guidance",
+        "3,3,3,3,2,1,1",
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["size"] == [451, 300] and report["pixels"] == [256, 256] and report["seed"] == 7
@@ -63,9 +91,18 @@ def test_nothing_is_overwritten(failed, tmp_path):
         (["edit", "nowhere.jpg", "x", "--model", RECORD, "--text-encoder", "t5"], "nowhere.jpg"),
         (["edit", *EDIT[1:2], "--model", RECORD], "say what to change"),
         (["edit", *EDIT[1:2], "make it red", "--model", RECORD], "an instruction needs --text-encoder"),
-        (["edit", *EDIT[1:2], "--model", RECORD, "--features", f"{RECORD}:in.text.9"], "has no tensor in.text.9; it has"),
-        (["edit", *EDIT[1:2], "--model", "8B-1024.pth", "--features", f"{RECORD}:in.text.0"], "8B-1024.pth does not exist"),
-        ([*EDIT, "--guidance", "1,2", "--output", "/tmp/never.png"], "guidance has 2 values but the edit runs 7 scales"),
+        (
+            ["edit", *EDIT[1:2], "--model", RECORD, "--features", f"{RECORD}:in.text.9"],
+            "has no tensor in.text.9; it has",
+        ),
+        (
+            ["edit", *EDIT[1:2], "--model", "8B-1024.pth", "--features", f"{RECORD}:in.text.0"],
+            "8B-1024.pth does not exist",
+        ),
+        (
+            [*EDIT, "--guidance", "1,2", "--output", "/tmp/never.png"],
+            "guidance has 2 values but the edit runs 7 scales",
+        ),
         (["info", "nowhere.pth"], "nowhere.pth does not exist"),
         (["parity", ROOT / "examples" / "cat.jpg"], "is not a weight file"),
         (["convert", RECORD, "x.bin"], "must end in .safetensors"),
@@ -77,7 +114,12 @@ def test_mistakes_are_explained_in_one_sentence(failed, arguments, message):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--size", "300"], "unknown size"), (["--fit", "crop"], "unknown fit"), (["--dtype", "fp4"], "unknown dtype"), (["--guidance", "a"], "neither a number")],
+    [
+        (["--size", "300"], "unknown size"),
+        (["--fit", "crop"], "unknown fit"),
+        (["--dtype", "fp4"], "unknown dtype"),
+        (["--guidance", "a"], "neither a number"),
+    ],
 )
 def test_unknown_choices_name_the_known_ones(arguments, message):
     done = CliRunner().invoke(app, [*EDIT, "--output", "/tmp/never.png", *arguments])
@@ -93,7 +135,13 @@ def test_info(tmp_path):
 def test_convert_then_edit(tmp_path):
     done = command("convert", RECORD, tmp_path / "m.safetensors", "--precision", "fp8")
     assert done.returncode == 0 and "m.safetensors: varedit, fp8" in done.stderr
-    done = command(*[tmp_path / "m.safetensors" if a == str(RECORD) else a for a in EDIT], "--vae", RECORD, "--output", tmp_path / "o.png")
+    done = command(
+        *[tmp_path / "m.safetensors" if a == str(RECORD) else a for a in EDIT],
+        "--vae",
+        RECORD,
+        "--output",
+        tmp_path / "o.png",
+    )
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "o.png").size == (451, 300)
 
@@ -113,11 +161,21 @@ def test_parity_passes_and_fails(tmp_path):
     done = command("parity", tmp_path / "wrong.safetensors", "--json")
     assert done.returncode == 1
     failures = json.loads(done.stdout)[0]["failures"]
-    assert any(f.startswith("scale 4: logits are off by 0.0002") for f in failures) and any("scale 6: bits beyond the margin" in f for f in failures)
+    assert any(f.startswith("scale 4: logits are off by 0.0002") for f in failures) and any(
+        "scale 6: bits beyond the margin" in f for f in failures
+    )
 
 
 def test_defaults_are_those_of_the_table():
-    help_text = " ".join(re.sub(r"[│\s]+", " ", CliRunner().invoke(app, ["edit", "--help"], terminal_width=200).output).split())
+    help_text = " ".join(
+        re.sub(r"[│\s]+", " ", CliRunner().invoke(app, ["edit", "--help"], terminal_width=200).output).split()
+    )
     settings = SamplingSettings()
-    for value in (f"[default: {settings.guidance:g}]", f"[default: {settings.temperature:g}]", f"[default: {settings.top_p:g}]", f"[default: {SIZE}]", f"[default: {FIT}]"):
+    for value in (
+        f"[default: {settings.guidance:g}]",
+        f"[default: {settings.temperature:g}]",
+        f"[default: {settings.top_p:g}]",
+        f"[default: {SIZE}]",
+        f"[default: {FIT}]",
+    ):
         assert value in help_text

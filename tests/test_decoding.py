@@ -19,7 +19,9 @@ FREE = SamplingSettings(temperature=0.0, guidance=1.0)
 
 def run(record, texts, features=None, settings=GREEDY, negatives=None, schedule=None, attention=sdpa):
     features = record["ref.vae_features"].float() if features is None else features
-    return list(sample(record.transformer, features, texts, schedule or record.schedule, settings, negatives, attention))
+    return list(
+        sample(record.transformer, features, texts, schedule or record.schedule, settings, negatives, attention)
+    )
 
 
 class UncachedStore:
@@ -47,13 +49,22 @@ class UncachedStore:
 
         def pooled(x):
             maps = x[:, :, :source].transpose(2, 3).flatten(1, 2).unflatten(2, self.schedule.grids[-1])
-            parts = [area_resize(maps, grid).flatten(2).unflatten(1, (x.shape[1], x.shape[3])).transpose(2, 3) for grid in self.schedule.grids]
+            parts = [
+                area_resize(maps, grid).flatten(2).unflatten(1, (x.shape[1], x.shape[3])).transpose(2, 3)
+                for grid in self.schedule.grids
+            ]
             return torch.cat([*parts, x], dim=2)
 
         return pooled(k), pooled(v)
 
     def attention(self, q, k, v, *, scale):
-        mask = self.first_mask if k.shape[2] == self.first_mask.shape[1] else self.mask if q.shape[2] == k.shape[2] == len(self.mask) else None
+        mask = (
+            self.first_mask
+            if k.shape[2] == self.first_mask.shape[1]
+            else self.mask
+            if q.shape[2] == k.shape[2] == len(self.mask)
+            else None
+        )
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).flatten(2)
 
 
@@ -66,12 +77,17 @@ def test_cached_decoding_equals_uncached_forward(layout, request):
     network, grids = record.transformer, latent_grids(schedule, patch)
 
     condition = network.condition(record.texts("text"))
-    inputs = [network.embed(to_tokens(record["ref.vae_features"].float(), patch), len(schedule) - 1), network.start(condition)]
+    inputs = [
+        network.embed(to_tokens(record["ref.vae_features"].float(), patch), len(schedule) - 1),
+        network.start(condition),
+    ]
     for k in range(1, len(schedule)):
         total = decode(bits[:k], grids[-1])
         inputs.append(network.embed(to_tokens(linear_resize(total, grids[k]), patch), k))
     store = UncachedStore(schedule)
-    real = KeyValueStore(schedule, network.config.depth, 1, network.config.heads, network.config.head_size, torch.float32, "cpu")
+    real = KeyValueStore(
+        schedule, network.config.depth, 1, network.config.heads, network.config.head_size, torch.float32, "cpu"
+    )
     rotary = torch.cat([step.rotary for step in real.passes("cpu")], dim=1)
     step = dataclasses.replace(real.passes("cpu")[0], rotary=rotary)
     hidden = network(torch.cat(inputs, dim=1), condition, step, store, store.attention)
@@ -83,14 +99,25 @@ def test_cached_decoding_equals_uncached_forward(layout, request):
 def test_batch_rows_equal_single_rows(patchify):
     torch.manual_seed(0)
     text = patchify.texts("text")[0]
-    texts = [text, torch.randn(3, text.shape[1]) * 0.3, torch.randn(3, text.shape[1]) * 0.3, torch.randn(19, text.shape[1]) * 0.3]
+    texts = [
+        text,
+        torch.randn(3, text.shape[1]) * 0.3,
+        torch.randn(3, text.shape[1]) * 0.3,
+        torch.randn(19, text.shape[1]) * 0.3,
+    ]
     negatives = [None, torch.randn(5, text.shape[1]) * 0.3, None, torch.randn(1, text.shape[1]) * 0.3]
     features = patchify["ref.vae_features"].float()
     features = torch.cat([features, features.flip(-1), features * 0.5, features.flip(-2)])
     settings = SamplingSettings(guidance=[3, 2, 3, 1, 3, 1, 1], temperature=0.7, seed=11)
     together = run(patchify, texts, features, settings, negatives)
     for row in range(4):
-        alone = run(patchify, [texts[row]], features[row : row + 1], dataclasses.replace(settings, seed=11 + row), [negatives[row]])
+        alone = run(
+            patchify,
+            [texts[row]],
+            features[row : row + 1],
+            dataclasses.replace(settings, seed=11 + row),
+            [negatives[row]],
+        )
         for a, b in zip(together, alone):
             torch.testing.assert_close(a.log_odds[row], b.log_odds[0], atol=2e-4, rtol=0)
             assert torch.equal(a.bits[row], b.bits[0])
@@ -110,15 +137,23 @@ def test_rows_follow_the_guidance(patchify):
         patch.setattr(KeyValueStore, "keep_rows", watched)
         rows_seen = []
         forward = type(patchify.transformer).forward
-        patch.setattr(type(patchify.transformer), "forward", lambda self, x, *a: (rows_seen.append(len(x)), forward(self, x, *a))[1])
-        scales = run(patchify, patchify.texts("text"), settings=SamplingSettings(guidance=[3, 1, 3, 3, 1, 1, 1], temperature=0))
+        patch.setattr(
+            type(patchify.transformer),
+            "forward",
+            lambda self, x, *a: (rows_seen.append(len(x)), forward(self, x, *a))[1],
+        )
+        scales = run(
+            patchify, patchify.texts("text"), settings=SamplingSettings(guidance=[3, 1, 3, 3, 1, 1, 1], temperature=0)
+        )
     assert [len(s.logits) for s in scales] == [2, 1, 2, 2, 1, 1, 1]
     assert rows_seen == [2, 2, 2, 2, 2, 1, 1, 1]
     assert kept == [(1, 2)]
 
 
 def test_dropping_rows_changes_nothing(patchify):
-    early = run(patchify, patchify.texts("text"), settings=SamplingSettings(guidance=[3, 3, 3, 3, 1, 1, 1], temperature=0))
+    early = run(
+        patchify, patchify.texts("text"), settings=SamplingSettings(guidance=[3, 3, 3, 3, 1, 1, 1], temperature=0)
+    )
     almost = [3, 3, 3, 3, 1 + 1e-12, 1 + 1e-12, 1 + 1e-12]  # too little to matter, enough to keep the row
     late = run(patchify, patchify.texts("text"), settings=SamplingSettings(guidance=almost, temperature=0))
     assert [len(s.logits) for s in late] == [2] * 7
@@ -134,7 +169,17 @@ def test_guidance_one_needs_no_unconditional_text(patchify, monkeypatch):
 
 def test_probability_of_a_bit_follows_temperature_guidance_and_top_p(patchify):
     settings = SamplingSettings(guidance=2.5, temperature=0.4, top_p=0.8)
-    scale = next(iter(sample(patchify.transformer, patchify["ref.vae_features"].float(), patchify.texts("text"), patchify.schedule, settings)))
+    scale = next(
+        iter(
+            sample(
+                patchify.transformer,
+                patchify["ref.vae_features"].float(),
+                patchify.texts("text"),
+                patchify.schedule,
+                settings,
+            )
+        )
+    )
     probabilities = (scale.logits[0] / 0.4 * 2.5 + scale.logits[1] / 0.4 * (1 - 2.5)).softmax(-1)[..., 1]
     expected = scale.on_grid(probabilities[None])
     expected = torch.where(expected <= 0.2, 0, torch.where(expected >= 0.8, 1, expected))
@@ -144,7 +189,9 @@ def test_probability_of_a_bit_follows_temperature_guidance_and_top_p(patchify):
 
 def test_draws_follow_the_probability(patchify):
     """Among bits of about the same probability, as many are 1 as it says (within 4.5 deviations)."""
-    scales = run(patchify, patchify.texts("text"), settings=SamplingSettings(guidance=1.0, temperature=1.0, top_p=1.0, seed=3))
+    scales = run(
+        patchify, patchify.texts("text"), settings=SamplingSettings(guidance=1.0, temperature=1.0, top_p=1.0, seed=3)
+    )
     p = torch.cat([s.probability.flatten() for s in scales]).double()
     bits = torch.cat([s.bits.flatten() for s in scales]).double()
     checked = 0
@@ -159,14 +206,18 @@ def test_draws_follow_the_probability(patchify):
 
 def test_one_seed_one_image_another_seed_another(patchify):
     settings = SamplingSettings(temperature=1.0)
-    first, again, other = (run(patchify, patchify.texts("text"), settings=dataclasses.replace(settings, seed=seed)) for seed in (5, 5, 6))
+    first, again, other = (
+        run(patchify, patchify.texts("text"), settings=dataclasses.replace(settings, seed=seed)) for seed in (5, 5, 6)
+    )
     assert all(torch.equal(a.bits, b.bits) for a, b in zip(first, again))
     assert any(not torch.equal(a.bits, b.bits) for a, b in zip(first, other))
 
 
 def test_forced_bits_steer_the_rest_and_the_sum(patchify):
     free, forced = run(patchify, patchify.texts("text")), []
-    for scale in sample(patchify.transformer, patchify["ref.vae_features"].float(), patchify.texts("text"), patchify.schedule, GREEDY):
+    for scale in sample(
+        patchify.transformer, patchify["ref.vae_features"].float(), patchify.texts("text"), patchify.schedule, GREEDY
+    ):
         if scale.index == 2:
             scale.bits = ~scale.bits
         forced.append(scale)
@@ -179,7 +230,13 @@ def test_forced_bits_steer_the_rest_and_the_sum(patchify):
 
 
 def test_log_odds_can_be_steered_before_the_draw(patchify):
-    for scale in sample(patchify.transformer, patchify["ref.vae_features"].float(), patchify.texts("text"), patchify.schedule, SamplingSettings()):
+    for scale in sample(
+        patchify.transformer,
+        patchify["ref.vae_features"].float(),
+        patchify.texts("text"),
+        patchify.schedule,
+        SamplingSettings(),
+    ):
         scale.log_odds = torch.full_like(scale.log_odds, 50.0)
         assert scale.bits.all()
 
@@ -227,7 +284,10 @@ def test_attention_is_the_injected_one_everywhere(patchify, monkeypatch):
         (lambda r: dict(texts=[torch.randn(600, 256)]), "600 text tokens but the model takes 512"),
         (lambda r: dict(features=torch.randn(1, 14, 30, 32)), "encode the image at 256x256"),
         (lambda r: dict(features=torch.randn(1, 16, 32, 32)), "with the model's tokenizer"),
-        (lambda r: dict(settings=SamplingSettings(guidance=[1, 2])), "guidance has 2 values but the edit runs 7 scales"),
+        (
+            lambda r: dict(settings=SamplingSettings(guidance=[1, 2])),
+            "guidance has 2 values but the edit runs 7 scales",
+        ),
     ],
 )
 def test_inputs_that_do_not_belong_together(patchify, change, message):
@@ -236,7 +296,9 @@ def test_inputs_that_do_not_belong_together(patchify, change, message):
         run(patchify, **arguments)
 
 
-@pytest.mark.parametrize("values", [dict(temperature=-1), dict(top_p=0.3), dict(top_p=1.5), dict(guidance=float("nan")), dict(seed=-1)])
+@pytest.mark.parametrize(
+    "values", [dict(temperature=-1), dict(top_p=0.3), dict(top_p=1.5), dict(guidance=float("nan")), dict(seed=-1)]
+)
 def test_settings_out_of_range(values):
     with pytest.raises(ValueError, match="must be"):
         SamplingSettings(**values)

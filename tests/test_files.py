@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import GOLDEN
 
-from varedit_core import load_autoencoder, load_transformer, weights as weights_module
+from varedit_core import load_autoencoder, load_transformer
+from varedit_core import weights as weights_module
 from varedit_core.checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER, canonical, select
 from varedit_core.convert import convert
 from varedit_core.info import inspect
@@ -35,7 +36,11 @@ def reference(published_file):
 @pytest.fixture(scope="module")
 def vae_state():
     prefix = "vae."
-    return {key[len(prefix) :]: tensor.float() for key, tensor in load_file(RECORD).items() if key.startswith(prefix) and tensor.is_floating_point()}
+    return {
+        key[len(prefix) :]: tensor.float()
+        for key, tensor in load_file(RECORD).items()
+        if key.startswith(prefix) and tensor.is_floating_point()
+    }
 
 
 def sharded(state, folder, suffix, shards=3):
@@ -52,11 +57,17 @@ def sharded(state, folder, suffix, shards=3):
 
 CONTAINERS = {
     "pth": lambda state, folder: torch.save(state, path := folder / "a.pth") or path,
-    "old pth, no zip": lambda state, folder: torch.save(state, path := folder / "a.pth", _use_new_zipfile_serialization=False) or path,
-    "nested training state": lambda state, folder: torch.save({"trainer": {"gpt_fsdp": state}, "epoch": 3, "args": None}, path := folder / "a.pt") or path,
+    "old pth, no zip": lambda state, folder: (
+        torch.save(state, path := folder / "a.pth", _use_new_zipfile_serialization=False) or path
+    ),
+    "nested training state": lambda state, folder: (
+        torch.save({"trainer": {"gpt_fsdp": state}, "epoch": 3, "args": None}, path := folder / "a.pt") or path
+    ),
     "safetensors": lambda state, folder: save_file(state, path := folder / "a.safetensors") or path,
     "folder with one file": lambda state, folder: save_file(state, folder / "a.safetensors") or folder,
-    "prefix": lambda state, folder: save_file({f"model.diffusion_model.{k}": v for k, v in state.items()}, path := folder / "a.safetensors") or path,
+    "prefix": lambda state, folder: (
+        save_file({f"model.diffusion_model.{k}": v for k, v in state.items()}, path := folder / "a.safetensors") or path
+    ),
     "sharded safetensors": lambda state, folder: sharded(state, folder / "s", "safetensors"),
     "sharded pickles": lambda state, folder: sharded(state, folder / "s", "bin"),
     "index file": lambda state, folder: sharded(state, folder / "s", "safetensors") / "model.safetensors.index.json",
@@ -72,7 +83,9 @@ def test_blocks_in_one_list(published_state, reference, tmp_path):
     """Training checkpoints without chunks name the blocks `blocks.N`."""
     import re
 
-    flat = {re.sub(r"block_chunks\.(\d+)\.module\.0", r"blocks.\1", key): tensor for key, tensor in published_state.items()}
+    flat = {
+        re.sub(r"block_chunks\.(\d+)\.module\.0", r"blocks.\1", key): tensor for key, tensor in published_state.items()
+    }
     torch.save(flat, tmp_path / "a.pth")
     assert same(load_transformer(tmp_path / "a.pth"), reference)
 
@@ -81,7 +94,9 @@ def test_biases_are_folded(published_state, reference):
     state, prefix = reference.state_dict(), "block_chunks.5.module.0."
     q, v = published_state[prefix + "sa.q_bias"], published_state[prefix + "sa.v_bias"]
     assert torch.equal(state["blocks.5.sa.mat_qkv.bias"], torch.cat((q, torch.zeros(128), v)))
-    assert torch.equal(state["blocks.5.ca.mat_kv.bias"], torch.cat((torch.zeros(128), published_state[prefix + "ca.v_bias"])))
+    assert torch.equal(
+        state["blocks.5.ca.mat_kv.bias"], torch.cat((torch.zeros(128), published_state[prefix + "ca.v_bias"]))
+    )
     assert torch.equal(state["blocks.5.ada_gss.weight"], published_state[prefix + "ada_gss"].reshape(6, 128))
 
 
@@ -102,7 +117,9 @@ def test_tokenizer_key_styles(vae_state, tmp_path, style):
 def test_dtype_reaches_the_blocks_only(published_file):
     state = load_transformer(published_file, dtype=torch.bfloat16).state_dict()
     low = {key for key, tensor in state.items() if tensor.dtype == torch.bfloat16}
-    assert low == {key for key in state if key.startswith("blocks.") and ("mat_" in key or ".proj." in key or ".ffn." in key)}
+    assert low == {
+        key for key in state if key.startswith("blocks.") and ("mat_" in key or ".proj." in key or ".ffn." in key)
+    }
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
@@ -143,7 +160,18 @@ def test_8bit_file_edits_like_its_dequantised_twin(patchify, tmp_path):
         if getattr(module, "weight_scale", None) is not None:
             twin.get_submodule(name).weight.copy_(module.weight.float() * module.weight_scale)
             twin.get_submodule(name).bias.copy_(module.bias)
-    runs = [list(sample(n, patchify["ref.vae_features"].float(), patchify.texts("text"), patchify.schedule, SamplingSettings(temperature=0))) for n in (network, twin)]
+    runs = [
+        list(
+            sample(
+                n,
+                patchify["ref.vae_features"].float(),
+                patchify.texts("text"),
+                patchify.schedule,
+                SamplingSettings(temperature=0),
+            )
+        )
+        for n in (network, twin)
+    ]
     for a, b in zip(*runs):
         torch.testing.assert_close(a.logits, b.logits, atol=1e-4, rtol=0)
 
@@ -295,13 +323,22 @@ def test_text_to_image_checkpoints_are_named(published_state, tmp_path, name):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: s.pop("block_chunks.3.module.0.ffn.fc2.weight"), ("lacks 1 tensors such as blocks.3.ffn.fc2.weight",)),
+        (
+            lambda s: s.pop("block_chunks.3.module.0.ffn.fc2.weight"),
+            ("lacks 1 tensors such as blocks.3.ffn.fc2.weight",),
+        ),
         (lambda s: s.pop("block_chunks.3.module.0.sa.q_bias"), ("lacks",)),
         (lambda s: s.pop("cfg_uncond"), ("not a complete VAREdit transformer", "cfg_uncond")),
         (lambda s: [s.pop(k) for k in list(s) if k.startswith("block_chunks.7.")], None),
         (lambda s: [s.pop(k) for k in list(s) if k.startswith("block_chunks.3.")], ("incomplete",)),
-        (lambda s: s.update({"block_chunks.0.module.0.sa.extra": torch.ones(3)}), ("1 unknown tensors such as blocks.0.sa.extra",)),
-        (lambda s: s.update({"head.weight": torch.ones(112, 64)}), ("head.weight of shape [112, 64] where [112, 128] was expected",)),
+        (
+            lambda s: s.update({"block_chunks.0.module.0.sa.extra": torch.ones(3)}),
+            ("1 unknown tensors such as blocks.0.sa.extra",),
+        ),
+        (
+            lambda s: s.update({"head.weight": torch.ones(112, 64)}),
+            ("head.weight of shape [112, 64] where [112, 128] was expected",),
+        ),
     ],
 )
 def test_never_a_part(published_state, tmp_path, change, words):
@@ -352,7 +389,9 @@ def test_a_header_that_lies(tmp_path):
 
 def test_select_and_canonical_agree_on_parts():
     weights = open_weights(RECORD)
-    assert "encoder.conv_in.weight" in canonical(weights, TOKENIZER) and "word_embed.weight" in select(weights, TRANSFORMER)
+    assert "encoder.conv_in.weight" in canonical(weights, TOKENIZER) and "word_embed.weight" in select(
+        weights, TRANSFORMER
+    )
     with pytest.raises(WeightError, match="not a T5 encoder such as"):
         select(weights, TEXT_ENCODER)
 

@@ -65,7 +65,12 @@ def test_size_and_alpha_come_back_exactly(width, height, method, transparent):
 
 
 @BOUNDED
-@given(st.integers(1, 4000), st.integers(1, 4000), st.sampled_from(["0.06M", "0.25M", "1M"]), st.sampled_from([1.0, 1.333, 0.4, 3.0]))
+@given(
+    st.integers(1, 4000),
+    st.integers(1, 4000),
+    st.sampled_from(["0.06M", "0.25M", "1M"]),
+    st.sampled_from([1.0, 1.333, 0.4, 3.0]),
+)
 def test_canvas_is_the_smallest_of_the_grids_shape(width, height, area, ratio):
     grid_height, grid_width = schedule_for(area, ratio).pixels
     wide, high = images._canvas_size((width, height), (grid_height, grid_width))
@@ -83,7 +88,9 @@ def test_square_pads_to_the_longer_side_and_aspect_to_the_nearest_table():
     assert aspect.padded_size == (300, 150)
 
 
-@pytest.mark.parametrize(("size", "white"), [((100, 50), (slice(140, None), slice(None))), ((50, 100), (slice(None), slice(140, None)))])
+@pytest.mark.parametrize(
+    ("size", "white"), [((100, 50), (slice(140, None), slice(None))), ((50, 100), (slice(None), slice(140, None)))]
+)
 def test_padding_is_white_and_at_the_right_or_bottom(size, white):
     rows, columns = white
     pixels = fit(load_image(Image.new("RGB", size)), "0.06M", "square").pixels[0]
@@ -164,7 +171,11 @@ def test_the_example_photograph_survives_the_round_trip():
     fitted = fit(source, "0.25M", "square")
     before, after = (np.array(i).astype(float) for i in (source.rgb, restore(fitted.pixels, fitted, "nearest")))
     assert before.shape == after.shape == (300, 451, 3)
-    errors = {(dy, dx): (np.roll(after, (dy, dx), (0, 1)) - before)[4:-4, 4:-4].std() for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
+    errors = {
+        (dy, dx): (np.roll(after, (dy, dx), (0, 1)) - before)[4:-4, 4:-4].std()
+        for dy in (-1, 0, 1)
+        for dx in (-1, 0, 1)
+    }
     assert errors.pop((0, 0)) < 1.5 and min(errors.values()) > 5
 
 
@@ -463,9 +474,16 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     assert first_pixel(load_image(path)) == (255, 0, 0)
 
 
-@pytest.mark.parametrize(("mode", "name", "says"), [
-    ("RGBA", "a.jpg", "PNG or WebP"), ("RGB", "a.xyz", r"\.png"), ("RGB", "a", r"\.png"), ("CMYK", "a.png", "CMYK"), ("I;16", "a.webp", "I;16"),
-])
+@pytest.mark.parametrize(
+    ("mode", "name", "says"),
+    [
+        ("RGBA", "a.jpg", "PNG or WebP"),
+        ("RGB", "a.xyz", r"\.png"),
+        ("RGB", "a", r"\.png"),
+        ("CMYK", "a.png", "CMYK"),
+        ("I;16", "a.webp", "I;16"),
+    ],
+)
 def test_nothing_is_flattened_or_guessed(tmp_path, mode, name, says):
     with pytest.raises(ValueError, match=says) as error:
         save_image(Image.new(mode, (2, 2)), tmp_path / "deep" / name)
@@ -492,7 +510,9 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, s
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(Image.Image, "save", half_written) if step == "encode" else monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(Image.Image, "save", half_written) if step == "encode" else monkeypatch.setattr(
+        os, "replace", fail
+    )
     with pytest.raises(OSError, match="disk full"):
         save_image(filled("RGB", "red"), path, overwrite=True)
     assert path.read_bytes() == b"precious" and os.listdir(tmp_path) == ["a.png"]

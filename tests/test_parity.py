@@ -17,7 +17,16 @@ def test_recorded_run(path):
     assert result.free_bits == 1.0
 
 
-@pytest.mark.parametrize("key", ["blocks.2.sa.scale_mul.weight", "blocks.0.sa.mat_qkv.bias", "lvl_embed.weight", "blocks.3.ada_gss.weight", "text_proj_for_sos.ca.mat_q.weight"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "blocks.2.sa.scale_mul.weight",
+        "blocks.0.sa.mat_qkv.bias",
+        "lvl_embed.weight",
+        "blocks.3.ada_gss.weight",
+        "text_proj_for_sos.ca.mat_q.weight",
+    ],
+)
 def test_a_wrong_weight_is_noticed(patchify, monkeypatch, key):
     parameter = patchify.transformer.state_dict()[key]
     saved = parameter.clone()

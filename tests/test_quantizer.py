@@ -9,7 +9,13 @@ from varedit_core.quantizer import area_resize, codes, decode, encode, from_toke
 from varedit_core.schedule import AREAS, TABLES, schedule_for
 
 
-@given(ratio=st.sampled_from(sorted(TABLES)), area=st.sampled_from(["0.06M", "0.25M"]), patch=st.sampled_from([1, 2]), bits=st.integers(1, 6), seed=st.integers(0, 99))
+@given(
+    ratio=st.sampled_from(sorted(TABLES)),
+    area=st.sampled_from(["0.06M", "0.25M"]),
+    patch=st.sampled_from([1, 2]),
+    bits=st.integers(1, 6),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=25, deadline=None)
 def test_encode_then_decode(ratio, area, patch, bits, seed):
     grids = latent_grids(schedule_for(area, ratio), patch)
@@ -22,7 +28,7 @@ def test_encode_then_decode(ratio, area, patch, bits, seed):
 def test_the_last_scale_lowers_the_residual():
     grids = latent_grids(schedule_for("0.06M"), 2)
     features = torch.randn(1, 14, *grids[-1], generator=torch.Generator().manual_seed(0)) * 0.5
-    errors = [(features - decode(encode(features, grids)[0][:k] , grids[-1])).norm() for k in range(1, len(grids) + 1)]
+    errors = [(features - decode(encode(features, grids)[0][:k], grids[-1])).norm() for k in range(1, len(grids) + 1)]
     assert errors[-1] < 0.6 * errors[0]
 
 

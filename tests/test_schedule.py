@@ -62,12 +62,23 @@ def test_rotary_angles():
     torch.testing.assert_close(sine[0], angles.sin(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("ratio", "expected"), [(1.0, 1.0), (300 / 451, 0.666), (10.0, 3.0), (0.01, 0.333), (16 / 9, 1.75), (9 / 16, 0.571)])
+@pytest.mark.parametrize(
+    ("ratio", "expected"), [(1.0, 1.0), (300 / 451, 0.666), (10.0, 3.0), (0.01, 0.333), (16 / 9, 1.75), (9 / 16, 0.571)]
+)
 def test_nearest_ratio(ratio, expected):
     assert nearest_ratio(ratio) == expected
 
 
-@pytest.mark.parametrize("call", [lambda: schedule_for("2M"), lambda: schedule_for("1M", 1.1), lambda: nearest_ratio(0), lambda: Schedule(1.0, ((2, 2),)), lambda: schedule_from([], 1.0)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: schedule_for("2M"),
+        lambda: schedule_for("1M", 1.1),
+        lambda: nearest_ratio(0),
+        lambda: Schedule(1.0, ((2, 2),)),
+        lambda: schedule_from([], 1.0),
+    ],
+)
 def test_wrong_choices(call):
     with pytest.raises(ValueError):
         call()

@@ -23,14 +23,32 @@ def folder(tmp_path_factory):
     """A random T5 v1.1 in the layout of flan-t5-xl's folder, decoder included, with a tokenizer."""
     folder = tmp_path_factory.mktemp("t5")
     letters = "abcdefghijklmnopqrstuvwxyz"
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in letters), ("▁the", -1.0), ("▁a", -1.0), ("in", -2.0)]
+    vocabulary = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -2.0),
+        *((c, -3.0) for c in letters),
+        ("▁the", -1.0),
+        ("▁a", -1.0),
+        ("in", -2.0),
+    ]
     tokenizer = Tokenizer(Unigram(vocabulary, unk_id=2))
     tokenizer.pre_tokenizer = Metaspace()
     tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer.enable_padding(length=64)
     tokenizer.save(str(folder / "tokenizer.json"))
     torch.manual_seed(0)
-    config = T5Config(vocab_size=len(vocabulary), d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu", decoder_start_token_id=0)
+    config = T5Config(
+        vocab_size=len(vocabulary),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=3,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+    )
     T5ForConditionalGeneration(config).save_pretrained(folder)
     return folder
 
@@ -46,14 +64,20 @@ def test_equals_the_padded_run(folder, encoder):
         ids = encoder.ids(prompt)
         padded = torch.tensor([ids + [0] * (512 - len(ids))])
         with torch.no_grad():
-            expected = reference(input_ids=padded, attention_mask=(torch.arange(512) < len(ids))[None]).last_hidden_state[0, : len(ids)]
+            expected = reference(
+                input_ids=padded, attention_mask=(torch.arange(512) < len(ids))[None]
+            ).last_hidden_state[0, : len(ids)]
         assert features.shape == (len(ids), 32) and ids[-1] == 1 and 0 not in ids
         torch.testing.assert_close(features, expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("style", ["encoder only", "without the encoder prefix", "embedding under the encoder"])
 def test_single_files(folder, encoder, tmp_path, style):
-    state = {key: tensor.clone() for key, tensor in T5EncoderModel.from_pretrained(folder).state_dict().items() if key != "encoder.embed_tokens.weight"}
+    state = {
+        key: tensor.clone()
+        for key, tensor in T5EncoderModel.from_pretrained(folder).state_dict().items()
+        if key != "encoder.embed_tokens.weight"
+    }
     if style == "without the encoder prefix":
         state = {key.removeprefix("encoder."): tensor for key, tensor in state.items()}
     if style == "embedding under the encoder":
@@ -68,7 +92,9 @@ def test_single_files(folder, encoder, tmp_path, style):
 def test_converted_folder(folder, encoder, tmp_path, precision, error):
     metadata = convert(folder, tmp_path / "t5.safetensors", precision)
     assert metadata["varedit.architecture"] == "t5-encoder" and metadata["varedit.precision"] == precision
-    for a, b in zip(load_text_encoder(tmp_path / "t5.safetensors", tokenizer=folder).encode(PROMPTS), encoder.encode(PROMPTS)):
+    for a, b in zip(
+        load_text_encoder(tmp_path / "t5.safetensors", tokenizer=folder).encode(PROMPTS), encoder.encode(PROMPTS)
+    ):
         assert (a - b).norm() <= error * b.norm()
         assert error == 0 or not torch.equal(a, b)
 
@@ -94,14 +120,27 @@ def test_empty_instruction(encoder):
 
 
 def test_missing_tokenizer(folder, tmp_path):
-    save_file({key: t.clone() for key, t in T5EncoderModel.from_pretrained(folder).state_dict().items() if "embed_tokens" not in key}, tmp_path / "t5.safetensors")
+    save_file(
+        {
+            key: t.clone()
+            for key, t in T5EncoderModel.from_pretrained(folder).state_dict().items()
+            if "embed_tokens" not in key
+        },
+        tmp_path / "t5.safetensors",
+    )
     with pytest.raises(WeightError, match="no tokenizer.json or spiece.model in"):
         load_text_encoder(tmp_path / "t5.safetensors")
 
 
-@pytest.mark.parametrize("lost", ["encoder.final_layer_norm.weight", "encoder.block.1.layer.1.DenseReluDense.wo.weight", "shared.weight"])
+@pytest.mark.parametrize(
+    "lost", ["encoder.final_layer_norm.weight", "encoder.block.1.layer.1.DenseReluDense.wo.weight", "shared.weight"]
+)
 def test_never_a_part(folder, tmp_path, lost):
-    state = {key: t.clone() for key, t in T5EncoderModel.from_pretrained(folder).state_dict().items() if key not in (lost, "encoder.embed_tokens.weight")}
+    state = {
+        key: t.clone()
+        for key, t in T5EncoderModel.from_pretrained(folder).state_dict().items()
+        if key not in (lost, "encoder.embed_tokens.weight")
+    }
     save_file(state, tmp_path / "t5.safetensors")
     with pytest.raises(WeightError, match="lacks|where"):
         load_text_encoder(tmp_path / "t5.safetensors", tokenizer=folder)
@@ -112,7 +151,14 @@ def test_sentencepiece_model(tmp_path):
 
     (tmp_path / "text").write_text("\n".join(PROMPTS * 30))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "spiece"), vocab_size=30, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2
+        input=str(tmp_path / "text"),
+        model_prefix=str(tmp_path / "spiece"),
+        vocab_size=30,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
     )
     tokenize = load_tokenizer(tmp_path)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))

@@ -43,7 +43,9 @@ class Resample(nn.Module):
 class Level(nn.Module):
     def __init__(self, width_in: int, width: int, blocks: int, ops, **kw) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResidualBlock(width_in if i == 0 else width, width, ops, **kw) for i in range(blocks))
+        self.block = nn.ModuleList(
+            ResidualBlock(width_in if i == 0 else width, width, ops, **kw) for i in range(blocks)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
@@ -115,7 +117,9 @@ class Autoencoder(nn.Module):
     operations: namespace of layers (see `operations`). dtype: of the weights and the computation.
     """
 
-    def __init__(self, config: AutoencoderConfig, operations=Operations, dtype: torch.dtype = torch.float32, device=None) -> None:
+    def __init__(
+        self, config: AutoencoderConfig, operations=Operations, dtype: torch.dtype = torch.float32, device=None
+    ) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
@@ -133,5 +137,7 @@ class Autoencoder(nn.Module):
 
 def _norm(width: int, ops, **kw) -> nn.Module:
     if width % 32 and width % 24:
-        raise ValueError(f"the tokenizer has a level of {width} channels; group normalisation needs a multiple of 32 or 24")
+        raise ValueError(
+            f"the tokenizer has a level of {width} channels; group normalisation needs a multiple of 32 or 24"
+        )
     return ops.GroupNorm(32 if width % 32 == 0 else 24, width, eps=1e-6, **kw)

@@ -44,7 +44,9 @@ _OTHERS = {
     "a LoRA": r".*\.lora_(A|B|up|down)\.weight",
 }
 # Beside encoder and decoder a tokenizer file may hold the quantiser's constants and what only training needs.
-_IGNORED_IN_TOKENIZER = re.compile(r"(quantizer?|quantize|image_disc|video_disc|image_discriminator|video_discriminator|perceptual_model|loss)\.")
+_IGNORED_IN_TOKENIZER = re.compile(
+    r"(quantizer?|quantize|image_disc|video_disc|image_discriminator|video_discriminator|perceptual_model|loss)\."
+)
 _SCALED = ".weight_scale"
 # Loose parameters of the published files that are embeddings here, and their rows (None: as many as there are).
 _VECTORS = {"scale_mul_1H11": 1, "ada_gss": 6, "pos_start": 1, "mat_q": 1, "cfg_uncond": None}
@@ -100,12 +102,16 @@ def _is_text_to_image(weights: Weights) -> bool:
 def transformer_recipes(weights: Weights) -> dict[str, Recipe]:
     """Canonical key -> recipe for a transformer, published or canonical."""
     chunks = {int(m[1]) for m in map(re.compile(r"block_chunks\.(\d+)\.").match, weights) if m}
-    per_chunk = 1 + max((int(m[1]) for m in map(re.compile(r"block_chunks\.0\.module\.(\d+)\.").match, weights) if m), default=0)
+    per_chunk = 1 + max(
+        (int(m[1]) for m in map(re.compile(r"block_chunks\.0\.module\.(\d+)\.").match, weights) if m), default=0
+    )
     if chunks and chunks != set(range(len(chunks))):
         raise WeightError(f"{weights.path} is incomplete: its block chunks are {sorted(chunks)}; download it again")
     recipes: dict[str, Recipe] = {}
     for key in weights:
-        name = re.sub(r"^block_chunks\.(\d+)\.module\.(\d+)\.", lambda m: f"blocks.{int(m[1]) * per_chunk + int(m[2])}.", key)
+        name = re.sub(
+            r"^block_chunks\.(\d+)\.module\.(\d+)\.", lambda m: f"blocks.{int(m[1]) * per_chunk + int(m[2])}.", key
+        )
         recipes.update(_transformer_recipe(weights, key, name))
     return recipes
 
@@ -159,7 +165,9 @@ def canonical(weights: Weights, part: str) -> Weights:
     return Weights(weights.path, meta, read, weights.metadata)
 
 
-def load_transformer(path: str | Path, operations=Operations, dtype: torch.dtype = torch.float32, device="cpu") -> Transformer:
+def load_transformer(
+    path: str | Path, operations=Operations, dtype: torch.dtype = torch.float32, device="cpu"
+) -> Transformer:
     """Load a transformer of any size; its sizes are read off the file.
 
     dtype: of the blocks (everything else is fp32). Tensors go to `device` one by one, so that the peak there
@@ -169,13 +177,17 @@ def load_transformer(path: str | Path, operations=Operations, dtype: torch.dtype
     return _filled(blank(weights, TRANSFORMER, operations, dtype), weights, device)
 
 
-def load_autoencoder(path: str | Path, operations=Operations, dtype: torch.dtype = torch.float32, device="cpu") -> Autoencoder:
+def load_autoencoder(
+    path: str | Path, operations=Operations, dtype: torch.dtype = torch.float32, device="cpu"
+) -> Autoencoder:
     """Load a tokenizer's autoencoder; its sizes are read off the file. Raises WeightError; never loads a part."""
     weights = canonical(open_weights(path), TOKENIZER)
     return _filled(blank(weights, TOKENIZER, operations, dtype), weights, device)
 
 
-def blank(weights: Weights, part: str, operations=Operations, dtype: torch.dtype = torch.float32) -> Transformer | Autoencoder:
+def blank(
+    weights: Weights, part: str, operations=Operations, dtype: torch.dtype = torch.float32
+) -> Transformer | Autoencoder:
     """The network that canonical weights belong to, on the meta device.
 
     Raises WeightError where the weights are not exactly those of such a network.
@@ -205,10 +217,20 @@ def _placed(wanted: dict[str, Tensor], weights: Weights, device) -> Iterator[tup
 def check(weights: Weights, wanted: dict[str, Sequence[int]]) -> None:
     """Raise WeightError unless the file has exactly the wanted keys and shapes (beside 8-bit scales)."""
     missing = sorted(wanted.keys() - weights.keys())
-    unknown = sorted(key for key in weights.keys() - wanted.keys() if not (key.endswith(_SCALED) and key.startswith("blocks.")))
+    unknown = sorted(
+        key for key in weights.keys() - wanted.keys() if not (key.endswith(_SCALED) and key.startswith("blocks."))
+    )
     if missing or unknown:
-        problem = f"lacks {len(missing)} tensors such as {missing[0]}" if missing else f"has {len(unknown)} unknown tensors such as {unknown[0]}"
-        raise WeightError(f"{weights.path} {problem}; it is incomplete or of another architecture, so nothing was loaded")
+        problem = (
+            f"lacks {len(missing)} tensors such as {missing[0]}"
+            if missing
+            else f"has {len(unknown)} unknown tensors such as {unknown[0]}"
+        )
+        raise WeightError(
+            f"{weights.path} {problem}; it is incomplete or of another architecture, so nothing was loaded"
+        )
     for key, shape in wanted.items():
         if weights.meta[key].shape != torch.Size(shape):
-            raise WeightError(f"{weights.path} has {key} of shape {list(weights.meta[key].shape)} where {list(shape)} was expected; nothing was loaded")
+            raise WeightError(
+                f"{weights.path} has {key} of shape {list(weights.meta[key].shape)} where {list(shape)} was expected; nothing was loaded"
+            )

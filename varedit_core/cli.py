@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from .convert import PRECISIONS, convert
-from .defaults import FIT, NEGATIVE_PROMPT, SIZE, SamplingSettings
+from .defaults import DEFAULT_SETTINGS, FIT, NEGATIVE_PROMPT, SIZE, SamplingSettings
 from .images import FITS, FittedImage, load_image, save_image
 from .images import fit as fit_image
 from .info import inspect
@@ -29,17 +29,25 @@ from .sampling import Scale
 from .schedule import AREAS, schedule_for
 from .weights import open_weights
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Edit images by instruction with VAREdit.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Edit images by instruction with VAREdit.",
+)
 console = Console(stderr=True)
 
 SIZES = {str(schedule_for(area).pixels[0]): area for area in AREAS} | {area: area for area in AREAS}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DEFAULTS = SamplingSettings()
 
 
 def main() -> None:
     """Entry point: one sentence on standard error instead of a traceback for errors the user can mend."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_time=False, show_path=False)])
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=console, show_time=False, show_path=False)],
+    )
     try:
         app()
     except (ValueError, OSError) as error:
@@ -51,7 +59,9 @@ def _per_scale(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is neither a number nor a comma-separated list of one number a scale") from None
+        raise typer.BadParameter(
+            f"{text!r} is neither a number nor a comma-separated list of one number a scale"
+        ) from None
 
 
 def _choice(text: str, table: dict, name: str):
@@ -62,7 +72,12 @@ def _choice(text: str, table: dict, name: str):
 
 @contextmanager
 def _progress():
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield progress
 
@@ -79,11 +94,27 @@ class _Watcher:
         height, width = scale.grid
         tokens = fitted[0].schedule.tokens
         bits = scale.bits  # drawn here, so that a scale's seconds hold its own draw
-        self.scales.append({"scale": scale.index + 1, "grid": [height, width], "seconds": round(time.perf_counter() - self.begin, 4), "ones": round(bits.float().mean().item(), 4)})
-        self.progress.update(self.task, description=f"scale {scale.index + 1}/{scale.count} ({height}x{width})", total=sum(tokens), completed=sum(tokens[: scale.index + 1]))
+        self.scales.append(
+            {
+                "scale": scale.index + 1,
+                "grid": [height, width],
+                "seconds": round(time.perf_counter() - self.begin, 4),
+                "ones": round(bits.float().mean().item(), 4),
+            }
+        )
+        self.progress.update(
+            self.task,
+            description=f"scale {scale.index + 1}/{scale.count} ({height}x{width})",
+            total=sum(tokens),
+            completed=sum(tokens[: scale.index + 1]),
+        )
         if self.folder:
             for picture in self.editor.decode(scale.running_sum, fitted):
-                save_image(picture, self.folder / f"{self.stem}-scale-{scale.index + 1:02d}-{height}x{width}.png", overwrite=True)
+                save_image(
+                    picture,
+                    self.folder / f"{self.stem}-scale-{scale.index + 1:02d}-{height}x{width}.png",
+                    overwrite=True,
+                )
         self.begin = time.perf_counter()
 
 
@@ -92,19 +123,36 @@ def edit(
     image: Annotated[Path, typer.Argument(help="Picture to edit.")],
     instruction: Annotated[str, typer.Argument(help="What to change, in words.")] = "",
     model: Annotated[Path, typer.Option(help="Transformer: .safetensors, .pth or a sharded folder.")] = ...,
-    vae: Annotated[Optional[Path], typer.Option(help="Tokenizer file; by default the model file, where it holds both.")] = None,
+    vae: Annotated[
+        Optional[Path], typer.Option(help="Tokenizer file; by default the model file, where it holds both.")
+    ] = None,
     text_encoder: Annotated[Optional[Path], typer.Option(help="T5 encoder: a Hugging Face folder or one file.")] = None,
-    tokenizer: Annotated[Optional[Path], typer.Option(help="Folder or file of the text encoder's tokenizer, if not with its weights.")] = None,
-    features: Annotated[Optional[str], typer.Option(help="FILE:KEY with text features to use in place of an instruction.")] = None,
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Result; by default beside the picture, as NAME-edited.png.")] = None,
+    tokenizer: Annotated[
+        Optional[Path], typer.Option(help="Folder or file of the text encoder's tokenizer, if not with its weights.")
+    ] = None,
+    features: Annotated[
+        Optional[str], typer.Option(help="FILE:KEY with text features to use in place of an instruction.")
+    ] = None,
+    output: Annotated[
+        Optional[Path],
+        typer.Option("--output", "-o", help="Result; by default beside the picture, as NAME-edited.png."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output file if it exists.")] = False,
     size: Annotated[str, typer.Option(help=f"Working size: {', '.join(SIZES)}.")] = SIZE,
     fit: Annotated[str, typer.Option(help="square (as published) or aspect (experimental).")] = FIT,
-    guidance: Annotated[str, typer.Option(help="Classifier-free guidance; one number, or one a scale.")] = f"{DEFAULTS.guidance:g}",
-    temperature: Annotated[str, typer.Option(help="Temperature; 0 is greedy; one number, or one a scale.")] = f"{DEFAULTS.temperature:g}",
-    top_p: Annotated[str, typer.Option(help="Drop bit values of probability <= 1 - top_p.")] = f"{DEFAULTS.top_p:g}",
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = DEFAULTS.seed,
-    negative: Annotated[str, typer.Option(help="Negative prompt, in place of the learned unconditional features.")] = NEGATIVE_PROMPT,
+    guidance: Annotated[
+        str, typer.Option(help="Classifier-free guidance; one number, or one a scale.")
+    ] = f"{DEFAULT_SETTINGS.guidance:g}",
+    temperature: Annotated[
+        str, typer.Option(help="Temperature; 0 is greedy; one number, or one a scale.")
+    ] = f"{DEFAULT_SETTINGS.temperature:g}",
+    top_p: Annotated[
+        str, typer.Option(help="Drop bit values of probability <= 1 - top_p.")
+    ] = f"{DEFAULT_SETTINGS.top_p:g}",
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = DEFAULT_SETTINGS.seed,
+    negative: Annotated[
+        str, typer.Option(help="Negative prompt, in place of the learned unconditional features.")
+    ] = NEGATIVE_PROMPT,
     device: Annotated[Optional[str], typer.Option(help="cuda, cpu, mps; by default cuda where there is one.")] = None,
     dtype: Annotated[Optional[str], typer.Option(help=f"Of the transformer's blocks: {', '.join(DTYPES)}.")] = None,
     preview_dir: Annotated[Optional[Path], typer.Option(help="Write every scale's picture into this folder.")] = None,
@@ -134,9 +182,19 @@ def edit(
         (result,) = editor.edit([source.source], prompts, [negative], area, fit, settings, watcher)
     edited = time.perf_counter()
     save_image(result, target, overwrite, source.source.icc_profile)
-    console.print(f"{target} ({result.width}x{result.height}) in {edited - loaded:.1f} s after {loaded - begin:.1f} s of loading", soft_wrap=True, highlight=False)
+    console.print(
+        f"{target} ({result.width}x{result.height}) in {edited - loaded:.1f} s after {loaded - begin:.1f} s of loading",
+        soft_wrap=True,
+        highlight=False,
+    )
     if report:
-        facts = {"output": str(target), "size": list(result.size), "pixels": list(source.schedule.pixels), "fit": fit, **asdict(settings)}
+        facts = {
+            "output": str(target),
+            "size": list(result.size),
+            "pixels": list(source.schedule.pixels),
+            "fit": fit,
+            **asdict(settings),
+        }
         times = {"load_seconds": round(loaded - begin, 4), "edit_seconds": round(edited - loaded, 4)}
         print(json.dumps({**facts, **times, "device": str(editor.device), "scales": watcher.scales}))
 
@@ -145,7 +203,9 @@ def _features(name: str) -> torch.Tensor:
     path, _, key = name.rpartition(":")
     weights = open_weights(path)
     if key not in weights:
-        raise ValueError(f"{path} has no tensor {key}; it has {', '.join(sorted(k for k in weights if len(weights.shapes[k]) == 2)[:3])}, ...")
+        raise ValueError(
+            f"{path} has no tensor {key}; it has {', '.join(sorted(k for k in weights if len(weights.shapes[k]) == 2)[:3])}, ..."
+        )
     return weights[key].float()
 
 
@@ -167,16 +227,25 @@ def info(
 
 @app.command(name="convert")
 def convert_command(
-    source: Annotated[Path, typer.Argument(help=".pth, .safetensors or a sharded folder: transformer, tokenizer or text encoder.")],
+    source: Annotated[
+        Path, typer.Argument(help=".pth, .safetensors or a sharded folder: transformer, tokenizer or text encoder.")
+    ],
     target: Annotated[Path, typer.Argument(help="Result, ending in .safetensors.")],
-    precision: Annotated[str, typer.Option(help=f"Of the blocks' matrices: {', '.join(PRECISIONS)} (fp8: one scale a matrix).")] = "bf16",
+    precision: Annotated[
+        str, typer.Option(help=f"Of the blocks' matrices: {', '.join(PRECISIONS)} (fp8: one scale a matrix).")
+    ] = "bf16",
     overwrite: Annotated[bool, typer.Option(help="Replace the target if it exists.")] = False,
 ) -> None:
     """Convert weights to safetensors, a tensor at a time."""
     with _progress() as progress:
         task = progress.add_task("converting", total=None)
-        metadata = convert(source, target, precision, overwrite, lambda done, total: progress.update(task, completed=done, total=total))
-    console.print(f"{target}: {metadata['varedit.architecture']}, {metadata['varedit.precision']}, {target.stat().st_size / 1e9:.2f} GB", soft_wrap=True)
+        metadata = convert(
+            source, target, precision, overwrite, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    console.print(
+        f"{target}: {metadata['varedit.architecture']}, {metadata['varedit.precision']}, {target.stat().st_size / 1e9:.2f} GB",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -199,13 +268,33 @@ def parity(
 
 def _print_parity(result: Parity) -> None:
     table = Table(title=f"{Path(result.file).name} ({result.dtype})", title_justify="left")
-    for heading in ("scale", "tokens", "largest logit error", "equal bits, record's history", "of these beyond the margin", "equal bits, free run"):
+    for heading in (
+        "scale",
+        "tokens",
+        "largest logit error",
+        "equal bits, record's history",
+        "of these beyond the margin",
+        "equal bits, free run",
+    ):
         table.add_column(heading, justify="right")
     for index, row in enumerate(result.scales, start=1):
         error = "-" if row.logit_error is None else f"{row.logit_error:.1e}"
-        table.add_row(str(index), f"{row.grid[0]}x{row.grid[1]}", error, f"{row.forced:.4%}", f"{row.forced_beyond_margin:.4%}", f"{row.free:.4%}")
+        table.add_row(
+            str(index),
+            f"{row.grid[0]}x{row.grid[1]}",
+            error,
+            f"{row.forced:.4%}",
+            f"{row.forced_beyond_margin:.4%}",
+            f"{row.free:.4%}",
+        )
     out = Console(width=max(Console().width, 110))
     out.print(table)
     out.print("; ".join(f"{name} {value:.2g}" for name, value in result.errors.items()), highlight=False)
-    verdict = f"FAILED: {'; '.join(result.failures)}" if result.failures else "reported, not judged" if result.dtype != "float32" else "passed"
+    verdict = (
+        f"FAILED: {'; '.join(result.failures)}"
+        if result.failures
+        else "reported, not judged"
+        if result.dtype != "float32"
+        else "passed"
+    )
     out.print(f"free run {result.free_bits:.4%} equal; {verdict}\n", highlight=False)

@@ -85,7 +85,8 @@ class AutoencoderConfig:
             decoder_widths=_widths(shapes, "decoder.up"),
             encoder_blocks=_count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
             decoder_blocks=_count(shapes, r"decoder\.up\.0\.block\.(\d+)\."),
-            stride=2 ** sum(re.fullmatch(r"encoder\.down\.\d+\.downsample\.conv\.weight", key) is not None for key in shapes),
+            stride=2
+            ** sum(re.fullmatch(r"encoder\.down\.\d+\.downsample\.conv\.weight", key) is not None for key in shapes),
         )
 
 

@@ -25,7 +25,14 @@ from .weights import WeightError, Weights, open_weights
 PRECISIONS = ("fp32", "bf16", "fp8")
 ARCHITECTURES = {TRANSFORMER: "varedit", TOKENIZER: "varedit-tokenizer", TEXT_ENCODER: "t5-encoder"}
 
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3", torch.uint8: "U8", torch.int64: "I64"}
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8",
+    torch.int64: "I64",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,13 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def convert(source: str | Path, target: str | Path, precision: str = "bf16", overwrite: bool = False, on_tensor: Callable[[int, int], None] | None = None) -> dict[str, str]:
+def convert(
+    source: str | Path,
+    target: str | Path,
+    precision: str = "bf16",
+    overwrite: bool = False,
+    on_tensor: Callable[[int, int], None] | None = None,
+) -> dict[str, str]:
     """Convert a transformer, tokenizer or text encoder file or folder; returns the metadata written.
 
     precision: "fp32", "bf16", or "fp8" (float8_e4m3fn with one fp32 scale a matrix). on_tensor(done, total):
@@ -58,7 +71,9 @@ def convert(source: str | Path, target: str | Path, precision: str = "bf16", ove
         raise FileExistsError(f"{target} exists; choose another name or allow overwriting")
     part, _ = part_of(open_weights(source))
     if part is None:
-        raise WeightError(f"{source} is {describe(open_weights(source))}; expected a VAREdit transformer, a tokenizer or a T5 encoder")
+        raise WeightError(
+            f"{source} is {describe(open_weights(source))}; expected a VAREdit transformer, a tokenizer or a T5 encoder"
+        )
     weights = _open(source, part)
     plan = _plan(weights, part, precision)
     metadata = _metadata(plan, part, precision, source)
@@ -92,7 +107,11 @@ def _plan(weights: Weights, part: str, precision: str) -> dict[str, Entry]:
 
 
 def _dtype(part: str, key: str, meta: Tensor, precision: str) -> torch.dtype:
-    block = re.match(r"(encoder\.)?block\.", key) if part == TEXT_ENCODER else re.match(r"blocks\.\d+\.(sa\.mat|sa\.proj|ca\.mat|ca\.proj|ffn)", key)
+    block = (
+        re.match(r"(encoder\.)?block\.", key)
+        if part == TEXT_ENCODER
+        else re.match(r"blocks\.\d+\.(sa\.mat|sa\.proj|ca\.mat|ca\.proj|ffn)", key)
+    )
     if not meta.is_floating_point():
         return meta.dtype
     if part == TOKENIZER or precision == "fp32" or not (block or part == TEXT_ENCODER):
@@ -102,9 +121,15 @@ def _dtype(part: str, key: str, meta: Tensor, precision: str) -> torch.dtype:
 
 
 def _metadata(plan: Mapping[str, Entry], part: str, precision: str, source: Path) -> dict[str, str]:
-    metadata = {"format": "pt", "varedit.architecture": ARCHITECTURES[part], "varedit.precision": "fp32" if part == TOKENIZER else precision}
+    metadata = {
+        "format": "pt",
+        "varedit.architecture": ARCHITECTURES[part],
+        "varedit.precision": "fp32" if part == TOKENIZER else precision,
+    }
     metadata["varedit.converted_from"] = source.name
-    layers = {key.removesuffix(".weight"): {"format": "float8_e4m3fn"} for key, entry in plan.items() if entry.role == "8-bit"}
+    layers = {
+        key.removesuffix(".weight"): {"format": "float8_e4m3fn"} for key, entry in plan.items() if entry.role == "8-bit"
+    }
     if layers:
         metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
     return metadata
@@ -114,7 +139,9 @@ def _check_space(target: Path, needed: int) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < needed:
-        raise ValueError(f"{target.parent} has {free / 1e9:.1f} GB free but the result takes {needed / 1e9:.1f} GB; choose another disk")
+        raise ValueError(
+            f"{target.parent} has {free / 1e9:.1f} GB free but the result takes {needed / 1e9:.1f} GB; choose another disk"
+        )
 
 
 def _tensors(weights: Weights, plan: Mapping[str, Entry]) -> Iterator[Tensor]:
@@ -133,11 +160,17 @@ def _tensors(weights: Weights, plan: Mapping[str, Entry]) -> Iterator[Tensor]:
         yield tensor.to(entry.dtype)
 
 
-def _write(target: Path, plan: Mapping[str, Entry], metadata: dict[str, str], tensors: Iterator[Tensor], total: int, on_tensor) -> None:
+def _write(
+    target: Path, plan: Mapping[str, Entry], metadata: dict[str, str], tensors: Iterator[Tensor], total: int, on_tensor
+) -> None:
     """The safetensors layout: header length, JSON header, tensors in the header's order."""
     header, begin = {"__metadata__": metadata}, 0
     for key, entry in plan.items():
-        header[key] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, begin + entry.nbytes]}
+        header[key] = {
+            "dtype": _NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [begin, begin + entry.nbytes],
+        }
         begin += entry.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -49,3 +49,6 @@ class SamplingSettings:
 
 def _values(value: PerScale) -> list[float]:
     return [float(v) for v in value] if isinstance(value, Sequence) else [float(value)]
+
+
+DEFAULT_SETTINGS = SamplingSettings()

@@ -90,7 +90,9 @@ def fit(source: SourceImage, area: str, method: str) -> FittedImage:
     schedule = schedule_for(area, 1.0 if method == "square" else nearest_ratio(height / width))
     padded_size = _canvas_size(source.size, schedule.pixels)
     if padded_size[0] * padded_size[1] > MAX_CANVAS_PIXELS:
-        raise ValueError(f"a {width}x{height} image needs a canvas of {padded_size[0]}x{padded_size[1]}; make it smaller")
+        raise ValueError(
+            f"a {width}x{height} image needs a canvas of {padded_size[0]}x{padded_size[1]}; make it smaller"
+        )
     canvas = Image.new("RGB", padded_size, "white")
     canvas.paste(source.rgb)
     resized = canvas.resize(schedule.pixels[::-1], Image.Resampling.LANCZOS)
@@ -106,7 +108,9 @@ def restore(pixels: Tensor, fitted: FittedImage, rounding: str = PUBLISHED_ROUND
     """
     height, width = fitted.schedule.pixels
     if tuple(pixels.shape) not in ((3, height, width), (1, 3, height, width)):
-        raise ValueError(f"pixels are {list(pixels.shape)} but must be [3, {height}, {width}], one image; pass them one by one")
+        raise ValueError(
+            f"pixels are {list(pixels.shape)} but must be [3, {height}, {width}], one image; pass them one by one"
+        )
     array = to_uint8(pixels, rounding).reshape(3, height, width).permute(1, 2, 0).cpu().numpy()
     padded = Image.fromarray(np.ascontiguousarray(array)).resize(fitted.padded_size, Image.Resampling.LANCZOS)
     image = padded.crop((0, 0, *fitted.source.size))
@@ -128,7 +132,9 @@ def to_uint8(pixels: Tensor, rounding: str = PUBLISHED_ROUNDING) -> Tensor:
     return (levels.round() if rounding == "nearest" else levels).to(torch.uint8)
 
 
-def save_image(image: Image.Image, path: str | os.PathLike[str], overwrite: bool = False, icc_profile: bytes | None = None) -> None:
+def save_image(
+    image: Image.Image, path: str | os.PathLike[str], overwrite: bool = False, icc_profile: bytes | None = None
+) -> None:
     """Write an L, RGB or RGBA image in the format of the path's suffix; the file appears whole or not at all.
 
     Makes missing folders. Raises FileExistsError where a file exists and overwrite is False, ValueError for

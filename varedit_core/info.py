@@ -26,13 +26,22 @@ def inspect(path: str | Path) -> dict:
         if sizes:
             facts[part] = sizes
     if part_of(weights)[0] == TRANSFORMER and TRANSFORMER in facts:
-        facts["is"] = f"a {TRANSFORMER}, {_name(facts[TRANSFORMER])}" + (" with its tokenizer" if TOKENIZER in facts else "")
+        facts["is"] = f"a {TRANSFORMER}, {_name(facts[TRANSFORMER])}" + (
+            " with its tokenizer" if TOKENIZER in facts else ""
+        )
     sizes = [math.prod(meta.shape) for meta in weights.meta.values()]
     types = Counter[str]()
     for meta, count in zip(weights.meta.values(), sizes):
         types[str(meta.dtype).removeprefix("torch.")] += count
     bytes_ = sum(meta.dtype.itemsize * count for meta, count in zip(weights.meta.values(), sizes))
-    return {**facts, "tensors": len(weights), "parameters": sum(sizes), "types": dict(types), "bytes": bytes_, "metadata": weights.metadata}
+    return {
+        **facts,
+        "tensors": len(weights),
+        "parameters": sum(sizes),
+        "types": dict(types),
+        "bytes": bytes_,
+        "metadata": weights.metadata,
+    }
 
 
 def _sizes(weights: Weights, part: str, kind) -> dict | None:

@@ -41,7 +41,9 @@ class KeyValueStore:
     depth, heads, head_size: of the transformer. rows: R. Allocates `nbytes(...)` at once.
     """
 
-    def __init__(self, schedule: Schedule, depth: int, rows: int, heads: int, head_size: int, dtype: torch.dtype, device) -> None:
+    def __init__(
+        self, schedule: Schedule, depth: int, rows: int, heads: int, head_size: int, dtype: torch.dtype, device
+    ) -> None:
         self.schedule = schedule
         self.source = schedule.tokens[-1]
         size = (rows, heads, self.source + sum(schedule.tokens[:-1]), head_size)
@@ -94,7 +96,13 @@ class KeyValueStore:
         # Pooled from k and v as they arrive (k still in fp32) and stored in the compute dtype after it.
         def pool(x: Tensor) -> Tensor:
             maps = x.transpose(2, 3).flatten(1, 2).unflatten(2, self.schedule.grids[-1])
-            return area_resize(maps, grid).flatten(2).unflatten(1, (x.shape[1], x.shape[3])).transpose(2, 3).to(self.keys[0].dtype)
+            return (
+                area_resize(maps, grid)
+                .flatten(2)
+                .unflatten(1, (x.shape[1], x.shape[3]))
+                .transpose(2, 3)
+                .to(self.keys[0].dtype)
+            )
 
         return pool(k), pool(v)
 

@@ -79,7 +79,9 @@ class Record:
         """Raises WeightError where the file is no record or names weights that are not there."""
         weights = open_weights(path)
         if "in.image_u8" not in weights or "scale_schedule" not in weights.metadata:
-            raise WeightError(f"{path} is not a recorded run (it lacks in.image_u8 or scale_schedule); see docs/MODEL.md for the format")
+            raise WeightError(
+                f"{path} is not a recorded run (it lacks in.image_u8 or scale_schedule); see docs/MODEL.md for the format"
+            )
         files = {}
         for part in ("transformer", "vae"):
             name = weights.metadata.get(f"{part}_weights", "self")
@@ -117,7 +119,14 @@ class Record:
 
     def run(self, features: Tensor, on_scale: Callable[[Scale, Tensor], None]) -> Tensor:
         """A greedy run from `features`; on_scale gets every scale and its recorded bits. Returns the final sum."""
-        for scale in sample(self.transformer, features, self.texts("text"), self.schedule, self.settings(), self.texts("negative") or None):
+        for scale in sample(
+            self.transformer,
+            features,
+            self.texts("text"),
+            self.schedule,
+            self.settings(),
+            self.texts("negative") or None,
+        ):
             on_scale(scale, self.bits("bits", scale.index, scale.log_odds.shape))
         return scale.running_sum
 
@@ -131,7 +140,9 @@ def compare(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") 
     # cuDNN's TF32 convolutions would hide what is compared here.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         record = Record.open(path, dtype, device)
-        result = Parity(str(path), str(dtype).removeprefix("torch."), [ScaleParity(grid) for grid in record.schedule.grids])
+        result = Parity(
+            str(path), str(dtype).removeprefix("torch."), [ScaleParity(grid) for grid in record.schedule.grids]
+        )
         features = _compare_tokenizer(record, result)
         _compare_forced(record, features, result)
         _compare_free(record, features, result)
@@ -145,7 +156,9 @@ def _compare_tokenizer(record: Record, result: Parity) -> Tensor:
     reference = record["ref.vae_features"].float()
     result.errors["vae_features"] = _error(features, reference)
     patch = grids[-1][0] // record.schedule.grids[-1][0]
-    result.errors["source_prefix"] = _error(to_tokens(area_resize(reference, grids[-1]), patch), record["ref.source_prefix"])
+    result.errors["source_prefix"] = _error(
+        to_tokens(area_resize(reference, grids[-1]), patch), record["ref.source_prefix"]
+    )
     bits = [record.bits("tokenizer_bits", k, (*reference.shape[:2], *grid)) for k, grid in enumerate(grids)]
     total, wrong = torch.zeros_like(reference), 0
     for grid, recorded in zip(grids, bits):
@@ -155,7 +168,9 @@ def _compare_tokenizer(record: Record, result: Parity) -> Tensor:
     result.errors["tokenizer_bits_wrong"] = float(wrong)
     result.errors["tokenizer_features"] = _error(decode(bits, grids[-1]), record["ref.tokenizer_features"])
     if "ref.tokenizer_image" in record.weights:
-        result.errors["tokenizer_image"] = _error(record.autoencoder.decode(record["ref.tokenizer_features"]), record["ref.tokenizer_image"].float())
+        result.errors["tokenizer_image"] = _error(
+            record.autoencoder.decode(record["ref.tokenizer_features"]), record["ref.tokenizer_image"].float()
+        )
     return features
 
 
@@ -198,7 +213,14 @@ def _compare_free(record: Record, features: Tensor, result: Parity) -> None:
 
 
 def _judge(result: Parity) -> None:
-    limits = {"vae_features": FEATURES, "source_prefix": FEATURES, "tokenizer_features": FEATURES, "tokenizer_bits_wrong": 0.0, "tokenizer_image": HALF, "edited_image_levels": 1.0}
+    limits = {
+        "vae_features": FEATURES,
+        "source_prefix": FEATURES,
+        "tokenizer_features": FEATURES,
+        "tokenizer_bits_wrong": 0.0,
+        "tokenizer_image": HALF,
+        "edited_image_levels": 1.0,
+    }
     for name, value in result.errors.items():
         if not value <= limits[name]:
             result.failures.append(f"{name} is off by {value:.2g} (allowed {limits[name]:g})")
@@ -206,9 +228,13 @@ def _judge(result: Parity) -> None:
         if row.logit_error is not None and not row.logit_error <= LOGITS:
             result.failures.append(f"scale {index}: logits are off by {row.logit_error:.2g} (allowed {LOGITS:g})")
         if row.forced_beyond_margin < 1:
-            result.failures.append(f"scale {index}: bits beyond the margin differ ({row.forced_beyond_margin:.4%} equal)")
+            result.failures.append(
+                f"scale {index}: bits beyond the margin differ ({row.forced_beyond_margin:.4%} equal)"
+            )
     if result.free_bits < FREE_BITS:
-        result.failures.append(f"only {result.free_bits:.4%} of the free run's bits are equal (at least {FREE_BITS:.1%} needed)")
+        result.failures.append(
+            f"only {result.free_bits:.4%} of the free run's bits are equal (at least {FREE_BITS:.1%} needed)"
+        )
 
 
 def _share(equal: Tensor) -> float:
@@ -217,5 +243,7 @@ def _share(equal: Tensor) -> float:
 
 def _error(value: Tensor, reference: Tensor) -> float:
     if value.shape != reference.shape:
-        raise WeightError(f"the record's shape {tuple(reference.shape)} differs from ours, {tuple(value.shape)}; it belongs to another network")
+        raise WeightError(
+            f"the record's shape {tuple(reference.shape)} differs from ours, {tuple(value.shape)}; it belongs to another network"
+        )
     return (value.float() - reference.float()).abs().max().item()

@@ -13,7 +13,7 @@ from torch import Tensor
 from .autoencoder import Autoencoder
 from .checkpoints import load_autoencoder, load_transformer
 from .config import patch_size
-from .defaults import FIT, SIZE, SamplingSettings
+from .defaults import DEFAULT_SETTINGS, FIT, SIZE, SamplingSettings
 from .images import FittedImage, SourceImage, fit, load_image, restore
 from .sampling import Scale, sample
 from .text import TextEncoder, load_text_encoder
@@ -25,13 +25,23 @@ Picture = str | Path | Image.Image | SourceImage
 class Editor:
     """A transformer, its tokenizer and (unless text features are given) a text encoder, on one device."""
 
-    def __init__(self, transformer: Transformer, autoencoder: Autoencoder, text: TextEncoder | None = None, device="cpu") -> None:
+    def __init__(
+        self, transformer: Transformer, autoencoder: Autoencoder, text: TextEncoder | None = None, device="cpu"
+    ) -> None:
         patch_size(transformer.config, autoencoder.config)
         self.transformer, self.autoencoder, self.text = transformer, autoencoder, text
         self.device = torch.device(device)
 
     @classmethod
-    def load(cls, transformer: str | Path, autoencoder: str | Path, text_encoder: str | Path | None = None, tokenizer=None, device=None, dtype=None) -> Editor:
+    def load(
+        cls,
+        transformer: str | Path,
+        autoencoder: str | Path,
+        text_encoder: str | Path | None = None,
+        tokenizer=None,
+        device=None,
+        dtype=None,
+    ) -> Editor:
         """Load the parts from files (see `checkpoints` and `text`). Raises WeightError.
 
         device: CUDA where there is one by default. dtype: of the transformer's blocks; bf16 on CUDA, else fp32.
@@ -39,8 +49,12 @@ class Editor:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         on_cuda = device.type == "cuda"
-        text = text_encoder and load_text_encoder(text_encoder, tokenizer, torch.float16 if on_cuda else torch.float32, device)
-        network = load_transformer(transformer, dtype=dtype or (torch.bfloat16 if on_cuda else torch.float32), device=device)
+        text = text_encoder and load_text_encoder(
+            text_encoder, tokenizer, torch.float16 if on_cuda else torch.float32, device
+        )
+        network = load_transformer(
+            transformer, dtype=dtype or (torch.bfloat16 if on_cuda else torch.float32), device=device
+        )
         return cls(network, load_autoencoder(autoencoder, device=device), text or None, device)
 
     def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -61,7 +75,10 @@ class Editor:
     @torch.no_grad()
     def decode(self, latents_BdHW: Tensor, images: Sequence[FittedImage]) -> list[Image.Image]:
         """Pictures of a running sum, each of exactly its input's size, alpha kept."""
-        return [restore(self.autoencoder.decode(latent[None])[0].cpu(), image) for latent, image in zip(latents_BdHW, images)]
+        return [
+            restore(self.autoencoder.decode(latent[None])[0].cpu(), image)
+            for latent, image in zip(latents_BdHW, images)
+        ]
 
     def edit(
         self,
@@ -70,7 +87,7 @@ class Editor:
         negatives: Sequence[str] | None = None,
         size: str = SIZE,
         method: str = FIT,
-        settings: SamplingSettings = SamplingSettings(),
+        settings: SamplingSettings = DEFAULT_SETTINGS,
         on_scale: Callable[[Scale, list[FittedImage]], None] | None = None,
     ) -> list[Image.Image]:
         """Edit pictures, each by its own instruction, in one batch; the results have the inputs' sizes.
@@ -83,7 +100,9 @@ class Editor:
         prompts = [instructions] if isinstance(instructions, str) else list(instructions)
         fitted = [self.fit(picture, size, method) for picture in pictures]
         if len({image.schedule for image in fitted}) > 1:
-            raise ValueError("the pictures of a batch need different aspect tables; edit them one by one or fit them to squares")
+            raise ValueError(
+                "the pictures of a batch need different aspect tables; edit them one by one or fit them to squares"
+            )
         texts = prompts if prompts and isinstance(prompts[0], Tensor) else self.encode_text(prompts)
         unwanted = [self.encode_text([n])[0] if n else None for n in negatives] if negatives else None
         features = self.encode_source(fitted)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .defaults import SamplingSettings
+from .defaults import DEFAULT_SETTINGS, SamplingSettings
 from .kv import KeyValueStore
 from .operations import Attention, sdpa
 from .quantizer import area_resize, codes, from_tokens, latent_grids, linear_resize, to_tokens
@@ -30,7 +30,16 @@ class Scale:
     the draw. `bits` are drawn when first read; assign to force them. Leave the loop to cancel.
     """
 
-    def __init__(self, index: int, schedule: Schedule, logits: Tensor, log_odds: Tensor, uniform: Tensor | None, top_p: float, total: Tensor) -> None:
+    def __init__(
+        self,
+        index: int,
+        schedule: Schedule,
+        logits: Tensor,
+        log_odds: Tensor,
+        uniform: Tensor | None,
+        top_p: float,
+        total: Tensor,
+    ) -> None:
         self.index, self.count, self.grid = index, len(schedule), schedule.grids[index]
         self.logits, self.log_odds = logits, log_odds
         self._uniform, self._top_p, self._total = uniform, top_p, total
@@ -59,7 +68,9 @@ class Scale:
     @bits.setter
     def bits(self, value: Tensor) -> None:
         if value.shape != self.log_odds.shape:
-            raise ValueError(f"scale {self.index + 1} takes bits of shape {tuple(self.log_odds.shape)}, got {tuple(value.shape)}")
+            raise ValueError(
+                f"scale {self.index + 1} takes bits of shape {tuple(self.log_odds.shape)}, got {tuple(value.shape)}"
+            )
         self._bits, self._sum = value.to(self.log_odds.device, torch.bool), None
 
     @property
@@ -76,7 +87,7 @@ def sample(
     features_BdHW: Tensor,
     texts: Sequence[Tensor],
     schedule: Schedule,
-    settings: SamplingSettings = SamplingSettings(),
+    settings: SamplingSettings = DEFAULT_SETTINGS,
     negatives: Sequence[Tensor | None] | None = None,
     attention: Attention = sdpa,
 ) -> Iterator[Scale]:
@@ -98,7 +109,9 @@ def sample(
     source, *passes = store.passes(device)
 
     tokens = to_tokens(area_resize(features_BdHW.float(), grids[-1]), patch)
-    transformer(_all_rows(transformer.embed(tokens, len(schedule) - 1), len(texts)), condition, source, store, attention)
+    transformer(
+        _all_rows(transformer.embed(tokens, len(schedule) - 1), len(texts)), condition, source, store, attention
+    )
 
     total = torch.zeros_like(features_BdHW, dtype=torch.float32)
     generators = [torch.Generator().manual_seed((settings.seed + i) % 2**64) for i in range(batch)]
@@ -112,7 +125,9 @@ def sample(
         log_odds = from_tokens(_guided_log_odds(logits, batch, guidance), schedule.grids[k], patch)
         # Drawn on the CPU, also where a greedy scale ignores them: one seed, one image, on every device.
         uniform = torch.stack([torch.rand(log_odds.shape[1:], generator=g) for g in generators])
-        scale = Scale(k, schedule, logits, log_odds / (temperature or 1.0), uniform if temperature else None, top_p, total)
+        scale = Scale(
+            k, schedule, logits, log_odds / (temperature or 1.0), uniform if temperature else None, top_p, total
+        )
         yield scale
         total = scale.running_sum
         if k + 1 < len(schedule):
@@ -132,7 +147,9 @@ def _all_rows(x_BnC: Tensor, count: int) -> Tensor:
 
 def _texts(transformer, texts, negatives, batch: int, guided: bool, device) -> list[Tensor]:
     if len(texts) != batch or len(negatives) != batch:
-        raise ValueError(f"{batch} images need {batch} instructions and negative prompts, got {len(texts)} and {len(negatives)}")
+        raise ValueError(
+            f"{batch} images need {batch} instructions and negative prompts, got {len(texts)} and {len(negatives)}"
+        )
     texts = [text.to(device) for text in texts]
     for text in texts:
         if text.ndim != 2 or text.shape[1] != transformer.config.text_width or not len(text):
@@ -141,18 +158,26 @@ def _texts(transformer, texts, negatives, batch: int, guided: bool, device) -> l
                 f"{transformer.config.text_width}]; use the text encoder it was trained with"
             )
     if guided:
-        texts += [transformer.unconditional(len(t), device) if n is None else n.to(device) for t, n in zip(texts, negatives)]
+        texts += [
+            transformer.unconditional(len(t), device) if n is None else n.to(device) for t, n in zip(texts, negatives)
+        ]
     return texts
 
 
 def _patch(transformer: Transformer, features: Tensor, schedule: Schedule) -> int:
     (height, width), (rows, columns) = features.shape[-2:], schedule.grids[-1]
     patch = height // rows
-    if patch < 1 or (height, width) != (rows * patch, columns * patch) or features.shape[1] * patch * patch != transformer.config.token_bits:
+    if (
+        patch < 1
+        or (height, width) != (rows * patch, columns * patch)
+        or features.shape[1] * patch * patch != transformer.config.token_bits
+    ):
         raise ValueError(
             f"source features of shape {tuple(features.shape)} do not fit a {rows}x{columns} grid of tokens of "
             f"{transformer.config.token_bits} bits; encode the image at {schedule.pixels[1]}x{schedule.pixels[0]} with the model's tokenizer"
         )
     if len(schedule) > transformer.config.levels:
-        raise ValueError(f"the schedule has {len(schedule)} scales but the model knows {transformer.config.levels}; choose a smaller size")
+        raise ValueError(
+            f"the schedule has {len(schedule)} scales but the model knows {transformer.config.levels}; choose a smaller size"
+        )
     return patch

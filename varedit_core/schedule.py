@@ -61,7 +61,9 @@ class Schedule:
             raise ValueError(f"no scale table for the ratio {self.ratio}; choose one of {sorted(TABLES)}")
         table = TABLES[self.ratio]
         if not self.grids or self.grids != table[: len(self.grids)]:
-            raise ValueError(f"the grids {self.grids} are not the first rows of the table for ratio {self.ratio}: {table}")
+            raise ValueError(
+                f"the grids {self.grids} are not the first rows of the table for ratio {self.ratio}: {table}"
+            )
 
     def __len__(self) -> int:
         return len(self.grids)
@@ -88,7 +90,11 @@ class Schedule:
         parts = [_cells(torch.arange(rows) + rows, torch.arange(columns) + columns)]
         for height, width in table:
             # int64 times a Python float is float32 in torch; rounding follows it, half to even.
-            parts.append(_cells((torch.arange(height) * (rows / height)).round(), (torch.arange(width) * (columns / width)).round()))
+            parts.append(
+                _cells(
+                    (torch.arange(height) * (rows / height)).round(), (torch.arange(width) * (columns / width)).round()
+                )
+            )
         return torch.cat(parts).long()
 
     def rotary(self, head_size: int, device: torch.device | str = "cpu") -> list[Tensor]:

@@ -27,7 +27,9 @@ END = 1
 class TextEncoder:
     """A T5 encoder with its tokenizer. tokenize: prompt -> token ids, the end token included."""
 
-    def __init__(self, model: nn.Module, tokenize: Callable[[str], list[int]], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, model: nn.Module, tokenize: Callable[[str], list[int]], device: torch.device | str = "cpu"
+    ) -> None:
         self.model, self.tokenize, self.device = model, tokenize, torch.device(device)
 
     def ids(self, prompt: str) -> list[int]:
@@ -53,7 +55,9 @@ class TextEncoder:
         return self.model(input_ids=torch.tensor([ids], device=self.device)).last_hidden_state[0].float()
 
 
-def load_text_encoder(path: str | Path, tokenizer: str | Path | None = None, dtype: torch.dtype = torch.float32, device="cpu") -> TextEncoder:
+def load_text_encoder(
+    path: str | Path, tokenizer: str | Path | None = None, dtype: torch.dtype = torch.float32, device="cpu"
+) -> TextEncoder:
     """Load a T5 encoder from a Hugging Face folder or a single file.
 
     tokenizer: folder or file with `tokenizer.json` or `spiece.model`; by default it is looked for with the
@@ -74,7 +78,9 @@ def load_text_encoder(path: str | Path, tokenizer: str | Path | None = None, dty
     check(known, wanted)
     # In half precision T5's feed-forward output overflows; transformers keeps it in fp32 too.
     kinds = {key: torch.float32 if key.endswith(".wo.weight") and dtype == torch.float16 else dtype for key in wanted}
-    model.load_state_dict({key: _read(weights, sources[key]).to(device, kind) for key, kind in kinds.items()}, assign=True)
+    model.load_state_dict(
+        {key: _read(weights, sources[key]).to(device, kind) for key, kind in kinds.items()}, assign=True
+    )
     model.tie_weights()
     return TextEncoder(model.eval().requires_grad_(False), tokenize, device)
 
@@ -102,7 +108,9 @@ def load_tokenizer(path: str | Path) -> Callable[[str], list[int]]:
 
             pieces = SentencePieceProcessor(model_file=str(file))
             return lambda prompt: [*pieces.encode(prompt), END]
-    raise WeightError(f"no tokenizer.json or spiece.model in {folder}; copy one from the text encoder's repository or name it with the tokenizer option")
+    raise WeightError(
+        f"no tokenizer.json or spiece.model in {folder}; copy one from the text encoder's repository or name it with the tokenizer option"
+    )
 
 
 def _t5_config(path: Path, weights: Weights):
@@ -113,7 +121,10 @@ def _t5_config(path: Path, weights: Weights):
     if file.is_file():
         return T5Config(**json.loads(file.read_text()))
     shapes = weights.shapes
-    query, gated = shapes["encoder.block.0.layer.0.SelfAttention.q.weight"], "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in shapes
+    query, gated = (
+        shapes["encoder.block.0.layer.0.SelfAttention.q.weight"],
+        "encoder.block.0.layer.1.DenseReluDense.wi_0.weight" in shapes,
+    )
     heads = shapes["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"][1]
     wide = shapes[f"encoder.block.0.layer.1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight"][0]
     layers = 1 + max(int(key.split(".")[2]) for key in shapes if key.startswith("encoder.block."))

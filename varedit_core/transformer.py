@@ -11,11 +11,10 @@ the blocks' linear layers and attention run in `dtype`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +75,9 @@ class SelfAttention(nn.Module):
     def query_scale(self, device: torch.device) -> Tensor:
         return rows(self.scale_mul, 1, device).clamp_max(math.log(100)).exp()[:, :, None, None]
 
-    def forward(self, x_RnC: Tensor, query_scale: Tensor, step: Pass, store: KeyValueStore, attention: Attention) -> Tensor:
+    def forward(
+        self, x_RnC: Tensor, query_scale: Tensor, step: Pass, store: KeyValueStore, attention: Attention
+    ) -> Tensor:
         q, k, v = self.mat_qkv(x_RnC).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         # Unit length and rotation in fp32: in bf16 the angles between keys would be lost.
         q = _rotate(F.normalize(q.float(), dim=-1, eps=1e-12) * query_scale, step.rotary)
@@ -131,7 +132,9 @@ class Block(nn.Module):
         text = tuple(self.ca.text_rows(selected, memory.to(self.dtype)) for selected, memory in memories)
         return BlockCondition(modulation[:, :, None].unbind(1), self.sa.query_scale(shared_R6C.device), text)
 
-    def forward(self, x_RnC: Tensor, condition: BlockCondition, step: Pass, store: KeyValueStore, attention: Attention) -> Tensor:
+    def forward(
+        self, x_RnC: Tensor, condition: BlockCondition, step: Pass, store: KeyValueStore, attention: Attention
+    ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = condition.modulation
         x = x_RnC
         h = _modulated(x, scale1, shift1).to(self.dtype)
@@ -154,7 +157,11 @@ class TextPool(nn.Module):
 
     def forward(self, text_rLT: Tensor, attention: Attention) -> Tensor:
         keys, values = self.ca.mat_kv(text_rLT).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q = rows(self.ca.mat_q, 1, text_rLT.device).unflatten(-1, (self.heads, -1))[:, :, None].expand(len(keys), -1, -1, -1)
+        q = (
+            rows(self.ca.mat_q, 1, text_rLT.device)
+            .unflatten(-1, (self.heads, -1))[:, :, None]
+            .expand(len(keys), -1, -1, -1)
+        )
         return self.ca.proj(attention(q, keys, values, scale=q.shape[-1] ** -0.5)).squeeze(1)
 
 
@@ -176,7 +183,9 @@ class Transformer(nn.Module):
     the key/value store; everything else is fp32.
     """
 
-    def __init__(self, config: TransformerConfig, operations=Operations, dtype: torch.dtype = torch.float32, device=None) -> None:
+    def __init__(
+        self, config: TransformerConfig, operations=Operations, dtype: torch.dtype = torch.float32, device=None
+    ) -> None:
         super().__init__()
         self.config, self.dtype = config, dtype
         ops, kw = operations, dict(dtype=torch.float32, device=device)
@@ -184,7 +193,9 @@ class Transformer(nn.Module):
         self.text_norm = ops.RMSNorm(config.text_width, eps=EPS, **kw)
         self.text_proj_for_sos = TextPool(config, ops, **kw)
         self.text_proj_for_ca = nn.Sequential(
-            ops.Linear(config.text_width, config.width, **kw), nn.GELU("tanh"), ops.Linear(config.width, config.width, **kw)
+            ops.Linear(config.text_width, config.width, **kw),
+            nn.GELU("tanh"),
+            ops.Linear(config.width, config.width, **kw),
         )
         self.pos_start = ops.Embedding(1, config.width, **kw)
         self.lvl_embed = ops.Embedding(config.levels, config.width, **kw)
@@ -197,7 +208,9 @@ class Transformer(nn.Module):
     def unconditional(self, length: int, device) -> Tensor:
         """Learned text features [length, T] of the unconditional branch. ValueError beyond `text_length`."""
         if length > self.config.text_length:
-            raise ValueError(f"the instruction has {length} text tokens but the model takes {self.config.text_length}; shorten it")
+            raise ValueError(
+                f"the instruction has {length} text tokens but the model takes {self.config.text_length}; shorten it"
+            )
         return rows(self.cfg_uncond, length, device)
 
     def condition(self, texts: Sequence[Tensor], attention: Attention = sdpa) -> Condition:
@@ -221,7 +234,9 @@ class Transformer(nn.Module):
         """Tokens [B, n, d] of the source or of the running sum -> [B, n, C], marked with their scale's index."""
         return self.word_embed(tokens_Bnd) + self._level(level, tokens_Bnd.device)
 
-    def forward(self, x_RnC: Tensor, condition: Condition, step: Pass, store: KeyValueStore, attention: Attention = sdpa) -> Tensor:
+    def forward(
+        self, x_RnC: Tensor, condition: Condition, step: Pass, store: KeyValueStore, attention: Attention = sdpa
+    ) -> Tensor:
         """All blocks for the tokens of one pass; their keys and values go into `store`."""
         for block, part in zip(self.blocks, condition.blocks):
             x_RnC = block(x_RnC, part, step, store, attention)

@@ -50,7 +50,13 @@ class Weights(Mapping[str, Tensor]):
     meta: key -> empty tensor on the `meta` device with the stored shape and dtype. metadata: the file's own.
     """
 
-    def __init__(self, path: Path, meta: Mapping[str, Tensor], read: Callable[[str], Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        meta: Mapping[str, Tensor],
+        read: Callable[[str], Tensor],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         self.path, self.meta, self.metadata, self._read = path, dict(meta), dict(metadata or {}), read
 
     def __getitem__(self, key: str) -> Tensor:
@@ -71,7 +77,9 @@ class Weights(Mapping[str, Tensor]):
 
     def renamed(self, names: Mapping[str, str]) -> Weights:
         """The same tensors under new keys (new -> old); keys not named are left out."""
-        return Weights(self.path, {new: self.meta[old] for new, old in names.items()}, lambda key: self[names[key]], self.metadata)
+        return Weights(
+            self.path, {new: self.meta[old] for new, old in names.items()}, lambda key: self[names[key]], self.metadata
+        )
 
 
 def open_weights(path: str | Path) -> Weights:
@@ -87,7 +95,9 @@ def open_weights(path: str | Path) -> Weights:
         return _open_pickled(path)
     if path.name.endswith(".index.json"):
         return _open_index(path)
-    raise WeightError(f"{path} is not a weight file; expected .safetensors, {', '.join(sorted(PICKLED))} or a folder with an index")
+    raise WeightError(
+        f"{path} is not a weight file; expected .safetensors, {', '.join(sorted(PICKLED))} or a folder with an index"
+    )
 
 
 def _open_safetensors(path: Path) -> Weights:
@@ -98,7 +108,9 @@ def _open_safetensors(path: Path) -> Weights:
             part = handle.get_slice(key)
             meta[key] = torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
     except (SafetensorError, OSError) as error:
-        raise WeightError(f"{path} is truncated or not a safetensors file ({error}); download or convert it again") from error
+        raise WeightError(
+            f"{path} is truncated or not a safetensors file ({error}); download or convert it again"
+        ) from error
     return Weights(path, meta, _Mapped(lambda: safe_open(path, framework="pt").get_tensor), handle.metadata())
 
 
@@ -116,9 +128,13 @@ def _unpickle(path: Path) -> tuple[dict[str, Tensor], bool]:
     try:
         return _flat(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)), mapped
     except pickle.UnpicklingError as error:
-        raise WeightError(f"{path} is damaged or holds more than tensors, so it was not loaded; download it again, or convert it to safetensors where you trust it") from error
+        raise WeightError(
+            f"{path} is damaged or holds more than tensors, so it was not loaded; download it again, or convert it to safetensors where you trust it"
+        ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise WeightError(f"{path} is truncated or not a torch file ({type(error).__name__}); download it again") from error
+        raise WeightError(
+            f"{path} is truncated or not a torch file ({type(error).__name__}); download it again"
+        ) from error
 
 
 def _flat(tree: object, prefix: str = "") -> dict[str, Tensor]:
@@ -134,7 +150,9 @@ def _open_folder(path: Path) -> Weights:
     indices = sorted(path.glob("*.index.json"))
     if indices:
         return _open_index(indices[0])
-    files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors") or sorted(p for p in path.iterdir() if p.suffix in PICKLED)
+    files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors") or sorted(
+        p for p in path.iterdir() if p.suffix in PICKLED
+    )
     if len(files) == 1:
         return open_weights(files[0])
     found = ", ".join(p.name for p in files) or "no weight file"
@@ -149,13 +167,22 @@ def _open_index(path: Path) -> Weights:
         raise WeightError(f"{path} is not a shard index (no readable weight_map); download it again") from error
     missing = sorted(name for name in names if not (path.parent / name).is_file())
     if missing:
-        raise WeightError(f"{path.parent} lacks the shard {missing[0]} that {path.name} names; download it into that folder")
+        raise WeightError(
+            f"{path.parent} lacks the shard {missing[0]} that {path.name} names; download it into that folder"
+        )
     shards = {name: open_weights(path.parent / name) for name in names}
     absent = sorted(key for key, name in shard_of.items() if key not in shards[name])
     if absent:
-        raise WeightError(f"{path.parent / shard_of[absent[0]]} lacks the tensor {absent[0]} that {path.name} lists; download the shard again")
+        raise WeightError(
+            f"{path.parent / shard_of[absent[0]]} lacks the tensor {absent[0]} that {path.name} lists; download the shard again"
+        )
     metadata = {key: value for shard in shards.values() for key, value in shard.metadata.items()}
-    return Weights(path.parent, {key: shards[name].meta[key] for key, name in shard_of.items()}, lambda key: shards[shard_of[key]][key], metadata)
+    return Weights(
+        path.parent,
+        {key: shards[name].meta[key] for key, name in shard_of.items()},
+        lambda key: shards[shard_of[key]][key],
+        metadata,
+    )
 
 
 def under(weights: Weights, marker: str) -> Weights | None:
