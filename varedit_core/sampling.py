@@ -109,9 +109,8 @@ def sample(
     source, *passes = store.passes(device)
 
     tokens = to_tokens(area_resize(features_BdHW.float(), grids[-1]), patch)
-    transformer(
-        _all_rows(transformer.embed(tokens, len(schedule) - 1), len(texts)), condition, source, store, attention
-    )
+    x = _all_rows(transformer.embed(tokens, len(schedule) - 1), len(texts))
+    transformer(x, condition, source, store, attention)
 
     total = torch.zeros_like(features_BdHW, dtype=torch.float32)
     generators = [torch.Generator().manual_seed((settings.seed + i) % 2**64) for i in range(batch)]
@@ -125,9 +124,10 @@ def sample(
         log_odds = from_tokens(_guided_log_odds(logits, batch, guidance), schedule.grids[k], patch)
         # Drawn on the CPU, also where a greedy scale ignores them: one seed, one image, on every device.
         uniform = torch.stack([torch.rand(log_odds.shape[1:], generator=g) for g in generators])
-        scale = Scale(
-            k, schedule, logits, log_odds / (temperature or 1.0), uniform if temperature else None, top_p, total
-        )
+        if temperature:
+            scale = Scale(k, schedule, logits, log_odds / temperature, uniform, top_p, total)
+        else:
+            scale = Scale(k, schedule, logits, log_odds, None, top_p, total)
         yield scale
         total = scale.running_sum
         if k + 1 < len(schedule):
@@ -150,18 +150,16 @@ def _texts(transformer, texts, negatives, batch: int, guided: bool, device) -> l
         raise ValueError(
             f"{batch} images need {batch} instructions and negative prompts, got {len(texts)} and {len(negatives)}"
         )
-    texts = [text.to(device) for text in texts]
-    for text in texts:
+    rows = list(texts)
+    if guided:
+        rows += [transformer.unconditional(len(t), device) if n is None else n for t, n in zip(texts, negatives)]
+    for text in rows:
         if text.ndim != 2 or text.shape[1] != transformer.config.text_width or not len(text):
             raise ValueError(
                 f"the text features have the shape {tuple(text.shape)} but the transformer reads [tokens, "
                 f"{transformer.config.text_width}]; use the text encoder it was trained with"
             )
-    if guided:
-        texts += [
-            transformer.unconditional(len(t), device) if n is None else n.to(device) for t, n in zip(texts, negatives)
-        ]
-    return texts
+    return [text.to(device) for text in rows]
 
 
 def _patch(transformer: Transformer, features: Tensor, schedule: Schedule) -> int:
