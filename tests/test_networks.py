@@ -122,6 +122,17 @@ def test_autoencoder_shapes_and_range():
     assert picture.shape == (2, 3, 12, 20) and picture.abs().max() <= 1
 
 
+@torch.no_grad()
+def test_strides_do_not_change_the_picture(plain):
+    """Pictures and recorded bits arrive as permuted views; in channels-last layout the numbers would differ."""
+    latents = plain["ref.tokenizer_features"]
+    pixels = plain["in.image_u8"].float() / 127.5 - 1
+    for run, x in ((plain.autoencoder.decode, latents), (plain.autoencoder.encode, pixels)):
+        permuted = x.contiguous(memory_format=torch.channels_last)
+        assert permuted.stride() != x.stride()
+        assert torch.equal(run(permuted), run(x))
+
+
 def test_parts_that_do_not_belong_together(patchify, plain):
     assert patch_size(patchify.transformer.config, patchify.autoencoder.config) == 2
     assert patch_size(plain.transformer.config, plain.autoencoder.config) == 1

@@ -128,11 +128,15 @@ class Autoencoder(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, y, x] in [-1, 1] -> unquantised features [B, d, y / stride, x / stride], fp32."""
-        return self.encoder(pixels.to(self.dtype)).float()
+        return self.encoder(self._laid_out(pixels)).float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, d, h, w] -> pixels [B, 3, h * stride, w * stride] in [-1, 1], fp32."""
-        return self.decoder(latents.to(self.dtype)).float().clamp(-1, 1)
+        return self.decoder(self._laid_out(latents)).float().clamp(-1, 1)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        # Strides from a permute make torch pick channels-last kernels, whose CPU group normalisation is less exact.
+        return x.to(self.dtype).contiguous()
 
 
 def _norm(width: int, ops, **kw) -> nn.Module:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .autoencoder import Autoencoder
 from .config import AutoencoderConfig, TransformerConfig
@@ -198,12 +198,17 @@ def blank(
     except (KeyError, IndexError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise WeightError(f"{weights.path} is not a complete {part}: {reason}; download or convert it again") from error
-    check(weights, {key: tuple(tensor.shape) for key, tensor in empty.state_dict().items()})
+    check(weights, {key: tuple(tensor.shape) for key, tensor in _expected(empty).items()})
     return empty
 
 
-def _filled(network: nn.Module, weights: Weights, device) -> nn.Module:
-    network.load_state_dict(dict(_placed(network.state_dict(), weights, device)), assign=True)
+def _expected(network: Transformer | Autoencoder) -> dict[str, Tensor]:
+    """The network's state with torch's own layers: injected ones may own no weight before they are loaded."""
+    return type(network)(network.config, dtype=network.dtype, device="meta").state_dict()
+
+
+def _filled(network: Transformer | Autoencoder, weights: Weights, device) -> Transformer | Autoencoder:
+    network.load_state_dict(dict(_placed(_expected(network), weights, device)), assign=True)
     return network.eval().requires_grad_(False)
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 REOPEN_AFTER = 2 << 30
+SAFETENSORS = {".safetensors", ".sft"}
 PICKLED = {".pth", ".pt", ".bin", ".ckpt"}
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
@@ -89,7 +90,7 @@ def open_weights(path: str | Path) -> Weights:
         raise WeightError(f"{path} does not exist; check the path or download the file first")
     if path.is_dir():
         return _open_folder(path)
-    if path.suffix == ".safetensors":
+    if path.suffix in SAFETENSORS:
         return _open_safetensors(path)
     if path.suffix in PICKLED:
         return _open_pickled(path)
@@ -150,7 +151,7 @@ def _open_folder(path: Path) -> Weights:
     indices = sorted(path.glob("*.index.json"))
     if indices:
         return _open_index(indices[0])
-    files = sorted(p for p in path.iterdir() if p.suffix == ".safetensors") or sorted(
+    files = sorted(p for p in path.iterdir() if p.suffix in SAFETENSORS) or sorted(
         p for p in path.iterdir() if p.suffix in PICKLED
     )
     if len(files) == 1:

@@ -1,0 +1,21 @@
+"""All that the nodes import from ComfyUI's node API, so that a move of that API is a change here alone."""
+
+import re
+
+OLDEST = "0.20.0"
+
+
+def _number(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
+
+
+try:
+    from comfyui_version import __version__ as _version
+
+    if _number(_version) < _number(OLDEST):
+        raise ImportError(f"this is {_version}")
+    from comfy_api.latest import ComfyExtension, io, ui
+except ImportError as error:
+    raise ImportError(f"VAREdit needs ComfyUI {OLDEST} or newer; update ComfyUI ({error})") from error
+
+__all__ = ["ComfyExtension", "io", "ui"]
