@@ -100,6 +100,26 @@ def test_biases_are_folded(published_state, reference):
     assert torch.equal(state["blocks.5.ada_gss.weight"], published_state[prefix + "ada_gss"].reshape(6, 128))
 
 
+@pytest.mark.parametrize("order", [("ema", "vae"), ("vae", "ema")])
+def test_averaged_weights_are_not_taken_by_mistake(vae_state, tmp_path, order):
+    parts = {"vae": vae_state, "ema": {key: tensor + 1 for key, tensor in vae_state.items()}}
+    torch.save({name: parts[name] for name in order}, tmp_path / "vae.pth")
+    assert same(load_autoencoder(tmp_path / "vae.pth"), load_autoencoder(RECORD))
+    torch.save({"ema": vae_state}, tmp_path / "ema.pth")
+    assert same(load_autoencoder(tmp_path / "ema.pth"), load_autoencoder(RECORD))
+
+
+def test_a_key_bias_is_kept(published_state, tmp_path):
+    """The published files call it zero, and add it."""
+    state = dict(published_state)
+    state["block_chunks.1.module.0.sa.zero_k_bias"] = torch.full((128,), 0.5)
+    del state["block_chunks.2.module.0.ca.zero_k_bias"]
+    torch.save(state, tmp_path / "a.pth")
+    loaded = load_transformer(tmp_path / "a.pth").state_dict()
+    assert (loaded["blocks.1.sa.mat_qkv.bias"][128:256] == 0.5).all()
+    assert (loaded["blocks.2.ca.mat_kv.bias"][:128] == 0).all()
+
+
 @pytest.mark.parametrize("style", ["wrapped", "plain", "vae container", "with training parts"])
 def test_tokenizer_key_styles(vae_state, tmp_path, style):
     import re

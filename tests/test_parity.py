@@ -5,6 +5,7 @@ import torch
 from support import recordings
 
 from varedit_core import parity
+from varedit_core.images import to_uint8
 from varedit_core.parity import Record, compare
 from varedit_core.weights import WeightError
 
@@ -36,6 +37,12 @@ def test_a_wrong_weight_is_noticed(patchify, monkeypatch, key):
         assert compare("changed").failures
     finally:
         parameter.copy_(saved)
+
+
+def test_rounding_in_place_of_truncation_is_noticed(monkeypatch):
+    monkeypatch.setattr(parity, "to_uint8", lambda pixels: to_uint8(pixels, "nearest"))
+    (failure,) = compare(recordings()[0]).failures
+    assert failure.startswith("edited_image_unequal is off by 0.")
 
 
 def test_bf16_is_reported_not_judged():

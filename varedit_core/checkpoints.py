@@ -122,10 +122,10 @@ def _transformer_recipe(weights: Weights, key: str, name: str) -> dict[str, Reci
     if leaf in ("q_bias", "zero_k_bias"):
         return {}
     if leaf == "v_bias":
-        attends_itself = f"{folder}.q_bias" in weights
-        sources = (f"{folder}.q_bias", key) if attends_itself else (key,)
-        make = _self_attention_bias if attends_itself else _text_attention_bias
-        return {f"{stem}.{'mat_qkv' if attends_itself else 'mat_kv'}.bias": Recipe(sources, make)}
+        names = [name for name in ("q_bias", "zero_k_bias", "v_bias") if f"{folder}.{name}" in weights]
+        layer = "mat_qkv" if "q_bias" in names else "mat_kv"
+        sources = tuple(f"{folder}.{name}" for name in names)
+        return {f"{stem}.{layer}.bias": Recipe(sources, lambda *parts: _joined_bias(dict(zip(names, parts))))}
     if leaf in _VECTORS:
         count = _VECTORS[leaf]
         name = f"{stem}.scale_mul.weight" if leaf == "scale_mul_1H11" else f"{name}.weight"
@@ -133,13 +133,11 @@ def _transformer_recipe(weights: Weights, key: str, name: str) -> dict[str, Reci
     return {name: Recipe((key,))}
 
 
-def _self_attention_bias(q_bias: Tensor, v_bias: Tensor) -> Tensor:
-    q_bias, v_bias = q_bias.float(), v_bias.float()
-    return torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))
-
-
-def _text_attention_bias(v_bias: Tensor) -> Tensor:
-    return torch.cat((torch.zeros_like(v_bias.float()), v_bias.float()))
+def _joined_bias(parts: dict[str, Tensor]) -> Tensor:
+    """The bias of a fused projection: query (in self-attention), key (zeros where the file has none), value."""
+    value = parts["v_bias"].float()
+    query = [parts["q_bias"].float()] if "q_bias" in parts else []
+    return torch.cat([*query, parts.get("zero_k_bias", torch.zeros_like(value)).float(), value])
 
 
 def tokenizer_recipes(weights: Weights) -> dict[str, Recipe]:

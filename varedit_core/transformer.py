@@ -102,7 +102,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_RnC: Tensor, text: Sequence[TextRows], attention: Attention) -> Tensor:
         q = self.mat_q(x_RnC).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        # Texts of different lengths attend apart: no mask, and every row equals its single run.
+        # Texts of different lengths attend apart: no mask, and every row equals its single run up to rounding.
         parts = [attention(q[t.rows], t.keys, t.values, scale=q.shape[-1] ** -0.5) for t in text]
         return self.proj(torch.cat(parts))
 

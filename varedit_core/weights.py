@@ -187,10 +187,13 @@ def _open_index(path: Path) -> Weights:
 
 
 def under(weights: Weights, marker: str) -> Weights | None:
-    """The tensors below the shortest prefix in front of a key that ends in the regular expression `marker`."""
+    """The tensors below a prefix in front of a key that ends in the regular expression `marker`; None without one.
+
+    Of several prefixes the shortest counts, and averaged weights (`ema`) only where there are no others.
+    """
     pattern = re.compile(rf"(?:^|(?<=\.)){marker}$")
     prefixes = [key[: match.start()] for key in weights for match in [pattern.search(key)] if match]
     if not prefixes:
         return None
-    prefix = min(prefixes, key=len)
+    prefix = min(prefixes, key=lambda name: (bool(re.search(r"(^|[._])ema[._]", name)), len(name)))
     return weights.renamed({key[len(prefix) :]: key for key in weights if key.startswith(prefix)})
