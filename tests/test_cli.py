@@ -81,7 +81,7 @@ def test_edit_with_previews_and_report(tmp_path):
 def test_nothing_is_overwritten(failed, tmp_path):
     target = tmp_path / "cat.png"
     target.write_bytes(b"precious")
-    assert "exists; choose another with --output or allow --overwrite" in failed(*EDIT, "--output", target)
+    assert "exists; choose another name or allow overwriting" in failed(*EDIT, "--output", target)
     assert target.read_bytes() == b"precious"
 
 
@@ -90,7 +90,21 @@ def test_nothing_is_overwritten(failed, tmp_path):
     [
         (["edit", "nowhere.jpg", "x", "--model", RECORD, "--text-encoder", "t5"], "nowhere.jpg"),
         (["edit", *EDIT[1:2], "--model", RECORD], "say what to change"),
-        (["edit", *EDIT[1:2], "make it red", "--model", RECORD], "an instruction needs --text-encoder"),
+        (
+            ["edit", *EDIT[1:2], "make it red", "--model", RECORD],
+            "an instruction or a negative prompt needs --text-encoder",
+        ),
+        ([*EDIT, "--negative", "x"], "an instruction or a negative prompt needs --text-encoder"),
+        ([*EDIT[:2], "make it red", *EDIT[2:]], "an instruction or --features, not both"),
+        ([*EDIT[:4], "--features", RECORD], "--features takes FILE:KEY"),
+        (["edit", "nofile[/b].png", *EDIT[2:]], "nofile[/b].png"),
+        (
+            [*EDIT[:5], f"{RECORD}:in.image_u8", "--size", "256", "--device", "cpu", "--output", "{tmp}/a.png"],
+            "reads [tokens, 256]",
+        ),
+        ([*EDIT[:-1], "banana", "--output", "{tmp}/a.png"], "the device banana cannot be used here"),
+        ([*EDIT, "--output", "{tmp}/a.gif"], "its suffix must be one of .png"),
+        ([*EDIT, "--output", "{tmp}", "--overwrite"], "its suffix must be"),
         (
             ["edit", *EDIT[1:2], "--model", RECORD, "--features", f"{RECORD}:in.text.9"],
             "has no tensor in.text.9; it has",
@@ -100,7 +114,7 @@ def test_nothing_is_overwritten(failed, tmp_path):
             "8B-1024.pth does not exist",
         ),
         (
-            [*EDIT, "--guidance", "1,2", "--output", "/tmp/never.png"],
+            [*EDIT, "--guidance", "1,2", "--output", "{tmp}/never.png"],
             "guidance has 2 values but the edit runs 7 scales",
         ),
         (["info", "nowhere.pth"], "nowhere.pth does not exist"),
@@ -108,8 +122,9 @@ def test_nothing_is_overwritten(failed, tmp_path):
         (["convert", RECORD, "x.bin"], "must end in .safetensors"),
     ],
 )
-def test_mistakes_are_explained_in_one_sentence(failed, arguments, message):
-    assert message in failed(*arguments)
+def test_mistakes_are_explained_in_one_sentence(failed, tmp_path, arguments, message):
+    assert message in failed(*(str(a).replace("{tmp}", str(tmp_path)) for a in arguments))
+    assert not list(tmp_path.iterdir()), "nothing is written"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +137,7 @@ def test_mistakes_are_explained_in_one_sentence(failed, arguments, message):
     ],
 )
 def test_unknown_choices_name_the_known_ones(arguments, message):
-    done = CliRunner().invoke(app, [*EDIT, "--output", "/tmp/never.png", *arguments])
+    done = CliRunner().invoke(app, [*EDIT, "--output", "never/never.png", *arguments])
     assert done.exit_code == 2 and message in " ".join(re.sub(r"[│\s]+", " ", done.output).split())
 
 

@@ -298,8 +298,42 @@ def test_inputs_that_do_not_belong_together(patchify, change, message):
 
 
 @pytest.mark.parametrize(
-    "values", [dict(temperature=-1), dict(top_p=0.3), dict(top_p=1.5), dict(guidance=float("nan")), dict(seed=-1)]
+    "values",
+    [
+        dict(guidance="30"),
+        dict(guidance=None),
+        dict(seed=1.5),
+        dict(seed="1"),
+        dict(temperature=-1),
+        dict(top_p=0.3),
+        dict(top_p=1.5),
+        dict(guidance=float("nan")),
+        dict(seed=-1),
+    ],
 )
 def test_settings_out_of_range(values):
     with pytest.raises(ValueError, match="must be"):
         SamplingSettings(**values)
+
+
+def test_settings_take_lists_and_arrays():
+    import numpy as np
+
+    settings = SamplingSettings(guidance=[3, 1], temperature=np.array([1, 0.5]), seed=np.int64(3))
+    assert settings == SamplingSettings(guidance=(3.0, 1.0), temperature=torch.tensor([1, 0.5]), seed=3)
+    assert settings.per_scale(2) == [(3.0, 1.0, 0.97), (1.0, 0.5, 0.97)] and hash(settings)
+
+
+def test_steering_after_the_draw_is_refused(patchify):
+    features, texts = patchify["ref.vae_features"].float(), patchify.texts("text")
+    scale = next(iter(sample(patchify.transformer, features, texts, patchify.schedule)))
+    with pytest.raises(ValueError, match="bits must be boolean"):
+        scale.bits = torch.ones_like(scale.log_odds)
+    assert scale.bits.any()
+    with pytest.raises(ValueError, match="are drawn already"):
+        scale.log_odds = scale.log_odds + 1
+
+
+def test_undefined_numbers_are_an_error(patchify):
+    with pytest.raises(ValueError, match="undefined numbers"):
+        run(patchify, [patchify.texts("text")[0] * float("nan")])

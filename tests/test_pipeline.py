@@ -75,3 +75,17 @@ def test_an_instruction_without_a_text_encoder(editor):
 def test_networks_that_do_not_belong_together():
     with pytest.raises(ValueError, match="load the tokenizer the transformer was trained with"):
         Editor.load(GOLDEN / "patchify_256.safetensors", GOLDEN / "plain_256.safetensors", device="cpu")
+
+
+def test_one_negative_serves_every_picture(editor, text, monkeypatch):
+    asked = []
+    monkeypatch.setattr(editor, "encode_text", lambda prompts: [asked.append(p) or text for p in prompts])
+    editor.edit([CAT, CAT], [text, text], "ugly", size="0.06M")
+    assert asked == ["ugly", "ugly"]
+
+
+def test_no_picture_and_no_such_device(editor):
+    with pytest.raises(ValueError, match="there is no picture to edit"):
+        editor.edit([], [], size="0.06M")
+    with pytest.raises(ValueError, match="the device banana cannot be used here"):
+        Editor.load("a", "b", device="banana")

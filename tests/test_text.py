@@ -164,3 +164,12 @@ def test_sentencepiece_model(tmp_path):
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
     assert tokenize(PROMPTS[0]) == [*pieces.encode(PROMPTS[0]), 1]
     assert load_tokenizer(tmp_path / "spiece.model")(PROMPTS[1]) == tokenize(PROMPTS[1])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "spiece.model"])
+def test_damaged_tokenizer(tmp_path, name):
+    (tmp_path / name).write_text("garbage")
+    with pytest.raises(WeightError, match=f"{name} is not a readable tokenizer"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(WeightError, match="there is no tokenizer at"):
+        load_tokenizer(tmp_path / "nowhere")

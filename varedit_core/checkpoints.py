@@ -82,6 +82,11 @@ def select(weights: Weights, part: str) -> Weights:
     return found
 
 
+def holds(weights: Weights, part: str) -> bool:
+    """Whether the file has tensors of that part."""
+    return under(weights, _MARKERS[part]) is not None
+
+
 def describe(weights: Weights) -> str:
     """What the file is, in a few words."""
     part, _ = part_of(weights)

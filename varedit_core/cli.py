@@ -20,7 +20,7 @@ from rich.table import Table
 
 from .convert import PRECISIONS, convert
 from .defaults import DEFAULT_SETTINGS, FIT, NEGATIVE_PROMPT, SIZE, SamplingSettings
-from .images import FITS, FittedImage, load_image, save_image
+from .images import FITS, FittedImage, check_target, load_image, save_image
 from .images import fit as fit_image
 from .info import inspect
 from .parity import Parity, compare
@@ -35,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Edit images by instruction with VAREdit.",
 )
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False, highlight=False)
 
 SIZES = {str(schedule_for(area).pixels[0]): area for area in AREAS} | {area: area for area in AREAS}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,7 +51,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        console.print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+        console.print(f"error: {error}", soft_wrap=True)
         sys.exit(1)
 
 
@@ -164,14 +164,17 @@ def edit(
     _choice(fit, dict.fromkeys(FITS), "fit")
     kind = _choice(dtype, DTYPES, "dtype") if dtype else None
     target = output or image.with_name(f"{image.stem}-edited.png")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; choose another with --output or allow --overwrite")
     if not (instruction or features):
         raise ValueError("say what to change: give an instruction or --features FILE:KEY")
-    if not (text_encoder or features):
-        raise ValueError("an instruction needs --text-encoder")
+    if instruction and features:
+        raise ValueError("give an instruction or --features, not both")
+    if (instruction or negative) and not text_encoder:
+        raise ValueError("an instruction or a negative prompt needs --text-encoder")
     source = fit_image(load_image(image), area, fit)
     settings.per_scale(len(source.schedule))
+    check_target(target, source.source.alpha is not None, overwrite)
+    if preview_dir:
+        check_target(preview_dir / "scale.png", False, overwrite=True)
     prompts = [_features(features)] if features else [instruction]
 
     begin = time.perf_counter()
@@ -201,6 +204,8 @@ def edit(
 
 def _features(name: str) -> torch.Tensor:
     path, _, key = name.rpartition(":")
+    if not (path and key):
+        raise ValueError(f"--features takes FILE:KEY, got {name}; name the tensor behind a colon")
     weights = open_weights(path)
     if key not in weights:
         raise ValueError(
@@ -222,7 +227,7 @@ def info(
     table = Table(show_header=False)
     for key, value in facts.items():
         table.add_row(key, json.dumps(value) if isinstance(value, (dict, list)) else str(value))
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 @app.command(name="convert")
@@ -287,7 +292,7 @@ def _print_parity(result: Parity) -> None:
             f"{row.forced_beyond_margin:.4%}",
             f"{row.free:.4%}",
         )
-    out = Console(width=max(Console().width, 110))
+    out = Console(width=max(Console().width, 110), markup=False)
     out.print(table)
     out.print("; ".join(f"{name} {value:.2g}" for name, value in result.errors.items()), highlight=False)
     verdict = (

@@ -7,6 +7,7 @@ encoder; everything the model computes in fp32 stays fp32, so a converted file e
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -19,8 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER, blank, canonical, describe, part_of, select
+from .checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER, blank, canonical, describe, holds, part_of, select
 from .weights import WeightError, Weights, open_weights
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "bf16", "fp8")
 ARCHITECTURES = {TRANSFORMER: "varedit", TOKENIZER: "varedit-tokenizer", TEXT_ENCODER: "t5-encoder"}
@@ -74,6 +77,8 @@ def convert(
         raise WeightError(
             f"{source} is {describe(open_weights(source))}; expected a VAREdit transformer, a tokenizer or a T5 encoder"
         )
+    if part == TRANSFORMER and holds(open_weights(source), TOKENIZER):
+        logger.warning("%s holds a tokenizer too, which is left out; keep the file for it", source)
     weights = _open(source, part)
     plan = _plan(weights, part, precision)
     metadata = _metadata(plan, part, precision, source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,10 +30,17 @@ class SamplingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (("guidance", -math.inf, math.inf), ("temperature", 0.0, math.inf), ("top_p", 0.5, 1.0)):
-            for value in _values(getattr(self, name)):
-                if not (low <= value <= high and math.isfinite(value)):
-                    raise ValueError(f"{name} must be a finite number from {low:g} to {high:g}, got {value:g}")
+        for name, low in (("guidance", -math.inf), ("temperature", 0.0), ("top_p", 0.5)):
+            values = _values(name, getattr(self, name))
+            high = 1.0 if name == "top_p" else math.inf
+            if not all(low <= value <= high and math.isfinite(value) for value in values):
+                bounds = {"guidance": "", "temperature": " of at least 0", "top_p": " from 0.5 to 1"}[name]
+                raise ValueError(f"{name} must be a finite number{bounds}, got {getattr(self, name)}")
+            object.__setattr__(self, name, values if len(values) > 1 else values[0])
+        try:
+            object.__setattr__(self, "seed", operator.index(self.seed))
+        except TypeError:
+            raise ValueError(f"seed must be a whole number, got {self.seed!r}") from None
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be from 0 to 2^64 - 1, got {self.seed}")
 
@@ -40,15 +48,20 @@ class SamplingSettings:
         """(guidance, temperature, top_p) of each of `count` scales. ValueError where a list has another length."""
         return list(zip(*(self._expand(name, count) for name in ("guidance", "temperature", "top_p"))))
 
-    def _expand(self, name: str, count: int) -> list[float]:
-        values = _values(getattr(self, name))
+    def _expand(self, name: str, count: int) -> tuple[float, ...]:
+        values = _values(name, getattr(self, name))
         if len(values) not in (1, count):
             raise ValueError(f"{name} has {len(values)} values but the edit runs {count} scales; give one or {count}")
         return values * (count // len(values))
 
 
-def _values(value: PerScale) -> list[float]:
-    return [float(v) for v in value] if isinstance(value, Sequence) else [float(value)]
+def _values(name: str, value: PerScale) -> tuple[float, ...]:
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return tuple(float(v) for v in value) if hasattr(value, "__len__") else (float(value),)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number or a list of numbers, one a scale, got {value!r}") from None
 
 
 DEFAULT_SETTINGS = SamplingSettings()

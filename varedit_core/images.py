@@ -141,22 +141,33 @@ def save_image(
     another mode or suffix and for transparency that the format cannot hold.
     """
     path = Path(path)
-    if path.suffix.lower() not in _FORMATS:
-        raise ValueError(f"cannot write {path.name}: its suffix must be one of {', '.join(_FORMATS)}")
-    format_name, options = _FORMATS[path.suffix.lower()]
     if image.mode not in ("L", "RGB", "RGBA"):
         raise ValueError(f"cannot write mode {image.mode}; convert the image to RGB or RGBA")
-    if format_name == "JPEG" and image.has_transparency_data:
-        raise ValueError(f"JPEG cannot hold the transparency of {path.name}; save it as PNG or WebP")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another name or allow overwriting")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_target(path, image.has_transparency_data, overwrite)
+    format_name, options = _FORMATS[path.suffix.lower()]
     temporary = path.with_name(f".{uuid4().hex}.tmp")
     try:
         image.save(temporary, format_name, icc_profile=icc_profile, **options)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_target(path: str | os.PathLike[str], transparent: bool, overwrite: bool = False) -> None:
+    """Raise what `save_image` would for this path, and make missing folders, before the picture is there."""
+    path = Path(path)
+    if path.suffix.lower() not in _FORMATS:
+        raise ValueError(f"cannot write {path.name}: its suffix must be one of {', '.join(_FORMATS)}")
+    if transparent and _FORMATS[path.suffix.lower()][0] == "JPEG":
+        raise ValueError(f"JPEG cannot hold the transparency of {path.name}; save it as PNG or WebP")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; choose another name or allow overwriting")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {path.parent} ({error.strerror}); choose another") from error
 
 
 def _upright(image: str | os.PathLike[str] | Image.Image) -> Image.Image:

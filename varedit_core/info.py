@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from .checkpoints import TOKENIZER, TRANSFORMER, canonical, describe, part_of
+from .checkpoints import TOKENIZER, TRANSFORMER, blank, canonical, describe, part_of
 from .config import TRANSFORMERS, AutoencoderConfig, TransformerConfig
 from .weights import Weights, open_weights
 
@@ -29,6 +29,11 @@ def inspect(path: str | Path) -> dict:
         facts["is"] = f"a {TRANSFORMER}, {_name(facts[TRANSFORMER])}" + (
             " with its tokenizer" if TOKENIZER in facts else ""
         )
+    for part in facts.keys() & _CONFIGS.keys():
+        try:
+            blank(canonical(weights, part), part)
+        except ValueError as error:
+            facts["is"] += f", but not whole: {error}"
     sizes = [math.prod(meta.shape) for meta in weights.meta.values()]
     types = Counter[str]()
     for meta, count in zip(weights.meta.values(), sizes):

@@ -38,7 +38,8 @@ class Pass:
 class KeyValueStore:
     """Keys and values of every block, in the compute dtype.
 
-    depth, heads, head_size: of the transformer. rows: R. Allocates `nbytes(...)` at once.
+    depth, heads, head_size: of the transformer. rows: R. All is allocated here, but for the pooled references of the
+    first block, which the source's pass adds; `nbytes` counts both.
     """
 
     def __init__(

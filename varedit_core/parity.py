@@ -21,6 +21,7 @@ from .checkpoints import load_autoencoder, load_transformer
 from .config import patch_size
 from .defaults import SamplingSettings
 from .images import to_uint8
+from .pipeline import device_of
 from .quantizer import area_resize, codes, decode, latent_grids, linear_resize, to_tokens
 from .sampling import Scale, sample
 from .schedule import Schedule, schedule_from
@@ -141,7 +142,7 @@ def compare(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") 
     """
     # cuDNN's TF32 convolutions would hide what is compared here.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        record = Record.open(path, dtype, device)
+        record = Record.open(path, dtype, device_of(device))
         result = Parity(
             str(path), str(dtype).removeprefix("torch."), [ScaleParity(grid) for grid in record.schedule.grids]
         )

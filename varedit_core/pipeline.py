@@ -47,7 +47,7 @@ class Editor:
         device: CUDA where there is one by default. dtype: of the transformer's blocks; bf16 on CUDA, else fp32.
         The text encoder runs in fp16 on CUDA as published, the autoencoder always in fp32.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device_of(device)
         on_cuda = device.type == "cuda"
         text = text_encoder and load_text_encoder(
             text_encoder, tokenizer, torch.float16 if on_cuda else torch.float32, device
@@ -62,6 +62,9 @@ class Editor:
         if self.text is None:
             raise ValueError("no text encoder is loaded; give one, or give text features instead of an instruction")
         return self.text.encode(prompts)
+
+    def _features(self, prompt: str | Tensor) -> Tensor:
+        return prompt if isinstance(prompt, Tensor) else self.encode_text([prompt])[0]
 
     def fit(self, image: Picture, size: str = SIZE, method: str = FIT) -> FittedImage:
         """Bring a picture to a size the model runs at (see `images.fit`)."""
@@ -83,8 +86,8 @@ class Editor:
     def edit(
         self,
         images: Sequence[Picture] | Picture,
-        instructions: Sequence[str] | Sequence[Tensor] | str,
-        negatives: Sequence[str] | None = None,
+        instructions: Sequence[str | Tensor] | str | Tensor,
+        negatives: Sequence[str | Tensor] | str | None = None,
         size: str = SIZE,
         method: str = FIT,
         settings: SamplingSettings = DEFAULT_SETTINGS,
@@ -92,22 +95,42 @@ class Editor:
     ) -> list[Image.Image]:
         """Edit pictures, each by its own instruction, in one batch; the results have the inputs' sizes.
 
-        instructions: prompts, or their text features [L_i, channels]. negatives: negative prompts, "" for none.
+        instructions: prompts, or their text features [L_i, channels]. negatives: the same, "" for none; one string
+        serves every picture.
         on_scale: called with every `Scale` before its bits are drawn, and the fitted pictures; raise in it to
         cancel. ValueError where pictures, instructions and model do not belong together.
         """
         pictures = [images] if isinstance(images, (str, Path, Image.Image, SourceImage)) else list(images)
-        prompts = [instructions] if isinstance(instructions, str) else list(instructions)
+        prompts = [instructions] if isinstance(instructions, (str, Tensor)) else list(instructions)
+        if not pictures:
+            raise ValueError("there is no picture to edit; pass at least one")
         fitted = [self.fit(picture, size, method) for picture in pictures]
         if len({image.schedule for image in fitted}) > 1:
             raise ValueError(
                 "the pictures of a batch need different aspect tables; edit them one by one or fit them to squares"
             )
-        texts = prompts if prompts and isinstance(prompts[0], Tensor) else self.encode_text(prompts)
-        unwanted = [self.encode_text([n])[0] if n else None for n in negatives] if negatives else None
+        texts = [self._features(prompt) for prompt in prompts]
+        unwanted = None
+        if negatives is not None:
+            listed = [negatives] * len(pictures) if isinstance(negatives, str) else negatives
+            unwanted = [None if isinstance(n, str) and not n else self._features(n) for n in listed]
         features = self.encode_source(fitted)
         with closing(sample(self.transformer, features, texts, fitted[0].schedule, settings, unwanted)) as scales:
             for scale in scales:
                 if on_scale:
                     on_scale(scale, fitted)
         return self.decode(scale.running_sum, fitted)
+
+
+def device_of(name: str | torch.device | None = None) -> torch.device:
+    """The device of that name, CUDA where there is one by default. ValueError where it cannot be used here."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(
+            f"the device {name} cannot be used here; use cpu, or install a PyTorch that supports it"
+        ) from None
+    return device

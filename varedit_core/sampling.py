@@ -41,10 +41,23 @@ class Scale:
         total: Tensor,
     ) -> None:
         self.index, self.count, self.grid = index, len(schedule), schedule.grids[index]
-        self.logits, self.log_odds = logits, log_odds
+        self.logits, self._log_odds = logits, log_odds
         self._uniform, self._top_p, self._total = uniform, top_p, total
         self._bits: Tensor | None = None
         self._sum: Tensor | None = None
+
+    @property
+    def log_odds(self) -> Tensor:
+        """Log-odds [B, d, h, w] of each bit being 1, fp32. ValueError where they are set after the draw."""
+        return self._log_odds
+
+    @log_odds.setter
+    def log_odds(self, value: Tensor) -> None:
+        if self._bits is not None:
+            raise ValueError(
+                f"the bits of scale {self.index + 1} are drawn already; change log_odds before reading bits"
+            )
+        self._log_odds = value
 
     def on_grid(self, x_BlD: Tensor) -> Tensor:
         """A value a token bit [B, tokens, token bits] -> the same on the latent grid [B, d, h, w]."""
@@ -67,11 +80,13 @@ class Scale:
 
     @bits.setter
     def bits(self, value: Tensor) -> None:
+        if value.dtype != torch.bool:
+            raise ValueError(f"bits must be boolean, got {value.dtype}; compare your values with a threshold first")
         if value.shape != self.log_odds.shape:
             raise ValueError(
                 f"scale {self.index + 1} takes bits of shape {tuple(self.log_odds.shape)}, got {tuple(value.shape)}"
             )
-        self._bits, self._sum = value.to(self.log_odds.device, torch.bool), None
+        self._bits, self._sum = value.to(self.log_odds.device), None
 
     @property
     def running_sum(self) -> Tensor:
@@ -95,7 +110,8 @@ def sample(
 
     features_BdHW: unquantised features of the source images on the last latent grid. texts: features
     [L_i, T] of each image's instruction. negatives: features of each negative prompt, None for the learned
-    unconditional ones. Raises ValueError where the inputs do not belong together.
+    unconditional ones. Raises ValueError, at the first step, where the inputs do not belong together, and at the end
+    where the logits were undefined numbers.
     """
     patch = _patch(transformer, features_BdHW, schedule)
     grids, batch, device = latent_grids(schedule, patch), len(features_BdHW), features_BdHW.device
@@ -115,6 +131,7 @@ def sample(
     total = torch.zeros_like(features_BdHW, dtype=torch.float32)
     generators = [torch.Generator().manual_seed((settings.seed + i) % 2**64) for i in range(batch)]
     x = transformer.start(condition)
+    finite = torch.ones((), dtype=torch.bool, device=device)
     for k, (guidance, temperature, top_p) in enumerate(plan):
         if k == guided and len(x) > batch:
             store.keep_rows(batch)
@@ -122,6 +139,7 @@ def sample(
         x = transformer(x, condition, passes[k], store, attention)
         logits = transformer.logits(x if guidance != 1 else x[:batch], condition)
         log_odds = from_tokens(_guided_log_odds(logits, batch, guidance), schedule.grids[k], patch)
+        finite = finite & log_odds.isfinite().all()
         # Drawn on the CPU, also where a greedy scale ignores them: one seed, one image, on every device.
         uniform = torch.stack([torch.rand(log_odds.shape[1:], generator=g) for g in generators])
         if temperature:
@@ -133,6 +151,10 @@ def sample(
         if k + 1 < len(schedule):
             tokens = to_tokens(linear_resize(total, grids[k + 1]), patch)
             x = _all_rows(transformer.embed(tokens, k + 1), len(x))
+    if not finite:  # asked once, after the loop: asking every scale would make the device wait
+        raise ValueError(
+            "the network's logits are undefined numbers; use bf16 or fp32, and check the weights and the text"
+        )
 
 
 def _guided_log_odds(logits: Tensor, batch: int, guidance: float) -> Tensor:

@@ -94,19 +94,27 @@ def _read(weights: Weights, key: str) -> Tensor:
 def load_tokenizer(path: str | Path) -> Callable[[str], list[int]]:
     """Prompt -> ids from `tokenizer.json` or `spiece.model` (the file itself, its folder, or beside a file)."""
     path = Path(path)
+    if not path.exists():
+        raise WeightError(f"there is no tokenizer at {path}; check the path")
     folder = path if path.is_dir() else path.parent
     for file in (path, folder / "tokenizer.json", folder / "spiece.model"):
         if file.is_file() and file.name.endswith("tokenizer.json"):
             from tokenizers import Tokenizer
 
-            tokenizer = Tokenizer.from_file(str(file))
+            try:
+                tokenizer = Tokenizer.from_file(str(file))
+            except Exception as error:  # tokenizers raises nothing narrower
+                raise WeightError(f"{file} is not a readable tokenizer; download it again") from error
             tokenizer.no_padding()
             tokenizer.no_truncation()
             return lambda prompt: tokenizer.encode(prompt).ids
         if file.is_file() and file.suffix == ".model":
             from sentencepiece import SentencePieceProcessor
 
-            pieces = SentencePieceProcessor(model_file=str(file))
+            try:
+                pieces = SentencePieceProcessor(model_file=str(file))
+            except RuntimeError as error:
+                raise WeightError(f"{file} is not a readable tokenizer; download it again") from error
             return lambda prompt: [*pieces.encode(prompt), END]
     raise WeightError(
         f"no tokenizer.json or spiece.model in {folder}; copy one from the text encoder's repository or name it with the tokenizer option"
@@ -119,7 +127,10 @@ def _t5_config(path: Path, weights: Weights):
 
     file = path / "config.json"
     if file.is_file():
-        return T5Config(**json.loads(file.read_text()))
+        try:
+            return T5Config(**json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise WeightError(f"{file} is not a readable T5 configuration; download it again") from error
     shapes = weights.shapes
     query, gated = (
         shapes["encoder.block.0.layer.0.SelfAttention.q.weight"],
