@@ -72,14 +72,15 @@ def convert(
         raise ValueError(f"{target} must end in .safetensors")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; choose another name or allow overwriting")
-    part, _ = part_of(open_weights(source))
+    opened = open_weights(source)
+    part, _ = part_of(opened)
     if part is None:
         raise WeightError(
-            f"{source} is {describe(open_weights(source))}; expected a VAREdit transformer, a tokenizer or a T5 encoder"
+            f"{source} is {describe(opened)}; expected a VAREdit transformer, a tokenizer or a T5 encoder"
         )
-    if part == TRANSFORMER and holds(open_weights(source), TOKENIZER):
+    if part == TRANSFORMER and holds(opened, TOKENIZER):
         logger.warning("%s holds a tokenizer too, which is left out; keep the file for it", source)
-    weights = _open(source, part)
+    weights = _checked(opened, part)
     plan = _plan(weights, part, precision)
     metadata = _metadata(plan, part, precision, source)
     total = sum(entry.nbytes for entry in plan.values())
@@ -88,8 +89,8 @@ def convert(
     return metadata
 
 
-def _open(source: Path, part: str) -> Weights:
-    weights = open_weights(source)
+def _checked(weights: Weights, part: str) -> Weights:
+    """The part's tensors under canonical keys, known to be whole."""
     if part == TEXT_ENCODER:  # a whole T5 has a decoder too
         selected = select(weights, part)
         return selected.renamed({key: key for key in selected if not key.startswith(("decoder.", "lm_head."))})
