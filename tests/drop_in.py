@@ -183,10 +183,10 @@ class Run:
         }
 
 
-def comfy_attention(q, k, v, *, scale: float):
+def comfy_attention(q, k, v, *, scale: float, mask=None):
     from comfy.ldm.modules.attention import optimized_attention
 
-    return optimized_attention(q, k, v, q.shape[1], skip_reshape=True, scale=scale)
+    return optimized_attention(q, k, v, q.shape[1], mask=mask, skip_reshape=True, scale=scale)
 
 
 def furthest(expected: list, found: list) -> float:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from varedit_core.defaults import SamplingSettings
 from varedit_core.kv import SOURCE, KeyValueStore
 from varedit_core.operations import sdpa
-from varedit_core.quantizer import area_resize, decode, latent_grids, linear_resize, to_tokens
+from varedit_core.quantizer import decode, latent_grids, linear_resize, to_tokens
 from varedit_core.sampling import sample
 from varedit_core.schedule import schedule_for
+from varedit_core.training.objective import parallel_logits
 
 GREEDY = SamplingSettings(temperature=0.0)
 FREE = SamplingSettings(temperature=0.0, guidance=1.0)
@@ -24,50 +25,6 @@ def run(record, texts, features=None, settings=GREEDY, negatives=None, schedule=
     )
 
 
-class UncachedStore:
-    """Keeps nothing: all scales go through the blocks at once, under a block-causal mask.
-
-    The first block's keys are the source and, for every scale but the last, the source pooled to its grid.
-    """
-
-    def __init__(self, schedule):
-        self.schedule, source = schedule, schedule.tokens[-1]
-        spans = [source, *schedule.tokens]
-        owner = torch.cat([torch.full((n,), i) for i, n in enumerate(spans)])  # 0: source, k: scale k
-        self.mask = owner[:, None] >= owner[None, :]
-        # First block: [pooled reference of scale 1]...[of scale K][source][scales]; each scale sees its own reference.
-        reference = torch.cat([torch.full((n,), i + 1) for i, n in enumerate(schedule.tokens)])
-        sees_reference = owner[:, None] == reference[None, :]
-        sees_tokens = self.mask.clone()
-        sees_tokens[source:, :source] = False
-        self.first_mask = torch.cat([sees_reference, sees_tokens], dim=1)
-
-    def extend(self, block, k, v, step):
-        if block:
-            return k, v
-        source = self.schedule.tokens[-1]
-
-        def pooled(x):
-            maps = x[:, :, :source].transpose(2, 3).flatten(1, 2).unflatten(2, self.schedule.grids[-1])
-            parts = [
-                area_resize(maps, grid).flatten(2).unflatten(1, (x.shape[1], x.shape[3])).transpose(2, 3)
-                for grid in self.schedule.grids
-            ]
-            return torch.cat([*parts, x], dim=2)
-
-        return pooled(k), pooled(v)
-
-    def attention(self, q, k, v, *, scale):
-        mask = (
-            self.first_mask
-            if k.shape[2] == self.first_mask.shape[1]
-            else self.mask
-            if q.shape[2] == k.shape[2] == len(self.mask)
-            else None
-        )
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).flatten(2)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("layout", ["patchify", "plain"])
 def test_cached_decoding_equals_uncached_forward(layout, request):
@@ -76,22 +33,12 @@ def test_cached_decoding_equals_uncached_forward(layout, request):
     schedule, patch, bits = record.schedule, 2 if layout == "patchify" else 1, [s.bits for s in scales]
     network, grids = record.transformer, latent_grids(schedule, patch)
 
-    condition = network.condition(record.texts("text"))
-    inputs = [
-        network.embed(to_tokens(record["ref.vae_features"].float(), patch), len(schedule) - 1),
-        network.start(condition),
-    ]
-    for k in range(1, len(schedule)):
-        total = decode(bits[:k], grids[-1])
-        inputs.append(network.embed(to_tokens(linear_resize(total, grids[k]), patch), k))
-    store = UncachedStore(schedule)
-    real = KeyValueStore(
-        schedule, network.config.depth, 1, network.config.heads, network.config.head_size, torch.float32, "cpu"
+    source, *inputs = (
+        to_tokens(x, patch)
+        for x in [record["ref.vae_features"].float()]
+        + [linear_resize(decode(bits[:k], grids[-1]), grids[k]) for k in range(1, len(schedule))]
     )
-    rotary = torch.cat([step.rotary for step in real.passes("cpu")], dim=1)
-    step = dataclasses.replace(real.passes("cpu")[0], rotary=rotary)
-    hidden = network(torch.cat(inputs, dim=1), condition, step, store, store.attention)
-    logits = network.logits(hidden, condition)[:, schedule.tokens[-1] :].split(schedule.tokens, dim=1)
+    logits = parallel_logits(network, source, inputs, record.texts("text"), schedule)
     for scale, expected in zip(scales, logits):
         torch.testing.assert_close(scale.logits, expected, atol=2e-5, rtol=0)
 
@@ -260,7 +207,7 @@ def test_the_store_never_holds_the_last_scale():
 def test_attention_is_the_injected_one_everywhere(patchify, monkeypatch):
     calls = []
 
-    def injected(q, k, v, *, scale):
+    def injected(q, k, v, *, scale, mask=None):
         calls.append(scale)
         return ((q @ k.transpose(-2, -1) * scale).softmax(-1) @ v).transpose(1, 2).flatten(2)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .operations import Attention
 from .quantizer import area_resize
 from .schedule import Schedule
 
@@ -66,6 +67,11 @@ class KeyValueStore:
             begins.append(begins[-1] + count)
         return [Pass(index, table, begin) for index, (table, begin) in enumerate(zip(rotary, begins), start=SOURCE)]
 
+    def attend(self, block: int, q: Tensor, k: Tensor, v: Tensor, step: Pass, attention: Attention) -> Tensor:
+        """Attention of a pass's q over all it may see, its own k and v [R, H, n, D] kept -> [R, n, H * D]."""
+        keys, values = self.extend(block, k, v, step)
+        return attention(q, keys, values, scale=1.0)
+
     def extend(self, block: int, k: Tensor, v: Tensor, step: Pass) -> tuple[Tensor, Tensor]:
         """Keep a pass's k and v [R, H, n, D] and return all it may attend to: source, earlier scales, itself.
 
@@ -74,7 +80,8 @@ class KeyValueStore:
         """
         keys, values, first = self.keys[block], self.values[block], 0
         if block == 0 and step.index == SOURCE:
-            self.references = [self._pooled(k, v, grid) for grid in self.schedule.grids]
+            kind = keys.dtype
+            self.references = [tuple(p.to(kind) for p in pooled(k, v, self.schedule, g)) for g in self.schedule.grids]
         elif block == 0:
             k_reference, v_reference = self.references[step.index]
             first = self.source - k_reference.shape[2]
@@ -93,19 +100,18 @@ class KeyValueStore:
                 tensors[block] = tensor[:count].clone()
         self.references = [(k[:count].clone(), v[:count].clone()) for k, v in self.references]
 
-    def _pooled(self, k: Tensor, v: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        # Pooled from k and v as they arrive (k still in fp32) and stored in the compute dtype after it.
-        def pool(x: Tensor) -> Tensor:
-            maps = x.transpose(2, 3).flatten(1, 2).unflatten(2, self.schedule.grids[-1])
-            return (
-                area_resize(maps, grid)
-                .flatten(2)
-                .unflatten(1, (x.shape[1], x.shape[3]))
-                .transpose(2, 3)
-                .to(self.keys[0].dtype)
-            )
 
-        return pool(k), pool(v)
+def pooled(k: Tensor, v: Tensor, schedule: Schedule, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The scale-aligned reference: the source's k and v [R, H, n, D] area-pooled to a scale's grid.
+
+    Pooled from k and v as they arrive (k still in fp32).
+    """
+
+    def pool(x: Tensor) -> Tensor:
+        maps = x.transpose(2, 3).flatten(1, 2).unflatten(2, schedule.grids[-1])
+        return area_resize(maps, grid).flatten(2).unflatten(1, (x.shape[1], x.shape[3])).transpose(2, 3)
+
+    return pool(k), pool(v)
 
 
 def _append(stored: Tensor, x: Tensor) -> Tensor:

@@ -15,14 +15,17 @@ from torch import Tensor, nn
 
 
 class Attention(Protocol):
-    """Softmax attention over all keys: q [B, H, n, D], k and v [B, H, m, D] -> [B, n, H * D]."""
+    """Softmax attention: q [B, H, n, D], k and v [B, H, m, D] -> [B, n, H * D].
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor: ...
+    mask: boolean, broadcast to [B, H, n, m], true where a key may be seen; None (always, when sampling): all.
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor: ...
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
     """`Attention` through torch's scaled_dot_product_attention, which picks the back end."""
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).flatten(2)
 
 
 class ScaledLinear(nn.Linear):

@@ -29,11 +29,23 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class TextRows:
-    """Cross-attention keys and values [r, H, L, D] of consecutive rows whose texts have the same length."""
+    """Cross-attention keys and values [r, H, L, D] of consecutive rows whose texts have the same length.
+
+    mask: [r, 1, 1, L], true for real tokens, where training pads texts to one length; None: all are real.
+    """
 
     rows: slice
     keys: Tensor
     values: Tensor
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PaddedTexts:
+    """Text features [R, L, T] of all rows, padded to one length, and which tokens are real (boolean [R, L])."""
+
+    features: Tensor
+    real: Tensor
 
 
 @dataclass(frozen=True)
@@ -82,8 +94,7 @@ class SelfAttention(nn.Module):
         # Unit length and rotation in fp32: in bf16 the angles between keys would be lost.
         q = _rotate(F.normalize(q.float(), dim=-1, eps=1e-12) * query_scale, step.rotary)
         k = _rotate(F.normalize(k.float(), dim=-1, eps=1e-12), step.rotary)
-        keys, values = store.extend(self.index, k, v, step)
-        return self.proj(attention(q.to(v.dtype), keys, values, scale=1.0))
+        return self.proj(store.attend(self.index, q.to(v.dtype), k, v, step, attention))
 
 
 class CrossAttention(nn.Module):
@@ -96,14 +107,14 @@ class CrossAttention(nn.Module):
         self.mat_kv = ops.Linear(config.width, 2 * config.width, dtype=dtype, device=device)
         self.proj = ops.Linear(config.width, config.width, dtype=dtype, device=device)
 
-    def text_rows(self, selected: slice, memory_rLC: Tensor) -> TextRows:
+    def text_rows(self, selected: slice, memory_rLC: Tensor, mask: Tensor | None = None) -> TextRows:
         keys, values = self.mat_kv(memory_rLC).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return TextRows(selected, keys, values)
+        return TextRows(selected, keys, values, mask)
 
     def forward(self, x_RnC: Tensor, text: Sequence[TextRows], attention: Attention) -> Tensor:
         q = self.mat_q(x_RnC).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         # Texts of different lengths attend apart: no mask, and every row equals its single run up to rounding.
-        parts = [attention(q[t.rows], t.keys, t.values, scale=q.shape[-1] ** -0.5) for t in text]
+        parts = [attention(q[t.rows], t.keys, t.values, scale=q.shape[-1] ** -0.5, mask=t.mask) for t in text]
         return self.proj(torch.cat(parts))
 
 
@@ -127,9 +138,9 @@ class Block(nn.Module):
         self.ffn = FeedForward(config, ops, dtype, device)
         self.ada_gss = ops.Embedding(6, config.width, dtype=torch.float32, device=device)
 
-    def condition(self, shared_R6C: Tensor, memories: Sequence[tuple[slice, Tensor]]) -> BlockCondition:
+    def condition(self, shared_R6C: Tensor, memories: Sequence[tuple[slice, Tensor, Tensor | None]]) -> BlockCondition:
         modulation = shared_R6C + rows(self.ada_gss, 6, shared_R6C.device)
-        text = tuple(self.ca.text_rows(selected, memory.to(self.dtype)) for selected, memory in memories)
+        text = tuple(self.ca.text_rows(selected, memory.to(self.dtype), mask) for selected, memory, mask in memories)
         return BlockCondition(modulation[:, :, None].unbind(1), self.sa.query_scale(shared_R6C.device), text)
 
     def forward(
@@ -155,14 +166,14 @@ class TextPool(nn.Module):
         self.ca.mat_kv = ops.Linear(config.text_width, 2 * config.width, **kw)
         self.ca.proj = ops.Linear(config.width, config.width, **kw)
 
-    def forward(self, text_rLT: Tensor, attention: Attention) -> Tensor:
+    def forward(self, text_rLT: Tensor, attention: Attention, mask: Tensor | None = None) -> Tensor:
         keys, values = self.ca.mat_kv(text_rLT).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q = (
             rows(self.ca.mat_q, 1, text_rLT.device)
             .unflatten(-1, (self.heads, -1))[:, :, None]
             .expand(len(keys), -1, -1, -1)
         )
-        return self.ca.proj(attention(q, keys, values, scale=q.shape[-1] ** -0.5)).squeeze(1)
+        return self.ca.proj(attention(q, keys, values, scale=q.shape[-1] ** -0.5, mask=mask)).squeeze(1)
 
 
 class HeadNorm(nn.Module):
@@ -213,13 +224,13 @@ class Transformer(nn.Module):
             )
         return rows(self.cfg_uncond, length, device)
 
-    def condition(self, texts: Sequence[Tensor], attention: Attention = sdpa) -> Condition:
+    def condition(self, texts: Sequence[Tensor] | PaddedTexts, attention: Attention = sdpa) -> Condition:
         """Text features [L_i, T] of every row -> all that depends on the text alone."""
         pooled, memories, begin = [], [], 0
-        for _, group in groupby(texts, key=len):
-            stacked = self.text_norm(torch.stack(list(group)).float())
-            pooled.append(self.text_proj_for_sos(stacked, attention))
-            memories.append((slice(begin, begin := begin + len(stacked)), self.text_proj_for_ca(stacked)))
+        for stacked, mask in _groups(texts):
+            stacked = self.text_norm(stacked.float())
+            pooled.append(self.text_proj_for_sos(stacked, attention, mask))
+            memories.append((slice(begin, begin := begin + len(stacked)), self.text_proj_for_ca(stacked), mask))
         pooled_RC = torch.cat(pooled)
         shared_R6C = self.shared_ada_lin(pooled_RC).unflatten(-1, (6, -1))
         scale, shift = self.head_nm.ada_lin(pooled_RC).unflatten(-1, (2, 1, -1)).unbind(1)
@@ -251,6 +262,15 @@ class Transformer(nn.Module):
         return self.lvl_embed(torch.tensor([index], device=device))
 
 
+def _groups(texts: Sequence[Tensor] | PaddedTexts):
+    """Stacked features [r, L, T] of consecutive rows of one length, with the mask of padded ones."""
+    if isinstance(texts, PaddedTexts):
+        yield texts.features, texts.real[:, None, None]
+        return
+    for _, group in groupby(texts, key=len):
+        yield torch.stack(list(group)), None
+
+
 def _modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift
 
@@ -266,4 +286,5 @@ def _first_rows(text: Sequence[TextRows], count: int):
     for part in text:
         kept = min(part.rows.stop, count) - part.rows.start
         if kept > 0:
-            yield TextRows(slice(part.rows.start, part.rows.start + kept), part.keys[:kept], part.values[:kept])
+            mask = None if part.mask is None else part.mask[:kept]
+            yield TextRows(slice(part.rows.start, part.rows.start + kept), part.keys[:kept], part.values[:kept], mask)

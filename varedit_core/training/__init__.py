@@ -1,0 +1,1 @@
+"""Training of the networks; nothing here is imported for editing."""
