@@ -1,0 +1,24 @@
+"""Where the demo model lies: in `demo/` of a clone of the repository. An installed wheel does not hold it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parents[1] / "demo"
+EXAMPLES = FOLDER.with_name("examples")
+SIZE = "0.06M"
+"""The only size it was trained at: 256 pixels."""
+NOTICE = "using the demo model, a toy that knows drawn shapes and global styles only; --model names another"
+FILES = ("transformer.safetensors", "tokenizer.safetensors", "text_encoder")
+
+
+def demo_files() -> tuple[Path, Path, Path]:
+    """The demo model's transformer, tokenizer and text encoder (a folder). FileNotFoundError where one is missing."""
+    paths = tuple(FOLDER / name for name in FILES)
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"the demo model is not here ({FOLDER} has no {missing[0]}); run from a clone of the repository, or name "
+            "a model with --model, --vae and --text-encoder"
+        )
+    return paths

@@ -1,0 +1,1 @@
+"""ShapeEdit: a procedural benchmark of instruction-based editing with exact answers."""

@@ -1,0 +1,197 @@
+"""The command line of ShapeEdit: `varedit shapeedit make | evaluate`. Thin: options in, library calls, tables out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.table import Table
+
+from ..defaults import DEFAULT_SETTINGS, SamplingSettings
+from ..demo import demo_files
+from ..images import check_target, save_image
+from ..lora import apply_lora, check_lora
+from ..pipeline import Editor
+from .edits import FAMILIES
+from .evaluate import BATCH, Batch, Report, draw, evaluate, make, picture
+from .metrics import ssim_function
+from .scenes import SIDE, STYLES
+
+COUNT, SEED = 1000, 0
+CAPTION = 24
+"""Height of an instruction above its pictures, in pixels."""
+COLUMNS = {
+    "family": "family",
+    "count": "samples",
+    "success": "success",
+    "ceiling_success": "(tokenizer's)",
+    "s": "S",
+    "o": "O",
+    "balance": "balance",
+    "psnr": "background PSNR",
+    "ceiling_psnr": "(tokenizer's)",
+    "ssim": "SSIM",
+    "ceiling_ssim": "(tokenizer's)",
+}
+
+app = typer.Typer(no_args_is_help=True, help="ShapeEdit, a procedural benchmark of edits with exact answers.")
+
+
+@app.command("make")
+def make_command(
+    folder: Annotated[Path, typer.Argument(help="Empty or new folder.")],
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = SEED,
+    count: Annotated[int, typer.Option(min=1, help="Number of samples, the families in turn.")] = COUNT,
+    split: Annotated[str, typer.Option(help="test or train.")] = "test",
+) -> None:
+    """Write samples as pictures with a metadata.jsonl, as training reads them."""
+    from ..cli import console
+
+    make(folder, seed, count, split)
+    console.print(f"{folder}: {count} samples of the {split} split", soft_wrap=True)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Annotated[Optional[Path], typer.Option(help="Transformer; by default the demo model's.")] = None,
+    vae: Annotated[Optional[Path], typer.Option(help="Tokenizer; by default the demo model's.")] = None,
+    text_encoder: Annotated[Optional[Path], typer.Option(help="T5 encoder; by default the demo model's.")] = None,
+    lora: Annotated[
+        Optional[list[str]], typer.Option(help="FILE[:STRENGTH], a LoRA to apply; may be given several times.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the samples and of the draws.")] = SEED,
+    count: Annotated[int, typer.Option(min=1, help="Number of samples, the families in turn.")] = COUNT,
+    family: Annotated[
+        Optional[list[str]], typer.Option(help=f"Only this one; may be given several times: {', '.join(FAMILIES)}.")
+    ] = None,
+    style: Annotated[str, typer.Option(help=f"Only this style: {', '.join(STYLES[1:])}.")] = "",
+    guidance: Annotated[
+        str, typer.Option(help="Classifier-free guidance; one number, or one a scale.")
+    ] = f"{DEFAULT_SETTINGS.guidance:g}",
+    temperature: Annotated[
+        str, typer.Option(help="Temperature; 0 is greedy; one number, or one a scale.")
+    ] = f"{DEFAULT_SETTINGS.temperature:g}",
+    top_p: Annotated[
+        str, typer.Option(help="Drop bit values of probability <= 1 - top_p.")
+    ] = f"{DEFAULT_SETTINGS.top_p:g}",
+    batch: Annotated[int, typer.Option(min=1, help="Samples edited at a time.")] = BATCH,
+    device: Annotated[Optional[str], typer.Option(help="cuda, cpu, mps; by default cuda where there is one.")] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="Of the transformer's blocks: fp32, bf16, fp16.")] = None,
+    report: Annotated[Optional[Path], typer.Option("--json", help="Write figures, every sample's too, here.")] = None,
+    pictures: Annotated[
+        Optional[Path], typer.Option(help="Write source, edit and target of some samples here, a PNG a family.")
+    ] = None,
+    show: Annotated[int, typer.Option(min=1, help="How many samples of a family --pictures shows.")] = 4,
+    overwrite: Annotated[bool, typer.Option(help="Replace files that exist.")] = False,
+) -> None:
+    """Edit test samples and judge them by their exact answers (see docs/SHAPEEDIT.md)."""
+    from ..cli import DTYPES, _choice, _lora, _per_scale, _progress
+
+    settings = SamplingSettings(_per_scale(guidance), _per_scale(temperature), _per_scale(top_p), seed)
+    kind = _choice(dtype, DTYPES, "dtype") if dtype else None
+    samples = draw(seed, count, family, style)
+    gallery = Gallery(pictures, show, overwrite, [s.family for s in samples]) if pictures else None
+    _check_report(report, overwrite)
+    ssim_function()
+    files = _files(model, vae, text_encoder)
+    loras = [_lora(text) for text in lora or []]
+    for file, _ in loras:
+        check_lora(files[0], file)
+    editor = Editor.load(*files, device=device, dtype=kind)
+    for file, strength in loras:
+        apply_lora(editor.transformer, file, strength)
+    with _progress() as progress:
+        task = progress.add_task("editing", total=len(samples))
+
+        def follow(done: Batch) -> None:
+            progress.advance(task, len(done.samples))
+            if gallery:
+                gallery.add(done)
+
+        figures = evaluate(editor, samples, settings, batch, follow)
+    if gallery:
+        gallery.save()
+    if report:
+        facts = {"seed": seed, "count": count, "style": style, "loras": [[str(f), strength] for f, strength in loras]}
+        named = dict(zip(("model", "vae", "text_encoder"), (path.name for path in files)))
+        report.write_text(json.dumps({**facts, **named, **figures.to_json(samples=True)}, indent=1) + "\n")
+    _print(figures)
+
+
+def _files(model: Path | None, vae: Path | None, text_encoder: Path | None) -> tuple[Path, Path, Path]:
+    """The files named, each by default the demo model's; a transformer's own file may hold its tokenizer."""
+    if model and text_encoder:
+        return model, vae or model, text_encoder
+    demo = demo_files()
+    return model or demo[0], vae or demo[1], text_encoder or demo[2]
+
+
+def _check_report(path: Path | None, overwrite: bool) -> None:
+    if path and path.exists() and not (overwrite and path.is_file()):
+        raise FileExistsError(f"{path} exists; choose another name or allow overwriting")
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+class Gallery:
+    """Source, edit and target of the first samples of every family, each under its instruction."""
+
+    def __init__(self, folder: Path, show: int, overwrite: bool, families: list[str]) -> None:
+        self.folder, self.overwrite, self.rows = folder, overwrite, {}
+        seen: Counter[str] = Counter()
+        for index, family in enumerate(families):
+            if seen[family] < show:
+                self.rows[family, index] = None
+            seen[family] += 1
+        for family in seen:
+            check_target(folder / f"{family}.png", False, overwrite)
+
+    def add(self, batch: Batch) -> None:
+        """Keep what will be shown of a batch."""
+        for row, record in enumerate(batch.records):
+            if (record.family, record.index) in self.rows:
+                pixels = (batch.source[row], batch.edited[row], batch.target[row])
+                self.rows[record.family, record.index] = self._row(record, [picture(p) for p in pixels])
+
+    def save(self) -> None:
+        """Write FOLDER/<family>.png for every family."""
+        for name in dict.fromkeys(family for family, _ in self.rows):
+            rows = [image for (family, _), image in self.rows.items() if family == name]
+            sheet = Image.new("RGB", (rows[0].width, sum(image.height for image in rows)), "white")
+            for number, image in enumerate(rows):
+                sheet.paste(image, (0, number * image.height))
+            save_image(sheet, self.folder / f"{name}.png", self.overwrite)
+
+    @staticmethod
+    def _row(record, images: list[Image.Image]) -> Image.Image:
+        row = Image.new("RGB", (3 * SIDE, CAPTION + SIDE), "white")
+        verdict = "success" if record.score.success else "failure"
+        text = f"{record.instruction}  ({verdict}; source, edit, target)"
+        ImageDraw.Draw(row).text((6, 6), text, fill="black")
+        for place, image in enumerate(images):
+            row.paste(image, (place * SIDE, CAPTION))
+        return row
+
+
+def _print(report: Report) -> None:
+    table = Table(title="ShapeEdit", title_justify="left")
+    for name, heading in COLUMNS.items():
+        table.add_column(heading, justify="left" if name == "family" else "right")
+    for row in report.table():
+        table.add_row(*(_cell(name, row[name]) for name in COLUMNS))
+    Console(width=max(Console().width, 130), markup=False).print(table)
+
+
+def _cell(name: str, value) -> str:
+    if value is None:
+        return "-"
+    if name.endswith("success"):
+        return f"{value:.1%}"
+    if name.endswith("psnr"):
+        return f"{value:.2f}"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
