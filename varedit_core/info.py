@@ -9,7 +9,8 @@ from pathlib import Path
 
 from .checkpoints import TOKENIZER, TRANSFORMER, blank, canonical, describe, part_of
 from .config import TRANSFORMERS, AutoencoderConfig, TransformerConfig
-from .weights import Weights, open_weights
+from .lora import read_lora
+from .weights import WeightError, Weights, open_weights
 
 _CONFIGS = {TRANSFORMER: TransformerConfig, TOKENIZER: AutoencoderConfig}
 
@@ -34,6 +35,11 @@ def inspect(path: str | Path) -> dict:
             blank(canonical(weights, part), part)
         except ValueError as error:
             facts["is"] += f", but not whole: {error}"
+    if facts["is"] == "a LoRA":
+        try:
+            facts["LoRA"] = read_lora(weights).summary()
+        except WeightError as error:
+            facts["is"] += f", but none for VAREdit: {error}"
     sizes = [math.prod(meta.shape) for meta in weights.meta.values()]
     types = Counter[str]()
     for meta, count in zip(weights.meta.values(), sizes):
