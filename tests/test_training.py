@@ -1,0 +1,486 @@
+"""Training: settings, the objective, resuming, and what comes out of it. On the CPU, with networks of a few neurons."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from support import ROOT
+
+accelerate = pytest.importorskip("accelerate")
+
+from varedit_core import Editor  # noqa: E402
+from varedit_core.autoencoder import Autoencoder  # noqa: E402
+from varedit_core.config import AutoencoderConfig  # noqa: E402
+from varedit_core.defaults import SamplingSettings  # noqa: E402
+from varedit_core.quantizer import encode, latent_grids, to_tokens  # noqa: E402
+from varedit_core.schedule import schedule_for  # noqa: E402
+from varedit_core.training import engine, pairs, tasks  # noqa: E402
+from varedit_core.training.data import Pair, PairError  # noqa: E402
+from varedit_core.training.objective import teach, token_weights  # noqa: E402
+from varedit_core.training.run import run  # noqa: E402
+from varedit_core.training.settings import NewText, NewTransformer, load_stages  # noqa: E402
+from varedit_core.training.words import make_vocabulary, new_text_encoder  # noqa: E402
+
+PAIRS = 6
+SCHEDULE = schedule_for("0.06M")
+BITS = 14
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    """A folder with tokenizer.safetensors, transformer.safetensors and text_encoder, all random, and pairs."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    config = AutoencoderConfig(BITS, 32, (32,) * 4, (32,) * 4, 1, 1, 8)
+    save_file(Autoencoder(config).state_dict(), folder / "tokenizer.safetensors")
+    network = tasks.new_transformer(NewTransformer(2, 64, 1, 128, 7), config, 128, 64, 0)
+    save_file(network.state_dict(), folder / "transformer.safetensors")
+    make_vocabulary(folder / "text_encoder" / "tokenizer.json", 300)
+    tasks.save_text(folder / "text_encoder", new_text_encoder(NewText(128, 1, 2, 64), 300), folder / "text_encoder")
+    make_pairs(folder / "pairs")
+    return folder
+
+
+def make_pairs(folder: Path) -> None:
+    folder.mkdir()
+    rows = []
+    for index in range(PAIRS):
+        picture = Image.new("RGB", (48, 40), (40 * index, 90, 200 - 30 * index))
+        picture.save(folder / f"s{index}.png")
+        ImageDraw.Draw(picture).ellipse((10, 8, 30, 28), fill=(250, 20 * index, 10))
+        picture.save(folder / f"t{index}.png")
+        rows.append({"source": f"s{index}.png", "target": f"t{index}.png", "instruction": f"add circle number {index}"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+HEAD = '[[stage]]\nname = "a"\nprecision = "fp32"\nseed = 3\nlog_every = 1\nsample_every = 0\n'
+TOKENIZER = (
+    HEAD
+    + """task = "tokenizer"
+steps = 3
+batch = 2
+[stage.new_tokenizer]
+encoder_blocks = 1
+decoder_blocks = 1
+[stage.data]
+pictures = 0.2
+"""
+)
+EDITS = """task = "{task}"
+steps = {steps}
+batch = {batch}
+autoencoder = "tokenizer.safetensors"
+text_encoder = "text_encoder"
+"""
+NEW = "[stage.new_transformer]\ndepth = 2\nwidth = 64\nheads = 1\nhidden = 128\n"
+OWN = '[stage.data]\nsource = "pairs"\nworkers = 0\n'
+
+
+def stages_of(folder: Path, text: str, *changes: str):
+    (folder / "training.toml").write_text(text)
+    return load_stages(folder / "training.toml", changes)
+
+
+def edits(parts: Path, *changes: str, task: str = "transformer", steps: int = 3, batch: int = 2, more: str = NEW + OWN):
+    text = HEAD + EDITS.format(task=task, steps=steps, batch=batch)
+    return stages_of(
+        parts, text + ('transformer = "transformer.safetensors"\n' if task == "lora" else "") + more, *changes
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines]
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_after(monkeypatch, steps: int):
+    """Make the loop die in the step after `steps`, as if by a signal: without a checkpoint of its own."""
+    true, made = engine._step, []
+
+    def step(*arguments):
+        if len(made) == steps:
+            raise Killed
+        made.append(1)
+        return true(*arguments)
+
+    monkeypatch.setattr(engine, "_step", step)
+
+
+# Settings
+
+
+def test_paths_start_from_the_files_folder(parts, monkeypatch):
+    monkeypatch.chdir(parts.parent)
+    (stage,) = edits(Path(parts.name))
+    assert stage.autoencoder == str(parts / "tokenizer.safetensors") and stage.data.source == str(parts / "pairs")
+    (stage,) = edits(parts, "a.data.source=hf:owner/name", "a.autoencoder=@first", "a.text_encoder=/x/t5")
+    assert (stage.data.source, stage.autoencoder, stage.text_encoder) == ("hf:owner/name", "@first", "/x/t5")
+
+
+def test_settings_on_the_command_line(parts):
+    (stage,) = edits(parts, "a.steps=7", 'a.data.size="0.25M"', "a.new_transformer.depth = 1", "a.lora.targets=mlp")
+    assert (stage.steps, stage.data.size, stage.new_transformer.depth, stage.lora.targets) == (7, "0.25M", 1, "mlp")
+    assert stage.new_transformer.width == 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("a.stepps=3", "stage 1: unknown setting 'stepps'; known are name, task, steps"),
+        ("a.data.sorce=x", "stage 1, data: unknown setting 'sorce'"),
+        ("a.steps=many", "stage 1, steps: expected int, got 'many'"),
+        ("a.steps=true", "stage 1, steps: expected int, got True"),
+        ("a.steps=0", "steps must be at least 1"),
+        ("a.log_every=0", "log_every must be at least 1"),
+        ("a.optimisation.accumulate=0", "optimisation.accumulate must be at least 1"),
+        ("a.task=paint", "task must be one of tokenizer, transformer, lora, got 'paint'"),
+        ("a.data.fit=aspect", "training fits every picture to a square"),
+        ("a.data.size=3M", "data.size must be one of 0.06M"),
+        ("a.data.columns.source=3", "columns, source: expected str, got 3"),
+        ("a.name=x/y", "must be letters, digits"),
+        ("b.steps=1", "there is no stage 'b'; choose one of a"),
+        ("steps=1", "write STAGE.NAME=VALUE, such as a.steps=10"),
+        ("a.steps", "write STAGE.NAME=VALUE"),
+    ],
+)
+def test_mistakes_in_settings_are_named(parts, change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        edits(parts, change)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[stage]]\nname=", "is not valid TOML"),
+        ("x = 1", r"must hold tables named \[\[stage\]\] and nothing else"),
+        ('[[stage]]\nname = "a"\n', "stage 1: missing .* 'task'"),
+        (TOKENIZER + TOKENIZER, "names two stages alike"),
+        (TOKENIZER + "encoder_widths = [32]\n", "unknown setting 'encoder_widths'"),
+        (TOKENIZER.replace("encoder_blocks = 1", "encoder_widths = [32]"), "fewer than 64 channels cannot learn"),
+        (HEAD + EDITS.format(task="lora", steps=1, batch=1), "name the transformer that the LoRA is for"),
+    ],
+)
+def test_files_that_are_no_training_are_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        stages_of(tmp_path, text)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="there is no .*none.toml; check the path"):
+        load_stages(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "training").glob("*.toml")), ids=lambda path: path.stem)
+def test_examples_load(path):
+    assert load_stages(path)
+
+
+def test_the_manual_names_every_setting():
+    from varedit_core.training import settings
+
+    text = (ROOT / "docs" / "TRAINING.md").read_text()
+    tables = dict(re.findall(r"^### `([\w.\[\]]+)`.*?\n((?:.*\n)*?)(?=^#|\Z)", text, flags=re.MULTILINE))
+    kinds = {
+        "[[stage]]": settings.Stage, "stage.data": settings.Data, "stage.optimisation": settings.Optimisation,
+        "stage.objective": settings.Objective, "stage.lora": settings.Lora, "stage.new_transformer": NewTransformer,
+        "stage.new_tokenizer": settings.NewTokenizer, "stage.new_text": NewText,
+    }  # fmt: skip
+    assert set(tables) == set(kinds)
+    for name, kind in kinds.items():
+        rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", tables[name], flags=re.MULTILINE))
+        fields = {f.name: f for f in kind.__dataclass_fields__.values()}
+        plain = {
+            n for n in fields if n not in ("data", "optimisation", "objective", "lora") and not n.startswith("new_")
+        }
+        assert set(rows) == plain, name
+        for row, shown in rows.items():
+            default = fields[row].default
+            if fields[row].default_factory is dict:
+                default = {}
+            kept = "required" if type(default).__name__ == "_MISSING_TYPE" else f"`{as_toml(default)}`"
+            assert shown == kept, (name, row)
+
+
+def as_toml(value) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value).replace("null", "none")
+
+
+# The objective
+
+
+def features(count: int = 2) -> torch.Tensor:
+    return torch.randn(count, BITS, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_labels_without_flips_are_the_quantisers_bits():
+    x = features()
+    taught = teach(x, SCHEDULE, 2)
+    bits, _ = encode(x, latent_grids(SCHEDULE, 2))
+    for label, bit in zip(taught.labels, bits, strict=True):
+        assert torch.equal(label, to_tokens(bit.float(), 2) > 0.5)
+    assert [tuple(i.shape[1:]) for i in taught.inputs] == [(n, 4 * BITS) for n in SCHEDULE.tokens[1:]]
+
+
+def test_flips_change_later_labels_only():
+    x = features()
+    plain = teach(x, SCHEDULE, 2)
+    flipped = teach(x, SCHEDULE, 2, torch.tensor([0.0, 0.3]), torch.Generator().manual_seed(1))
+    assert torch.equal(plain.labels[0], flipped.labels[0])
+    for before, after in zip(plain.labels[1:], flipped.labels[1:]):
+        assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
+
+
+def test_token_weights_sum_to_one():
+    region = torch.zeros(2, 32, 32, dtype=torch.bool)
+    region[1, 3, 4] = True
+    for given in (None, region):
+        weights = token_weights(SCHEDULE, given, 4.0, -0.5)
+        total = torch.cat([w.expand(2, -1) for w in weights], dim=1).sum(1)
+        torch.testing.assert_close(total, torch.ones(2))
+    assert (weights[-1][1] / weights[-1][1].min()).max().item() == pytest.approx(4.0)
+    assert weights[-1][0].std() == 0
+
+
+def task_of(parts: Path, *changes: str, **options):
+    (stage,) = edits(parts, *changes, **options)
+    accelerate.state.AcceleratorState._reset_state()
+    accelerator = accelerate.Accelerator(mixed_precision="no", cpu=True, project_dir=str(parts / "project"))
+    return tasks.TASKS[stage.task](stage, accelerator)
+
+
+def test_dropped_texts_are_the_learned_ones(parts):
+    task = task_of(parts)
+    batch = next(pairs.pair_batches(task, 0))
+    texts = task.model._texts(batch, torch.tensor([True, False]))
+    learned = task.transformer.unconditional(texts.features.shape[1], "cpu")
+    assert torch.equal(texts.features[0], learned) and torch.equal(texts.features[1], batch["features"][1])
+
+
+def test_checkpointing_gives_the_same_gradients(parts):
+    gradients = []
+    for setting in ("false", "true"):
+        task = task_of(parts, f"a.checkpointing={setting}")
+        batch = next(pairs.pair_batches(task, 0))
+        loss, _ = task.loss(task.model, batch, torch.Generator().manual_seed(0))
+        loss.backward()
+        gradients.append({n: p.grad for n, p in task.model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-4)
+
+
+# Pairs
+
+
+def test_pairs_are_fitted_as_for_editing():
+    source = Image.new("RGB", (48, 24), "black")
+    target = source.copy()
+    target.paste((255, 0, 0), (0, 0, 12, 24))
+    a, b, region, text = pairs.fitted(Pair("x", source, target, "redden"), "0.06M")
+    assert a.shape == b.shape == (3, 256, 256) and text == "redden"
+    # A pixel of 48 is more than five of 256, and Lanczos looks three pixels far.
+    assert (a[:, :110] == -1).all() and (a[:, 146:] == 1).all(), "white below"
+    assert region[:110, :46].all() and not region[:, 82:].any() and not region[146:].any()
+    mask = Image.new("L", (48, 24))
+    mask.paste(255, (36, 0, 48, 24))
+    *_, region, _ = pairs.fitted(Pair("x", source, target, "redden", mask), "0.06M")
+    assert region[:110, 210:].all() and not region[:, :174].any() and not region[146:].any()
+
+
+class Share:
+    """What `pairs` needs of an accelerator."""
+
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
+        self.process_index, self.num_processes, self.device = rank, world, torch.device("cpu")
+
+
+@pytest.mark.parametrize("source", ["pairs", "plain"])
+def test_pictures_of_pairs_and_of_plain_folders(parts, source):
+    """Steps, processes and accumulated batches share the stream without gaps, wherever a training begins."""
+    plain = parts / "plain" / "inner"
+    if not plain.exists():
+        plain.mkdir(parents=True)
+        for index in range(PAIRS):
+            (plain / f"{index}.png").write_bytes((parts / "pairs" / f"s{index}.png").read_bytes())
+    (stage,) = stages_of(parts, TOKENIZER + f'source = "{source}"\nworkers = 0\n', "a.optimisation.accumulate=2")
+    stream = pairs.picture_batches(stage, 0, Share())
+    whole = torch.stack([next(stream) for _ in range(8)]).flatten(0, 1)  # 4 steps of 2 batches of 2
+    assert whole.shape == (16, 3, 256, 256)
+    later = pairs.picture_batches(stage, 2, Share())
+    assert torch.equal(torch.cat([next(later) for _ in range(2)]), whole[8:12])
+    shares = [pairs.picture_batches(replace(stage, batch=1), 1, Share(rank, 2)) for rank in range(2)]
+    together = torch.cat([next(share) for _ in range(4) for share in shares])
+    assert torch.equal(together, whole[4:12])
+    kinds = {tuple(picture[:, 100, 100].tolist()) for picture in whole}
+    assert len(kinds) == PAIRS if source == "plain" else len(kinds) > PAIRS
+
+
+def test_first_pairs(parts):
+    (stage,) = edits(parts)
+    source, target, instructions = pairs.first_pairs(stage, 3)
+    assert source.shape == target.shape == (3, 3, 256, 256) and instructions[0].startswith("add circle number")
+
+
+def test_a_bad_pair_stops_before_the_networks_load_or_is_left_out(parts, tmp_path, caplog):
+    make_pairs(tmp_path / "pairs")
+    (tmp_path / "pairs" / "t2.png").unlink()
+    with open(tmp_path / "pairs" / "metadata.jsonl", "a") as file:
+        file.write("{\n")
+    (stage,) = edits(parts, f"a.data.source={tmp_path / 'pairs'}")
+    with pytest.raises(PairError, match=r"metadata.jsonl line 7 is not JSON"):
+        run([replace(stage, autoencoder="none")], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    skipping = replace(stage, data=replace(stage.data, on_error="skip"), batch=PAIRS)
+    samples = pairs._samples(skipping, 0, Share())
+    with caplog.at_level(logging.WARNING):
+        texts = {next(samples)[-1] for _ in range(2 * PAIRS)}
+    assert texts == {f"add circle number {index}" for index in (0, 1, 3, 4, 5)}
+    assert any("t2.png" in message and message.startswith("skipped") for message in caplog.messages)
+
+
+# The loop
+
+
+def test_rates_rise_and_fall():
+    (settings,) = (engine.Optimisation(warmup=0.1, final=0.1),)
+    rates = [engine.rate_factor(step, 100, settings) for step in range(101)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 and rates[100] == pytest.approx(0.1)
+    assert rates[:10] == sorted(rates[:10]) and rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_the_average_swaps_in_and_out():
+    model = torch.nn.Linear(3, 3)
+    average = engine.Average(model, 0.9)
+    with torch.no_grad():
+        model.weight.add_(1)
+    average.update(5)
+    live, mean = model.weight.detach().clone(), average.values[0].clone()
+    assert not torch.equal(live, mean)
+    with average:
+        assert torch.equal(model.weight, mean)
+    assert torch.equal(model.weight, live) and torch.equal(average.values[0], mean)
+
+
+CASES = {
+    "tokenizer": lambda parts: stages_of(parts, TOKENIZER, "a.batch=1", "a.steps=2"),
+    "transformer": lambda parts: edits(parts, "a.data.block=4", "a.data.reuse=2", "a.data.workers=0", more=NEW),
+    "pairs": lambda parts: edits(parts, "a.optimisation.accumulate=2", "a.data.workers=1"),
+    "lora": lambda parts: edits(parts, task="lora", more=OWN),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_training_goes_on_to_the_same_losses(parts, tmp_path, monkeypatch, case):
+    """Unbroken, and killed in its last step (the LoRA before its first checkpoint): the same to the last bit."""
+    (stage,) = (replace(stage, save_every=1) for stage in CASES[case](parts))
+    assert run([stage], tmp_path / "unbroken")
+    with monkeypatch.context() as patch:
+        killed_after(patch, stage.steps - 1)
+        with pytest.raises(Killed):
+            run([replace(stage, save_every=3 if case == "lora" else 1)], tmp_path / "broken")
+    assert not (tmp_path / "broken" / "a" / "finished.json").exists()
+    assert run([stage], tmp_path / "broken", resume=True)
+    first, second = (tmp_path / name / "a" for name in ("unbroken", "broken"))
+    assert losses(first) == losses(second) and len(losses(first)) == stage.steps
+    files = json.loads((first / "finished.json").read_text())["files"]
+    for file in (name for name in files if name.endswith(".safetensors")):
+        one, other = load_file(first / file), load_file(second / file)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert run([stage], tmp_path / "broken", resume=True), "a finished stage has nothing to do"
+
+
+def test_accumulated_batches_equal_a_large_one(parts, tmp_path):
+    exact = ("a.objective.flips=0", "a.objective.text_dropout=0", "a.steps=2")
+    assert run(edits(parts, *exact, "a.batch=4"), tmp_path / "large")
+    assert run(edits(parts, *exact, "a.optimisation.accumulate=2"), tmp_path / "small")
+    large, small = (load_file(tmp_path / name / "a" / "transformer.safetensors") for name in ("large", "small"))
+    assert losses(tmp_path / "large" / "a") == pytest.approx(losses(tmp_path / "small" / "a"), rel=1e-5)
+    differing = sum(int((large[key] != small[key]).sum()) for key in large)
+    assert differing < 0.01 * sum(tensor.numel() for tensor in large.values())
+
+
+def test_results_load_and_edit(parts, tmp_path):
+    """A text encoder trained along with the transformer, stopped at once, gone on with, then used."""
+    stages = edits(parts, "a.text_encoder=", "a.new_text.vocabulary=300", "a.new_text.layers=1", "a.steps=2")
+    assert not run(stages, tmp_path / "out", stop_after=0)
+    folder = tmp_path / "out" / "a"
+    assert [path.name for path in folder.glob("state-*")] == ["state-1"] and not (folder / "finished.json").exists()
+    with pytest.raises(ValueError, match="out/a exists; go on with it by --resume, or choose another --output"):
+        run(stages, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"settings.json has optimisation.rate = 0.001, not 0.1; restore it or choose"):
+        run([replace(stages[0], optimisation=replace(stages[0].optimisation, rate=0.1))], tmp_path / "out", resume=True)
+    assert run([replace(stages[0], log_every=9)], tmp_path / "out", resume=True)
+    editor = Editor.load(folder / "transformer.safetensors", parts / "tokenizer.safetensors", folder / "text_encoder")
+    picture = Image.open(parts / "pairs" / "s0.png")
+    (edited,) = editor.edit(picture, "add a circle", size="0.06M", settings=SamplingSettings(temperature=0.0))
+    assert edited.size == picture.size
+    assert (folder / "loss.png").exists() and len(list(folder.glob("events.*"))) == 2
+
+
+def test_an_undefined_loss_is_named(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks.TransformerTask, "encode", lambda self, x: torch.zeros(len(x), BITS, 32, 32))
+    monkeypatch.setattr(tasks, "bit_loss", lambda *a: (a[0][0].sum() * torch.nan, torch.zeros(7)))
+    with pytest.raises(ValueError, match="stage a: the loss became undefined at step 1; lower the learning rate"):
+        run(edits(parts), tmp_path / "out")
+
+
+def test_stages_of_different_precisions_follow_each_other(parts, tmp_path, monkeypatch):
+    """accelerate keeps its state for a whole process."""
+    seen = []
+    monkeypatch.setattr("varedit_core.training.run.TASKS", {"transformer": lambda s, a: seen.append(a.mixed_precision)})
+    monkeypatch.setattr("varedit_core.training.run.train", lambda *a: True)
+    (stage,) = edits(parts)
+    assert run([stage, replace(stage, name="b", precision="bf16")], tmp_path / "out") and seen == ["no", "bf16"]
+
+
+# The command
+
+
+def command(*arguments, launcher=("-m", "varedit_core")):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *launcher, "train", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_checks_data(parts, tmp_path):
+    edits(parts)
+    done = command(parts / "training.toml", "--check-data")
+    assert done.returncode == 0 and f"a: {PAIRS} of {PAIRS} samples of {parts / 'pairs'} are good" in done.stdout
+    make_pairs(tmp_path / "pairs")
+    (tmp_path / "pairs" / "t2.png").write_bytes(b"none")
+    done = command(parts / "training.toml", "--check-data", "--set", f"a.data.source={tmp_path / 'pairs'}")
+    assert done.returncode == 1 and "line 3, target: cannot read" in done.stdout and "5 of 6" in done.stdout
+
+
+def test_the_command_trains_in_two_processes(parts, tmp_path):
+    """Data-parallel training on the CPU writes one result and one log."""
+    edits(parts, batch=1, steps=2)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "varedit_core")
+    arguments = (parts / "training.toml", "--output", tmp_path / "out")
+    done = command(*arguments, launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("a step 2 of 2") == 1 and "Saving" not in done.stderr
+    folder = tmp_path / "out" / "a"
+    assert len(losses(folder)) == 2 and json.loads((folder / "finished.json").read_text())["steps"] == 2
+    assert all(tensor.isfinite().all() for tensor in load_file(folder / "transformer.safetensors").values())
+
+
+def test_editing_does_not_import_training():
+    code = "import sys, varedit_core.cli; print(sorted({'accelerate', 'peft', 'datasets', 'varedit_core.training.run'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -1,0 +1,344 @@
+"""What holds edit pairs: JSON Lines, Hugging Face datasets, WebDataset shards; each gives records of a sample.
+
+Knows files and rows, and turns one record into pictures; knows nothing of the order in which they are trained on.
+Sizes are (width, height), as in `images`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from glob import glob
+from io import BytesIO
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..images import SourceImage, load_image
+
+FIELDS = ("source", "target", "instruction", "mask")
+SHUFFLE_BUFFER = 128  # samples of tar shards held undecoded, a few hundred MB at a megapixel in each worker
+ORDER, WORDING = range(2)  # what random numbers are drawn for
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_TARS = (".tar", ".tar.gz", ".tgz")
+_SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves in a folder
+
+
+class PairError(ValueError):
+    """A pair or a source of pairs that cannot be used: one sentence that names it and says what to change."""
+
+    def __init__(self, text: str) -> None:
+        # A DataLoader makes a worker's error anew from its whole traceback, which ends with the sentence.
+        super().__init__(" ".join(text.rsplit("PairError: ", 1)[-1].split()))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture before and after an edit: upright RGB images of one size, the instruction, a mask (L) or None.
+
+    name: where it came from, for messages.
+    """
+
+    name: str
+    source: Image.Image
+    target: Image.Image
+    instruction: str
+    mask: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A sample whose pictures (a path, or a file's bytes) have not been decoded."""
+
+    name: str
+    source: Path | bytes
+    target: Path | bytes
+    instructions: tuple[str, ...]
+    mask: Path | bytes | None
+
+
+class Lines:
+    """Samples of a JSON Lines file; only the places of the good lines are kept. problems: one for a bad line."""
+
+    def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
+        self.where, self._path, self._columns, self.problems = str(path), path, columns, []
+        places, place = [], 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        self._parse(line, number)
+                        places.append((place, number))
+                    except PairError as error:
+                        self.problems.append(str(error))
+                place += len(line)
+        self._places = np.array(places, np.int64).reshape(-1, 2)
+        if not places and not self.problems:
+            raise PairError(f"{path} holds no samples; write one JSON object a line")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def items(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+    def record(self, item: int) -> Record:
+        place, number = self._places[item].tolist()
+        with open(self._path, "rb") as file:
+            file.seek(place)
+            return self._parse(file.readline(), number)
+
+    def _parse(self, line: bytes, number: int) -> Record:
+        name = f"{self.where} line {number}"
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except ValueError as error:
+            raise PairError(f"{name} is not JSON in UTF-8 ({_short(error)}); write one object a line") from None
+        if not isinstance(row, dict):
+            raise PairError(f"{name} is not a JSON object; write {{...}} with {', '.join(FIELDS[:3])}")
+        values = {field: row.get(self._columns[field]) for field in FIELDS}
+        for field in ("source", "target", "mask"):
+            if values[field] is not None:
+                values[field] = self._path.parent / _text(name, self._columns[field], values[field])
+        return _record(name, values, self._columns)
+
+
+class Table:
+    """Rows of a `datasets.Dataset`; its Image columns are read as they were stored."""
+
+    problems = ()
+
+    def __init__(self, where: str, dataset: Any, columns: Mapping[str, str], chosen: Mapping[str, str]) -> None:
+        self.where, self._columns = where, dict(columns)
+        for field in FIELDS:
+            if columns[field] not in dataset.column_names and (field != "mask" or field in chosen):
+                raise PairError(
+                    f"{where} has no column {columns[field]!r} for the {field}; choose one of "
+                    f"{', '.join(dataset.column_names)}"
+                )
+        if not len(dataset):
+            raise PairError(f"{where} holds no samples; choose another dataset or split")
+        used = [column for column in dict.fromkeys(columns.values()) if column in dataset.column_names]
+        dataset = dataset.with_format(None).select_columns(used)
+        image = _library("datasets").Image
+        for column in used:
+            if isinstance(dataset.features[column], image):
+                dataset = dataset.cast_column(column, image(decode=False))
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def items(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+    def record(self, item: int) -> Record:
+        name, row = f"{self.where} row {item}", self._dataset[item]
+        values = {field: row.get(self._columns[field]) for field in FIELDS}
+        for field in ("source", "target", "mask"):
+            value = values[field]
+            if isinstance(value, dict):
+                value = value.get("bytes") or value.get("path")
+            if value is not None and not isinstance(value, bytes):
+                value = Path(_text(name, self._columns[field], value))
+            values[field] = value
+        return _record(name, values, self._columns)
+
+
+class Shards:
+    """Samples of tar shards in the order of the files, or in that of a seed and an epoch."""
+
+    problems = ()
+
+    def __init__(self, where: str, columns: Mapping[str, str]) -> None:
+        self.where, self._columns = where, columns
+        self._paths: dict[str, None] = {}
+        # With forward slashes: the expansion of braces takes a backslash for an escape.
+        for pattern in _library("webdataset").shardlists.expand_urls(Path(where).as_posix()):
+            found = [pattern] if Path(pattern).is_file() else sorted(glob(pattern))
+            if not found:
+                raise PairError(f"there is no shard {pattern}; check the path and the range in braces")
+            self._paths.update(dict.fromkeys(str(Path(path)) for path in found))
+
+    def items(self, seed: int | None = None, epoch: int = 0) -> Iterator[dict | PairError]:
+        """Members of each sample by suffix, and a PairError where a shard breaks off. seed None: unshuffled."""
+        paths = list(self._paths)
+        if seed is None:
+            return (item for path in paths for item in self._read(path))
+        order = seeded(seed, ORDER, epoch).permutation(len(paths))
+        samples = (item for index in order for item in self._read(paths[index]))
+        shuffle = _library("webdataset").shuffle(
+            SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=random.Random(f"{seed}/{epoch}")
+        )
+        return shuffle(samples)
+
+    def _read(self, path: str) -> Iterator[dict | PairError]:
+        tars = _library("webdataset").tariterators
+        try:
+            with open(path, "rb") as stream:
+                yield from tars.group_by_keys(tars.tar_file_expander([{"url": path, "stream": stream}]))
+        except Exception as error:  # broken tar files raise ReadError, EOFError, zlib.error and more
+            reason = _short(error.args[0] if error.args else error).split(" @ ")[0]
+            yield PairError(f"{path} cannot be read to its end ({reason}); write or download the shard again")
+
+    def record(self, item: dict | PairError) -> Record:
+        if isinstance(item, PairError):
+            raise item
+        name = f"{item['__url__']} sample {item['__key__']}"
+        values: dict[str, Any] = {field: self._picture(item, name, field) for field in ("source", "target", "mask")}
+        values["instruction"] = self._instruction(item, name)
+        return _record(name, values, self._columns)
+
+    def _picture(self, item: dict, name: str, field: str) -> bytes | None:
+        prefix = self._columns[field].lower() + "."
+        found = [suffix for suffix in item if suffix.startswith(prefix)]
+        if len(found) > 1:
+            raise PairError(f"{name} has {' and '.join(found)}; keep one of them")
+        return item[found[0]] if found else None
+
+    def _instruction(self, item: dict, name: str) -> Any:
+        try:
+            if "txt" in item or "json" not in item:
+                return item["txt"].decode("utf-8-sig") if "txt" in item else None
+            row = json.loads(item["json"].decode("utf-8-sig"))
+        except ValueError as error:
+            raise PairError(
+                f"{name} has a text that is not UTF-8 or not JSON ({_short(error)}); write it again"
+            ) from None
+        return row.get(self._columns["instruction"]) if isinstance(row, dict) else None
+
+
+class Pictures:
+    """The pictures of a folder and the folders in it, in the order of their names: each is source and target."""
+
+    problems = ()
+
+    def __init__(self, where: str, paths: Sequence[Path]) -> None:
+        self.where, self._paths = where, paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def items(self) -> Iterator[int]:
+        return iter(range(len(self)))
+
+    def record(self, item: int) -> Record:
+        path = self._paths[item]
+        return Record(str(path), path, path, ("",), None)
+
+
+def open_data(where: str, columns: Mapping[str, str], pictures: bool = False) -> Lines | Table | Shards | Pictures:
+    """What holds the samples of `where` (see `data.open_pairs`). PairError where nothing can be opened."""
+    unknown = [field for field in columns if field not in FIELDS]
+    if unknown:
+        raise ValueError(f"unknown field {unknown[0]!r} in columns; choose from {', '.join(FIELDS)}")
+    names = {field: columns.get(field, field) for field in FIELDS}
+    path = Path(where)
+    if where.startswith("hf:"):
+        return Table(where, _dataset(where), names, columns)
+    if where.endswith(_TARS):
+        return Shards(where, names)
+    if (path / "metadata.jsonl").is_file():
+        return Lines(path / "metadata.jsonl", names)
+    if any((path / name).is_file() for name in _SAVED):
+        return Table(where, _dataset(where), names, columns)
+    if path.suffix == ".jsonl" and path.is_file():
+        return Lines(path, names)
+    if pictures and path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES)
+        if not found:
+            raise PairError(f"{where} holds no pictures; choose a folder with {', '.join(PICTURES)}")
+        return Pictures(where, found)
+    if path.exists():
+        raise PairError(f"{where} is no set of pairs; pass a .jsonl, a folder with metadata.jsonl, or shards as *.tar")
+    raise PairError(f"there is no {where}; check the path, or write hf:owner/name for a Hugging Face dataset")
+
+
+def _dataset(where: str) -> Any:
+    """The `datasets.Dataset` of a name on the Hub or a folder."""
+    datasets = _library("datasets")
+    name, _, split = where.removeprefix("hf:").partition(":")
+    try:
+        if where.startswith("hf:"):
+            return datasets.load_dataset(name, split=split or "train")
+        dataset = datasets.load_from_disk(where)
+    except Exception as error:  # not found, no such split, no connection, and what the dataset's own files raise
+        raise PairError(f"cannot open {where} ({_short(error)}); check its name, split and files") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        raise PairError(f"{where} holds splits; pass one of {', '.join(str(Path(where) / name) for name in dataset)}")
+    return dataset
+
+
+def _library(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise PairError(f'the library {name} is missing; install it with pip install "varedit[train]"') from error
+
+
+def _record(name: str, values: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
+    for field in FIELDS[:3]:
+        if values[field] is None:
+            raise PairError(f"{name} has no {field} (under the name {columns[field]!r}); add it")
+    wordings = values["instruction"]
+    texts = [
+        _text(name, columns["instruction"], text) for text in (wordings if isinstance(wordings, list) else [wordings])
+    ]
+    if not texts:
+        raise PairError(f"{name} has an empty list of instructions; write at least one")
+    return Record(name, values["source"], values["target"], tuple(texts), values["mask"])
+
+
+def _text(name: str, field: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise PairError(f"{name} has {field!r} of type {type(value).__name__}; it must be a string")
+    if not value.strip():
+        raise PairError(f"{name} has an empty {field!r}; write something there or remove the sample")
+    return value.strip()
+
+
+def decode(record: Record, wording: int) -> Pair:
+    """The pair with its instruction in that wording. PairError for pictures that cannot be read or differ in size."""
+    source = _load(record, "source", record.source).rgb
+    target = source if record.target is record.source else _load(record, "target", record.target).rgb
+    mask = None if record.mask is None else _load(record, "mask", record.mask)
+    for field, picture in (("target", target), ("mask", mask)):
+        if picture is not None and picture.size != source.size:
+            raise PairError(
+                f"{record.name}: the source is {source.width}x{source.height} but the {field} "
+                f"{picture.size[0]}x{picture.size[1]}; make them the same size"
+            )
+    if mask is not None and mask.alpha is not None:
+        raise PairError(f"{record.name}: the mask has transparency; save it as a grey picture without")
+    return Pair(record.name, source, target, record.instructions[wording], mask and mask.rgb.convert("L"))
+
+
+def _load(record: Record, field: str, picture: Path | bytes) -> SourceImage:
+    try:
+        if isinstance(picture, Path):
+            return load_image(picture)
+        with Image.open(BytesIO(picture)) as opened:
+            opened.load()
+            return load_image(opened)
+    except Exception as error:  # a sentence of load_image, or what Pillow says of broken bytes
+        reason = _short(error)
+        if ";" not in reason:
+            reason = f"cannot be read ({reason}); save it again as PNG or JPEG"
+        raise PairError(f"{record.name}, {field}: {reason}") from error
+
+
+def _short(error: object) -> str:
+    """An error's text in one line, without the addresses that change from run to run."""
+    return " ".join(re.sub(r" at 0x[0-9a-f]+", "", str(error)).split())[:300] or type(error).__name__
+
+
+def seeded(seed: int, purpose: int, number: int) -> np.random.RandomState:
+    """NumPy's frozen generator: the same numbers with every version, so that trainings resume anywhere."""
+    return np.random.RandomState([seed, purpose, number & 0xFFFFFFFF, number >> 32])

@@ -1,0 +1,239 @@
+"""The training loop: steps, checkpoints, logs. Devices, mixed precision and sharding are accelerate's.
+
+Knows optimisers and files of a training; what is trained and on what is the task's. Everything that a step does
+follows from the seed and the step's number, so a training that was killed goes on to the same losses.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .muon import Muon
+from .report import Report
+from .settings import Optimisation, Stage
+
+logger = logging.getLogger(__name__)
+
+DONE = "finished.json"
+BLOCK_MATRICES = ("blocks.",)
+
+
+class Task(Protocol):
+    """What a stage trains. model: its trainable parameters are trained, all of them saved in checkpoints."""
+
+    model: nn.Module
+
+    def batches(self, start: int) -> Iterator[Any]: ...
+
+    def loss(self, model: nn.Module, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and figures to log (detached tensors of one number each, or vectors)."""
+
+    def look(self, folder: Path, step: int) -> dict[str, float]:
+        """Write pictures for the eye into `folder`; returns figures to log."""
+
+    def export(self, folder: Path) -> list[Path]:
+        """Write the result's files."""
+
+
+class Average:
+    """Moving average of the trained parameters; `applied` swaps it into the model for a while."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.live = [p for p in model.parameters() if p.requires_grad]
+        self.values = [p.detach().clone() for p in self.live] if decay else []
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        if self.decay:
+            # Early averages would otherwise remember the random start.
+            decay = min(self.decay, (step + 1) / (step + 10))
+            torch._foreach_lerp_(self.values, [p.detach() for p in self.live], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for value, parameter in zip(self.values, self.live):
+            held = parameter.detach().clone()
+            parameter.copy_(value)
+            value.copy_(held)
+
+    def __enter__(self) -> None:
+        self.swap()
+
+    def __exit__(self, *error) -> None:
+        self.swap()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(i): value for i, value in enumerate(self.values)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for i, value in enumerate(self.values):
+            value.copy_(state[str(i)])
+
+
+class Progress:
+    """How far a training is; saved with its state."""
+
+    def __init__(self) -> None:
+        self.step, self.seconds = 0, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+
+
+def optimizers(model: nn.Module, settings: Optimisation) -> list[torch.optim.Optimizer]:
+    """AdamW over everything, or Muon on the blocks' matrices and AdamW on the rest."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError("nothing is to be trained; choose LoRA targets or a task that trains a network")
+    muon = [p for name, p in named if settings.optimizer == "muon" and p.ndim == 2 and _in_block(name)]
+    chosen = {id(p) for p in muon}
+    matrices = [p for name, p in named if id(p) not in chosen and p.ndim >= 2 and not _is_table(name)]
+    others = [p for name, p in named if id(p) not in chosen and (p.ndim < 2 or _is_table(name))]
+    groups = [{"params": matrices, "weight_decay": settings.decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [g for g in groups if g["params"]]
+    on_cuda = named[0][1].is_cuda
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=settings.rate, betas=(settings.beta1, settings.beta2), fused=on_cuda)
+    ]
+    if muon:
+        made.append(Muon(muon, settings.muon_rate, settings.decay))
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return made
+
+
+def _in_block(name: str) -> bool:
+    return "blocks." in name and name.endswith(".weight") and not _is_table(name)
+
+
+def _is_table(name: str) -> bool:
+    return (
+        any(part in name for part in ("ada_gss", "scale_mul", "pos_start", "lvl_embed", "cfg_uncond", "mat_q.weight"))
+        and "ca.mat_q" not in name
+    )
+
+
+def rate_factor(step: int, steps: int, settings: Optimisation) -> float:
+    """Share of the highest learning rate at a step: a linear rise, then a cosine to `final`."""
+    rise = max(1, round(settings.warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    progress = (step - rise) / max(1, steps - rise)
+    return settings.final + (1 - settings.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(task: Task, stage: Stage, folder: Path, accelerator, resume: bool, until: float | None = None) -> bool:
+    """Run a stage to its end, or to the time `until` (of time.monotonic); whether it is finished.
+
+    Writes checkpoints, logs and the result into `folder`. With `resume` it goes on from the last checkpoint.
+    """
+    if stage.optimisation.average and accelerator.distributed_type == "FSDP":
+        raise ValueError(f"stage {stage.name}: a moving average of sharded weights cannot be kept; set average = 0")
+    model, *prepared = accelerator.prepare(task.model, *optimizers(task.model, stage.optimisation))
+    average, progress = Average(accelerator.unwrap_model(model), stage.optimisation.average), Progress()
+    accelerator.register_for_checkpointing(average, progress)
+    if resume and (last := _last_state(folder)):
+        accelerator.load_state(str(last))
+        logger.info("%s: going on from step %d", stage.name, progress.step)
+    report = Report(folder, stage, progress.step, accelerator.is_main_process)
+    generator = torch.Generator(accelerator.device)
+    begun, first = time.monotonic() - progress.seconds, progress.step
+    batches = task.batches(progress.step)
+    stopped, written = False, []
+    try:
+        while progress.step < stage.steps and not stopped:
+            step = progress.step
+            factor = rate_factor(step, stage.steps, stage.optimisation)
+            for optimizer in prepared:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * factor
+            generator.manual_seed(((stage.seed * 1_000_003 + step) * 1009 + accelerator.process_index) % 2**63)
+            loss, figures = _step(task, model, prepared, batches, generator, accelerator, stage)
+            average.update(step)
+            progress.step, progress.seconds = step + 1, time.monotonic() - begun
+            report.note(step, loss, figures, stage.batch * accelerator.num_processes, progress.seconds)
+            last = progress.step == stage.steps
+            stopped = until is not None and accelerator.process_index == 0 and time.monotonic() > until
+            stopped = _agreed(stopped, accelerator, step)
+            if last or stopped or progress.step % stage.save_every == 0:
+                _save_state(folder, progress.step, accelerator)
+                with average:  # the result so far can be used at any time
+                    written = task.export(folder)
+            if stage.sample_every and (last or progress.step % stage.sample_every == 0):
+                if accelerator.is_main_process and accelerator.num_processes == 1:
+                    with average:
+                        report.figures(progress.step, task.look(folder / "samples", progress.step))
+    finally:
+        batches.close()
+        report.close()
+    if progress.step < stage.steps:
+        return False
+    if accelerator.is_main_process:
+        summary = {"steps": progress.step, "seconds": round(progress.seconds, 1), "files": [p.name for p in written]}
+        (folder / DONE).write_text(json.dumps(summary, indent=2) + "\n")
+    logger.info("%s: %d steps, %d of them now", stage.name, progress.step, progress.step - first)
+    return True
+
+
+def _step(task, model, prepared, batches, generator, accelerator, stage: Stage) -> tuple[Tensor, dict[str, Tensor]]:
+    total, figures = 0.0, {}
+    for _ in range(stage.optimisation.accumulate):
+        batch = next(batches)  # outside the mixed precision: pictures and features are exact
+        with accelerator.autocast():
+            loss, figures = task.loss(model, batch, generator)
+        accelerator.backward(loss / stage.optimisation.accumulate)
+        total = total + loss.detach() / stage.optimisation.accumulate
+    accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], stage.optimisation.clip)
+    for optimizer in prepared:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return total, figures
+
+
+def _agreed(stop: bool, accelerator, step: int) -> bool:
+    """Whether the first process wants to stop; asked now and then only, as asking makes the others wait."""
+    if accelerator.num_processes == 1:
+        return stop
+    if step % 20:
+        return False
+    from accelerate.utils import broadcast
+
+    return bool(broadcast(torch.tensor(int(stop), device=accelerator.device)))
+
+
+def _last_state(folder: Path) -> Path | None:
+    states = [p for p in folder.glob("state-*") if p.suffix != ".partial"]
+    return max(states, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+
+def _save_state(folder: Path, step: int, accelerator) -> None:
+    """A new checkpoint beside the old one, which goes only when the new one is whole."""
+    partial, final = folder / f"state-{step}.partial", folder / f"state-{step}"
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for old in folder.glob("state-*"):
+            if old != partial:
+                shutil.rmtree(old)
+        partial.rename(final)
+    accelerator.wait_for_everyone()
+
+
+def finished(folder: Path) -> bool:
+    """Whether a stage's folder holds its result."""
+    return (folder / DONE).is_file()

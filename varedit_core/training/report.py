@@ -1,0 +1,104 @@
+"""What a training says of itself: lines on the log, metrics.jsonl, TensorBoard, a picture of the loss."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from torch import Tensor
+
+from .settings import Stage
+
+logger = logging.getLogger(__name__)
+
+METRICS = "metrics.jsonl"
+
+
+class Report:
+    """Collects figures of one stage. Only the main process writes; a resumed training keeps what was before it."""
+
+    def __init__(self, folder: Path, stage: Stage, start: int, main: bool) -> None:
+        self.folder, self.stage, self.main = folder, stage, main
+        self.seconds, self.since = 0.0, start
+        self.board = None
+        if main:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._keep_before(start)
+            self.file = open(folder / METRICS, "a")
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(folder), purge_step=start)
+            except ImportError:
+                logger.info("tensorboard is not installed; figures go to %s only", METRICS)
+
+    def note(self, step: int, loss: Tensor, figures: dict[str, Tensor], samples: int, seconds: float) -> None:
+        """One step. Figures are read off the device only at every `log_every`th: reading makes it wait."""
+        if (step + 1) % self.stage.log_every and step + 1 < self.stage.steps:
+            return
+        values = {"loss": float(loss)} | {name: value.float().tolist() for name, value in figures.items()}
+        if values["loss"] != values["loss"]:
+            raise ValueError(
+                f"stage {self.stage.name}: the loss became undefined at step {step + 1}; lower the learning rate"
+            )
+        spent = seconds - self.seconds
+        rate = (step + 1 - self.since) * samples * self.stage.optimisation.accumulate / max(spent, 1e-9)
+        left = (self.stage.steps - step - 1) * spent / max(step + 1 - self.since, 1)
+        self.seconds, self.since = seconds, step + 1
+        if self.main:
+            self.figures(step + 1, values | {"samples_per_second": round(rate, 1), "seconds": round(seconds, 2)})
+            logger.info(
+                "%s step %d of %d  loss %.4f  %.0f samples/s  %d s left",
+                *(self.stage.name, step + 1, self.stage.steps, values["loss"], rate, left),
+            )
+
+    def figures(self, step: int, values: dict) -> None:
+        """Write named figures of a step."""
+        if not values or not self.main:
+            return
+        self.file.write(json.dumps({"step": step} | values) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            for i, one in enumerate(value if isinstance(value, list) else [value]):
+                if self.board:
+                    self.board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, one, step)
+
+    def close(self) -> None:
+        if self.main:
+            self.file.close()
+            self._draw()
+            if self.board:
+                self._show_samples()
+                self.board.close()
+
+    def _keep_before(self, start: int) -> None:
+        """Drop lines of steps that the resumed training will run again."""
+        path = self.folder / METRICS
+        if path.is_file():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
+            path.write_text("".join(line + "\n" for line in lines))
+
+    def _show_samples(self) -> None:
+        import numpy as np
+        from PIL import Image
+
+        newest = max((self.folder / "samples").glob("*.png"), default=None, key=lambda p: p.stat().st_mtime)
+        if newest:
+            self.board.add_image("samples", np.asarray(Image.open(newest)), self.since, dataformats="HWC")
+
+    def _draw(self) -> None:
+        lines = [json.loads(line) for line in (self.folder / METRICS).read_text().splitlines()]
+        points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            logger.info("matplotlib is not installed; no picture of the loss is drawn")
+            return
+        if len(points) > 1:
+            figure = Figure(figsize=(8, 4.5), layout="constrained")
+            axes = figure.add_subplot()
+            axes.plot(*zip(*points), linewidth=1)
+            axes.set(xlabel="step", ylabel="loss", title=self.stage.name)
+            axes.grid(alpha=0.3)
+            figure.savefig(self.folder / "loss.png", dpi=100)

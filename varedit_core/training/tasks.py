@@ -1,0 +1,377 @@
+"""What can be trained: the tokenizer, the transformer (with a text encoder of its own or a given one), a LoRA."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..autoencoder import Autoencoder, ResidualBlock
+from ..checkpoints import TOKENIZER, TRANSFORMER, load_autoencoder, load_transformer
+from ..config import AutoencoderConfig, TransformerConfig, patch_size
+from ..convert import ARCHITECTURES
+from ..defaults import SamplingSettings
+from ..quantizer import to_tokens
+from ..sampling import sample
+from ..schedule import Schedule, schedule_for
+from ..shapeedit.edits import draw_sample
+from ..shapeedit.evaluate import reconstruct
+from ..shapeedit.metrics import psnr
+from ..shapeedit.photographs import photographs
+from ..shapeedit.render import render
+from ..text import TextEncoder, load_text_encoder, load_tokenizer
+from ..transformer import PaddedTexts, Transformer
+from .objective import TokenizerWeights, bit_loss, parallel_logits, teach, token_weights, tokenizer_loss
+from .pairs import first_pairs, pair_batches, picture_batches
+from .settings import SHAPEEDIT, NewTokenizer, NewTransformer, Stage
+from .shapes import PairBlocks, scene_batches
+from .words import make_vocabulary, new_text_encoder, pad
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 8
+TOKENIZER_FILE, TRANSFORMER_FILE, LORA_FILE = "tokenizer.safetensors", "transformer.safetensors", "lora.safetensors"
+TEXT_FOLDER = "text_encoder"
+TEXT_STEP = 8
+
+
+class TokenizerModel(nn.Module):
+    """The autoencoder with its loss, so that wrappers of a module see one forward."""
+
+    def __init__(self, autoencoder: Autoencoder, schedule: Schedule, weights: TokenizerWeights) -> None:
+        super().__init__()
+        self.autoencoder, self.schedule, self.weights = autoencoder, schedule, weights
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return tokenizer_loss(
+            self.autoencoder, pixels, self.schedule, 16 // self.autoencoder.config.stride, self.weights
+        )
+
+
+class TokenizerTask:
+    """Train the tokenizer's autoencoder on ShapeEdit's scenes and cluttered pictures, or on a user's pictures."""
+
+    def __init__(self, stage: Stage, accelerator) -> None:
+        self.stage, self.accelerator = stage, accelerator
+        self.schedule = schedule_for(stage.data.size)
+        if stage.autoencoder:
+            self.autoencoder = load_autoencoder(stage.autoencoder).train().requires_grad_(True)
+        else:
+            self.autoencoder = new_autoencoder(stage.new_tokenizer or NewTokenizer(), stage.seed)
+        self.autoencoder.to(accelerator.device, memory_format=torch.channels_last)
+        self.model = TokenizerModel(self.autoencoder, self.schedule, TokenizerWeights())
+        if stage.compile:
+            _compile(m for m in self.autoencoder.modules() if isinstance(m, ResidualBlock))
+
+    def batches(self, start: int) -> Iterator[Tensor]:
+        stage, process = self.stage, self.accelerator
+        if stage.data.source != SHAPEEDIT:
+            yield from picture_batches(stage, start, process)
+        first = start * stage.optimisation.accumulate
+        yield from scene_batches(stage.data, stage.seed, stage.batch, first, process.process_index, process.device)
+
+    def loss(self, model: nn.Module, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, squared = model(batch.contiguous(memory_format=torch.channels_last))
+        return loss, {"psnr": 10 * torch.log10(4 / squared)}
+
+    @torch.no_grad()
+    def look(self, folder: Path, step: int) -> dict[str, float]:
+        figures, rows = {}, []
+        for name, pixels in self._shown().items():
+            with torch.compiler.set_stance("force_eager"):
+                restored = torch.cat([reconstruct(self.autoencoder, x, self.schedule) for x in pixels.split(8)])
+            figures[f"psnr_{name}"] = round(float(psnr(restored, pixels).mean()), 3)
+            rows += [pixels[:SHOWN], restored[:SHOWN]]
+        save_grid(folder / f"{step:07d}.png", rows)
+        return figures
+
+    def _shown(self) -> dict[str, Tensor]:
+        """Pictures to look at: of the user's, or scenes and photographs that training never sees."""
+        device = self.accelerator.device
+        if self.stage.data.source != SHAPEEDIT:
+            return {"pictures": first_pairs(self.stage, SHOWN)[1].to(device)}
+        rng = Random(1)
+        shown = {"scenes": render([draw_sample(rng, "test").target for _ in range(4 * SHOWN)], device)}
+        pictures = photographs()
+        return shown if pictures is None else shown | {"photographs": pictures.to(device)}
+
+    def export(self, folder: Path) -> list[Path]:
+        path = folder / TOKENIZER_FILE
+        _save(path, self.autoencoder.state_dict(), TOKENIZER, self.accelerator)
+        return [path]
+
+
+class EditModel(nn.Module):
+    """Transformer and, where it is trained too, text encoder, with the loss of a batch of encoded pairs."""
+
+    def __init__(self, transformer: Transformer, text: nn.Module | None, schedule: Schedule, patch: int, stage: Stage):
+        super().__init__()
+        self.transformer, self.text = transformer, text
+        self.schedule, self.patch, self.settings = schedule, patch, stage.objective
+
+    def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        device, settings, count = batch["source"].device, self.settings, len(batch["source"])
+        draw = torch.rand(2, count, generator=generator, device=device)
+        taught = teach(batch["target"], self.schedule, self.patch, draw[0] * settings.flips, generator)
+        texts = self._texts(batch, draw[1] < settings.text_dropout)
+        source = to_tokens(batch["source"].float(), self.patch)
+        logits = parallel_logits(self.transformer, source, taught.inputs, texts, self.schedule)
+        weights = token_weights(self.schedule, batch.get("region"), settings.inside, settings.power)
+        return bit_loss(logits, taught.labels, weights)
+
+    def _texts(self, batch: dict[str, Tensor], dropped: Tensor) -> PaddedTexts:
+        if self.text is None:
+            features = batch["features"]
+        else:
+            features = self.text(input_ids=batch["ids"], attention_mask=batch["real"].long()).last_hidden_state
+        learned = self.transformer.unconditional(features.shape[1], features.device)
+        features = torch.where(dropped[:, None, None], learned, features.float())
+        return PaddedTexts(features, batch["real"])
+
+
+class TransformerTask:
+    """Train a transformer (task "transformer") or adapters in it (task "lora") on pairs."""
+
+    def __init__(self, stage: Stage, accelerator) -> None:
+        self.stage, self.accelerator = stage, accelerator
+        self.schedule = schedule_for(stage.data.size)
+        device = accelerator.device
+        self.autoencoder = load_autoencoder(stage.autoencoder, device=device)
+        kind = torch.bfloat16 if stage.precision == "bf16" and device.type == "cuda" else torch.float32
+        self.encoder = copy.deepcopy(self.autoencoder.encoder).to(kind, memory_format=torch.channels_last)
+        self.tokenise, self.text = self._text_encoder()
+        self.transformer = self._transformer().to(device)
+        self.patch = patch_size(self.transformer.config, self.autoencoder.config)
+        if stage.task == "lora":
+            from .lora import add_lora
+
+            add_lora(self.transformer, stage.lora.rank, stage.lora.alpha, stage.lora.targets)
+        if stage.checkpointing:
+            for block in self.transformer.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        trained = self.text if stage.train_text or stage.new_text else None
+        if trained is not None:
+            trained.train().requires_grad_(True)
+        self.model = EditModel(self.transformer, trained, self.schedule, self.patch, stage)
+        if stage.compile:
+            torch._dynamo.config.allow_unspec_int_on_nn_module = True
+            _compile(self.transformer.blocks)
+
+    def _text_encoder(self):
+        stage, device = self.stage, self.accelerator.device
+        if stage.new_text:
+            from tokenizers import Tokenizer
+
+            path = self._vocabulary()
+            torch.manual_seed(stage.seed)
+            text = new_text_encoder(stage.new_text, Tokenizer.from_file(str(path)).get_vocab_size())
+            self.vocabulary = path
+            return load_tokenizer(path), text.to(device)
+        self.vocabulary = Path(stage.text_encoder)
+        encoder = load_text_encoder(stage.text_encoder, device=device)
+        return encoder.ids, encoder.model
+
+    def _vocabulary(self) -> Path:
+        path = Path(self.accelerator.project_dir) / TEXT_FOLDER / "tokenizer.json"
+        if self.accelerator.is_main_process and not path.is_file():
+            make_vocabulary(path, self.stage.new_text.vocabulary)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _transformer(self) -> Transformer:
+        stage = self.stage
+        if stage.transformer:
+            kind = torch.bfloat16 if stage.task == "lora" and stage.precision == "bf16" else torch.float32
+            network = load_transformer(stage.transformer, dtype=kind, device=self.accelerator.device).train()
+            return network.requires_grad_(stage.task == "transformer")
+        width = self.text.config.d_model
+        length = stage.new_text.length if stage.new_text else 512
+        sizes = stage.new_transformer or NewTransformer()
+        return new_transformer(sizes, self.autoencoder.config, width, length, stage.seed)
+
+    def batches(self, start: int) -> Iterator[dict[str, Tensor]]:
+        stage, process = self.stage, self.accelerator
+        if stage.data.source != SHAPEEDIT:
+            yield from pair_batches(self, start)
+        place = process.process_index, process.num_processes, process.device
+        blocks = PairBlocks(stage.data, stage.seed, stage.batch, *place, self.encode, self.padded)
+        for batch in blocks.batches(start * stage.optimisation.accumulate):
+            yield self.with_features(batch)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Features of pixels [B, 3, y, x], in the training's precision."""
+        kind = next(self.encoder.parameters()).dtype
+        with torch.no_grad():
+            return self.encoder(pixels.to(kind, memory_format=torch.channels_last)).float()
+
+    def padded(self, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids of instructions and which are real, padded to a multiple of 8."""
+        ids = [self.tokenise(text) for text in instructions]
+        return pad(ids, TEXT_STEP * math.ceil(max(map(len, ids)) / TEXT_STEP))
+
+    @torch.no_grad()
+    def with_features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with its text's features, where the text encoder is not trained."""
+        if self.model.text is not None:
+            return batch
+        outputs = self.text(input_ids=batch["ids"], attention_mask=batch["real"].long())
+        return batch | {"features": outputs.last_hidden_state.float()}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], generator) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, scales = model(batch, generator)
+        return loss, {"bits": scales}
+
+    @torch.no_grad()
+    def look(self, folder: Path, step: int) -> dict[str, float]:
+        device = self.accelerator.device
+        source, target, instructions = self._shown()
+        source, target = source.to(device), target.to(device)
+        encoder = TextEncoder(self.text.eval(), self.tokenise, device)
+        features = torch.cat([self.autoencoder.encode(x[None]) for x in source])
+        texts = encoder.encode(instructions)
+        settings = SamplingSettings(temperature=0.0)
+        # Blocks compiled for the training's one shape would be compiled anew for every scale.
+        with torch.compiler.set_stance("force_eager"):
+            *_, scale = sample(self.transformer.eval(), features, texts, self.schedule, settings)
+        edited = self.autoencoder.decode(scale.running_sum)
+        save_grid(folder / f"{step:07d}.png", [source[:SHOWN], edited[:SHOWN], target[:SHOWN]])
+        self.transformer.train()
+        if self.model.text is not None:
+            self.text.train()
+        error = (edited - target).square().mean((1, 2, 3))
+        before = (source - target).square().mean((1, 2, 3))
+        local = before > 1e-6
+        return {"edited_half_way": round(float((error[local] < 0.5 * before[local]).float().mean()), 3)}
+
+    def _shown(self) -> tuple[Tensor, Tensor, list[str]]:
+        """Pairs to look at: the user's first, or held-out ones."""
+        if self.stage.data.source != SHAPEEDIT:
+            return first_pairs(self.stage, SHOWN)
+        rng, wanted = Random(2), self.stage.data.styles
+        style = max(wanted, key=wanted.get) if wanted else ""
+        samples = [draw_sample(rng, "test", "style" if style else None, style=style) for _ in range(4 * SHOWN)]
+        return (
+            render([s.source for s in samples]),
+            render([s.target for s in samples]),
+            [s.instruction for s in samples],
+        )
+
+    def export(self, folder: Path) -> list[Path]:
+        if self.stage.task == "lora":
+            from .lora import save_lora
+
+            if self.accelerator.is_main_process:
+                save_lora(folder / LORA_FILE, self.transformer, {"varedit.stage": self.stage.name}, overwrite=True)
+            return [folder / LORA_FILE]
+        written = [folder / TRANSFORMER_FILE]
+        _save(written[0], self.transformer.state_dict(), TRANSFORMER, self.accelerator)
+        if self.model.text is not None:
+            written.append(folder / TEXT_FOLDER)
+            if self.accelerator.is_main_process:
+                save_text(written[1], self.text, self.vocabulary)
+        return written
+
+
+TASKS = {"tokenizer": TokenizerTask, "transformer": TransformerTask, "lora": TransformerTask}
+
+
+def new_autoencoder(sizes: NewTokenizer, seed: int) -> Autoencoder:
+    """An autoencoder with torch's own random weights."""
+    torch.manual_seed(seed)
+    config = AutoencoderConfig(
+        sizes.bits,
+        sizes.encoder_widths[0],
+        tuple(sizes.encoder_widths),
+        tuple(sizes.decoder_widths),
+        sizes.encoder_blocks,
+        sizes.decoder_blocks,
+        sizes.stride,
+    )
+    return Autoencoder(config)
+
+
+def new_transformer(
+    sizes: NewTransformer, autoencoder: AutoencoderConfig, text_width: int, text_length: int, seed: int
+) -> Transformer:
+    """A transformer with random weights: small output projections and modulation, so that blocks start as nearly
+    nothing; gates open half; a query scale of 4."""
+    torch.manual_seed(seed)
+    bits = autoencoder.bits * (16 // autoencoder.stride) ** 2
+    config = TransformerConfig(
+        sizes.depth, sizes.width, sizes.heads, bits, text_width, text_length, sizes.hidden, sizes.levels
+    )
+    network = Transformer(config)
+    for name, parameter in network.named_parameters():
+        if name.endswith("scale_mul.weight"):
+            nn.init.constant_(parameter, math.log(4))
+        elif name.endswith("ada_gss.weight"):
+            nn.init.normal_(parameter, std=0.01)
+            nn.init.constant_(parameter.data[:2], 0.5)
+        elif name.endswith(".bias"):
+            nn.init.zeros_(parameter)
+        elif "norm" in name:
+            nn.init.ones_(parameter)
+        else:
+            small = ("proj.weight", "fc2.weight", "ada_lin.1.weight")
+            nn.init.normal_(parameter, std=0.01 if name.endswith(small) else 0.02)
+    return network
+
+
+def save_grid(path: Path, rows: Sequence[Tensor]) -> None:
+    """Rows of pictures [n, 3, y, x] in [-1, 1] as one PNG."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    width = max(len(row) for row in rows)
+    lines = []
+    for row in rows:
+        cells = torch.cat(list(row), dim=2)
+        lines.append(nn.functional.pad(cells, (0, width * row.shape[-1] - cells.shape[2]), value=1.0))
+    whole = ((torch.cat(lines, dim=1).float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
+    Image.fromarray(whole.permute(1, 2, 0).numpy()).save(path)
+
+
+def _compile(modules) -> None:
+    """Compile repeated modules one by one: they share their code, so the first one's costs are nearly all."""
+    torch._dynamo.config.recompile_limit = 64
+    for module in modules:
+        module.compile(dynamic=False)
+
+
+def _save(path: Path, state: dict[str, Tensor], part: str, accelerator) -> None:
+    whole = {key: _whole(tensor) for key, tensor in state.items()}  # sharded ones are gathered by all processes
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": "pt", "varedit.architecture": ARCHITECTURES[part], "varedit.precision": "bf16"}
+        save_file(whole, path, metadata)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.to("cpu", torch.bfloat16).contiguous()
+
+
+def save_text(folder: Path, text: nn.Module, vocabulary: Path) -> None:
+    """Write a T5 encoder as a Hugging Face folder, with the tokenizer file that lies at or beside `vocabulary`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: _whole(tensor) for key, tensor in text.state_dict().items()}
+    state.pop("encoder.embed_tokens.weight", None)  # the same table as shared.weight
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(text.config.to_diff_dict(), indent=2) + "\n")
+    beside = vocabulary if vocabulary.is_dir() else vocabulary.parent
+    for file in (beside / "tokenizer.json", beside / "spiece.model"):
+        if file.is_file() and file.parent != folder:
+            shutil.copy(file, folder)

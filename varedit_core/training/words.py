@@ -1,0 +1,72 @@
+"""A small text encoder of its own for the demo model: vocabulary from ShapeEdit's instructions, T5 from sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor, nn
+
+from ..shapeedit.edits import draw_sample, words
+from .settings import NewText
+
+PAD, END, UNKNOWN = 0, 1, 2
+
+
+def make_vocabulary(path: Path, size: int) -> None:
+    """Write a tokenizer.json of byte pairs over ShapeEdit's words, all in lower case; unknown words fall to letters.
+
+    The new style that a LoRA teaches (`duotone`) is not in it.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1) if not chr(code).isupper()]
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<pad>", "</s>", "<unk>"], initial_alphabet=letters, show_progress=False
+    )
+    rng = Random(0)
+    corpus = words(duotone=False) * 20 + [draw_sample(rng, "train").instruction for _ in range(4000)]
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", END)]
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path))
+
+
+def new_text_encoder(sizes: NewText, vocabulary: int) -> nn.Module:
+    """A T5 encoder (v1.1 kind: gated GELU) with random weights and without dropout."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=vocabulary,
+        d_model=sizes.width,
+        d_kv=sizes.width // sizes.heads,
+        d_ff=sizes.hidden,
+        num_layers=sizes.layers,
+        num_heads=sizes.heads,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        relative_attention_num_buckets=16,
+        relative_attention_max_distance=64,
+    )
+    return T5EncoderModel(config)
+
+
+def pad(ids: list[list[int]], length: int) -> tuple[Tensor, Tensor]:
+    """Token ids padded to `length` [B, length], and which are real. ValueError where one is longer."""
+    longest = max(map(len, ids))
+    if longest > length:
+        raise ValueError(f"an instruction has {longest} text tokens but the model takes {length}; shorten it")
+    table = torch.full((len(ids), length), PAD)
+    for row, tokens in enumerate(ids):
+        table[row, : len(tokens)] = torch.tensor(tokens)
+    lengths = torch.tensor([len(tokens) for tokens in ids])
+    return table, torch.arange(length)[None] < lengths[:, None]
