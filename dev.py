@@ -1,6 +1,6 @@
 """Set up the development environment in .venv and run the project in it. Needs Python >= 3.10 and pip only.
 
-    python dev.py edit [ARGS...]      `varedit edit ARGS`; without arguments, the main job below
+    python dev.py edit [ARGS...]      `varedit edit ARGS`; without arguments, `varedit demo`: six edits with the demo model
     python dev.py test [ARGS...]      the tests; ARGS go to pytest
     python dev.py varedit ARGS...     any `varedit` command
 
@@ -17,21 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-RECORD = "tests/golden/patchify_256.safetensors"
-MAIN_JOB = [
-    *(
-        "examples/cat.jpg",
-        "--model",
-        RECORD,
-        "--features",
-        f"{RECORD}:in.text.0",
-        "--size",
-        "256",
-        "--temperature",
-        "0",
-    ),
-    *("--output", "output/demo/cat-edited.png", "--preview-dir", "output/demo", "--overwrite"),
-]
+MAIN_JOB = ["demo", "--output", "output/demo", "--overwrite"]
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
@@ -42,7 +28,7 @@ def main(command: str = "", *args: str) -> int:
     if command == "test":
         return prepare("test") or run("pytest", args, ROOT)
     if command == "edit":
-        return prepare("cli") or run("varedit_core", ["edit", *(args or MAIN_JOB)], None if args else ROOT)
+        return prepare("cli") or run("varedit_core", ["edit", *args] if args else MAIN_JOB, None if args else ROOT)
     if command == "varedit":
         return prepare("cli") or run("varedit_core", args)
     print(__doc__, file=sys.stderr)

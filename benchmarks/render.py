@@ -61,7 +61,22 @@ def real_size() -> str:
     return table([f"8B, {facts['device']}", "time", "host peak", "GPU peak"], rows)
 
 
-TABLES = {"parity": parity, "real size": real_size}
+def demo() -> str:
+    facts = json.loads((FOLDER / "demo_cpu.json").read_text())
+    seconds = facts["seconds"]
+    imports = seconds["import_torch"] + seconds["import_varedit"]
+    rows = [
+        ["import PyTorch and the library", f"{imports:.1f} s"],
+        ["import transformers, for the text encoder", f"{seconds['import_transformers']:.1f} s"],
+        ["load the demo model", f"{seconds['load']:.1f} s"],
+        ["edit one picture at 256 pixels", f"{seconds['edit']:.1f} s"],
+        ["of which encoding the source, decoding", f"{seconds['encode_source']:.1f} s, {seconds['decode']:.1f} s"],
+        ["peak memory of the process", f"{facts['peak_gb']:.2f} GB"],
+    ]
+    return table([f"demo model, {facts['threads']} CPU threads", "cost"], rows)
+
+
+TABLES = {"demo": demo, "parity": parity, "real size": real_size}
 
 
 def rendered(text: str) -> str:

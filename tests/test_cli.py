@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from varedit_core.cli import app, main
 from varedit_core.defaults import FIT, SIZE, SamplingSettings
+from varedit_core.demo import SIZE as DEMO_SIZE
 
 RECORD = GOLDEN / "patchify_256.safetensors"
 EDIT = [
@@ -190,7 +191,7 @@ def test_defaults_are_those_of_the_table():
         f"[default: {settings.guidance:g}]",
         f"[default: {settings.temperature:g}]",
         f"[default: {settings.top_p:g}]",
-        f"[default: {SIZE}]",
+        f"[default: ({SIZE}; {DEMO_SIZE} for the demo model)]",
         f"[default: {FIT}]",
     ):
         assert value in help_text

@@ -10,10 +10,22 @@ import dev
 from benchmarks.render import rendered
 from varedit_core import Editor
 from varedit_core.defaults import FIT, SIZE, SamplingSettings
+from varedit_core.demo import EXAMPLES
+from varedit_core.showcase import EDITS
 from varedit_core.weights import open_weights
 
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "docs/MODEL.md", "docs/LOG.md")]
+PAGES = [
+    ROOT / name
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/MODEL.md",
+        "docs/LOG.md",
+        "docs/TRAINING.md",
+        "docs/SHAPEEDIT.md",
+    )
+]
 
 
 def test_tables_are_those_of_the_measurements():
@@ -42,8 +54,11 @@ def test_the_two_commands(monkeypatch):
     for line in ("python dev.py edit", "python dev.py test"):
         assert f"```\n{line}\n```" in README
         assert dev.main(*line.split()[2:]) == 0
-    assert calls == ["cli", ["-m", "varedit_core", "edit", *dev.MAIN_JOB], "test", ["-m", "pytest"]]
-    assert all((ROOT / name).is_file() for name in (dev.MAIN_JOB[0], dev.RECORD))
+    assert calls == ["cli", ["-m", "varedit_core", *dev.MAIN_JOB], "test", ["-m", "pytest"]]
+    assert dev.MAIN_JOB[0] == "demo" and all((EXAMPLES / name).is_file() for name in EDITS)
+    calls.clear()
+    assert dev.main("edit", "a.png", "make it sepia") == 0
+    assert calls == ["cli", ["-m", "varedit_core", "edit", "a.png", "make it sepia"]]
     assert "dev.py test" in (ROOT / ".ci" / "run").read_text()
 
 

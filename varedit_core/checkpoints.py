@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .autoencoder import Autoencoder
 from .config import AutoencoderConfig, TransformerConfig
@@ -197,7 +198,8 @@ def blank(
     """
     kind, network = {TRANSFORMER: (TransformerConfig, Transformer), TOKENIZER: (AutoencoderConfig, Autoencoder)}[part]
     try:
-        empty = network(kind.from_shapes(weights.shapes), operations, dtype, device="meta")
+        with _Unfilled():
+            empty = network(kind.from_shapes(weights.shapes), operations, dtype, device="meta")
     except (KeyError, IndexError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise WeightError(f"{weights.path} is not a complete {part}: {reason}; download or convert it again") from error
@@ -205,9 +207,21 @@ def blank(
     return empty
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves out torch's first filling of new weights, which on the meta device only costs time (seconds, the first
+    time: torch imports its compiler for it)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
 def _expected(network: Transformer | Autoencoder) -> dict[str, Tensor]:
     """The network's state with torch's own layers: injected ones may own no weight before they are loaded."""
-    return type(network)(network.config, dtype=network.dtype, device="meta").state_dict()
+    with _Unfilled():
+        return type(network)(network.config, dtype=network.dtype, device="meta").state_dict()
 
 
 def _filled(network: Transformer | Autoencoder, weights: Weights, device) -> Transformer | Autoencoder:

@@ -1,4 +1,4 @@
-"""The command line: `varedit edit | info | convert | parity`. Thin: options in, library calls, tables out."""
+"""The command line: `varedit edit | demo | info | convert | merge | train | parity | shapeedit`. Thin: options in, library calls, tables out."""
 
 from __future__ import annotations
 
@@ -13,20 +13,28 @@ from typing import Annotated, Optional
 
 import torch
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .contact_sheet import Row, contact_sheet
 from .convert import PRECISIONS, convert
 from .defaults import DEFAULT_SETTINGS, FIT, NEGATIVE_PROMPT, SIZE, SamplingSettings
-from .images import FITS, FittedImage, check_target, load_image, save_image
+from .demo import NOTICE, demo_files
+from .demo import SIZE as DEMO_SIZE
+from .images import FITS, FittedImage, SourceImage, check_target, load_image, save_image
 from .images import fit as fit_image
 from .info import inspect
+from .lora import apply_lora, check_lora, merge_lora
 from .parity import Parity, compare
 from .pipeline import Editor
 from .sampling import Scale
 from .schedule import AREAS, schedule_for
+from .shapeedit.cli import app as shapeedit
+from .showcase import demo
+from .training.cli import train
 from .weights import open_weights
 
 app = typer.Typer(
@@ -35,6 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Edit images by instruction with VAREdit.",
 )
+app.add_typer(shapeedit, name="shapeedit")
 console = Console(stderr=True, markup=False, highlight=False)
 
 SIZES = {str(schedule_for(area).pixels[0]): area for area in AREAS} | {area: area for area in AREAS}
@@ -82,13 +91,19 @@ def _progress():
         yield progress
 
 
-class _Watcher:
-    """Follows an edit scale by scale: progress bar, seconds, and a picture of every scale on request."""
+class Watcher:
+    """Follows the edit of one picture scale by scale: progress bar, seconds, and on request its pictures.
 
-    def __init__(self, editor: Editor, progress: Progress, folder: Path | None, stem: str) -> None:
-        self.editor, self.progress, self.folder, self.stem = editor, progress, folder, stem
+    Pictures are decoded from the scale's running sum. keep: hold them in `pictures`. folder: write them there, as
+    STEM-scale-NN-HxW.png.
+    """
+
+    def __init__(
+        self, editor: Editor, progress: Progress, keep: bool = False, folder: Path | None = None, stem: str = ""
+    ) -> None:
+        self.editor, self.progress, self.keep, self.folder, self.stem = editor, progress, keep, folder, stem
         self.task = progress.add_task("reading the source", total=None)
-        self.begin, self.scales = time.perf_counter(), []
+        self.begin, self.scales, self.pictures = time.perf_counter(), [], []
 
     def __call__(self, scale: Scale, fitted: list[FittedImage]) -> None:
         height, width = scale.grid
@@ -108,25 +123,40 @@ class _Watcher:
             total=sum(tokens),
             completed=sum(tokens[: scale.index + 1]),
         )
-        if self.folder:
-            for picture in self.editor.decode(scale.running_sum, fitted):
-                save_image(
-                    picture,
-                    self.folder / f"{self.stem}-scale-{scale.index + 1:02d}-{height}x{width}.png",
-                    overwrite=True,
-                )
+        if self.keep or self.folder:
+            (picture,) = self.editor.decode(scale.running_sum, fitted)
+            if self.keep:
+                self.pictures.append(picture)
+            if self.folder:
+                name = f"{self.stem}-scale-{scale.index + 1:02d}-{height}x{width}.png"
+                save_image(picture, self.folder / name, overwrite=True)
         self.begin = time.perf_counter()
+
+    @property
+    def columns(self) -> list[str]:
+        """A contact sheet's columns: those of `row`."""
+        return ["source", *("{}x{}".format(*scale["grid"]) for scale in self.scales), "result"]
+
+    def row(self, label: str, source: SourceImage, result: Image.Image) -> Row:
+        """A contact sheet's row: source, every scale, result."""
+        return Row(label, [source.rgb, *self.pictures, result])
 
 
 @app.command()
 def edit(
     image: Annotated[Path, typer.Argument(help="Picture to edit.")],
     instruction: Annotated[str, typer.Argument(help="What to change, in words.")] = "",
-    model: Annotated[Path, typer.Option(help="Transformer: .safetensors, .pth or a sharded folder.")] = ...,
+    model: Annotated[
+        Optional[Path],
+        typer.Option(help="Transformer: .safetensors, .pth or a sharded folder; by default the demo model."),
+    ] = None,
     vae: Annotated[
         Optional[Path], typer.Option(help="Tokenizer file; by default the model file, where it holds both.")
     ] = None,
     text_encoder: Annotated[Optional[Path], typer.Option(help="T5 encoder: a Hugging Face folder or one file.")] = None,
+    lora: Annotated[
+        Optional[list[str]], typer.Option(help="FILE[:STRENGTH], a LoRA to apply; may be given several times.")
+    ] = None,
     tokenizer: Annotated[
         Optional[Path], typer.Option(help="Folder or file of the text encoder's tokenizer, if not with its weights.")
     ] = None,
@@ -138,7 +168,10 @@ def edit(
         typer.Option("--output", "-o", help="Result; by default beside the picture, as NAME-edited.png."),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output file if it exists.")] = False,
-    size: Annotated[str, typer.Option(help=f"Working size: {', '.join(SIZES)}.")] = SIZE,
+    size: Annotated[
+        Optional[str],
+        typer.Option(help=f"Working size: {', '.join(SIZES)}.", show_default=f"{SIZE}; {DEMO_SIZE} for the demo model"),
+    ] = None,
     fit: Annotated[str, typer.Option(help="square (as published) or aspect (experimental).")] = FIT,
     guidance: Annotated[
         str, typer.Option(help="Classifier-free guidance; one number, or one a scale.")
@@ -156,11 +189,17 @@ def edit(
     device: Annotated[Optional[str], typer.Option(help="cuda, cpu, mps; by default cuda where there is one.")] = None,
     dtype: Annotated[Optional[str], typer.Option(help=f"Of the transformer's blocks: {', '.join(DTYPES)}.")] = None,
     preview_dir: Annotated[Optional[Path], typer.Option(help="Write every scale's picture into this folder.")] = None,
+    sheet: Annotated[
+        Optional[Path], typer.Option("--contact-sheet", help="Write source, every scale and result as one picture.")
+    ] = None,
     report: Annotated[bool, typer.Option("--json", help="Print a JSON report on standard output.")] = False,
 ) -> None:
     """Edit a picture by an instruction; the result has exactly its size."""
+    demo_model = model is None
+    if demo_model and (vae or text_encoder or tokenizer):
+        raise ValueError("--vae, --text-encoder and --tokenizer belong to a model of yours; name it with --model")
     settings = SamplingSettings(_per_scale(guidance), _per_scale(temperature), _per_scale(top_p), seed)
-    area = _choice(size, SIZES, "size")
+    area = _choice(size or (DEMO_SIZE if demo_model else SIZE), SIZES, "size")
     _choice(fit, dict.fromkeys(FITS), "fit")
     kind = _choice(dtype, DTYPES, "dtype") if dtype else None
     target = output or image.with_name(f"{image.stem}-edited.png")
@@ -168,6 +207,8 @@ def edit(
         raise ValueError("say what to change: give an instruction or --features FILE:KEY")
     if instruction and features:
         raise ValueError("give an instruction or --features, not both")
+    if demo_model:
+        model, vae, text_encoder = demo_files()
     if (instruction or negative) and not text_encoder:
         raise ValueError("an instruction or a negative prompt needs --text-encoder")
     source = fit_image(load_image(image), area, fit)
@@ -175,16 +216,28 @@ def edit(
     check_target(target, source.source.alpha is not None, overwrite)
     if preview_dir:
         check_target(preview_dir / "scale.png", False, overwrite=True)
+    if sheet:
+        check_target(sheet, False, overwrite)
     prompts = [_features(features)] if features else [instruction]
+    loras = [_lora(text) for text in lora or []]
+    for file, _ in loras:
+        check_lora(model, file)
 
+    if demo_model:
+        console.print(NOTICE, soft_wrap=True)
     begin = time.perf_counter()
     editor = Editor.load(model, vae or model, text_encoder, tokenizer, device, kind)
+    for file, strength in loras:
+        apply_lora(editor.transformer, file, strength)
     loaded = time.perf_counter()
     with _progress() as progress:
-        watcher = _Watcher(editor, progress, preview_dir, target.stem)
+        watcher = Watcher(editor, progress, sheet is not None, preview_dir, target.stem)
         (result,) = editor.edit([source.source], prompts, [negative], area, fit, settings, watcher)
     edited = time.perf_counter()
     save_image(result, target, overwrite, source.source.icc_profile)
+    if sheet:
+        row = watcher.row(instruction or features, source.source, result)
+        save_image(contact_sheet([row], watcher.columns), sheet, overwrite)
     console.print(
         f"{target} ({result.width}x{result.height}) in {edited - loaded:.1f} s after {loaded - begin:.1f} s of loading",
         soft_wrap=True,
@@ -196,6 +249,8 @@ def edit(
             "size": list(result.size),
             "pixels": list(source.schedule.pixels),
             "fit": fit,
+            "contact_sheet": str(sheet) if sheet else None,
+            "loras": [{"file": str(file), "strength": strength} for file, strength in loras],
             **asdict(settings),
         }
         times = {"load_seconds": round(loaded - begin, 4), "edit_seconds": round(edited - loaded, 4)}
@@ -212,6 +267,15 @@ def _features(name: str) -> torch.Tensor:
             f"{path} has no tensor {key}; it has {', '.join(sorted(k for k in weights if len(weights.shapes[k]) == 2)[:3])}, ..."
         )
     return weights[key].float()
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """FILE[:STRENGTH]; a colon may be part of the file's name."""
+    file, _, strength = text.rpartition(":")
+    try:
+        return (Path(text), 1.0) if not file or Path(text).exists() else (Path(file), float(strength))
+    except ValueError:
+        return Path(text), 1.0
 
 
 @app.command()
@@ -251,6 +315,34 @@ def convert_command(
         f"{target}: {metadata['varedit.architecture']}, {metadata['varedit.precision']}, {target.stat().st_size / 1e9:.2f} GB",
         soft_wrap=True,
     )
+
+
+@app.command()
+def merge(
+    model: Annotated[Path, typer.Argument(help="Transformer: .safetensors, .pth or a sharded folder; not 8-bit.")],
+    lora: Annotated[Path, typer.Argument(help="LoRA to merge into it.")],
+    output: Annotated[Path, typer.Argument(help="Result, ending in .safetensors.")],
+    strength: Annotated[float, typer.Option(help="1 is as trained.")] = 1.0,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output if it exists.")] = False,
+) -> None:
+    """Merge a LoRA into a transformer, a tensor at a time."""
+    with _progress() as progress:
+        task = progress.add_task("merging", total=None)
+        metadata = merge_lora(
+            model,
+            lora,
+            output,
+            strength,
+            overwrite,
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    console.print(
+        f"{output}: {metadata['varedit.merged_lora']} merged, {output.stat().st_size / 1e9:.2f} GB", soft_wrap=True
+    )
+
+
+app.command()(demo)
+app.command()(train)
 
 
 @app.command()

@@ -146,8 +146,8 @@ def evaluate(
     texts = editor.encode_text([s.instruction for s in samples])
     schedule = schedule_for(AREA)
 
-    def edit(source: Tensor, numbers: list[int], begin: int) -> Tensor:
-        features, own = editor.autoencoder.encode(source), replace(settings, seed=(settings.seed + begin) % 2**64)
+    def edit(features: Tensor, numbers: list[int], begin: int) -> Tensor:
+        own = replace(settings, seed=(settings.seed + begin) % 2**64)
         for scale in sample_scales(editor.transformer, features, [texts[n] for n in numbers], schedule, own):
             total = scale.running_sum
         return editor.autoencoder.decode(total)
@@ -172,8 +172,12 @@ def evaluate_reconstruction(
 @torch.no_grad()
 def reconstruct(autoencoder: Autoencoder, pixels: Tensor, schedule: Schedule | None = None) -> Tensor:
     """Pixels [B, 3, y, x] through the tokenizer and back, with a schedule's scales (by default those of 256 pixels)."""
-    grids = latent_grids(schedule or schedule_for(AREA), TOKEN_PIXELS // autoencoder.config.stride)
-    return autoencoder.decode(encode(autoencoder.encode(pixels), grids)[1])
+    return _restored(autoencoder, autoencoder.encode(pixels), schedule or schedule_for(AREA))
+
+
+def _restored(autoencoder: Autoencoder, features: Tensor, schedule: Schedule) -> Tensor:
+    grids = latent_grids(schedule, TOKEN_PIXELS // autoencoder.config.stride)
+    return autoencoder.decode(encode(features, grids)[1])
 
 
 def _collected(batches: Iterator[Batch], on_batch: OnBatch | None) -> tuple[Record, ...]:
@@ -187,7 +191,7 @@ def _collected(batches: Iterator[Batch], on_batch: OnBatch | None) -> tuple[Reco
 
 @torch.no_grad()
 def _judged(autoencoder: Autoencoder, device, samples, order: Sequence[int], batch: int, edit=None) -> Iterator[Batch]:
-    """Batches in that order. edit(source [B, 3, 256, 256], sample numbers, how many came before) -> pictures; without
+    """Batches in that order. edit(source features, sample numbers, how many came before) -> pictures; without
     it, the targets' reconstructions are judged."""
     if batch < 1:
         raise ValueError(f"the batch must be at least 1, got {batch}")
@@ -195,8 +199,9 @@ def _judged(autoencoder: Autoencoder, device, samples, order: Sequence[int], bat
         numbers = list(order[begin : begin + batch])
         chosen = [samples[n] for n in numbers]
         source, target = (render([getattr(s, name) for s in chosen], device) for name in ("source", "target"))
-        source_restored, target_restored = reconstruct(autoencoder, torch.cat([source, target])).clamp(-1, 1).chunk(2)
-        edited = edit(source, numbers, begin).clamp(-1, 1) if edit else target_restored
+        features = autoencoder.encode(torch.cat([source, target]))
+        source_restored, target_restored = _restored(autoencoder, features, schedule_for(AREA)).clamp(-1, 1).chunk(2)
+        edited = edit(features[: len(source)], numbers, begin).clamp(-1, 1) if edit else target_restored
         region = regions(source, target, [s.family for s in chosen])
         task = source, target, region, _distractors(chosen, device), source_restored
         rows = zip(

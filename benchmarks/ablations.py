@@ -1,0 +1,91 @@
+"""What the demo model's parts and settings are worth, on ShapeEdit's held-out samples.
+
+    python benchmarks/ablations.py --count 200 --seed 77 --save benchmarks/ablations.json
+
+Guidance, temperature, the scale-aligned reference left out at inference (the first block then sees the whole source,
+as the others do), and the source prefix removed (no scale sees the source at all). Prints a table, then one JSON
+line; --save also writes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import varedit_core.sampling
+from varedit_core import Editor, SamplingSettings
+from varedit_core.demo import demo_files
+from varedit_core.kv import SOURCE, KeyValueStore
+from varedit_core.shapeedit.evaluate import draw, evaluate
+
+COLUMNS = ("success", "s", "balance", "psnr", "ssim")
+GREEDY = {"temperature": 0.0}
+
+
+class WholeSource(KeyValueStore):
+    """A store whose first block sees the source as it is: no scale-aligned reference."""
+
+    def extend(self, block, k, v, step):
+        if block or step.index == SOURCE:
+            if not block:
+                self.references = [(k.to(self.keys[0].dtype), v.to(self.values[0].dtype))] * len(self.schedule)
+                self.keys[0][:, :, step.begin : step.end] = k
+                self.values[0][:, :, step.begin : step.end] = v
+                return self.keys[0][:, :, step.begin : step.end], self.values[0][:, :, step.begin : step.end]
+        return super().extend(block, k, v, step)
+
+
+class NoSource(KeyValueStore):
+    """A store in which no scale sees the source."""
+
+    def extend(self, block, k, v, step):
+        keys, values = super().extend(block, k, v, step)
+        if step.index == SOURCE:
+            return keys, values
+        hidden = self.references[step.index][0].shape[2] if block == 0 else self.source
+        return keys[:, :, hidden:], values[:, :, hidden:]
+
+
+RUNS = {
+    **{f"guidance {g}": (KeyValueStore, {"guidance": g, **GREEDY}) for g in (1, 2, 3, 5)},
+    **{f"temperature {t}": (KeyValueStore, {"guidance": 3, "temperature": t}) for t in (0.1, 0.5, 1.0)},
+    "no scale-aligned reference": (WholeSource, {"guidance": 3, **GREEDY}),
+    "no source prefix": (NoSource, {"guidance": 3, **GREEDY}),
+}
+
+
+@contextmanager
+def storing_in(kind: type[KeyValueStore]):
+    """The sampler with another store."""
+    varedit_core.sampling.KeyValueStore = kind
+    try:
+        yield
+    finally:
+        varedit_core.sampling.KeyValueStore = KeyValueStore
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=77)
+    parser.add_argument("--only", nargs="*", default=list(RUNS), help="names of runs")
+    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--save", type=Path)
+    options = parser.parse_args()
+    editor, samples, rows = Editor.load(*demo_files()), draw(options.seed, options.count), {}
+    for name in options.only:
+        store, settings = RUNS[name]
+        with storing_in(store):
+            *_, whole = evaluate(editor, samples, SamplingSettings(**settings), options.batch).table()
+        rows[name] = {column: round(whole[column], 3) for column in COLUMNS}
+        print(f"{name:28s}", *(f"{column} {value:7.3f}" for column, value in rows[name].items()), flush=True)
+    result = {"benchmark": "ShapeEdit ablations", "count": options.count, "seed": options.seed, "runs": rows}
+    if options.save:
+        options.save.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

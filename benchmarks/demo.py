@@ -1,0 +1,85 @@
+"""What the demo model costs on this machine's CPU: `python benchmarks/demo.py [--threads N] [--save]`.
+
+A fresh process imports, loads and edits one photograph at 256 pixels with guidance on. Prints a table and one JSON
+line; --save writes it to demo_cpu.json, from which `render.py` fills the README's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent
+sys.path.insert(0, str(ROOT))
+REPEATS = 5
+PICTURE, INSTRUCTION = ROOT / "examples" / "cat.jpg", "make it sepia"
+
+
+def measure(threads: int) -> dict:
+    seconds, begin = {}, time.perf_counter()
+
+    def step(name: str) -> None:
+        nonlocal begin
+        seconds[name] = time.perf_counter() - begin
+        begin = time.perf_counter()
+
+    import torch
+
+    step("import_torch")
+    from varedit_core import Editor
+    from varedit_core.demo import SIZE, demo_files
+
+    torch.set_num_threads(threads)
+    step("import_varedit")
+    from transformers import T5EncoderModel  # noqa: F401 - timed apart: the larger part of loading
+
+    step("import_transformers")
+    editor = Editor.load(*demo_files(), device="cpu")
+    step("load")
+    editor.edit(PICTURE, INSTRUCTION, size=SIZE)
+    step("first_edit")
+    times = []
+    for _ in range(REPEATS):
+        editor.edit(PICTURE, INSTRUCTION, size=SIZE)
+        step("edit")
+        times.append(seconds["edit"])
+    seconds["edit"] = statistics.median(times)
+    fitted = editor.fit(PICTURE, SIZE)
+    features = editor.encode_source([fitted])
+    step("encode_source")
+    editor.decode(features, [fitted])
+    step("decode")
+    # Linux counts KiB, macOS bytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    count = sum(p.numel() for p in editor.transformer.parameters())
+    return {
+        "device": "cpu",
+        "threads": threads,
+        "torch": torch.__version__,
+        "transformer_parameters": count,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "peak_gb": round(peak / 1e9, 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save", action="store_true", help="write demo_cpu.json")
+    options = parser.parse_args()
+    facts = measure(options.threads)
+    for name, value in (*facts["seconds"].items(), ("peak_gb", facts["peak_gb"])):
+        print(f"{name:<22}{value:>9.3f}")
+    if options.save:
+        (FOLDER / "demo_cpu.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()
