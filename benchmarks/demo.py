@@ -37,9 +37,6 @@ def measure(threads: int) -> dict:
 
     torch.set_num_threads(threads)
     step("import_varedit")
-    from transformers import T5EncoderModel  # noqa: F401 - timed apart: the larger part of loading
-
-    step("import_transformers")
     editor = Editor.load(*demo_files(), device="cpu")
     step("load")
     editor.edit(PICTURE, INSTRUCTION, size=SIZE)

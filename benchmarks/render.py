@@ -67,7 +67,6 @@ def demo() -> str:
     imports = seconds["import_torch"] + seconds["import_varedit"]
     rows = [
         ["import PyTorch and the library", f"{imports:.1f} s"],
-        ["import transformers, for the text encoder", f"{seconds['import_transformers']:.1f} s"],
         ["load the demo model", f"{seconds['load']:.1f} s"],
         ["edit one picture at 256 pixels", f"{seconds['edit']:.1f} s"],
         ["of which encoding the source, decoding", f"{seconds['encode_source']:.1f} s, {seconds['decode']:.1f} s"],

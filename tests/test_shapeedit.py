@@ -21,7 +21,7 @@ from varedit_core.shapeedit.render import render, restyle
 from varedit_core.shapeedit.scenes import CELL, COLOURS, SHAPES, STYLES, Background, Object, Scene, held_out_pair
 from varedit_core.training.data import check_pairs, open_pairs
 from varedit_core.training.settings import NewText, NewTransformer
-from varedit_core.training.tasks import new_transformer
+from varedit_core.training.tasks import new_transformer, save_text
 from varedit_core.training.words import make_vocabulary, new_text_encoder
 
 PLAIN = Background("plain", "white")
@@ -48,8 +48,7 @@ def network(tmp_path_factory):
     text = new_text_encoder(NewText(width=32, layers=1, heads=2, hidden=32), 300)
     transformer = new_transformer(NewTransformer(2, 64, 1, 64), tokenizer.config, 32, 64, 0)
     make_vocabulary(folder / "text" / "tokenizer.json", 300)
-    (folder / "text" / "config.json").write_text(json.dumps(text.config.to_diff_dict()))
-    text.save_pretrained(folder / "text")
+    save_text(folder / "text", text, folder / "text")
     save_file(transformer.state_dict(), folder / "transformer.safetensors")
     save_file(tokenizer.state_dict(), folder / "tokenizer.safetensors")
     return folder / "transformer.safetensors", folder / "tokenizer.safetensors", folder / "text"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .autoencoder import Autoencoder
@@ -198,16 +198,16 @@ def blank(
     """
     kind, network = {TRANSFORMER: (TransformerConfig, Transformer), TOKENIZER: (AutoencoderConfig, Autoencoder)}[part]
     try:
-        with _Unfilled():
+        with Unfilled():
             empty = network(kind.from_shapes(weights.shapes), operations, dtype, device="meta")
     except (KeyError, IndexError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise WeightError(f"{weights.path} is not a complete {part}: {reason}; download or convert it again") from error
-    check(weights, {key: tuple(tensor.shape) for key, tensor in _expected(empty).items()})
+    check(weights, {key: tuple(tensor.shape) for key, tensor in expected(empty).items()})
     return empty
 
 
-class _Unfilled(TorchFunctionMode):
+class Unfilled(TorchFunctionMode):
     """Leaves out torch's first filling of new weights, which on the meta device only costs time (seconds, the first
     time: torch imports its compiler for it)."""
 
@@ -218,14 +218,14 @@ class _Unfilled(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _expected(network: Transformer | Autoencoder) -> dict[str, Tensor]:
+def expected(network: nn.Module) -> dict[str, Tensor]:
     """The network's state with torch's own layers: injected ones may own no weight before they are loaded."""
-    with _Unfilled():
+    with Unfilled():
         return type(network)(network.config, dtype=network.dtype, device="meta").state_dict()
 
 
 def _filled(network: Transformer | Autoencoder, weights: Weights, device) -> Transformer | Autoencoder:
-    network.load_state_dict(dict(_placed(_expected(network), weights, device)), assign=True)
+    network.load_state_dict(dict(_placed(expected(network), weights, device)), assign=True)
     return network.eval().requires_grad_(False)
 
 

@@ -49,14 +49,21 @@ class ScaledLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class CastRMSNorm(nn.RMSNorm):
+    """RMS norm in the precision of its input, whatever that of its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Operations:
-    """torch.nn's layers, with linear layers that also read 8-bit scaled weights."""
+    """torch.nn's layers; linear layers also read 8-bit scaled weights, RMS norms weights of another precision."""
 
     Linear = ScaledLinear
     Conv2d = nn.Conv2d
     GroupNorm = nn.GroupNorm
     LayerNorm = nn.LayerNorm
-    RMSNorm = nn.RMSNorm
+    RMSNorm = CastRMSNorm
     Embedding = nn.Embedding
 
 

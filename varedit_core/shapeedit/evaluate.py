@@ -150,7 +150,7 @@ def evaluate(
         own = replace(settings, seed=(settings.seed + begin) % 2**64)
         for scale in sample_scales(editor.transformer, features, [texts[n] for n in numbers], schedule, own):
             total = scale.running_sum
-        return editor.autoencoder.decode(total)
+        return _rows(editor.autoencoder.decode, total)
 
     order = sorted(range(len(samples)), key=lambda n: len(texts[n]))
     judged = _judged(editor.autoencoder, editor.device, samples, order, batch, edit)
@@ -172,12 +172,17 @@ def evaluate_reconstruction(
 @torch.no_grad()
 def reconstruct(autoencoder: Autoencoder, pixels: Tensor, schedule: Schedule | None = None) -> Tensor:
     """Pixels [B, 3, y, x] through the tokenizer and back, with a schedule's scales (by default those of 256 pixels)."""
-    return _restored(autoencoder, autoencoder.encode(pixels), schedule or schedule_for(AREA))
+    return _restored(autoencoder, _rows(autoencoder.encode, pixels), schedule or schedule_for(AREA))
 
 
 def _restored(autoencoder: Autoencoder, features: Tensor, schedule: Schedule) -> Tensor:
     grids = latent_grids(schedule, TOKEN_PIXELS // autoencoder.config.stride)
-    return autoencoder.decode(encode(features, grids)[1])
+    return _rows(autoencoder.decode, encode(features, grids)[1])
+
+
+def _rows(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A convolutional network on a batch; on the CPU picture by picture, as larger tensors do not fit its caches."""
+    return network(x) if x.is_cuda else torch.cat([network(row) for row in x.split(1)])
 
 
 def _collected(batches: Iterator[Batch], on_batch: OnBatch | None) -> tuple[Record, ...]:
@@ -199,7 +204,7 @@ def _judged(autoencoder: Autoencoder, device, samples, order: Sequence[int], bat
         numbers = list(order[begin : begin + batch])
         chosen = [samples[n] for n in numbers]
         source, target = (render([getattr(s, name) for s in chosen], device) for name in ("source", "target"))
-        features = autoencoder.encode(torch.cat([source, target]))
+        features = _rows(autoencoder.encode, torch.cat([source, target]))
         source_restored, target_restored = _restored(autoencoder, features, schedule_for(AREA)).clamp(-1, 1).chunk(2)
         edited = edit(features[: len(source)], numbers, begin).clamp(-1, 1) if edit else target_restored
         region = regions(source, target, [s.family for s in chosen])

@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from .settings import Optimisation, Stage
 logger = logging.getLogger(__name__)
 
 DONE = "finished.json"
-BLOCK_MATRICES = ("blocks.",)
+TABLES = ("ada_gss", "scale_mul", "pos_start", "lvl_embed", "cfg_uncond", "text_proj_for_sos.ca.mat_q")
 
 
 class Task(Protocol):
@@ -122,10 +122,8 @@ def _in_block(name: str) -> bool:
 
 
 def _is_table(name: str) -> bool:
-    return (
-        any(part in name for part in ("ada_gss", "scale_mul", "pos_start", "lvl_embed", "cfg_uncond", "mat_q.weight"))
-        and "ca.mat_q" not in name
-    )
+    """Learned vectors that are kept as embeddings: no matrix multiplies by them, so nothing pulls them to zero."""
+    return any(part in name for part in TABLES)
 
 
 def rate_factor(step: int, steps: int, settings: Optimisation) -> float:
@@ -158,10 +156,7 @@ def train(task: Task, stage: Stage, folder: Path, accelerator, resume: bool, unt
     try:
         while progress.step < stage.steps and not stopped:
             step = progress.step
-            factor = rate_factor(step, stage.steps, stage.optimisation)
-            for optimizer in prepared:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * factor
+            _set_rates(prepared, rate_factor(step, stage.steps, stage.optimisation))
             generator.manual_seed(((stage.seed * 1_000_003 + step) * 1009 + accelerator.process_index) % 2**63)
             loss, figures = _step(task, model, prepared, batches, generator, accelerator, stage)
             average.update(step)
@@ -183,11 +178,20 @@ def train(task: Task, stage: Stage, folder: Path, accelerator, resume: bool, unt
         report.close()
     if progress.step < stage.steps:
         return False
+    if not written:  # killed after its last step
+        with average:
+            written = task.export(folder)
     if accelerator.is_main_process:
         summary = {"steps": progress.step, "seconds": round(progress.seconds, 1), "files": [p.name for p in written]}
         (folder / DONE).write_text(json.dumps(summary, indent=2) + "\n")
     logger.info("%s: %d steps, %d of them now", stage.name, progress.step, progress.step - first)
     return True
+
+
+def _set_rates(prepared: Sequence[torch.optim.Optimizer], factor: float) -> None:
+    for optimizer in prepared:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
 
 
 def _step(task, model, prepared, batches, generator, accelerator, stage: Stage) -> tuple[Tensor, dict[str, Tensor]]:

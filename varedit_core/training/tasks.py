@@ -30,6 +30,7 @@ from ..shapeedit.evaluate import reconstruct
 from ..shapeedit.metrics import psnr
 from ..shapeedit.photographs import photographs
 from ..shapeedit.render import render
+from ..t5 import T5Encoder
 from ..text import TextEncoder, load_text_encoder, load_tokenizer
 from ..transformer import PaddedTexts, Transformer
 from .objective import TokenizerWeights, bit_loss, parallel_logits, teach, token_weights, tokenizer_loss
@@ -134,7 +135,7 @@ class EditModel(nn.Module):
         if self.text is None:
             features = batch["features"]
         else:
-            features = self.text(input_ids=batch["ids"], attention_mask=batch["real"].long()).last_hidden_state
+            features = self.text(batch["ids"], batch["real"])
         learned = self.transformer.unconditional(features.shape[1], features.device)
         features = torch.where(dropped[:, None, None], learned, features.float())
         return PaddedTexts(features, batch["real"])
@@ -195,7 +196,7 @@ class TransformerTask:
             kind = torch.bfloat16 if stage.task == "lora" and stage.precision == "bf16" else torch.float32
             network = load_transformer(stage.transformer, dtype=kind, device=self.accelerator.device).train()
             return network.requires_grad_(stage.task == "transformer")
-        width = self.text.config.d_model
+        width = self.text.config.width
         length = stage.new_text.length if stage.new_text else 512
         sizes = stage.new_transformer or NewTransformer()
         return new_transformer(sizes, self.autoencoder.config, width, length, stage.seed)
@@ -225,8 +226,7 @@ class TransformerTask:
         """The batch with its text's features, where the text encoder is not trained."""
         if self.model.text is not None:
             return batch
-        outputs = self.text(input_ids=batch["ids"], attention_mask=batch["real"].long())
-        return batch | {"features": outputs.last_hidden_state.float()}
+        return batch | {"features": self.text(batch["ids"], batch["real"]).float()}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator) -> tuple[Tensor, dict[str, Tensor]]:
         loss, scales = model(batch, generator)
@@ -364,13 +364,12 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", torch.bfloat16).contiguous()
 
 
-def save_text(folder: Path, text: nn.Module, vocabulary: Path) -> None:
+def save_text(folder: Path, text: T5Encoder, vocabulary: Path) -> None:
     """Write a T5 encoder as a Hugging Face folder, with the tokenizer file that lies at or beside `vocabulary`."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: _whole(tensor) for key, tensor in text.state_dict().items()}
-    state.pop("encoder.embed_tokens.weight", None)  # the same table as shared.weight
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(text.config.to_diff_dict(), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(text.config.to_json(), indent=2) + "\n")
     beside = vocabulary if vocabulary.is_dir() else vocabulary.parent
     for file in (beside / "tokenizer.json", beside / "spiece.model"):
         if file.is_file() and file.parent != folder:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..shapeedit.edits import draw_sample, words
+from ..t5 import T5Config, T5Encoder
 from .settings import NewText
 
 PAD, END, UNKNOWN = 0, 1, 2
@@ -41,23 +42,30 @@ def make_vocabulary(path: Path, size: int) -> None:
     tokenizer.save(str(path))
 
 
-def new_text_encoder(sizes: NewText, vocabulary: int) -> nn.Module:
-    """A T5 encoder (v1.1 kind: gated GELU) with random weights and without dropout."""
-    from transformers import T5Config, T5EncoderModel
-
+def new_text_encoder(sizes: NewText, vocabulary: int) -> T5Encoder:
+    """A T5 encoder (v1.1 kind: gated GELU) with T5's own random weights."""
     config = T5Config(
-        vocab_size=vocabulary,
-        d_model=sizes.width,
-        d_kv=sizes.width // sizes.heads,
-        d_ff=sizes.hidden,
-        num_layers=sizes.layers,
-        num_heads=sizes.heads,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        relative_attention_num_buckets=16,
-        relative_attention_max_distance=64,
+        vocabulary=vocabulary,
+        width=sizes.width,
+        head_size=sizes.width // sizes.heads,
+        hidden=sizes.hidden,
+        layers=sizes.layers,
+        heads=sizes.heads,
+        gated=True,
+        buckets=16,
+        max_distance=64,
     )
-    return T5EncoderModel(config)
+    network = T5Encoder(config)
+    inner = config.heads * config.head_size
+    # Scores have no scale, so the query's weights begin with it.
+    fan = {"shared": 1, "q": config.width * config.head_size, "o": inner, "wo": config.hidden}
+    for name, parameter in network.named_parameters():
+        layer = name.split(".")[-2]
+        if layer.endswith("layer_norm"):
+            nn.init.ones_(parameter)
+        else:
+            nn.init.normal_(parameter, std=fan.get(layer, config.width) ** -0.5)
+    return network
 
 
 def pad(ids: list[list[int]], length: int) -> tuple[Tensor, Tensor]:
