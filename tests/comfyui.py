@@ -71,8 +71,12 @@ class ComfyUI:
 
     def drop_in(self, scratch: Path) -> dict:
         """What `drop_in.py` finds in a process of ComfyUI's Python."""
+        return self.run(ROOT / "tests" / "drop_in.py", scratch)
+
+    def run(self, *arguments) -> dict:
+        """The JSON that a process of ComfyUI's Python prints last."""
         done = subprocess.run(
-            [self.python, str(ROOT / "tests" / "drop_in.py"), str(scratch)],
+            [str(self.python), *map(str, arguments)],
             cwd=self.folder,
             env=self.environment,
             capture_output=True,

@@ -6,12 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfyui import ComfyUI, NotFound
 from support import GOLDEN
 
 from benchmarks.real_size import published_shapes, random_tensor
 from varedit_core.parity import Record
 
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def comfyui(tmp_path_factory) -> ComfyUI:
+    try:
+        return ComfyUI.find(tmp_path_factory.mktemp("stand_in"))
+    except NotFound as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

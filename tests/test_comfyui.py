@@ -5,20 +5,11 @@ import re
 import shutil
 
 import pytest
-from comfyui import ComfyUI, NotFound
 from drop_in import RECORD
 from support import ROOT
 
 GRAPH = json.loads((ROOT / "workflows" / "api" / "file_info.json").read_text())
 MODEL = GRAPH["1"]["inputs"]["file"]
-
-
-@pytest.fixture(scope="module")
-def comfyui(tmp_path_factory) -> ComfyUI:
-    try:
-        return ComfyUI.find(tmp_path_factory.mktemp("stand_in"))
-    except NotFound as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

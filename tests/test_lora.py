@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui import ComfyUI, NotFound
 from drop_in import RECORD, Run, furthest
 from safetensors.torch import load_file, save_file
 from support import ROOT
@@ -448,31 +447,13 @@ def test_the_command_merges_and_explains(model, file, tmp_path, monkeypatch, cap
         assert stop.value.code == 1 and text.count("\n") == 1 and words in text
 
 
-@pytest.fixture(scope="module")
-def comfyui(tmp_path_factory) -> ComfyUI:
-    try:
-        return ComfyUI.find(tmp_path_factory.mktemp("stand_in"))
-    except NotFound as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.parametrize("style", ["saved", "flat"])
 def test_comfyui_reads_every_key_and_patches_as_we_do(comfyui, base, file, tmp_path, style):
     if style == "flat":
         save_file(as_flat(load_file(file)), tmp_path / "flat.safetensors")
         file = tmp_path / "flat.safetensors"
     strength, out = 0.7, tmp_path / "patched.safetensors"
-    command = [comfyui.python, "-c", _COMFYUI, RECORD, file, strength, out, ROOT]
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=comfyui.folder,
-        env=comfyui.environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = comfyui.run("-c", _COMFYUI, RECORD, file, strength, out, ROOT)
     layers = len(read_lora(file).updates)
     assert report == {"keys": 3 * layers, "patches": layers, "applied": layers, "unread": []}
     patched = load_file(out)

@@ -219,9 +219,7 @@ def edit(
     if sheet:
         check_target(sheet, False, overwrite)
     prompts = [_features(features)] if features else [instruction]
-    loras = [_lora(text) for text in lora or []]
-    for file, _ in loras:
-        check_lora(model, file)
+    loras = checked_loras(model, lora)
 
     if demo_model:
         console.print(NOTICE, soft_wrap=True)
@@ -267,6 +265,14 @@ def _features(name: str) -> torch.Tensor:
             f"{path} has no tensor {key}; it has {', '.join(sorted(k for k in weights if len(weights.shapes[k]) == 2)[:3])}, ..."
         )
     return weights[key].float()
+
+
+def checked_loras(model: Path, texts: list[str] | None) -> list[tuple[Path, float]]:
+    """The LoRAs of --lora with their strengths, known to fit the transformer's file."""
+    loras = [_lora(text) for text in texts or []]
+    for file, _ in loras:
+        check_lora(model, file)
+    return loras
 
 
 def _lora(text: str) -> tuple[Path, float]:

@@ -68,10 +68,7 @@ def convert(
     source, target = Path(source), Path(target)
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
-    if target.suffix != ".safetensors":
-        raise ValueError(f"{target} must end in .safetensors")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; choose another name or allow overwriting")
+    check_result(target, overwrite)
     opened = open_weights(source)
     part, _ = part_of(opened)
     if part is None:
@@ -84,8 +81,8 @@ def convert(
     plan = _plan(weights, part, precision)
     metadata = _metadata(plan, part, precision, source)
     total = sum(entry.nbytes for entry in plan.values())
-    _check_space(target, total)
-    _write(target, plan, metadata, _tensors(weights, plan), total, on_tensor)
+    check_space(target, total)
+    write(target, plan, metadata, _tensors(weights, plan), total, on_tensor)
     return metadata
 
 
@@ -141,7 +138,16 @@ def _metadata(plan: Mapping[str, Entry], part: str, precision: str, source: Path
     return metadata
 
 
-def _check_space(target: Path, needed: int) -> None:
+def check_result(target: Path, overwrite: bool) -> None:
+    """ValueError where a result is not named .safetensors, FileExistsError where it exists and may not be replaced."""
+    if target.suffix != ".safetensors":
+        raise ValueError(f"{target} must end in .safetensors")
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; choose another name or allow overwriting")
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Make the result's folder; ValueError where its disk has not that many bytes free."""
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < needed:
@@ -166,7 +172,7 @@ def _tensors(weights: Weights, plan: Mapping[str, Entry]) -> Iterator[Tensor]:
         yield tensor.to(entry.dtype)
 
 
-def _write(
+def write(
     target: Path, plan: Mapping[str, Entry], metadata: dict[str, str], tensors: Iterator[Tensor], total: int, on_tensor
 ) -> None:
     """The safetensors layout: header length, JSON header, tensors in the header's order."""

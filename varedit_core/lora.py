@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import TOKENIZER, TRANSFORMER, blank, canonical, describe, holds
-from .convert import ARCHITECTURES, Entry, _check_space, _write
+from .convert import ARCHITECTURES, Entry, check_result, check_space, write
 from .transformer import Transformer
 from .weights import WeightError, Weights, open_weights
 
@@ -190,10 +190,7 @@ def merge_lora(
     """
     checkpoint, lora, out = Path(checkpoint), Path(lora), Path(out)
     _check_strength(strength)
-    if out.suffix != ".safetensors":
-        raise ValueError(f"{out} must end in .safetensors")
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists; choose another name or allow overwriting")
+    check_result(out, overwrite)
     opened = open_weights(checkpoint)
     weights = canonical(opened, TRANSFORMER)
     if holds(opened, TOKENIZER):
@@ -216,8 +213,8 @@ def merge_lora(
         "varedit.merged_lora": f"{earlier}, {merged}" if earlier else merged,
     }
     total = sum(entry.nbytes for entry in plan.values())
-    _check_space(out, total)
-    _write(out, plan, metadata, _merged(weights, file, updates, strength), total, on_tensor)
+    check_space(out, total)
+    write(out, plan, metadata, _merged(weights, file, updates, strength), total, on_tensor)
     return metadata
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from ..defaults import DEFAULT_SETTINGS, SamplingSettings
 from ..demo import demo_files
 from ..images import check_target, save_image
-from ..lora import apply_lora, check_lora
+from ..lora import apply_lora
 from ..pipeline import Editor
 from .edits import FAMILIES
 from .evaluate import BATCH, Batch, Report, draw, evaluate, make, picture
@@ -90,7 +90,7 @@ def evaluate_command(
     overwrite: Annotated[bool, typer.Option(help="Replace files that exist.")] = False,
 ) -> None:
     """Edit test samples and judge them by their exact answers (see docs/SHAPEEDIT.md)."""
-    from ..cli import DTYPES, _choice, _lora, _per_scale, _progress
+    from ..cli import DTYPES, _choice, _per_scale, _progress, checked_loras
 
     settings = SamplingSettings(_per_scale(guidance), _per_scale(temperature), _per_scale(top_p), seed)
     kind = _choice(dtype, DTYPES, "dtype") if dtype else None
@@ -99,9 +99,7 @@ def evaluate_command(
     _check_report(report, overwrite)
     ssim_function()
     files = _files(model, vae, text_encoder)
-    loras = [_lora(text) for text in lora or []]
-    for file, _ in loras:
-        check_lora(files[0], file)
+    loras = checked_loras(files[0], lora)
     editor = Editor.load(*files, device=device, dtype=kind)
     for file, strength in loras:
         apply_lora(editor.transformer, file, strength)

@@ -168,9 +168,9 @@ def judge(
     before, after = distance(source, target, region), distance(edited, target, region)
     closer = (1 - after / before.clamp_min(1e-9)).clamp(0, 1).tolist()
     scores = []
-    for row, (psnr, ssim) in enumerate(background(edited, source, region)):
+    for row, (decibels, ssim) in enumerate(background(edited, source, region)):
         o = closer[row] if ssim is None else min(max(ssim, 0.0), 1.0)
-        scores.append(Score(successes[row], closer[row] if region[row].any() else o, o, psnr, ssim))
+        scores.append(Score(successes[row], closer[row] if region[row].any() else o, o, decibels, ssim))
     return scores
 
 

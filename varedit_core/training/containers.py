@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from ..images import SourceImage, load_image
+from .settings import HUB
 
 FIELDS = ("source", "target", "instruction", "mask")
 SHUFFLE_BUFFER = 128  # samples of tar shards held undecoded, a few hundred MB at a megapixel in each worker
@@ -241,7 +242,7 @@ def open_data(where: str, columns: Mapping[str, str], pictures: bool = False) ->
         raise ValueError(f"unknown field {unknown[0]!r} in columns; choose from {', '.join(FIELDS)}")
     names = {field: columns.get(field, field) for field in FIELDS}
     path = Path(where)
-    if where.startswith("hf:"):
+    if where.startswith(HUB):
         return Table(where, _dataset(where), names, columns)
     if where.endswith(_TARS):
         return Shards(where, names)
@@ -264,9 +265,9 @@ def open_data(where: str, columns: Mapping[str, str], pictures: bool = False) ->
 def _dataset(where: str) -> Any:
     """The `datasets.Dataset` of a name on the Hub or a folder."""
     datasets = _library("datasets")
-    name, _, split = where.removeprefix("hf:").partition(":")
+    name, _, split = where.removeprefix(HUB).partition(":")
     try:
-        if where.startswith("hf:"):
+        if where.startswith(HUB):
             return datasets.load_dataset(name, split=split or "train")
         dataset = datasets.load_from_disk(where)
     except Exception as error:  # not found, no such split, no connection, and what the dataset's own files raise

@@ -34,6 +34,7 @@ from .containers import (
     open_data,
     seeded,
 )
+from .settings import ON_ERROR
 
 __all__ = [
     "FIELDS",
@@ -48,8 +49,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-ON_ERROR = ("stop", "skip")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..kv import SOURCE, Pass, pooled
 from ..operations import Attention, sdpa
 from ..quantizer import area_resize, codes, encode, latent_grids, linear_resize, to_tokens
 from ..schedule import Schedule
-from ..transformer import Condition, PaddedTexts, Transformer
+from ..transformer import PaddedTexts, Transformer
 
 
 class TeacherForced:
@@ -82,11 +82,7 @@ def parallel_logits(
         dim=1,
     )
     x = transformer(x, condition, store.step(transformer.config.head_size, x.device), store, attention)
-    return list(_head(transformer, x[:, store.spans[0] :], condition).split(schedule.tokens, dim=1))
-
-
-def _head(transformer: Transformer, x: Tensor, condition: Condition) -> Tensor:
-    return transformer.logits(x, condition)
+    return list(transformer.logits(x[:, store.spans[0] :], condition).split(schedule.tokens, dim=1))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..shapeedit.edits import FAMILIES, PICTURE_FAMILIES, Sample, draw_sample
 from ..shapeedit.metrics import changed
 from ..shapeedit.render import Drawing, draw, draw_leaves, leaf_noise, pack, render
-from ..shapeedit.scenes import SIDE, STYLES, Background, Scene
+from ..shapeedit.scenes import SIDE, STYLES, Scene, draw_scene
 from .settings import Data
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def draw_scenes(seed: int, batch: int, count: int, pictures: float) -> list[Scen
     rng, scenes = Random(f"scenes {seed} {batch}"), []
     for _ in range(count):
         if rng.random() < pictures:
-            scenes.append(Scene(Background("picture", "grey", rng.getrandbits(48))))
+            scenes.append(draw_scene(rng, False, picture=True))
         else:
             sample = draw_sample(rng, "train")
             scenes.append(rng.choice((sample.source, sample.target)))
@@ -61,7 +61,7 @@ def draw_pairs(data: Data, seed: int, block: int, part: int, count: int) -> list
 class Renderer:
     """`render` for one device; on CUDA as captured graphs, since thousands of small kernels are bound by launches."""
 
-    CHUNK, LEAVES = 64, 16
+    LEAVES = 16
 
     def __init__(self, device) -> None:
         self.device = torch.device(device)
@@ -72,13 +72,13 @@ class Renderer:
         """Pictures [B, 3, 256, 256] in [-1, 1]."""
         if self.device.type != "cuda":
             return render(scenes, self.device)
-        return torch.cat([self._chunk(scenes[i : i + self.CHUNK]) for i in range(0, len(scenes), self.CHUNK)])
+        return torch.cat([self._chunk(scenes[i : i + CHUNK]) for i in range(0, len(scenes), CHUNK)])
 
     def _chunk(self, scenes: list[Scene]) -> Tensor:
-        filled = scenes + [scenes[0]] * (self.CHUNK - len(scenes))
+        filled = scenes + [scenes[0]] * (CHUNK - len(scenes))
         packed = pack(filled)
         inputs = [getattr(packed, field.name) for field in dataclasses.fields(packed)]
-        leaves = torch.zeros(self.CHUNK, 3, SIDE, SIDE, device=self.device)
+        leaves = torch.zeros(CHUNK, 3, SIDE, SIDE, device=self.device)
         chosen = [i for i, scene in enumerate(filled) if scene.background.pattern == "picture"]
         for begin in range(0, len(chosen), self.LEAVES):
             rows = chosen[begin : begin + self.LEAVES]

@@ -21,10 +21,10 @@ from ..autoencoder import Autoencoder, ResidualBlock
 from ..checkpoints import TOKENIZER, TRANSFORMER, load_autoencoder, load_transformer
 from ..config import AutoencoderConfig, TransformerConfig, patch_size
 from ..convert import ARCHITECTURES
-from ..defaults import SamplingSettings
+from ..defaults import TEXT_TOKENS, SamplingSettings
 from ..quantizer import to_tokens
 from ..sampling import sample
-from ..schedule import Schedule, schedule_for
+from ..schedule import TOKEN_PIXELS, Schedule, schedule_for
 from ..shapeedit.edits import draw_sample
 from ..shapeedit.evaluate import reconstruct
 from ..shapeedit.metrics import psnr
@@ -56,7 +56,7 @@ class TokenizerModel(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         return tokenizer_loss(
-            self.autoencoder, pixels, self.schedule, 16 // self.autoencoder.config.stride, self.weights
+            self.autoencoder, pixels, self.schedule, TOKEN_PIXELS // self.autoencoder.config.stride, self.weights
         )
 
 
@@ -197,7 +197,7 @@ class TransformerTask:
             network = load_transformer(stage.transformer, dtype=kind, device=self.accelerator.device).train()
             return network.requires_grad_(stage.task == "transformer")
         width = self.text.config.width
-        length = stage.new_text.length if stage.new_text else 512
+        length = stage.new_text.length if stage.new_text else TEXT_TOKENS
         sizes = stage.new_transformer or NewTransformer()
         return new_transformer(sizes, self.autoencoder.config, width, length, stage.seed)
 
@@ -307,7 +307,7 @@ def new_transformer(
     """A transformer with random weights: small output projections and modulation, so that blocks start as nearly
     nothing; gates open half; a query scale of 4."""
     torch.manual_seed(seed)
-    bits = autoencoder.bits * (16 // autoencoder.stride) ** 2
+    bits = autoencoder.bits * (TOKEN_PIXELS // autoencoder.stride) ** 2
     config = TransformerConfig(
         sizes.depth, sizes.width, sizes.heads, bits, text_width, text_length, sizes.hidden, sizes.levels
     )

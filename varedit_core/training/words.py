@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..shapeedit.edits import draw_sample, words
 from ..t5 import T5Config, T5Encoder
+from ..text import END
 from .settings import NewText
 
-PAD, END, UNKNOWN = 0, 1, 2
+PAD = 0
 
 
 def make_vocabulary(path: Path, size: int) -> None:
