@@ -96,7 +96,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def file(trained, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("lora") / "style.safetensors"
-    save_lora(path, trained, {"varedit.steps": "12"})
+    save_lora(path, lora_state(trained), {"varedit.steps": "12"})
     return path
 
 
@@ -236,7 +236,7 @@ def test_a_published_file_merges(published_file, tmp_path):
     add_lora(network, 2, targets=["blocks.3.ffn.fc1", r"sa\.proj"])
     for _, layer in lora_layers(network):
         torch.nn.init.normal_(layer.lora_B["default"].weight)
-    save_lora(tmp_path / "a.safetensors", network)
+    save_lora(tmp_path / "a.safetensors", lora_state(network))
     metadata = merge_lora(published_file, tmp_path / "a.safetensors", tmp_path / "out.safetensors", -1.5)
     assert metadata["varedit.architecture"] == "varedit" and metadata["varedit.converted_from"] == "8B-512.pth"
     merged = load_transformer(tmp_path / "out.safetensors")
@@ -339,9 +339,9 @@ def test_mistakes_in_training(base, trained, file, tmp_path):
         with pytest.raises(ValueError, match="has a LoRA already"):
             again()
     with pytest.raises(FileExistsError):
-        save_lora(file, trained)
+        save_lora(file, lora_state(trained))
     with pytest.raises(ValueError, match="must end in"):
-        save_lora(tmp_path / "a.pt", trained)
+        save_lora(tmp_path / "a.pt", lora_state(trained))
     mixed = load_file(file) | {f"{KEY}.alpha": torch.tensor(1.0)}
     save_file(mixed, tmp_path / "mixed.safetensors")
     with pytest.raises(WeightError, match=re.escape("alphas [1.0, 6.0]; go on with a file that has one of each")):
@@ -371,8 +371,8 @@ def test_resuming(trained, file, tmp_path, dtype):
     assert metadata["varedit.steps"] == "12" and metadata["varedit.architecture"] == "varedit-lora"
     torch.testing.assert_close(lora_state(network), lora_state(trained), atol=0, rtol=0)
     assert {p.dtype for p in network.parameters() if p.requires_grad} == {torch.float32}
-    save_lora(tmp_path / "again.safetensors", network)
-    save_lora(tmp_path / "again.safetensors", network, overwrite=True)
+    save_lora(tmp_path / "again.safetensors", lora_state(network))
+    save_lora(tmp_path / "again.safetensors", lora_state(network), overwrite=True)
     torch.testing.assert_close(load_file(tmp_path / "again.safetensors"), load_file(file), atol=0, rtol=0)
     assert [path.name for path in tmp_path.iterdir()] == ["again.safetensors"]
 

@@ -170,7 +170,7 @@ def train(task: Task, stage: Stage, folder: Path, accelerator, resume: bool, unt
                 with average:  # the result so far can be used at any time
                     written = task.export(folder)
             if stage.sample_every and (last or progress.step % stage.sample_every == 0):
-                if accelerator.is_main_process and accelerator.num_processes == 1:
+                if accelerator.is_main_process and accelerator.distributed_type != "FSDP":
                     with average:
                         report.figures(progress.step, task.look(folder / "samples", progress.step))
     finally:
@@ -186,6 +186,12 @@ def train(task: Task, stage: Stage, folder: Path, accelerator, resume: bool, unt
         (folder / DONE).write_text(json.dumps(summary, indent=2) + "\n")
     logger.info("%s: %d steps, %d of them now", stage.name, progress.step, progress.step - first)
     return True
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter's values, gathered from all processes where it is sharded: then all of them must ask."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _set_rates(prepared: Sequence[torch.optim.Optimizer], factor: float) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..lora import PREFIX, linear_layers, read_lora
 from ..transformer import Transformer
 from ..weights import WeightError
+from .engine import whole
 
 ATTENTION = r"blocks\.\d+\.(sa\.(mat_qkv|proj)|ca\.(mat_q|mat_kv|proj))"
 MLP = r"blocks\.\d+\.ffn\.fc[12]"
@@ -53,7 +54,7 @@ def lora_state(transformer: Transformer) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, layer in lora_layers(transformer):
         for part, matrix in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            state[f"{PREFIX}{name}.{part}.weight"] = matrix[ADAPTER].weight.detach().float().cpu().clone()
+            state[f"{PREFIX}{name}.{part}.weight"] = whole(matrix[ADAPTER].weight).float().cpu().clone()
         state[f"{PREFIX}{name}.alpha"] = torch.tensor(float(layer.lora_alpha[ADAPTER]))
     if not state:
         raise ValueError("the transformer has no LoRA; add one with add_lora")
@@ -61,22 +62,21 @@ def lora_state(transformer: Transformer) -> dict[str, Tensor]:
 
 
 def save_lora(
-    path: str | Path, transformer: Transformer, metadata: Mapping[str, str] | None = None, overwrite: bool = False
+    path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, overwrite: bool = False
 ) -> None:
-    """Write the low-rank layers to a safetensors file, which appears whole or not at all.
+    """Write low-rank layers (see `lora_state`) to a safetensors file, which appears whole or not at all.
 
-    Raises ValueError for another suffix or without a LoRA, FileExistsError where the file exists.
+    Raises ValueError for another suffix, FileExistsError where the file exists.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; choose another name or allow overwriting")
-    state = lora_state(transformer)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(state, partial, {"format": "pt", "varedit.architecture": "varedit-lora", **(metadata or {})})
+        save_file(dict(state), partial, {"format": "pt", "varedit.architecture": "varedit-lora", **(metadata or {})})
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

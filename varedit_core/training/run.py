@@ -35,7 +35,7 @@ def run(stages: Sequence[Stage], output: Path, resume: bool = False, stop_after:
     try:
         from accelerate import Accelerator, PartialState
         from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+        from accelerate.utils import broadcast_object_list
     except ImportError:
         raise ValueError('training needs accelerate; install it with pip install "varedit[train]"') from None
     until = None if stop_after is None else time.monotonic() + stop_after
@@ -65,7 +65,6 @@ def run(stages: Sequence[Stage], output: Path, resume: bool = False, stop_after:
             cpu=on_cpu,
             mixed_precision="bf16" if stage.precision == "bf16" else "no",
             project_dir=str(folder),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=stage.task != "tokenizer")],
         )
         torch.manual_seed(stage.seed)  # new weights, a LoRA's for instance
         task = TASKS[stage.task](resolved, accelerator)

@@ -33,6 +33,8 @@ from ..shapeedit.render import render
 from ..t5 import T5Encoder
 from ..text import TextEncoder, load_text_encoder, load_tokenizer
 from ..transformer import PaddedTexts, Transformer
+from .engine import whole
+from .lora import add_lora, lora_state, save_lora
 from .objective import TokenizerWeights, bit_loss, parallel_logits, teach, token_weights, tokenizer_loss
 from .pairs import first_pairs, pair_batches, picture_batches
 from .settings import SHAPEEDIT, NewTokenizer, NewTransformer, Stage
@@ -155,8 +157,6 @@ class TransformerTask:
         self.transformer = self._transformer().to(device)
         self.patch = patch_size(self.transformer.config, self.autoencoder.config)
         if stage.task == "lora":
-            from .lora import add_lora
-
             add_lora(self.transformer, stage.lora.rank, stage.lora.alpha, stage.lora.targets)
         if stage.checkpointing:
             for block in self.transformer.blocks:
@@ -269,17 +269,15 @@ class TransformerTask:
 
     def export(self, folder: Path) -> list[Path]:
         if self.stage.task == "lora":
-            from .lora import save_lora
-
+            state = lora_state(self.transformer)
             if self.accelerator.is_main_process:
-                save_lora(folder / LORA_FILE, self.transformer, {"varedit.stage": self.stage.name}, overwrite=True)
+                save_lora(folder / LORA_FILE, state, {"varedit.stage": self.stage.name}, overwrite=True)
             return [folder / LORA_FILE]
         written = [folder / TRANSFORMER_FILE]
         _save(written[0], self.transformer.state_dict(), TRANSFORMER, self.accelerator)
         if self.model.text is not None:
             written.append(folder / TEXT_FOLDER)
-            if self.accelerator.is_main_process:
-                save_text(written[1], self.text, self.vocabulary)
+            save_text(written[1], self.text, self.vocabulary, self.accelerator)
         return written
 
 
@@ -345,29 +343,30 @@ def save_grid(path: Path, rows: Sequence[Tensor]) -> None:
 def _compile(modules) -> None:
     """Compile repeated modules one by one: they share their code, so the first one's costs are nearly all."""
     torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.optimize_ddp = False  # it splits graphs that span a network, not those of one block
     for module in modules:
         module.compile(dynamic=False)
 
 
 def _save(path: Path, state: dict[str, Tensor], part: str, accelerator) -> None:
-    whole = {key: _whole(tensor) for key, tensor in state.items()}  # sharded ones are gathered by all processes
+    rounded = _rounded(state)
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"format": "pt", "varedit.architecture": ARCHITECTURES[part], "varedit.precision": "bf16"}
-        save_file(whole, path, metadata)
+        save_file(rounded, path, metadata)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.to("cpu", torch.bfloat16).contiguous()
+def _rounded(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state as files hold it. All processes must ask (see `whole`)."""
+    return {key: whole(tensor).to("cpu", torch.bfloat16).contiguous() for key, tensor in state.items()}
 
 
-def save_text(folder: Path, text: T5Encoder, vocabulary: Path) -> None:
+def save_text(folder: Path, text: T5Encoder, vocabulary: Path, accelerator) -> None:
     """Write a T5 encoder as a Hugging Face folder, with the tokenizer file that lies at or beside `vocabulary`."""
+    state = _rounded(text.state_dict())
+    if not accelerator.is_main_process:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: _whole(tensor) for key, tensor in text.state_dict().items()}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(text.config.to_json(), indent=2) + "\n")
     beside = vocabulary if vocabulary.is_dir() else vocabulary.parent
