@@ -18,6 +18,7 @@ import varedit_core.sampling
 from varedit_core import Editor, SamplingSettings
 from varedit_core.demo import demo_files
 from varedit_core.kv import SOURCE, KeyValueStore
+from varedit_core.options import hardware
 from varedit_core.shapeedit.evaluate import draw, evaluate
 
 COLUMNS = ("success", "s", "balance", "psnr", "ssim")
@@ -50,6 +51,8 @@ class NoSource(KeyValueStore):
 
 RUNS = {
     **{f"guidance {g}": (KeyValueStore, {"guidance": g, **GREEDY}) for g in (1, 2, 3, 5)},
+    "guidance 3, off at the last scale": (KeyValueStore, {"guidance": [3] * 6 + [1], **GREEDY}),
+    "guidance 3, off at the last three": (KeyValueStore, {"guidance": [3] * 4 + [1] * 3, **GREEDY}),
     **{f"temperature {t}": (KeyValueStore, {"guidance": 3, "temperature": t}) for t in (0.1, 0.5, 1.0)},
     "no scale-aligned reference": (WholeSource, {"guidance": 3, **GREEDY}),
     "no source prefix": (NoSource, {"guidance": 3, **GREEDY}),
@@ -80,8 +83,9 @@ def main() -> None:
         with storing_in(store):
             *_, whole = evaluate(editor, samples, SamplingSettings(**settings), options.batch).table()
         rows[name] = {column: round(whole[column], 3) for column in COLUMNS}
-        print(f"{name:28s}", *(f"{column} {value:7.3f}" for column, value in rows[name].items()), flush=True)
-    result = {"benchmark": "ShapeEdit ablations", "count": options.count, "seed": options.seed, "runs": rows}
+        print(f"{name:34s}", *(f"{column} {value:7.3f}" for column, value in rows[name].items()), flush=True)
+    facts = {"count": options.count, "seed": options.seed, **hardware(editor)}
+    result = {"benchmark": "ShapeEdit ablations", **facts, "runs": rows}
     if options.save:
         options.save.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -75,7 +75,23 @@ def demo() -> str:
     return table([f"demo model, {facts['threads']} CPU threads", "cost"], rows)
 
 
-TABLES = {"demo": demo, "parity": parity, "real size": real_size}
+def shapeedit() -> str:
+    facts = json.loads((FOLDER / "shapeedit_demo.json").read_text())
+    rows = [
+        [
+            row["family"],
+            str(row["count"]),
+            f"{row['success']:.2f}",
+            f"{row['balance']:.2f}",
+            "-" if row["psnr"] is None else f"{row['psnr']:.1f} dB ({row['ceiling_psnr']:.1f})",
+            "-" if row["ssim"] is None else f"{row['ssim']:.3f} ({row['ceiling_ssim']:.3f})",
+        ]
+        for row in facts["families"]
+    ]
+    return table(["family", "samples", "success", "balance", "background PSNR", "background SSIM"], rows)
+
+
+TABLES = {"demo": demo, "shapeedit": shapeedit, "parity": parity, "real size": real_size}
 
 
 def rendered(text: str) -> str:

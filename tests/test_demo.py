@@ -13,6 +13,7 @@ from varedit_core.cli import app, main
 from varedit_core.contact_sheet import Row, contact_sheet
 from varedit_core.demo import EXAMPLES, demo_files
 from varedit_core.info import inspect
+from varedit_core.lora import check_lora
 
 MB = 1e6
 GRIDS = 7
@@ -45,6 +46,9 @@ def test_files_are_small_and_whole():
     transformer, tokenizer, text = demo_files()
     assert "not whole" not in inspect(transformer)["is"] and "VAREdit transformer" in inspect(transformer)["is"]
     assert "not whole" not in inspect(tokenizer)["is"] and "VAREdit tokenizer" in inspect(tokenizer)["is"]
+    refiner = demo.FOLDER / "refiner.safetensors"
+    assert "not whole" not in inspect(refiner)["is"] and "VAREdit transformer" in inspect(refiner)["is"]
+    check_lora(transformer, demo.FOLDER / "duotone_lora.safetensors")
     assert (text / "config.json").is_file() and (text / "tokenizer.json").is_file()
 
 

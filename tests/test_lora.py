@@ -15,12 +15,13 @@ from support import ROOT
 from typer.testing import CliRunner
 
 from varedit_core import load_transformer
-from varedit_core.cli import _lora, app, main
+from varedit_core.cli import app, main
 from varedit_core.convert import convert
 from varedit_core.info import inspect
 from varedit_core.kv import KeyValueStore
 from varedit_core.lora import apply_lora, linear_layers, merge_lora, read_lora
 from varedit_core.operations import ScaledLinear
+from varedit_core.options import lora_and_strength
 from varedit_core.training.lora import GROUPS, add_lora, load_lora_for_training, lora_layers, lora_state, save_lora
 from varedit_core.weights import WeightError, open_weights
 
@@ -426,8 +427,10 @@ def test_edits_with_loras(file, tmp_path):
 def test_the_strength_on_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a:2").touch()
-    assert _lora("b.safetensors:-0.5") == (Path("b.safetensors"), -0.5)
-    assert [_lora(text) for text in ("b", "a:2", "C:b")] == [(Path(text), 1.0) for text in ("b", "a:2", "C:b")]
+    assert lora_and_strength("b.safetensors:-0.5") == (Path("b.safetensors"), -0.5)
+    assert [lora_and_strength(text) for text in ("b", "a:2", "C:b")] == [
+        (Path(text), 1.0) for text in ("b", "a:2", "C:b")
+    ]
 
 
 def test_the_command_merges_and_explains(model, file, tmp_path, monkeypatch, capsys):

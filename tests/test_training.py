@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -451,10 +452,12 @@ def test_stages_of_different_precisions_follow_each_other(parts, tmp_path, monke
 # The command
 
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def command(*arguments, launcher=("-m", "varedit_core")):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launcher, "train", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
 def test_the_command_checks_data(parts, tmp_path):
@@ -478,6 +481,68 @@ def test_the_command_trains_in_two_processes(parts, tmp_path):
     folder = tmp_path / "out" / "a"
     assert len(losses(folder)) == 2 and json.loads((folder / "finished.json").read_text())["steps"] == 2
     assert all(tensor.isfinite().all() for tensor in load_file(folder / "transformer.safetensors").values())
+
+
+# accelerate shards on GPUs only: here torch shards the modules that the configuration names, for the same loop.
+_SHARDED = """
+import sys
+from pathlib import Path
+import yaml
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from varedit_core.training import engine
+from varedit_core.training.settings import load_stages
+from varedit_core.training.tasks import TASKS
+
+if __name__ == "__main__":
+    settings, configuration, output = map(Path, sys.argv[1:4])
+    (stage,) = load_stages(settings, sys.argv[4:])
+    accelerator = Accelerator(cpu=True, project_dir=str(output))
+    prepare, named = accelerator.prepare, yaml.safe_load(configuration.read_text())["fsdp_config"]
+
+    def sharded(model, *others):
+        mesh = init_device_mesh("cpu", (2,))
+        for module in model.modules():
+            if type(module).__name__ == named["fsdp_transformer_layer_cls_to_wrap"]:
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model, *engine.optimizers(model, stage.optimisation)
+
+    accelerator.prepare, accelerator.save_state = sharded, lambda folder: Path(folder).mkdir(exist_ok=True)
+    engine.train(TASKS[stage.task](stage, accelerator), stage, output / stage.name, accelerator, False)
+"""
+
+
+def test_sharded_training_is_the_same(parts, tmp_path):
+    """Every weight is read by calling its layer, as FSDP needs, and results are gathered from all processes."""
+    changes = ("a.train_text=true", "a.optimisation.average=0.0")
+    edits(parts, batch=1, steps=2, more=NEW + OWN)
+    (tmp_path / "sharded.py").write_text(_SHARDED)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    toml = parts / "training.toml"
+    sets = [part for change in changes for part in ("--set", change)]
+    plain = command(toml, "--output", tmp_path / "plain", *sets, launcher=(*launcher, "-m", "varedit_core"))
+    assert plain.returncode == 0, plain.stderr[-3000:]
+    arguments = [toml, ROOT / "examples/training/fsdp.yaml", tmp_path / "sharded", *changes]
+    script = [sys.executable, *launcher, tmp_path / "sharded.py", *arguments]
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(list(map(str, script)), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "sharded" / "a") == pytest.approx(losses(tmp_path / "plain" / "a"), rel=1e-5)
+    for file in ("transformer.safetensors", "text_encoder/model.safetensors"):
+        ours, theirs = (load_file(tmp_path / name / "a" / file) for name in ("sharded", "plain"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(ours[key].float(), theirs[key].float(), rtol=1e-2, atol=1e-4) for key in ours)
+
+
+@pytest.mark.parametrize("change, message", [({"average": 0.9}, "moving average"), ({"optimizer": "muon"}, "muon")])
+def test_what_sharding_cannot_do_is_refused(parts, change, message):
+    (stage,) = edits(parts)
+    optimisation = replace(stage.optimisation, **{"average": 0.0} | change)
+    sharding = SimpleNamespace(distributed_type="FSDP")
+    with pytest.raises(ValueError, match=message):
+        engine.train(None, replace(stage, optimisation=optimisation), parts, sharding, False)
 
 
 def test_editing_does_not_import_training():

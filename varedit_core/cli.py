@@ -6,34 +6,32 @@ import json
 import logging
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Optional
 
 import torch
 import typer
-from PIL import Image
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .contact_sheet import Row, contact_sheet
+from . import options
+from .contact_sheet import contact_sheet
 from .convert import PRECISIONS, convert
 from .defaults import DEFAULT_SETTINGS, FIT, NEGATIVE_PROMPT, SIZE, SamplingSettings
 from .demo import NOTICE, demo_files
 from .demo import SIZE as DEMO_SIZE
-from .images import FITS, FittedImage, SourceImage, check_target, load_image, save_image
+from .images import FITS, FittedImage, check_target, load_image, save_image
 from .images import fit as fit_image
 from .info import inspect
-from .lora import apply_lora, check_lora, merge_lora
+from .lora import apply_lora, merge_lora
+from .options import DTYPES, checked_loras, choice, console, per_scale, progress
 from .parity import Parity, compare
 from .pipeline import Editor
-from .sampling import Scale
 from .schedule import AREAS, schedule_for
 from .shapeedit.cli import app as shapeedit
-from .showcase import demo
+from .showcase import Watcher, demo
 from .training.cli import train
 from .weights import open_weights
 
@@ -44,10 +42,8 @@ app = typer.Typer(
     help="Edit images by instruction with VAREdit.",
 )
 app.add_typer(shapeedit, name="shapeedit")
-console = Console(stderr=True, markup=False, highlight=False)
 
 SIZES = {str(schedule_for(area).pixels[0]): area for area in AREAS} | {area: area for area in AREAS}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main() -> None:
@@ -64,84 +60,6 @@ def main() -> None:
         sys.exit(1)
 
 
-def _per_scale(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is neither a number nor a comma-separated list of one number a scale"
-        ) from None
-
-
-def _choice(text: str, table: dict, name: str):
-    if text not in table:
-        raise typer.BadParameter(f"unknown {name} {text!r}; choose one of {', '.join(table)}")
-    return table[text]
-
-
-@contextmanager
-def _progress():
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:3.0f}%"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield progress
-
-
-class Watcher:
-    """Follows the edit of one picture scale by scale: progress bar, seconds, and on request its pictures.
-
-    Pictures are decoded from the scale's running sum. keep: hold them in `pictures`. folder: write them there, as
-    STEM-scale-NN-HxW.png.
-    """
-
-    def __init__(
-        self, editor: Editor, progress: Progress, keep: bool = False, folder: Path | None = None, stem: str = ""
-    ) -> None:
-        self.editor, self.progress, self.keep, self.folder, self.stem = editor, progress, keep, folder, stem
-        self.task = progress.add_task("reading the source", total=None)
-        self.begin, self.scales, self.pictures = time.perf_counter(), [], []
-
-    def __call__(self, scale: Scale, fitted: list[FittedImage]) -> None:
-        height, width = scale.grid
-        tokens = fitted[0].schedule.tokens
-        bits = scale.bits  # drawn here, so that a scale's seconds hold its own draw
-        self.scales.append(
-            {
-                "scale": scale.index + 1,
-                "grid": [height, width],
-                "seconds": round(time.perf_counter() - self.begin, 4),
-                "ones": round(bits.float().mean().item(), 4),
-            }
-        )
-        self.progress.update(
-            self.task,
-            description=f"scale {scale.index + 1}/{scale.count} ({height}x{width})",
-            total=sum(tokens),
-            completed=sum(tokens[: scale.index + 1]),
-        )
-        if self.keep or self.folder:
-            (picture,) = self.editor.decode(scale.running_sum, fitted)
-            if self.keep:
-                self.pictures.append(picture)
-            if self.folder:
-                name = f"{self.stem}-scale-{scale.index + 1:02d}-{height}x{width}.png"
-                save_image(picture, self.folder / name, overwrite=True)
-        self.begin = time.perf_counter()
-
-    @property
-    def columns(self) -> list[str]:
-        """A contact sheet's columns: those of `row`."""
-        return ["source", *("{}x{}".format(*scale["grid"]) for scale in self.scales), "result"]
-
-    def row(self, label: str, source: SourceImage, result: Image.Image) -> Row:
-        """A contact sheet's row: source, every scale, result."""
-        return Row(label, [source.rgb, *self.pictures, result])
-
-
 @app.command()
 def edit(
     image: Annotated[Path, typer.Argument(help="Picture to edit.")],
@@ -154,9 +72,7 @@ def edit(
         Optional[Path], typer.Option(help="Tokenizer file; by default the model file, where it holds both.")
     ] = None,
     text_encoder: Annotated[Optional[Path], typer.Option(help="T5 encoder: a Hugging Face folder or one file.")] = None,
-    lora: Annotated[
-        Optional[list[str]], typer.Option(help="FILE[:STRENGTH], a LoRA to apply; may be given several times.")
-    ] = None,
+    lora: options.Lora = None,
     tokenizer: Annotated[
         Optional[Path], typer.Option(help="Folder or file of the text encoder's tokenizer, if not with its weights.")
     ] = None,
@@ -173,68 +89,51 @@ def edit(
         typer.Option(help=f"Working size: {', '.join(SIZES)}.", show_default=f"{SIZE}; {DEMO_SIZE} for the demo model"),
     ] = None,
     fit: Annotated[str, typer.Option(help="square (as published) or aspect (experimental).")] = FIT,
-    guidance: Annotated[
-        str, typer.Option(help="Classifier-free guidance; one number, or one a scale.")
-    ] = f"{DEFAULT_SETTINGS.guidance:g}",
-    temperature: Annotated[
-        str, typer.Option(help="Temperature; 0 is greedy; one number, or one a scale.")
-    ] = f"{DEFAULT_SETTINGS.temperature:g}",
-    top_p: Annotated[
-        str, typer.Option(help="Drop bit values of probability <= 1 - top_p.")
-    ] = f"{DEFAULT_SETTINGS.top_p:g}",
+    guidance: options.Guidance = options.GUIDANCE,
+    temperature: options.Temperature = options.TEMPERATURE,
+    top_p: options.TopP = options.TOP_P,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = DEFAULT_SETTINGS.seed,
     negative: Annotated[
         str, typer.Option(help="Negative prompt, in place of the learned unconditional features.")
     ] = NEGATIVE_PROMPT,
-    device: Annotated[Optional[str], typer.Option(help="cuda, cpu, mps; by default cuda where there is one.")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help=f"Of the transformer's blocks: {', '.join(DTYPES)}.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
     preview_dir: Annotated[Optional[Path], typer.Option(help="Write every scale's picture into this folder.")] = None,
     sheet: Annotated[
         Optional[Path], typer.Option("--contact-sheet", help="Write source, every scale and result as one picture.")
     ] = None,
-    report: Annotated[bool, typer.Option("--json", help="Print a JSON report on standard output.")] = False,
+    report: options.JsonReport = False,
 ) -> None:
     """Edit a picture by an instruction; the result has exactly its size."""
-    demo_model = model is None
-    if demo_model and (vae or text_encoder or tokenizer):
+    if model is None and (vae or text_encoder or tokenizer):
         raise ValueError("--vae, --text-encoder and --tokenizer belong to a model of yours; name it with --model")
-    settings = SamplingSettings(_per_scale(guidance), _per_scale(temperature), _per_scale(top_p), seed)
-    area = _choice(size or (DEMO_SIZE if demo_model else SIZE), SIZES, "size")
-    _choice(fit, dict.fromkeys(FITS), "fit")
-    kind = _choice(dtype, DTYPES, "dtype") if dtype else None
-    target = output or image.with_name(f"{image.stem}-edited.png")
-    if not (instruction or features):
-        raise ValueError("say what to change: give an instruction or --features FILE:KEY")
-    if instruction and features:
-        raise ValueError("give an instruction or --features, not both")
-    if demo_model:
-        model, vae, text_encoder = demo_files()
-    if (instruction or negative) and not text_encoder:
-        raise ValueError("an instruction or a negative prompt needs --text-encoder")
-    source = fit_image(load_image(image), area, fit)
-    settings.per_scale(len(source.schedule))
-    check_target(target, source.source.alpha is not None, overwrite)
-    if preview_dir:
-        check_target(preview_dir / "scale.png", False, overwrite=True)
-    if sheet:
-        check_target(sheet, False, overwrite)
-    prompts = [_features(features)] if features else [instruction]
-    loras = checked_loras(model, lora)
+    settings = SamplingSettings(per_scale(guidance), per_scale(temperature), per_scale(top_p), seed)
+    area = choice(size or (SIZE if model else DEMO_SIZE), SIZES, "size")
+    choice(fit, dict.fromkeys(FITS), "fit")
+    kind = choice(dtype, DTYPES, "dtype") if dtype else None
+    files = _files(model, vae, text_encoder, instruction, features, negative)
+    fitted = fit_image(load_image(image), area, fit)
+    settings.per_scale(len(fitted.schedule))
+    source, target = fitted.source, output or image.with_name(f"{image.stem}-edited.png")
+    _check_targets(target, source.alpha is not None, sheet, preview_dir, overwrite)
+    prompt = _features(features) if features else instruction
+    loras = checked_loras(files[0], lora)
 
-    if demo_model:
+    if model is None:
         console.print(NOTICE, soft_wrap=True)
     begin = time.perf_counter()
-    editor = Editor.load(model, vae or model, text_encoder, tokenizer, device, kind)
+    editor = Editor.load(*files, tokenizer, device, kind)
     for file, strength in loras:
         apply_lora(editor.transformer, file, strength)
     loaded = time.perf_counter()
-    with _progress() as progress:
-        watcher = Watcher(editor, progress, sheet is not None, preview_dir, target.stem)
-        (result,) = editor.edit([source.source], prompts, [negative], area, fit, settings, watcher)
+    with progress() as bar:
+        watcher = Watcher(editor, bar, sheet is not None, preview_dir, target.stem)
+        (result,) = editor.edit([source], [prompt], [negative], area, fit, settings, watcher)
+        watcher.take(result)
     edited = time.perf_counter()
-    save_image(result, target, overwrite, source.source.icc_profile)
+    save_image(result, target, overwrite, source.icc_profile)
     if sheet:
-        row = watcher.row(instruction or features, source.source, result)
+        row = watcher.row(instruction or features, source)
         save_image(contact_sheet([row], watcher.columns), sheet, overwrite)
     console.print(
         f"{target} ({result.width}x{result.height}) in {edited - loaded:.1f} s after {loaded - begin:.1f} s of loading",
@@ -242,17 +141,58 @@ def edit(
         highlight=False,
     )
     if report:
-        facts = {
-            "output": str(target),
-            "size": list(result.size),
-            "pixels": list(source.schedule.pixels),
-            "fit": fit,
-            "contact_sheet": str(sheet) if sheet else None,
-            "loras": [{"file": str(file), "strength": strength} for file, strength in loras],
-            **asdict(settings),
-        }
+        facts = _facts(target, sheet, fitted, fit, loras, settings)
         times = {"load_seconds": round(loaded - begin, 4), "edit_seconds": round(edited - loaded, 4)}
         print(json.dumps({**facts, **times, "device": str(editor.device), "scales": watcher.scales}))
+
+
+def _files(
+    model: Path | None,
+    vae: Path | None,
+    text_encoder: Path | None,
+    instruction: str,
+    features: str | None,
+    negative: str,
+) -> tuple[Path, Path, Path | None]:
+    """Transformer, tokenizer and text encoder, the demo model's without a model. ValueError where words lack one."""
+    if not (instruction or features):
+        raise ValueError("say what to change: give an instruction or --features FILE:KEY")
+    if instruction and features:
+        raise ValueError("give an instruction or --features, not both")
+    if model is None:
+        return demo_files()
+    if (instruction or negative) and not text_encoder:
+        raise ValueError("an instruction or a negative prompt needs --text-encoder")
+    return model, vae or model, text_encoder
+
+
+def _check_targets(target: Path, transparent: bool, sheet: Path | None, previews: Path | None, overwrite: bool) -> None:
+    """Raise what writing an edit's files would, before the edit."""
+    check_target(target, transparent, overwrite)
+    if previews:
+        check_target(previews / "scale.png", False, overwrite=True)
+    if sheet:
+        check_target(sheet, False, overwrite)
+
+
+def _facts(
+    target: Path,
+    sheet: Path | None,
+    fitted: FittedImage,
+    fit: str,
+    loras: list[tuple[Path, float]],
+    settings: SamplingSettings,
+) -> dict:
+    """What the JSON report says of an edit's files and settings."""
+    return {
+        "output": str(target),
+        "size": list(fitted.source.size),
+        "pixels": list(fitted.schedule.pixels),
+        "fit": fit,
+        "contact_sheet": str(sheet) if sheet else None,
+        "loras": [{"file": str(file), "strength": strength} for file, strength in loras],
+        **asdict(settings),
+    }
 
 
 def _features(name: str) -> torch.Tensor:
@@ -265,23 +205,6 @@ def _features(name: str) -> torch.Tensor:
             f"{path} has no tensor {key}; it has {', '.join(sorted(k for k in weights if len(weights.shapes[k]) == 2)[:3])}, ..."
         )
     return weights[key].float()
-
-
-def checked_loras(model: Path, texts: list[str] | None) -> list[tuple[Path, float]]:
-    """The LoRAs of --lora with their strengths, known to fit the transformer's file."""
-    loras = [_lora(text) for text in texts or []]
-    for file, _ in loras:
-        check_lora(model, file)
-    return loras
-
-
-def _lora(text: str) -> tuple[Path, float]:
-    """FILE[:STRENGTH]; a colon may be part of the file's name."""
-    file, _, strength = text.rpartition(":")
-    try:
-        return (Path(text), 1.0) if not file or Path(text).exists() else (Path(file), float(strength))
-    except ValueError:
-        return Path(text), 1.0
 
 
 @app.command()
@@ -312,10 +235,10 @@ def convert_command(
     overwrite: Annotated[bool, typer.Option(help="Replace the target if it exists.")] = False,
 ) -> None:
     """Convert weights to safetensors, a tensor at a time."""
-    with _progress() as progress:
-        task = progress.add_task("converting", total=None)
+    with progress() as bar:
+        task = bar.add_task("converting", total=None)
         metadata = convert(
-            source, target, precision, overwrite, lambda done, total: progress.update(task, completed=done, total=total)
+            source, target, precision, overwrite, lambda done, total: bar.update(task, completed=done, total=total)
         )
     console.print(
         f"{target}: {metadata['varedit.architecture']}, {metadata['varedit.precision']}, {target.stat().st_size / 1e9:.2f} GB",
@@ -332,15 +255,15 @@ def merge(
     overwrite: Annotated[bool, typer.Option(help="Replace the output if it exists.")] = False,
 ) -> None:
     """Merge a LoRA into a transformer, a tensor at a time."""
-    with _progress() as progress:
-        task = progress.add_task("merging", total=None)
+    with progress() as bar:
+        task = bar.add_task("merging", total=None)
         metadata = merge_lora(
             model,
             lora,
             output,
             strength,
             overwrite,
-            lambda done, total: progress.update(task, completed=done, total=total),
+            lambda done, total: bar.update(task, completed=done, total=total),
         )
     console.print(
         f"{output}: {metadata['varedit.merged_lora']} merged, {output.stat().st_size / 1e9:.2f} GB", soft_wrap=True
@@ -359,7 +282,7 @@ def parity(
     report: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare with recorded figures of the published implementation; fails beyond tolerance."""
-    results = [compare(file, _choice(dtype, DTYPES, "dtype"), device) for file in files]
+    results = [compare(file, choice(dtype, DTYPES, "dtype"), device) for file in files]
     if report:
         print(json.dumps([result.to_json() for result in results]))
     else:

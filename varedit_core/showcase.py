@@ -1,4 +1,4 @@
-"""`varedit demo`: real edits with the demo model, and a contact sheet of every scale of each."""
+"""Edits shown scale by scale: the watcher of an edit, and `varedit demo`, a contact sheet of the demo model's."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
+from PIL import Image
+from rich.progress import Progress
 
-from .contact_sheet import contact_sheet
+from . import options
+from .contact_sheet import Row, contact_sheet
 from .defaults import DEFAULT_SETTINGS, FIT
 from .demo import EXAMPLES, SIZE, demo_files
-from .images import check_target, load_image, save_image
+from .images import FittedImage, SourceImage, check_target, load_image, save_image
+from .options import console, progress
 from .pipeline import Editor
+from .sampling import Scale
 
 EDITS = {
     "scene.png": (
@@ -28,15 +33,67 @@ EDITS = {
 FOLDER = Path("output/demo")
 
 
+class Watcher:
+    """Follows the edit of one picture scale by scale: progress bar, seconds, and on request its pictures.
+
+    Pictures are decoded from the scale's running sum, but for the last one: that is the result, which whoever edits
+    gives to `take`. keep: hold them in `pictures`. folder: write them there, as STEM-scale-NN-HxW.png.
+    """
+
+    def __init__(
+        self, editor: Editor, bar: Progress, keep: bool = False, folder: Path | None = None, stem: str = ""
+    ) -> None:
+        self.editor, self.bar, self.keep, self.folder, self.stem = editor, bar, keep, folder, stem
+        self.task = bar.add_task("reading the source", total=None)
+        self.begin, self.scales, self.pictures = time.perf_counter(), [], []
+
+    def __call__(self, scale: Scale, fitted: list[FittedImage]) -> None:
+        height, width = scale.grid
+        tokens = fitted[0].schedule.tokens
+        bits = scale.bits  # drawn here, so that a scale's seconds hold its own draw
+        self.scales.append(
+            {
+                "scale": scale.index + 1,
+                "grid": [height, width],
+                "seconds": round(time.perf_counter() - self.begin, 4),
+                "ones": round(bits.float().mean().item(), 4),
+            }
+        )
+        self.bar.update(
+            self.task,
+            description=f"scale {scale.index + 1}/{scale.count} ({height}x{width})",
+            total=sum(tokens),
+            completed=sum(tokens[: scale.index + 1]),
+        )
+        if (self.keep or self.folder) and scale.index + 1 < scale.count:
+            self.take(*self.editor.decode(scale.running_sum, fitted))
+        self.begin = time.perf_counter()
+
+    def take(self, picture: Image.Image) -> None:
+        """Keep or write the picture of the scale that passed last."""
+        if self.keep:
+            self.pictures.append(picture)
+        if self.folder:
+            number, (height, width) = len(self.scales), self.scales[-1]["grid"]
+            save_image(picture, self.folder / f"{self.stem}-scale-{number:02d}-{height}x{width}.png", overwrite=True)
+
+    @property
+    def columns(self) -> list[str]:
+        """A contact sheet's columns: those of `row`."""
+        return ["source", *("{}x{}".format(*scale["grid"]) for scale in self.scales), "result"]
+
+    def row(self, label: str, source: SourceImage) -> Row:
+        """A contact sheet's row: source, every scale, result."""
+        return Row(label, [source.rgb, *self.pictures, self.pictures[-1]])
+
+
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = FOLDER,
     overwrite: Annotated[bool, typer.Option(help="Replace results that exist.")] = False,
-    device: Annotated[Optional[str], typer.Option(help="cuda, cpu, mps; by default cuda where there is one.")] = None,
-    report: Annotated[bool, typer.Option("--json", help="Print a JSON report on standard output.")] = False,
+    device: options.Device = None,
+    report: options.JsonReport = False,
 ) -> None:
     """Edit a drawn scene and a photograph with the demo model: six instructions, and a picture of every scale."""
-    from .cli import Watcher, _progress, console
-
     files, sheet = demo_files(), output / "contact-sheet.png"
     jobs = [
         (EXAMPLES / name, words, output / f"{_slug(f'{Path(name).stem} {words}')}.png")
@@ -52,12 +109,13 @@ def demo(
     rows, facts = [], []
     for path, words, target in jobs:
         begin = time.perf_counter()
-        with _progress() as progress:
-            watcher = Watcher(editor, progress, keep=True)
+        with progress() as bar:
+            watcher = Watcher(editor, bar, keep=True)
             (result,) = editor.edit(sources[path], words, None, SIZE, FIT, DEFAULT_SETTINGS, watcher)
+            watcher.take(result)
         seconds = round(time.perf_counter() - begin, 4)
         save_image(result, target, overwrite, sources[path].icc_profile)
-        rows.append(watcher.row(words, sources[path], result))
+        rows.append(watcher.row(words, sources[path]))
         facts.append({"source": str(path), "instruction": words, "output": str(target), "seconds": seconds})
         console.print(f"{target}: {words} ({seconds:.1f} s)", soft_wrap=True)
     save_image(contact_sheet(rows, watcher.columns), sheet, overwrite)

@@ -12,10 +12,12 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from ..defaults import DEFAULT_SETTINGS, SamplingSettings
+from .. import options
+from ..defaults import SamplingSettings
 from ..demo import demo_files
 from ..images import check_target, save_image
 from ..lora import apply_lora
+from ..options import DTYPES, checked_loras, choice, console, hardware, per_scale, progress
 from ..pipeline import Editor
 from .edits import FAMILIES
 from .evaluate import BATCH, Batch, Report, draw, evaluate, make, picture
@@ -50,8 +52,6 @@ def make_command(
     split: Annotated[str, typer.Option(help="test or train.")] = "test",
 ) -> None:
     """Write samples as pictures with a metadata.jsonl, as training reads them."""
-    from ..cli import console
-
     make(folder, seed, count, split)
     console.print(f"{folder}: {count} samples of the {split} split", soft_wrap=True)
 
@@ -61,27 +61,19 @@ def evaluate_command(
     model: Annotated[Optional[Path], typer.Option(help="Transformer; by default the demo model's.")] = None,
     vae: Annotated[Optional[Path], typer.Option(help="Tokenizer; by default the demo model's.")] = None,
     text_encoder: Annotated[Optional[Path], typer.Option(help="T5 encoder; by default the demo model's.")] = None,
-    lora: Annotated[
-        Optional[list[str]], typer.Option(help="FILE[:STRENGTH], a LoRA to apply; may be given several times.")
-    ] = None,
+    lora: options.Lora = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples and of the draws.")] = SEED,
     count: Annotated[int, typer.Option(min=1, help="Number of samples, the families in turn.")] = COUNT,
     family: Annotated[
         Optional[list[str]], typer.Option(help=f"Only this one; may be given several times: {', '.join(FAMILIES)}.")
     ] = None,
     style: Annotated[str, typer.Option(help=f"Only this style: {', '.join(STYLES[1:])}.")] = "",
-    guidance: Annotated[
-        str, typer.Option(help="Classifier-free guidance; one number, or one a scale.")
-    ] = f"{DEFAULT_SETTINGS.guidance:g}",
-    temperature: Annotated[
-        str, typer.Option(help="Temperature; 0 is greedy; one number, or one a scale.")
-    ] = f"{DEFAULT_SETTINGS.temperature:g}",
-    top_p: Annotated[
-        str, typer.Option(help="Drop bit values of probability <= 1 - top_p.")
-    ] = f"{DEFAULT_SETTINGS.top_p:g}",
+    guidance: options.Guidance = options.GUIDANCE,
+    temperature: options.Temperature = options.TEMPERATURE,
+    top_p: options.TopP = options.TOP_P,
     batch: Annotated[int, typer.Option(min=1, help="Samples edited at a time.")] = BATCH,
-    device: Annotated[Optional[str], typer.Option(help="cuda, cpu, mps; by default cuda where there is one.")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="Of the transformer's blocks: fp32, bf16, fp16.")] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
     report: Annotated[Optional[Path], typer.Option("--json", help="Write figures, every sample's too, here.")] = None,
     pictures: Annotated[
         Optional[Path], typer.Option(help="Write source, edit and target of some samples here, a PNG a family.")
@@ -90,10 +82,8 @@ def evaluate_command(
     overwrite: Annotated[bool, typer.Option(help="Replace files that exist.")] = False,
 ) -> None:
     """Edit test samples and judge them by their exact answers (see docs/SHAPEEDIT.md)."""
-    from ..cli import DTYPES, _choice, _per_scale, _progress, checked_loras
-
-    settings = SamplingSettings(_per_scale(guidance), _per_scale(temperature), _per_scale(top_p), seed)
-    kind = _choice(dtype, DTYPES, "dtype") if dtype else None
+    settings = SamplingSettings(per_scale(guidance), per_scale(temperature), per_scale(top_p), seed)
+    kind = choice(dtype, DTYPES, "dtype") if dtype else None
     samples = draw(seed, count, family, style)
     gallery = Gallery(pictures, show, overwrite, [s.family for s in samples]) if pictures else None
     _check_report(report, overwrite)
@@ -103,11 +93,11 @@ def evaluate_command(
     editor = Editor.load(*files, device=device, dtype=kind)
     for file, strength in loras:
         apply_lora(editor.transformer, file, strength)
-    with _progress() as progress:
-        task = progress.add_task("editing", total=len(samples))
+    with progress() as bar:
+        task = bar.add_task("editing", total=len(samples))
 
         def follow(done: Batch) -> None:
-            progress.advance(task, len(done.samples))
+            bar.advance(task, len(done.samples))
             if gallery:
                 gallery.add(done)
 
@@ -117,7 +107,9 @@ def evaluate_command(
     if report:
         facts = {"seed": seed, "count": count, "style": style, "loras": [[str(f), strength] for f, strength in loras]}
         named = dict(zip(("model", "vae", "text_encoder"), (path.name for path in files)))
-        report.write_text(json.dumps({**facts, **named, **figures.to_json(samples=True)}, indent=1) + "\n")
+        report.write_text(
+            json.dumps({**facts, **named, **hardware(editor), **figures.to_json(samples=True)}, indent=1) + "\n"
+        )
     _print(figures)
 
 

@@ -140,8 +140,8 @@ def train(task: Task, stage: Stage, folder: Path, accelerator, resume: bool, unt
 
     Writes checkpoints, logs and the result into `folder`. With `resume` it goes on from the last checkpoint.
     """
-    if stage.optimisation.average and accelerator.distributed_type == "FSDP":
-        raise ValueError(f"stage {stage.name}: a moving average of sharded weights cannot be kept; set average = 0")
+    if accelerator.distributed_type == "FSDP":
+        _check_sharded(stage)
     model, *prepared = accelerator.prepare(task.model, *optimizers(task.model, stage.optimisation))
     average, progress = Average(accelerator.unwrap_model(model), stage.optimisation.average), Progress()
     accelerator.register_for_checkpointing(average, progress)
@@ -186,6 +186,13 @@ def train(task: Task, stage: Stage, folder: Path, accelerator, resume: bool, unt
         (folder / DONE).write_text(json.dumps(summary, indent=2) + "\n")
     logger.info("%s: %d steps, %d of them now", stage.name, progress.step, progress.step - first)
     return True
+
+
+def _check_sharded(stage: Stage) -> None:
+    if stage.optimisation.average:
+        raise ValueError(f"stage {stage.name}: a moving average of sharded weights cannot be kept; set average = 0")
+    if stage.optimisation.optimizer == "muon":
+        raise ValueError(f'stage {stage.name}: muon needs whole matrices, not sharded ones; set optimizer = "adamw"')
 
 
 def whole(tensor: Tensor) -> Tensor:

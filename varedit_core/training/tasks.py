@@ -269,7 +269,7 @@ class TransformerTask:
 
     def export(self, folder: Path) -> list[Path]:
         if self.stage.task == "lora":
-            state = lora_state(self.transformer)
+            state = {key: t.bfloat16() if t.ndim else t for key, t in lora_state(self.transformer).items()}
             if self.accelerator.is_main_process:
                 save_lora(folder / LORA_FILE, state, {"varedit.stage": self.stage.name}, overwrite=True)
             return [folder / LORA_FILE]
@@ -277,7 +277,7 @@ class TransformerTask:
         _save(written[0], self.transformer.state_dict(), TRANSFORMER, self.accelerator)
         if self.model.text is not None:
             written.append(folder / TEXT_FOLDER)
-            save_text(written[1], self.text, self.vocabulary, self.accelerator)
+            save_text(written[1], self.text, self.vocabulary, self.accelerator.is_main_process)
         return written
 
 
@@ -361,10 +361,13 @@ def _rounded(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: whole(tensor).to("cpu", torch.bfloat16).contiguous() for key, tensor in state.items()}
 
 
-def save_text(folder: Path, text: T5Encoder, vocabulary: Path, accelerator) -> None:
-    """Write a T5 encoder as a Hugging Face folder, with the tokenizer file that lies at or beside `vocabulary`."""
+def save_text(folder: Path, text: T5Encoder, vocabulary: Path, write: bool = True) -> None:
+    """Write a T5 encoder as a Hugging Face folder, with the tokenizer file that lies at or beside `vocabulary`.
+
+    write: False in all but one of several processes, which then only hand over their parts (see `whole`).
+    """
     state = _rounded(text.state_dict())
-    if not accelerator.is_main_process:
+    if not write:
         return
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "model.safetensors", {"format": "pt"})

@@ -1,0 +1,92 @@
+"""What the commands share: their common options, the helpers that read these, the console and the progress bar.
+
+Knows no command, so that every module of commands can import it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from .defaults import DEFAULT_SETTINGS
+from .lora import check_lora
+from .pipeline import Editor
+
+console = Console(stderr=True, markup=False, highlight=False)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Lora = Annotated[
+    Optional[list[str]], typer.Option(help="FILE[:STRENGTH], a LoRA to apply; may be given several times.")
+]
+Guidance = Annotated[str, typer.Option(help="Classifier-free guidance; one number, or one a scale.")]
+Temperature = Annotated[str, typer.Option(help="Temperature; 0 is greedy; one number, or one a scale.")]
+TopP = Annotated[str, typer.Option(help="Drop bit values of probability <= 1 - top_p.")]
+Device = Annotated[Optional[str], typer.Option(help="cuda, cpu, mps; by default cuda where there is one.")]
+Dtype = Annotated[Optional[str], typer.Option(help=f"Of the transformer's blocks: {', '.join(DTYPES)}.")]
+JsonReport = Annotated[bool, typer.Option("--json", help="Print a JSON report on standard output.")]
+
+# Texts, as one number and one a scale are the same option.
+GUIDANCE = f"{DEFAULT_SETTINGS.guidance:g}"
+TEMPERATURE = f"{DEFAULT_SETTINGS.temperature:g}"
+TOP_P = f"{DEFAULT_SETTINGS.top_p:g}"
+
+
+def per_scale(text: str) -> list[float]:
+    """One number, or several with commas between them. BadParameter for anything else."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is neither a number nor a comma-separated list of one number a scale"
+        ) from None
+
+
+def choice(text: str, table: dict[str, Any], name: str) -> Any:
+    """The table's entry of that name. BadParameter, with the known names, where there is none."""
+    if text not in table:
+        raise typer.BadParameter(f"unknown {name} {text!r}; choose one of {', '.join(table)}")
+    return table[text]
+
+
+def checked_loras(model: Path, texts: list[str] | None) -> list[tuple[Path, float]]:
+    """The LoRAs of --lora with their strengths, known to fit the transformer's file."""
+    loras = [lora_and_strength(text) for text in texts or []]
+    for file, _ in loras:
+        check_lora(model, file)
+    return loras
+
+
+def lora_and_strength(text: str) -> tuple[Path, float]:
+    """FILE[:STRENGTH]; a colon may be part of the file's name."""
+    file, _, strength = text.rpartition(":")
+    try:
+        return (Path(text), 1.0) if not file or Path(text).exists() else (Path(file), float(strength))
+    except ValueError:
+        return Path(text), 1.0
+
+
+def hardware(editor: Editor) -> dict[str, str]:
+    """What reports say of where an edit ran: the device (a GPU by its model) and the type of the blocks' weights."""
+    name = torch.cuda.get_device_name(editor.device) if editor.device.type == "cuda" else editor.device.type
+    return {"device": name, "dtype": str(editor.transformer.dtype).removeprefix("torch.")}
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A progress bar on the console, gone at the end; nothing where the console is a file."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield bar
