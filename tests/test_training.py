@@ -150,7 +150,6 @@ def test_settings_on_the_command_line(parts):
         ("a.log_every=0", "log_every must be at least 1"),
         ("a.optimisation.accumulate=0", "optimisation.accumulate must be at least 1"),
         ("a.task=paint", "task must be one of tokenizer, transformer, lora, got 'paint'"),
-        ("a.data.fit=aspect", "training fits every picture to a square"),
         ("a.data.size=3M", "data.size must be one of 0.06M"),
         ("a.data.columns.source=3", "columns, source: expected str, got 3"),
         ("a.name=x/y", "must be letters, digits"),
@@ -198,7 +197,7 @@ def test_the_manual_names_every_setting():
     tables = dict(re.findall(r"^### `([\w.\[\]]+)`.*?\n((?:.*\n)*?)(?=^#|\Z)", text, flags=re.MULTILINE))
     kinds = {
         "[[stage]]": settings.Stage, "stage.data": settings.Data, "stage.optimisation": settings.Optimisation,
-        "stage.objective": settings.Objective, "stage.lora": settings.Lora, "stage.new_transformer": NewTransformer,
+        "stage.objective": settings.Objective, "stage.reconstruction": settings.Reconstruction, "stage.lora": settings.Lora, "stage.new_transformer": NewTransformer,
         "stage.new_tokenizer": settings.NewTokenizer, "stage.new_text": NewText,
     }  # fmt: skip
     assert set(tables) == set(kinds)
@@ -206,7 +205,9 @@ def test_the_manual_names_every_setting():
         rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", tables[name], flags=re.MULTILINE))
         fields = {f.name: f for f in kind.__dataclass_fields__.values()}
         plain = {
-            n for n in fields if n not in ("data", "optimisation", "objective", "lora") and not n.startswith("new_")
+            n
+            for n in fields
+            if n not in ("data", "optimisation", "objective", "reconstruction", "lora") and not n.startswith("new_")
         }
         assert set(rows) == plain, name
         for row, shown in rows.items():

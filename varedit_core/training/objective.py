@@ -21,6 +21,7 @@ from ..operations import Attention, sdpa
 from ..quantizer import area_resize, codes, encode, latent_grids, linear_resize, to_tokens
 from ..schedule import Schedule
 from ..transformer import PaddedTexts, Transformer
+from .settings import Reconstruction
 
 
 class TeacherForced:
@@ -144,18 +145,8 @@ def bit_loss(logits: Sequence[Tensor], labels: Sequence[Tensor], weights: Sequen
     return torch.stack(losses).sum(), torch.stack(plain)
 
 
-@dataclass(frozen=True)
-class TokenizerWeights:
-    """Weights of the parts of the tokenizer's loss."""
-
-    absolute: float = 0.5
-    squared: float = 8.0
-    gradient: float = 0.1
-    commitment: float = 0.25
-
-
 def tokenizer_loss(
-    autoencoder: Autoencoder, pixels: Tensor, schedule: Schedule, patch: int, weights: TokenizerWeights
+    autoencoder: Autoencoder, pixels: Tensor, schedule: Schedule, patch: int, weights: Reconstruction
 ) -> tuple[Tensor, Tensor]:
     """Loss of one batch of pixels [B, 3, y, x] in [-1, 1], and its mean squared error (detached).
 

@@ -51,9 +51,9 @@ class Optimisation:
 class Data:
     """source: "shapeedit", a folder or .jsonl of pairs, "hf:owner/name", or WebDataset shards (see `data`).
 
-    size: as when editing. For pairs: fit, which must be "square"; on_error "stop" or "skip"; columns that have other
-    names than source, target, instruction and mask; processes (workers) that read. A tokenizer may also be trained on
-    any folder of pictures.
+    size: as when editing; pictures are fitted to a square. For pairs: on_error "stop" or "skip"; columns that have
+    other names than source, target, instruction and mask; processes (workers) that read. A tokenizer may also be
+    trained on any folder of pictures.
     For ShapeEdit: pairs are drawn, rendered and encoded `block` at a time and every block is used `reuse` times;
     pictures: share of cluttered pictures; families, styles: relative frequency of each, 1 where not named
     (0 for the style `duotone`).
@@ -61,7 +61,6 @@ class Data:
 
     source: str = SHAPEEDIT
     size: str = "0.06M"
-    fit: str = "square"
     on_error: str = "stop"
     columns: dict[str, str] = field(default_factory=dict)
     workers: int = 2
@@ -136,6 +135,17 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class Reconstruction:
+    """Weights of the parts of the tokenizer's loss: absolute and squared error of pixels in [-1, 1], absolute error of
+    neighbours' differences, and the commitment of the features to their codes."""
+
+    absolute: float = 0.5
+    squared: float = 8.0
+    gradient: float = 0.1
+    commitment: float = 0.25
+
+
+@dataclass(frozen=True)
 class Stage:
     """One training. name: of its folder. batch: samples a process and step (see `accumulate`). log_every, save_every,
     sample_every: steps between figures, checkpoints and pictures (0: none). transformer, autoencoder, text_encoder:
@@ -160,6 +170,7 @@ class Stage:
     data: Data = Data()
     optimisation: Optimisation = Optimisation()
     objective: Objective = Objective()
+    reconstruction: Reconstruction = Reconstruction()
     lora: Lora = Lora()
     new_transformer: NewTransformer | None = None
     new_tokenizer: NewTokenizer | None = None
@@ -181,8 +192,6 @@ class Stage:
             owner = self.optimisation if "." in name else self
             if getattr(owner, name.split(".")[-1]) < 1:
                 raise ValueError(f"stage {self.name}: {name} must be at least 1")
-        if self.data.fit != "square":
-            raise ValueError(f'stage {self.name}: training fits every picture to a square; leave data.fit at "square"')
         if self.task != "tokenizer" and not self.autoencoder:
             raise ValueError(f"stage {self.name}: name the tokenizer file with autoencoder")
         if self.task != "tokenizer" and not (self.text_encoder or self.new_text):

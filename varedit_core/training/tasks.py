@@ -35,9 +35,9 @@ from ..text import TextEncoder, load_text_encoder, load_tokenizer
 from ..transformer import PaddedTexts, Transformer
 from .engine import whole
 from .lora import add_lora, lora_state, save_lora
-from .objective import TokenizerWeights, bit_loss, parallel_logits, teach, token_weights, tokenizer_loss
+from .objective import bit_loss, parallel_logits, teach, token_weights, tokenizer_loss
 from .pairs import first_pairs, pair_batches, picture_batches
-from .settings import SHAPEEDIT, NewTokenizer, NewTransformer, Stage
+from .settings import SHAPEEDIT, NewTokenizer, NewTransformer, Reconstruction, Stage
 from .shapes import PairBlocks, scene_batches
 from .words import make_vocabulary, new_text_encoder, pad
 
@@ -52,7 +52,7 @@ TEXT_STEP = 8
 class TokenizerModel(nn.Module):
     """The autoencoder with its loss, so that wrappers of a module see one forward."""
 
-    def __init__(self, autoencoder: Autoencoder, schedule: Schedule, weights: TokenizerWeights) -> None:
+    def __init__(self, autoencoder: Autoencoder, schedule: Schedule, weights: Reconstruction) -> None:
         super().__init__()
         self.autoencoder, self.schedule, self.weights = autoencoder, schedule, weights
 
@@ -73,7 +73,7 @@ class TokenizerTask:
         else:
             self.autoencoder = new_autoencoder(stage.new_tokenizer or NewTokenizer(), stage.seed)
         self.autoencoder.to(accelerator.device, memory_format=torch.channels_last)
-        self.model = TokenizerModel(self.autoencoder, self.schedule, TokenizerWeights())
+        self.model = TokenizerModel(self.autoencoder, self.schedule, stage.reconstruction)
         if stage.compile:
             _compile(m for m in self.autoencoder.modules() if isinstance(m, ResidualBlock))
 
