@@ -81,14 +81,15 @@ def shapeedit() -> str:
         [
             row["family"],
             str(row["count"]),
-            f"{row['success']:.2f}",
+            f"{row['success']:.2f} ({row['ceiling_success']:.2f})",
+            f"{row['s']:.2f}",
             f"{row['balance']:.2f}",
             "-" if row["psnr"] is None else f"{row['psnr']:.1f} dB ({row['ceiling_psnr']:.1f})",
             "-" if row["ssim"] is None else f"{row['ssim']:.3f} ({row['ceiling_ssim']:.3f})",
         ]
         for row in facts["families"]
     ]
-    return table(["family", "samples", "success", "balance", "background PSNR", "background SSIM"], rows)
+    return table(["family", "samples", "success", "S", "balance", "background PSNR", "background SSIM"], rows)
 
 
 TABLES = {"demo": demo, "shapeedit": shapeedit, "parity": parity, "real size": real_size}

@@ -3,8 +3,7 @@
 The families follow PIE-Bench (arXiv 2310.01506) and EMU-Edit (arXiv 2311.10089). Every instruction has one exact
 result: what is added stands upright at its cell's centre in medium size, sizes become exactly small or large.
 
-The test split holds combinations that training never sees: (shape, colour) pairs that occur in no training
-scene, and (wording, shape or pattern or style, colour) triples.
+The test split holds what training never sees: instructions word for word, and (shape, colour) pairs.
 """
 
 from __future__ import annotations
@@ -14,16 +13,32 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from random import Random
 
-from .scenes import COLOURS, PLACES, SHAPES, SIZES, STYLES, TEXTURES, Object, Scene, draw_scene, held_out_pair
+from .scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    STYLES,
+    TEXTURES,
+    Object,
+    Scene,
+    draw_scene,
+    held_out_pair,
+)
 
-HELD_OUT_TRIPLES = 6
-"""One in this many (wording, thing, colour) triples is kept for the test split."""
-ALTERNATIVES = 3
+HELD_OUT_TEXTS = 6
+"""One in this many instructions is kept for the test split."""
+PATTERNS = BACKGROUNDS[:4]
+"""Of backgrounds that an instruction can ask for."""
+OTHERS = 3
+"""Distractors that other instructions of the family would give, beside the near misses."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What an instruction asks for. thing, colour: what the held-out rule looks at, beside the wording."""
+    """What an instruction asks for. thing, colour: shape and colour of the object that is edited, as it becomes; for a
+    style, its phrase."""
 
     target: Scene
     words: dict[str, str]
@@ -33,13 +48,19 @@ class Edit:
 
 @dataclass(frozen=True)
 class Sample:
-    """One task. distractors: results of other instructions of the family on the same source."""
+    """One task. distractors: near misses of the target, and results of other instructions of the family on the same
+    source."""
 
     family: str
     instruction: str
     source: Scene
     target: Scene
     distractors: tuple[Scene, ...] = ()
+
+    @property
+    def new_pair(self) -> bool:
+        """Whether its scenes hold a (shape, colour) pair that no training scene has."""
+        return any(held_out_pair(o.shape, o.colour) for o in (*self.source.objects, *self.target.objects))
 
 
 def draw_sample(rng: Random, split: str, family: str | None = None, picture: bool = False, style: str = "") -> Sample:
@@ -62,32 +83,70 @@ def draw_sample(rng: Random, split: str, family: str | None = None, picture: boo
         scene = draw_scene(rng, test, picture)
         wording = rng.randrange(len(wordings))
         edit = propose(rng, scene)
-        if edit and _is_held_out(family, wording, edit) == test:
+        if edit and is_held_out(family, wording, edit) == test:
             break
-    instruction = wordings[wording].format(**edit.words)
-    return Sample(family, instruction, scene, edit.target, _distractors(rng, scene, edit, propose) if test else ())
+    distractors = _distractors(rng, scene, edit.target, family) if test else ()
+    return Sample(family, _instruction(family, wording, edit), scene, edit.target, distractors)
 
 
-def _distractors(rng: Random, scene: Scene, edit: Edit, propose) -> tuple[Scene, ...]:
-    """Up to three other results that the family has for a scene."""
-    others: dict[Scene, None] = {}
-    for _ in range(8 * ALTERNATIVES):
+def _instruction(family: str, wording: int, edit: Edit) -> str:
+    return FAMILIES[family][1][wording].format(**edit.words)
+
+
+def _distractors(rng: Random, scene: Scene, target: Scene, family: str) -> tuple[Scene, ...]:
+    """What the result must not be taken for: near misses, and up to three other results of the family."""
+    chosen = dict.fromkeys(near_misses(scene, target, family))
+    propose, count = FAMILIES[family][0], 0
+    for _ in range(8 * OTHERS):
         other = propose(rng, scene)
-        if other and other.target not in (edit.target, scene) and len(others) < ALTERNATIVES:
-            others[other.target] = None
-    return tuple(others)
+        if other and other.target not in chosen and count < OTHERS:
+            chosen[other.target] = None
+            count += other.target not in (target, scene)
+    return tuple(other for other in chosen if other not in (target, scene))
 
 
-def _is_held_out(family: str, wording: int, edit: Edit) -> bool:
-    pair = edit.thing in SHAPES and edit.colour in COLOURS and held_out_pair(edit.thing, edit.colour)
+def near_misses(scene: Scene, target: Scene, family: str) -> list[Scene]:
+    """The target with each other value of one thing that the family's instructions decide: the edited object's shape,
+    colour, texture, size or place, the background's colour or pattern, the style. And with the edited object gone, or
+    (for `move`) still at its old place too; for `remove`, with another object gone instead."""
+    if family == "style":
+        return [replace(target, style=style) for style in STYLES[1:]]
+    if family == "background":
+        what = "colour" if scene.background.colour != target.background.colour else "pattern"
+        values = COLOURS if what == "colour" else PATTERNS
+        return [replace(target, background=replace(target.background, **{what: value})) for value in values]
+    if family == "remove":
+        return [_without(scene, one) for one in scene.objects]
+    new = next((one for one in target.objects if one not in scene.objects), None)
+    if new is None:
+        return []
+    free = set(range(9)) - {one.cell for one in scene.objects} | {new.cell}
+    values = {
+        "shape": SHAPES if family in ("add", "replace") else (),
+        "colour": COLOURS if family in ("add", "replace", "recolour") else (),
+        "texture": TEXTURES if family == "texture" else (),
+        "radius": tuple(SIZES.values()) if family == "resize" else (),
+        "cell": sorted(free) if family in ("add", "move") else (),
+    }
+    others = [
+        _with(target, new, replace(new, **{name: value})) for name, choices in values.items() for value in choices
+    ]
+    if family == "move":
+        others.append(replace(target, objects=(*scene.objects, new)))
+    return [*others, _without(target, new)]
+
+
+def is_held_out(family: str, wording: int, edit: Edit) -> bool:
+    """Whether an edit in that wording belongs to the test split."""
     if family == "style":  # every phrase of every style loses one wording
         phrases = next(p for p in _STYLE_PHRASES.values() if edit.thing in p)
-        return (wording + phrases.index(edit.thing)) % HELD_OUT_TRIPLES == 0
+        return (wording + phrases.index(edit.thing)) % HELD_OUT_TEXTS == 0
     if family == "keep":  # nothing to combine: the pairs in its scenes are what training has not seen
         return any(held_out_pair(o.shape, o.colour) for o in edit.target.objects)
-    key = f"{family} {wording} {edit.thing} {edit.colour}"
+    if edit.thing in SHAPES and held_out_pair(edit.thing, edit.colour):
+        return True
     # A checksum, not hash(): the split must be the same in every process.
-    return pair or zlib.crc32(key.encode()) % HELD_OUT_TRIPLES == 0
+    return zlib.crc32(_instruction(family, wording, edit).encode()) % HELD_OUT_TEXTS == 0
 
 
 def _add(rng: Random, scene: Scene) -> Edit | None:
@@ -132,7 +191,7 @@ def _texture(rng: Random, scene: Scene) -> Edit | None:
     old = rng.choice(scene.objects)
     new = replace(old, texture=rng.choice([t for t in TEXTURES if t != old.texture]))
     words = {"it": _refer(rng, scene, old, texture=False), "texture": new.texture}
-    return Edit(_with(scene, old, new), words, f"{new.texture} {old.shape}", old.colour)
+    return Edit(_with(scene, old, new), words, old.shape, old.colour)
 
 
 def _background(rng: Random, scene: Scene) -> Edit | None:
@@ -140,11 +199,11 @@ def _background(rng: Random, scene: Scene) -> Edit | None:
     if old.pattern == "cloudy" or rng.random() < 0.6:
         new, what = replace(old, colour=rng.choice(list(COLOURS))), "colour"
     else:
-        new, what = replace(old, pattern=rng.choice(("plain", "gradient", "striped", "checkered"))), "pattern"
+        new, what = replace(old, pattern=rng.choice(PATTERNS)), "pattern"
     if new == old or any(o.colour == new.colour for o in scene.objects):
         return None
     named = new.colour if what == "colour" else {"gradient": "shaded"}.get(new.pattern, new.pattern)
-    return Edit(replace(scene, background=new), {"what": named}, f"{what} {new.pattern}", new.colour)
+    return Edit(replace(scene, background=new), {"what": named})
 
 
 def _move(rng: Random, scene: Scene) -> Edit | None:
@@ -174,9 +233,7 @@ def _resize(rng: Random, scene: Scene) -> Edit | None:
         return None
     word = rng.choice(("bigger", "larger", "large") if bigger else ("smaller", "tiny", "small"))
     new = replace(old, radius=radius)
-    return Edit(
-        _with(scene, old, new), {"it": _refer(rng, scene, old), "size": word}, f"{size} {old.shape}", old.colour
-    )
+    return Edit(_with(scene, old, new), {"it": _refer(rng, scene, old), "size": word}, old.shape, old.colour)
 
 
 def _style(rng: Random, scene: Scene) -> Edit | None:

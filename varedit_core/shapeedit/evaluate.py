@@ -38,7 +38,7 @@ class Record:
     """One sample's figures. index: its number in the list that was evaluated.
 
     ceiling_*: what the tokenizer alone allows: whether the target's reconstruction is a success, and background PSNR
-    and SSIM of the source's reconstruction.
+    and SSIM of the source's reconstruction. new_pair: see `Sample`.
     """
 
     index: int
@@ -48,6 +48,7 @@ class Record:
     ceiling_success: bool
     ceiling_psnr: float | None
     ceiling_ssim: float | None
+    new_pair: bool
 
     def figures(self) -> dict[str, float | None]:
         """All figures by name, None for those of a background that is not there."""
@@ -84,7 +85,7 @@ class Report:
         facts = {"benchmark": "ShapeEdit", "settings": self.settings, "families": self.table()}
         if samples:
             facts["samples"] = [
-                {"index": r.index, "family": r.family, "instruction": r.instruction, **r.figures()}
+                {**{name: getattr(r, name) for name in ("index", "family", "instruction", "new_pair")}, **r.figures()}
                 for r in self.records
             ]
         return facts
@@ -216,7 +217,9 @@ def _judged(autoencoder: Autoencoder, device, samples, order: Sequence[int], bat
             succeeds(target_restored, *task).tolist(),
             background(source_restored, source, region),
         )
-        records = [Record(n, s.family, s.instruction, score, best, *kept) for n, s, score, best, kept in rows]
+        records = [
+            Record(n, s.family, s.instruction, score, best, *kept, s.new_pair) for n, s, score, best, kept in rows
+        ]
         yield Batch(chosen, records, source, edited, target)
 
 

@@ -138,7 +138,7 @@ def succeeds(
 
     Inside the region, the edit's distance to the target must be below half the source's (three quarters of the
     squared error are gone). And it must be closer to the target than to every distractor (a row's pictures
-    [n, 3, H, W]: what other instructions would have made of the source), each compared where target and distractor
+    [n, 3, H, W]: near misses, and what other instructions would have made of the source), each compared where target and distractor
     differ.
 
     Where the region is empty (`keep`), the PSNR against the source must be at most 3 dB below that of
