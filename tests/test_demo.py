@@ -118,6 +118,18 @@ def test_without_the_demo_folder(tmp_path, monkeypatch, capsys, arguments, messa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["cat.jpg", "edited.png"])
+def test_a_contact_sheet_replaces_no_picture(tmp_path, monkeypatch, capsys, name):
+    Image.open(EXAMPLES / "cat.jpg").save(tmp_path / "cat.jpg")
+    before = (tmp_path / "cat.jpg").read_bytes()
+    files = ["--output", str(tmp_path / "edited.png"), "--contact-sheet", str(tmp_path / name), "--overwrite"]
+    monkeypatch.setattr(sys, "argv", ["varedit", "edit", str(tmp_path / "cat.jpg"), "make it sepia", *files])
+    with pytest.raises(SystemExit):
+        main()
+    assert "would replace a picture of the edit" in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["cat.jpg"] and (tmp_path / "cat.jpg").read_bytes() == before
+
+
 def test_the_notice_is_one_line_on_standard_error(tmp_path, monkeypatch, capsys):
     """Shown before the work, which is left out here."""
     from varedit_core.pipeline import Editor

@@ -400,7 +400,10 @@ def test_a_missing_library_is_named_with_its_extra(name, where, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(PairError) as error:
         open_pairs(where)
-    assert str(error.value) == f'the library {name} is missing; install it with pip install "varedit[train]"'
+    assert (
+        str(error.value)
+        == f'the library {name} is missing; install it: pip install -e ".[train]" in the folder of the project'
+    )
 
 
 @pytest.mark.parametrize(

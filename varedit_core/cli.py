@@ -115,7 +115,7 @@ def edit(
     fitted = fit_image(load_image(image), area, fit)
     settings.per_scale(len(fitted.schedule))
     source, target = fitted.source, output or image.with_name(f"{image.stem}-edited.png")
-    _check_targets(target, source.alpha is not None, sheet, preview_dir, overwrite)
+    _check_targets(image, target, source.alpha is not None, sheet, preview_dir, overwrite)
     prompt = _features(features) if features else instruction
     loras = checked_loras(files[0], lora)
 
@@ -166,8 +166,12 @@ def _files(
     return model, vae or model, text_encoder
 
 
-def _check_targets(target: Path, transparent: bool, sheet: Path | None, previews: Path | None, overwrite: bool) -> None:
-    """Raise what writing an edit's files would, before the edit."""
+def _check_targets(
+    image: Path, target: Path, transparent: bool, sheet: Path | None, previews: Path | None, overwrite: bool
+) -> None:
+    """Raise what writing an edit's files would, before the edit. ValueError where a sheet would replace a picture."""
+    if sheet and sheet.resolve() in (image.resolve(), target.resolve()):
+        raise ValueError(f"the contact sheet {sheet} would replace a picture of the edit; choose another name for it")
     check_target(target, transparent, overwrite)
     if previews:
         check_target(previews / "scale.png", False, overwrite=True)

@@ -112,7 +112,7 @@ def ssim_function() -> Callable:
     try:
         from skimage.metrics import structural_similarity
     except ImportError:
-        raise ValueError('SSIM needs scikit-image; install it with pip install "varedit[eval]"') from None
+        raise ValueError("SSIM needs scikit-image; install it: pip install scikit-image") from None
     return structural_similarity
 
 

@@ -281,7 +281,9 @@ def _library(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise PairError(f'the library {name} is missing; install it with pip install "varedit[train]"') from error
+        raise PairError(
+            f'the library {name} is missing; install it: pip install -e ".[train]" in the folder of the project'
+        ) from error
 
 
 def _record(name: str, values: Mapping[str, Any], columns: Mapping[str, str]) -> Record:

@@ -37,7 +37,9 @@ def run(stages: Sequence[Stage], output: Path, resume: bool = False, stop_after:
         from accelerate.state import AcceleratorState
         from accelerate.utils import broadcast_object_list
     except ImportError:
-        raise ValueError('training needs accelerate; install it with pip install "varedit[train]"') from None
+        raise ValueError(
+            'training needs accelerate; install it: pip install -e ".[train]" in the folder of the project'
+        ) from None
     until = None if stop_after is None else time.monotonic() + stop_after
     # Told of no device, accelerate takes each of several processes without a GPU for the only one.
     on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()

@@ -232,7 +232,9 @@ def _toml():
         try:
             import tomli as tomllib
         except ImportError:
-            raise ValueError('Python 3.10 needs tomli; install it with pip install "varedit[train]"') from None
+            raise ValueError(
+                'Python 3.10 needs tomli; install it: pip install -e ".[train]" in the folder of the project'
+            ) from None
     return tomllib
 
 
