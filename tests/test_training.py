@@ -500,7 +500,7 @@ if __name__ == "__main__":
     settings, configuration, output = map(Path, sys.argv[1:4])
     (stage,) = load_stages(settings, sys.argv[4:])
     accelerator = Accelerator(cpu=True, project_dir=str(output))
-    prepare, named = accelerator.prepare, yaml.safe_load(configuration.read_text())["fsdp_config"]
+    named = yaml.safe_load(configuration.read_text())["fsdp_config"]
 
     def sharded(model, *others):
         mesh = init_device_mesh("cpu", (2,))

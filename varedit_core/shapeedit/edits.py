@@ -95,14 +95,10 @@ def _instruction(family: str, wording: int, edit: Edit) -> str:
 
 def _distractors(rng: Random, scene: Scene, target: Scene, family: str) -> tuple[Scene, ...]:
     """What the result must not be taken for: near misses, and up to three other results of the family."""
-    chosen = dict.fromkeys(near_misses(scene, target, family))
-    propose, count = FAMILIES[family][0], 0
-    for _ in range(8 * OTHERS):
-        other = propose(rng, scene)
-        if other and other.target not in chosen and count < OTHERS:
-            chosen[other.target] = None
-            count += other.target not in (target, scene)
-    return tuple(other for other in chosen if other not in (target, scene))
+    misses = dict.fromkeys(miss for miss in near_misses(scene, target, family) if miss not in (target, scene))
+    proposed = [FAMILIES[family][0](rng, scene) for _ in range(8 * OTHERS)]
+    others = dict.fromkeys(edit.target for edit in proposed if edit and edit.target not in (target, scene, *misses))
+    return (*misses, *list(others)[:OTHERS])
 
 
 def near_misses(scene: Scene, target: Scene, family: str) -> list[Scene]:

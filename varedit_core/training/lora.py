@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..convert import check_result
 from ..lora import PREFIX, linear_layers, read_lora
 from ..transformer import Transformer
 from ..weights import WeightError
@@ -69,10 +70,7 @@ def save_lora(
     Raises ValueError for another suffix, FileExistsError where the file exists.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} must end in .safetensors")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another name or allow overwriting")
+    check_result(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
