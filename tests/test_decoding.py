@@ -12,7 +12,7 @@ from varedit_core.operations import sdpa
 from varedit_core.quantizer import decode, latent_grids, linear_resize, to_tokens
 from varedit_core.sampling import sample
 from varedit_core.schedule import schedule_for
-from varedit_core.training.objective import parallel_logits
+from varedit_core.training.parallel import BlockCausal, TeacherForced, parallel_logits
 
 GREEDY = SamplingSettings(temperature=0.0)
 FREE = SamplingSettings(temperature=0.0, guidance=1.0)
@@ -26,8 +26,9 @@ def run(record, texts, features=None, settings=GREEDY, negatives=None, schedule=
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("store", [TeacherForced, BlockCausal])
 @pytest.mark.parametrize("layout", ["patchify", "plain"])
-def test_cached_decoding_equals_uncached_forward(layout, request):
+def test_cached_decoding_equals_uncached_forward(layout, store, request):
     record = request.getfixturevalue(layout)
     scales = run(record, record.texts("text"), settings=FREE)
     schedule, patch, bits = record.schedule, 2 if layout == "patchify" else 1, [s.bits for s in scales]
@@ -38,7 +39,8 @@ def test_cached_decoding_equals_uncached_forward(layout, request):
         for x in [record["ref.vae_features"].float()]
         + [linear_resize(decode(bits[:k], grids[-1]), grids[k]) for k in range(1, len(schedule))]
     )
-    logits = parallel_logits(network, source, inputs, record.texts("text"), schedule)
+    store = store(schedule, network.config.head_size, "cpu")
+    logits = parallel_logits(network, source, inputs, record.texts("text"), store)
     for scale, expected in zip(scales, logits):
         torch.testing.assert_close(scale.logits, expected, atol=2e-5, rtol=0)
 

@@ -28,7 +28,7 @@ from varedit_core.quantizer import encode, latent_grids, to_tokens  # noqa: E402
 from varedit_core.schedule import schedule_for  # noqa: E402
 from varedit_core.training import engine, pairs, tasks  # noqa: E402
 from varedit_core.training.data import Pair, PairError  # noqa: E402
-from varedit_core.training.objective import teach, token_weights  # noqa: E402
+from varedit_core.training.objective import draw_flips, teach, token_weights  # noqa: E402
 from varedit_core.training.run import run  # noqa: E402
 from varedit_core.training.settings import NewText, NewTransformer, load_stages  # noqa: E402
 from varedit_core.training.words import make_vocabulary, new_text_encoder  # noqa: E402
@@ -241,7 +241,8 @@ def test_labels_without_flips_are_the_quantisers_bits():
 def test_flips_change_later_labels_only():
     x = features()
     plain = teach(x, SCHEDULE, 2)
-    flipped = teach(x, SCHEDULE, 2, torch.tensor([0.0, 0.3]), torch.Generator().manual_seed(1))
+    flips = draw_flips(x.shape, SCHEDULE, 2, torch.tensor([0.0, 0.3]), torch.Generator().manual_seed(1))
+    flipped = teach(x, SCHEDULE, 2, flips)
     assert torch.equal(plain.labels[0], flipped.labels[0])
     for before, after in zip(plain.labels[1:], flipped.labels[1:]):
         assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])

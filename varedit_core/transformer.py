@@ -259,7 +259,7 @@ class Transformer(nn.Module):
         return self.head(self.head_nm(x_RnC, scale, shift)).unflatten(-1, (-1, 2))
 
     def _level(self, index: int, device) -> Tensor:
-        return self.lvl_embed(torch.tensor([index], device=device))
+        return self.lvl_embed(torch.full((1,), index, device=device))  # torch.tensor would wait for the device
 
 
 def _groups(texts: Sequence[Tensor] | PaddedTexts):

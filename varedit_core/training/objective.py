@@ -1,4 +1,4 @@
-"""What training minimises: the parallel forward over all scales, its labels, and the tokenizer's loss.
+"""What training minimises: labels of the parallel forward, the loss of their bits, and the tokenizer's loss.
 
 Knows networks and tensors; knows nothing of data, optimisers or files.
 
@@ -16,74 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autoencoder import Autoencoder
-from ..kv import SOURCE, Pass, pooled
-from ..operations import Attention, sdpa
 from ..quantizer import area_resize, codes, encode, latent_grids, linear_resize, to_tokens
 from ..schedule import Schedule
-from ..transformer import PaddedTexts, Transformer
 from .settings import Reconstruction
-
-
-class TeacherForced:
-    """Stands where the sampler's `KeyValueStore` stands, for one pass over source and all scales at once.
-
-    Every scale attends to source, earlier scales and itself, the source to itself; in block 0 a scale sees the
-    source pooled to its own grid instead (VAREdit, arXiv 2508.15772, section 3.3). One attention call a pass and
-    block, without masks: so each may run on the fastest kernel, and no forbidden product is ever computed.
-    """
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-        self.spans = [schedule.tokens[-1], *schedule.tokens]
-
-    def step(self, head_size: int, device) -> Pass:
-        """The one pass over all N tokens."""
-        return Pass(SOURCE, torch.cat(self.schedule.rotary(head_size, device), dim=1), 0)
-
-    @torch.compiler.disable
-    def attend(self, block: int, q: Tensor, k: Tensor, v: Tensor, step: Pass, attention: Attention) -> Tensor:
-        source = self.spans[0]
-        references: list = [None] * len(self.schedule)
-        if block == 0:
-            part = k[:, :, :source], v[:, :, :source]
-            references = [pooled(*part, self.schedule, grid) for grid in self.schedule.grids]
-        k, outputs, begin = k.to(v.dtype), [], 0
-        for count, reference in zip(self.spans, [None, *references]):
-            end = begin + count
-            keys, values = k[:, :, :end], v[:, :, :end]
-            if reference is not None:
-                keys = torch.cat([reference[0].to(v.dtype), keys[:, :, source:]], dim=2)
-                values = torch.cat([reference[1].to(v.dtype), values[:, :, source:]], dim=2)
-            outputs.append(attention(q[:, :, begin:end], keys, values, scale=1.0))
-            begin = end
-        return torch.cat(outputs, dim=1)
-
-
-def parallel_logits(
-    transformer: Transformer,
-    source_BnD: Tensor,
-    inputs: Sequence[Tensor],
-    texts: PaddedTexts | Sequence[Tensor],
-    schedule: Schedule,
-    attention: Attention = sdpa,
-) -> list[Tensor]:
-    """Logits [B, n, D, 2] of every scale in one pass.
-
-    source_BnD: tokens of the source's features. inputs: tokens [B, n, D] of the running sum at every scale from the
-    second on. texts: of every row.
-    """
-    condition = transformer.condition(texts, attention)
-    store = TeacherForced(schedule)
-    x = torch.cat(
-        [
-            transformer.embed(source_BnD, len(schedule) - 1),
-            transformer.start(condition),
-            *(transformer.embed(tokens, k) for k, tokens in enumerate(inputs, start=1)),
-        ],
-        dim=1,
-    )
-    x = transformer(x, condition, store.step(transformer.config.head_size, x.device), store, attention)
-    return list(transformer.logits(x[:, store.spans[0] :], condition).split(schedule.tokens, dim=1))
 
 
 @dataclass(frozen=True)
@@ -95,13 +30,22 @@ class Teaching:
 
 
 @torch.no_grad()
-def teach(
-    features_BdHW: Tensor, schedule: Schedule, patch: int, flips: Tensor | None = None, generator=None
-) -> Teaching:
+def draw_flips(
+    shape: torch.Size, schedule: Schedule, patch: int, rates_B: Tensor, generator: torch.Generator | None = None
+) -> list[Tensor]:
+    """Which bits of every scale are flipped in what later scales see: boolean [B, d, h, w], each with its row's rate."""
+    return [
+        torch.rand(*shape[:2], *grid, generator=generator, device=rates_B.device) < rates_B[:, None, None, None]
+        for grid in latent_grids(schedule, patch)
+    ]
+
+
+@torch.no_grad()
+def teach(features_BdHW: Tensor, schedule: Schedule, patch: int, flips: Sequence[Tensor] | None = None) -> Teaching:
     """Inputs and labels from the target's features, with bitwise self-correction (Infinity, section 3.4).
 
-    flips: probability [B] that a bit of a row is flipped in what later scales see. The labels of later scales are
-    the signs of the residual that the flipped bits left, so the network learns to mend its own errors.
+    flips: of `draw_flips`. The labels of later scales are the signs of the residual that the flipped bits left, so
+    the network learns to mend its own errors.
     """
     features, grids = features_BdHW.float(), latent_grids(schedule, patch)
     total, teaching = torch.zeros_like(features), Teaching([], [])
@@ -111,8 +55,7 @@ def teach(
         bits = area_resize(features - total, grid) > 0
         teaching.labels.append(to_tokens(bits.float(), patch) > 0.5)
         if flips is not None:
-            draw = torch.rand(bits.shape, generator=generator, device=bits.device)
-            bits = bits ^ (draw < flips[:, None, None, None])
+            bits = bits ^ flips[k]
         total = total + linear_resize(codes(bits), grids[-1])
     return teaching
 
@@ -125,10 +68,11 @@ def token_weights(schedule: Schedule, region_BHW: Tensor | None, inside: float, 
     """
     weights = []
     for (rows, columns), count in zip(schedule.grids, schedule.tokens):
-        weight = torch.full((1, count), float(count) ** power)
-        if region_BHW is not None:
+        if region_BHW is None:
+            weight = torch.full((1, count), float(count) ** power)
+        else:
             touched = F.adaptive_max_pool2d(region_BHW.float()[:, None], (rows, columns)).flatten(1)
-            weight = weight.to(touched.device) * (1 + (inside - 1) * touched)
+            weight = float(count) ** power * (1 + (inside - 1) * touched)
         weights.append(weight)
     whole = torch.stack([weight.sum(1, keepdim=True) for weight in weights]).sum(0)
     return [weight / whole for weight in weights]

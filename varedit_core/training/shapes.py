@@ -166,7 +166,10 @@ class PairBlocks:
                 samples, drawn = drawn, self._draw(pool, block + 1)
                 held = self._encoded([sample for future in samples for sample in future.result()])
                 for position in range(step % self.steps, self.steps):
-                    chosen = self._order(block, position).to(self.device)
+                    epoch, index = divmod(position * self.batch, self.data.block)
+                    if index == 0 or position == step % self.steps:
+                        order = self._order(block, epoch).to(self.device)
+                    chosen = order[index : index + self.batch]
                     yield {name: tensor[chosen] for name, tensor in held.items()}
                     step += 1
         finally:
@@ -176,10 +179,9 @@ class PairBlocks:
         sizes = [min(512, self.data.block - begin) for begin in range(0, self.data.block, 512)]
         return [pool.submit(draw_pairs, self.data, self.seed, block, part, n) for part, n in enumerate(sizes)]
 
-    def _order(self, block: int, position: int) -> Tensor:
-        epoch, index = divmod(position * self.batch, self.data.block)
+    def _order(self, block: int, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + block) * 1009 + epoch)
-        return torch.randperm(self.data.block, generator=generator)[index : index + self.batch]
+        return torch.randperm(self.data.block, generator=generator)
 
     @torch.no_grad()
     def _encoded(self, samples: list[Sample]) -> dict[str, Tensor]:

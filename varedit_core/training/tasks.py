@@ -35,8 +35,9 @@ from ..text import TextEncoder, load_text_encoder, load_tokenizer
 from ..transformer import PaddedTexts, Transformer
 from .engine import whole
 from .lora import add_lora, lora_state, save_lora
-from .objective import bit_loss, parallel_logits, teach, token_weights, tokenizer_loss
+from .objective import bit_loss, draw_flips, teach, token_weights, tokenizer_loss
 from .pairs import first_pairs, pair_batches, picture_batches
+from .parallel import BlockCausal, TeacherForced, parallel_logits
 from .settings import SHAPEEDIT, NewTokenizer, NewTransformer, Reconstruction, Stage
 from .shapes import PairBlocks, scene_batches
 from .words import make_vocabulary, new_text_encoder, pad
@@ -122,14 +123,22 @@ class EditModel(nn.Module):
         super().__init__()
         self.transformer, self.text = transformer, text
         self.schedule, self.patch, self.settings = schedule, patch, stage.objective
+        device = next(transformer.parameters()).device
+        # FlexAttention has no backward pass on the CPU, is slow where it is not compiled, and was not tried with
+        # recomputation.
+        fused = stage.compile and device.type == "cuda" and not stage.checkpointing
+        store = BlockCausal if fused else TeacherForced
+        self.store = store(schedule, transformer.config.head_size, device)
+        self.teach = torch.compile(teach, dynamic=False) if stage.compile else teach
 
     def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         device, settings, count = batch["source"].device, self.settings, len(batch["source"])
         draw = torch.rand(2, count, generator=generator, device=device)
-        taught = teach(batch["target"], self.schedule, self.patch, draw[0] * settings.flips, generator)
+        flips = draw_flips(batch["target"].shape, self.schedule, self.patch, draw[0] * settings.flips, generator)
+        taught = self.teach(batch["target"], self.schedule, self.patch, flips)
         texts = self._texts(batch, draw[1] < settings.text_dropout)
         source = to_tokens(batch["source"].float(), self.patch)
-        logits = parallel_logits(self.transformer, source, taught.inputs, texts, self.schedule)
+        logits = parallel_logits(self.transformer, source, taught.inputs, texts, self.store)
         weights = token_weights(self.schedule, batch.get("region"), settings.inside, settings.power)
         return bit_loss(logits, taught.labels, weights)
 
