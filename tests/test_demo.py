@@ -168,3 +168,9 @@ def test_contact_sheet_places_its_cells():
 def test_contact_sheet_refuses_what_does_not_fit(rows, columns):
     with pytest.raises(ValueError, match="contact sheet needs|pictures for"):
         contact_sheet(rows, columns)
+
+
+def test_a_size_the_model_was_not_made_for_names_one_that_it_was(tmp_path):
+    edit = ["edit", str(EXAMPLES / "scene.png"), "make it sepia", "--size", "512", "--output", str(tmp_path / "a.png")]
+    done = CliRunner().invoke(app, [*edit, "--device", "cpu"])
+    assert done.exit_code == 1 and "use one of at most 7, such as 0.06M" in str(done.exception)

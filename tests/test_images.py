@@ -522,3 +522,13 @@ def test_a_saved_file_has_the_usual_permissions(tmp_path):
     (tmp_path / "usual").touch()
     save_image(filled("RGB", "red"), tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_an_opaque_alpha_does_not_hinder_jpeg(tmp_path):
+    picture = Image.new("RGBA", (8, 8), (200, 30, 10, 255))
+    save_image(picture, tmp_path / "a.jpg")
+    assert Image.open(tmp_path / "a.jpg").mode == "RGB" and load_image(picture).opaque
+    picture.putpixel((0, 0), (200, 30, 10, 254))
+    assert not load_image(picture).opaque
+    with pytest.raises(ValueError, match="JPEG cannot hold the transparency of b.jpg"):
+        save_image(picture, tmp_path / "b.jpg")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from drop_in import RECORD, Run, furthest
 from safetensors.torch import load_file, save_file
 from support import ROOT
@@ -431,6 +432,9 @@ def test_the_strength_on_the_command_line(tmp_path, monkeypatch):
     assert [lora_and_strength(text) for text in ("b", "a:2", "C:b")] == [
         (Path(text), 1.0) for text in ("b", "a:2", "C:b")
     ]
+    Path("b.safetensors").touch()
+    with pytest.raises(typer.BadParameter, match="the strength 'strong' of b.safetensors is no number"):
+        lora_and_strength("b.safetensors:strong")
 
 
 def test_the_command_merges_and_explains(model, file, tmp_path, monkeypatch, capsys):

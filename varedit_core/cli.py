@@ -115,7 +115,7 @@ def edit(
     fitted = fit_image(load_image(image), area, fit)
     settings.per_scale(len(fitted.schedule))
     source, target = fitted.source, output or image.with_name(f"{image.stem}-edited.png")
-    _check_targets(image, target, source.alpha is not None, sheet, preview_dir, overwrite)
+    _check_targets(image, target, not source.opaque, sheet, preview_dir, overwrite)
     prompt = _features(features) if features else instruction
     loras = checked_loras(files[0], lora)
 

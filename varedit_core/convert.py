@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER, blank, canonical, describe, holds, part_of, select
+from .files import check_free
 from .weights import WeightError, Weights, open_weights
 
 logger = logging.getLogger(__name__)
@@ -142,8 +143,7 @@ def check_result(target: Path, overwrite: bool) -> None:
     """ValueError where a result is not named .safetensors, FileExistsError where it exists and may not be replaced."""
     if target.suffix != ".safetensors":
         raise ValueError(f"{target} must end in .safetensors")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; choose another name or allow overwriting")
+    check_free(target, overwrite)
 
 
 def check_space(target: Path, needed: int) -> None:

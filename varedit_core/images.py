@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .files import check_free, make_folder
 from .schedule import Schedule, nearest_ratio, schedule_for
 
 Size = tuple[int, int]
@@ -45,6 +46,11 @@ class SourceImage:
     def size(self) -> Size:
         """(width, height) in pixels."""
         return self.rgb.size
+
+    @property
+    def opaque(self) -> bool:
+        """Whether nothing shines through: no alpha, or one that is full everywhere."""
+        return self.alpha is None or self.alpha.getextrema()[0] == 255
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +149,8 @@ def save_image(
     path = Path(path)
     if image.mode not in ("L", "RGB", "RGBA"):
         raise ValueError(f"cannot write mode {image.mode}; convert the image to RGB or RGBA")
-    check_target(path, image.has_transparency_data, overwrite)
+    check_target(path, _transparent(image), overwrite)
+    image = image.convert("RGB") if image.mode == "RGBA" and _is_jpeg(path) else image
     format_name, options = _FORMATS[path.suffix.lower()]
     temporary = path.with_name(f".{uuid4().hex}.tmp")
     try:
@@ -158,16 +165,19 @@ def check_target(path: str | os.PathLike[str], transparent: bool, overwrite: boo
     path = Path(path)
     if path.suffix.lower() not in _FORMATS:
         raise ValueError(f"cannot write {path.name}: its suffix must be one of {', '.join(_FORMATS)}")
-    if transparent and _FORMATS[path.suffix.lower()][0] == "JPEG":
+    if transparent and _is_jpeg(path):
         raise ValueError(f"JPEG cannot hold the transparency of {path.name}; save it as PNG or WebP")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a file in it")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another name or allow overwriting")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {path.parent} ({error.strerror}); choose another") from error
+    check_free(path, overwrite)
+    make_folder(path.parent)
+
+
+def _transparent(image: Image.Image) -> bool:
+    """Whether anything shines through an L, RGB or RGBA image."""
+    return image.getchannel("A").getextrema()[0] < 255 if image.mode == "RGBA" else image.has_transparency_data
+
+
+def _is_jpeg(path: Path) -> bool:
+    return _FORMATS[path.suffix.lower()][0] == "JPEG"
 
 
 def _upright(image: str | os.PathLike[str] | Image.Image) -> Image.Image:

@@ -70,6 +70,8 @@ def lora_and_strength(text: str) -> tuple[Path, float]:
     try:
         return (Path(text), 1.0) if not file or Path(text).exists() else (Path(file), float(strength))
     except ValueError:
+        if Path(file).is_file():
+            raise typer.BadParameter(f"the strength {strength!r} of {file} is no number; 1 is as trained") from None
         return Path(text), 1.0
 
 

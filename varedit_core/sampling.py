@@ -17,7 +17,7 @@ from .defaults import DEFAULT_SETTINGS, SamplingSettings
 from .kv import KeyValueStore
 from .operations import Attention, sdpa
 from .quantizer import area_resize, codes, from_tokens, latent_grids, linear_resize, to_tokens
-from .schedule import Schedule
+from .schedule import AREAS, Schedule
 from .transformer import Transformer
 
 
@@ -197,8 +197,11 @@ def _patch(transformer: Transformer, features: Tensor, schedule: Schedule) -> in
             f"source features of shape {tuple(features.shape)} do not fit a {rows}x{columns} grid of tokens of "
             f"{transformer.config.token_bits} bits; encode the image at {schedule.pixels[1]}x{schedule.pixels[0]} with the model's tokenizer"
         )
-    if len(schedule) > transformer.config.levels:
+    levels = transformer.config.levels
+    if len(schedule) > levels:
+        named = [area for area, scales in AREAS.items() if scales <= levels]
         raise ValueError(
-            f"the schedule has {len(schedule)} scales but the model knows {transformer.config.levels}; choose a smaller size"
+            f"this size has {len(schedule)} scales but the model was made for {levels}; use one of at most {levels}"
+            + (f", such as {named[-1]}" if named else "")
         )
     return patch

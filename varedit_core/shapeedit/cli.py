@@ -15,6 +15,7 @@ from rich.table import Table
 from .. import options
 from ..defaults import SamplingSettings
 from ..demo import demo_files
+from ..files import check_free, make_folder
 from ..images import check_target, save_image
 from ..lora import apply_lora
 from ..options import DTYPES, checked_loras, choice, console, hardware, per_scale, progress
@@ -86,7 +87,9 @@ def evaluate_command(
     kind = choice(dtype, DTYPES, "dtype") if dtype else None
     samples = draw(seed, count, family, style)
     gallery = Gallery(pictures, show, overwrite, [s.family for s in samples]) if pictures else None
-    _check_report(report, overwrite)
+    if report:
+        check_free(report, overwrite)
+        make_folder(report.parent)
     ssim_function()
     files = _files(model, vae, text_encoder)
     loras = checked_loras(files[0], lora)
@@ -119,13 +122,6 @@ def _files(model: Path | None, vae: Path | None, text_encoder: Path | None) -> t
         return model, vae or model, text_encoder
     demo = demo_files()
     return model or demo[0], vae or demo[1], text_encoder or demo[2]
-
-
-def _check_report(path: Path | None, overwrite: bool) -> None:
-    if path and path.exists() and not (overwrite and path.is_file()):
-        raise FileExistsError(f"{path} exists; choose another name or allow overwriting")
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 class Gallery:
