@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -12,7 +13,9 @@ from typer.testing import CliRunner
 
 from varedit_core.cli import app, main
 from varedit_core.defaults import FIT, SIZE, SamplingSettings
+from varedit_core.demo import GUIDANCE as DEMO_GUIDANCE
 from varedit_core.demo import SIZE as DEMO_SIZE
+from varedit_core.options import guidance_or_default
 
 RECORD = GOLDEN / "patchify_256.safetensors"
 EDIT = [
@@ -188,10 +191,16 @@ def test_defaults_are_those_of_the_table():
     )
     settings = SamplingSettings()
     for value in (
-        f"[default: {settings.guidance:g}]",
+        f"[default: ({settings.guidance:g}; {DEMO_GUIDANCE:g} for the demo model)]",
         f"[default: {settings.temperature:g}]",
         f"[default: {settings.top_p:g}]",
         f"[default: ({SIZE}; {DEMO_SIZE} for the demo model)]",
         f"[default: {FIT}]",
     ):
         assert value in help_text
+
+
+def test_guidance_defaults_to_that_of_the_model():
+    assert guidance_or_default(None, None) == DEMO_GUIDANCE != SamplingSettings().guidance
+    assert guidance_or_default(None, Path("model.safetensors")) == SamplingSettings().guidance
+    assert guidance_or_default("3,1", None) == [3, 1]

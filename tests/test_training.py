@@ -29,9 +29,11 @@ from varedit_core.schedule import schedule_for  # noqa: E402
 from varedit_core.training import engine, pairs, tasks  # noqa: E402
 from varedit_core.training.data import Pair, PairError  # noqa: E402
 from varedit_core.training.objective import draw_flips, teach, token_weights  # noqa: E402
+from varedit_core.training.parallel import BlockCausal, parallel_logits  # noqa: E402
 from varedit_core.training.run import run  # noqa: E402
 from varedit_core.training.settings import NewText, NewTransformer, load_stages  # noqa: E402
 from varedit_core.training.words import make_vocabulary, new_text_encoder  # noqa: E402
+from varedit_core.transformer import PaddedTexts  # noqa: E402
 
 PAIRS = 6
 SCHEDULE = schedule_for("0.06M")
@@ -246,6 +248,30 @@ def test_flips_change_later_labels_only():
     assert torch.equal(plain.labels[0], flipped.labels[0])
     for before, after in zip(plain.labels[1:], flipped.labels[1:]):
         assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
+
+
+@torch.no_grad()
+def test_blocks_compile_twice_a_text_length_whatever_the_depth():
+    """Beyond the number of variants that torch keeps, FlexAttention would run without its kernel."""
+    config, graphs = AutoencoderConfig(BITS, 32, (32,) * 4, (32,) * 4, 1, 1, 8), []
+    network = tasks.new_transformer(NewTransformer(5, 64, 2, 128, 7), config, 128, 64, 0)
+    tasks._compile([])
+    torch._dynamo.reset()
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for block in network.blocks:
+        block.compile(dynamic=False, fullgraph=True, backend=count)
+    store, source, *inputs = (
+        BlockCausal(SCHEDULE, 32, "cpu"),
+        *(torch.randn(2, n, 4 * BITS) for n in (256, *SCHEDULE.tokens[1:])),
+    )
+    for length, expected in ((8, 2), (16, 4), (8, 4)):
+        texts = PaddedTexts(torch.randn(2, length, 128), torch.ones(2, length, dtype=torch.bool))
+        parallel_logits(network, source, inputs, texts, store)
+        assert len(graphs) == expected
 
 
 def test_token_weights_sum_to_one():

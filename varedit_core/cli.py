@@ -26,7 +26,7 @@ from .images import FITS, FittedImage, check_target, load_image, save_image
 from .images import fit as fit_image
 from .info import inspect
 from .lora import apply_lora, merge_lora
-from .options import DTYPES, checked_loras, choice, console, per_scale, progress
+from .options import DTYPES, checked_loras, choice, console, guidance_or_default, per_scale, progress
 from .parity import Parity, compare
 from .pipeline import Editor
 from .schedule import AREAS, schedule_for
@@ -89,7 +89,7 @@ def edit(
         typer.Option(help=f"Working size: {', '.join(SIZES)}.", show_default=f"{SIZE}; {DEMO_SIZE} for the demo model"),
     ] = None,
     fit: Annotated[str, typer.Option(help="square (as published) or aspect (experimental).")] = FIT,
-    guidance: options.Guidance = options.GUIDANCE,
+    guidance: options.Guidance = None,
     temperature: options.Temperature = options.TEMPERATURE,
     top_p: options.TopP = options.TOP_P,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = DEFAULT_SETTINGS.seed,
@@ -107,7 +107,7 @@ def edit(
     """Edit a picture by an instruction; the result has exactly its size."""
     if model is None and (vae or text_encoder or tokenizer):
         raise ValueError("--vae, --text-encoder and --tokenizer belong to a model of yours; name it with --model")
-    settings = SamplingSettings(per_scale(guidance), per_scale(temperature), per_scale(top_p), seed)
+    settings = SamplingSettings(guidance_or_default(guidance, model), per_scale(temperature), per_scale(top_p), seed)
     area = choice(size or (SIZE if model else DEMO_SIZE), SIZES, "size")
     choice(fit, dict.fromkeys(FITS), "fit")
     kind = choice(dtype, DTYPES, "dtype") if dtype else None

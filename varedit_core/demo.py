@@ -8,6 +8,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "demo"
 EXAMPLES = FOLDER.with_name("examples")
 SIZE = "0.06M"
 """The only size it was trained at: 256 pixels."""
+GUIDANCE = 2.0
+"""Less than the published models' 3: it edits as well and keeps backgrounds better (docs/LOG.md)."""
 NOTICE = "using the demo model, a toy that knows drawn shapes and global styles only; --model names another"
 FILES = ("transformer.safetensors", "tokenizer.safetensors", "text_encoder")
 

@@ -67,31 +67,33 @@ class KeyValueStore:
             begins.append(begins[-1] + count)
         return [Pass(index, table, begin) for index, (table, begin) in enumerate(zip(rotary, begins), start=SOURCE)]
 
-    def attend(self, block: int, q: Tensor, k: Tensor, v: Tensor, step: Pass, attention: Attention) -> Tensor:
+    def attend(
+        self, block: int, first: bool, q: Tensor, k: Tensor, v: Tensor, step: Pass, attention: Attention
+    ) -> Tensor:
         """Attention of a pass's q over all it may see, its own k and v [R, H, n, D] kept -> [R, n, H * D]."""
-        keys, values = self.extend(block, k, v, step)
+        keys, values = self.extend(block, first, k, v, step)
         return attention(q, keys, values, scale=1.0)
 
-    def extend(self, block: int, k: Tensor, v: Tensor, step: Pass) -> tuple[Tensor, Tensor]:
+    def extend(self, block: int, first: bool, k: Tensor, v: Tensor, step: Pass) -> tuple[Tensor, Tensor]:
         """Keep a pass's k and v [R, H, n, D] and return all it may attend to: source, earlier scales, itself.
 
-        In block 0 the source is the scale-aligned reference: pooled to the scale's own grid (VAREdit, arXiv
+        In the first block the source is the scale-aligned reference: pooled to the scale's own grid (VAREdit, arXiv
         2508.15772, section 3.3). It is staged in front of the first scale, so that no copy of the rest is made.
         """
-        keys, values, first = self.keys[block], self.values[block], 0
-        if block == 0 and step.index == SOURCE:
+        keys, values, start = self.keys[block], self.values[block], 0
+        if first and step.index == SOURCE:
             kind = keys.dtype
             self.references = [tuple(p.to(kind) for p in pooled(k, v, self.schedule, g)) for g in self.schedule.grids]
-        elif block == 0:
+        elif first:
             k_reference, v_reference = self.references[step.index]
-            first = self.source - k_reference.shape[2]
-            keys[:, :, first : self.source] = k_reference
-            values[:, :, first : self.source] = v_reference
+            start = self.source - k_reference.shape[2]
+            keys[:, :, start : self.source] = k_reference
+            values[:, :, start : self.source] = v_reference
         if step.index == len(self.schedule) - 1:
-            return _append(keys[:, :, first:], k), _append(values[:, :, first:], v)
+            return _append(keys[:, :, start:], k), _append(values[:, :, start:], v)
         keys[:, :, step.begin : step.end] = k
         values[:, :, step.begin : step.end] = v
-        return keys[:, :, first : step.end], values[:, :, first : step.end]
+        return keys[:, :, start : step.end], values[:, :, start : step.end]
 
     def keep_rows(self, count: int) -> None:
         """Drop all rows but the first `count` and give their memory back, block by block."""

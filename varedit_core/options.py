@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .defaults import DEFAULT_SETTINGS
+from .demo import GUIDANCE as DEMO_GUIDANCE
 from .lora import check_lora
 from .pipeline import Editor
 
@@ -26,7 +27,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Lora = Annotated[
     Optional[list[str]], typer.Option(help="FILE[:STRENGTH], a LoRA to apply; may be given several times.")
 ]
-Guidance = Annotated[str, typer.Option(help="Classifier-free guidance; one number, or one a scale.")]
+Guidance = Annotated[
+    Optional[str],
+    typer.Option(
+        help="Classifier-free guidance; one number, or one a scale.",
+        show_default=f"{DEFAULT_SETTINGS.guidance:g}; {DEMO_GUIDANCE:g} for the demo model",
+    ),
+]
 Temperature = Annotated[str, typer.Option(help="Temperature; 0 is greedy; one number, or one a scale.")]
 TopP = Annotated[str, typer.Option(help="Drop bit values of probability <= 1 - top_p.")]
 Device = Annotated[Optional[str], typer.Option(help="cuda, cpu, mps; by default cuda where there is one.")]
@@ -34,7 +41,6 @@ Dtype = Annotated[Optional[str], typer.Option(help=f"Of the transformer's blocks
 JsonReport = Annotated[bool, typer.Option("--json", help="Print a JSON report on standard output.")]
 
 # Texts, as one number and one a scale are the same option.
-GUIDANCE = f"{DEFAULT_SETTINGS.guidance:g}"
 TEMPERATURE = f"{DEFAULT_SETTINGS.temperature:g}"
 TOP_P = f"{DEFAULT_SETTINGS.top_p:g}"
 
@@ -47,6 +53,13 @@ def per_scale(text: str) -> list[float]:
         raise typer.BadParameter(
             f"{text!r} is neither a number nor a comma-separated list of one number a scale"
         ) from None
+
+
+def guidance_or_default(text: str | None, model: Path | None) -> float | list[float]:
+    """--guidance, or the default of the model named or (None) of the demo model."""
+    if text is not None:
+        return per_scale(text)
+    return DEFAULT_SETTINGS.guidance if model else DEMO_GUIDANCE
 
 
 def choice(text: str, table: dict[str, Any], name: str) -> Any:

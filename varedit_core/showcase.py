@@ -14,8 +14,8 @@ from rich.progress import Progress
 
 from . import options
 from .contact_sheet import Row, contact_sheet
-from .defaults import DEFAULT_SETTINGS, FIT
-from .demo import EXAMPLES, SIZE, demo_files
+from .defaults import FIT, SamplingSettings
+from .demo import EXAMPLES, GUIDANCE, SIZE, demo_files
 from .images import FittedImage, SourceImage, check_target, load_image, save_image
 from .options import console, progress
 from .pipeline import Editor
@@ -31,6 +31,7 @@ EDITS = {
 }
 """Pictures of `examples/` and what to do with each."""
 FOLDER = Path("output/demo")
+SETTINGS = SamplingSettings(guidance=GUIDANCE)
 
 
 class Watcher:
@@ -111,7 +112,7 @@ def demo(
         begin = time.perf_counter()
         with progress() as bar:
             watcher = Watcher(editor, bar, keep=True)
-            (result,) = editor.edit(sources[path], words, None, SIZE, FIT, DEFAULT_SETTINGS, watcher)
+            (result,) = editor.edit(sources[path], words, None, SIZE, FIT, SETTINGS, watcher)
             watcher.take(result)
         seconds = round(time.perf_counter() - begin, 4)
         save_image(result, target, overwrite, sources[path].icc_profile)

@@ -80,6 +80,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: TransformerConfig, index: int, ops, dtype, device) -> None:
         super().__init__()
         self.index, self.heads = index, config.heads
+        # Not told from the index: a compiled block would be compiled anew for every index that it compares.
+        self.first = index == 0
         self.mat_qkv = ops.Linear(config.width, 3 * config.width, dtype=dtype, device=device)
         self.scale_mul = ops.Embedding(1, config.heads, dtype=torch.float32, device=device)
         self.proj = ops.Linear(config.width, config.width, dtype=dtype, device=device)
@@ -94,7 +96,7 @@ class SelfAttention(nn.Module):
         # Unit length and rotation in fp32: in bf16 the angles between keys would be lost.
         q = _rotate(F.normalize(q.float(), dim=-1, eps=1e-12) * query_scale, step.rotary)
         k = _rotate(F.normalize(k.float(), dim=-1, eps=1e-12), step.rotary)
-        return self.proj(store.attend(self.index, q.to(v.dtype), k, v, step, attention))
+        return self.proj(store.attend(self.index, self.first, q.to(v.dtype), k, v, step, attention))
 
 
 class CrossAttention(nn.Module):

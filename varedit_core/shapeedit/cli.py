@@ -18,7 +18,7 @@ from ..demo import demo_files
 from ..files import check_free, make_folder
 from ..images import check_target, save_image
 from ..lora import apply_lora
-from ..options import DTYPES, checked_loras, choice, console, hardware, per_scale, progress
+from ..options import DTYPES, checked_loras, choice, console, guidance_or_default, hardware, per_scale, progress
 from ..pipeline import Editor
 from .edits import FAMILIES
 from .evaluate import BATCH, Batch, Report, draw, evaluate, make, picture
@@ -69,7 +69,7 @@ def evaluate_command(
         Optional[list[str]], typer.Option(help=f"Only this one; may be given several times: {', '.join(FAMILIES)}.")
     ] = None,
     style: Annotated[str, typer.Option(help=f"Only this style: {', '.join(STYLES[1:])}.")] = "",
-    guidance: options.Guidance = options.GUIDANCE,
+    guidance: options.Guidance = None,
     temperature: options.Temperature = options.TEMPERATURE,
     top_p: options.TopP = options.TOP_P,
     batch: Annotated[int, typer.Option(min=1, help="Samples edited at a time.")] = BATCH,
@@ -83,7 +83,7 @@ def evaluate_command(
     overwrite: Annotated[bool, typer.Option(help="Replace files that exist.")] = False,
 ) -> None:
     """Edit test samples and judge them by their exact answers (see docs/SHAPEEDIT.md)."""
-    settings = SamplingSettings(per_scale(guidance), per_scale(temperature), per_scale(top_p), seed)
+    settings = SamplingSettings(guidance_or_default(guidance, model), per_scale(temperature), per_scale(top_p), seed)
     kind = choice(dtype, DTYPES, "dtype") if dtype else None
     samples = draw(seed, count, family, style)
     gallery = Gallery(pictures, show, overwrite, [s.family for s in samples]) if pictures else None

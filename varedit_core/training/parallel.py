@@ -36,9 +36,11 @@ class TeacherForced:
         return [pooled(*part, self.schedule, grid) for grid in self.schedule.grids]
 
     @torch.compiler.disable
-    def attend(self, block: int, q: Tensor, k: Tensor, v: Tensor, step: Pass, attention: Attention) -> Tensor:
+    def attend(
+        self, block: int, first: bool, q: Tensor, k: Tensor, v: Tensor, step: Pass, attention: Attention
+    ) -> Tensor:
         source = self.spans[0]
-        references: list = self.references(k, v) if block == 0 else [None] * len(self.schedule)
+        references: list = self.references(k, v) if first else [None] * len(self.schedule)
         k, outputs, begin = k.to(v.dtype), [], 0
         for count, reference in zip(self.spans, [None, *references]):
             end = begin + count
@@ -60,17 +62,19 @@ class BlockCausal(TeacherForced):
 
     def __init__(self, schedule: Schedule, head_size: int, device) -> None:
         super().__init__(schedule, head_size, device)
-        self.first, self.later = (_block_mask(schedule, first, device) for first in (True, False))
+        self.masks = [_block_mask(schedule, first, device) for first in (False, True)]
 
-    def attend(self, block: int, q: Tensor, k: Tensor, v: Tensor, step: Pass, attention: Attention) -> Tensor:
+    def attend(
+        self, block: int, first: bool, q: Tensor, k: Tensor, v: Tensor, step: Pass, attention: Attention
+    ) -> Tensor:
         from torch.nn.attention.flex_attention import flex_attention
 
         keys, values = k.to(v.dtype), v
-        if block == 0:
+        if first:
             pairs = self.references(k, v)
             keys = torch.cat([keys, *(reference.to(v.dtype) for reference, _ in pairs)], dim=2)
             values = torch.cat([values, *(reference.to(v.dtype) for _, reference in pairs)], dim=2)
-        mask = self.first if block == 0 else self.later
+        mask = self.masks[first]
         return flex_attention(q, keys, values, block_mask=mask, scale=1.0).transpose(1, 2).flatten(2)
 
 

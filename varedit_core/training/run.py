@@ -98,7 +98,10 @@ def _check(folder: Path, stage: Stage, resume: bool) -> None:
     path = folder / SETTINGS
     if path.is_file():
         before, now = _leaves(json.loads(path.read_text())), _leaves(json.loads(json.dumps(dataclasses.asdict(stage))))
-        other = [name for name in now | before if now.get(name) != before.get(name) and name not in CHANGEABLE]
+        # Compiled blocks attend by another kernel where they are not recomputed.
+        fixed = {"checkpointing"} if stage.compile else set()
+        changed = [name for name in now | before if now.get(name) != before.get(name)]
+        other = [name for name in changed if name not in CHANGEABLE or name in fixed]
         if other:
             raise ValueError(
                 f"{path} has {other[0]} = {before.get(other[0])!r}, not {now.get(other[0])!r}; restore it or choose "

@@ -165,9 +165,10 @@ class PairBlocks:
                 block = step // self.steps
                 samples, drawn = drawn, self._draw(pool, block + 1)
                 held = self._encoded([sample for future in samples for sample in future.result()])
-                for position in range(step % self.steps, self.steps):
+                begin = step % self.steps
+                for position in range(begin, self.steps):
                     epoch, index = divmod(position * self.batch, self.data.block)
-                    if index == 0 or position == step % self.steps:
+                    if index == 0 or position == begin:
                         order = self._order(block, epoch).to(self.device)
                     chosen = order[index : index + self.batch]
                     yield {name: tensor[chosen] for name, tensor in held.items()}

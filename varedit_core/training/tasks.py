@@ -119,16 +119,12 @@ class TokenizerTask:
 class EditModel(nn.Module):
     """Transformer and, where it is trained too, text encoder, with the loss of a batch of encoded pairs."""
 
-    def __init__(self, transformer: Transformer, text: nn.Module | None, schedule: Schedule, patch: int, stage: Stage):
+    def __init__(
+        self, transformer: Transformer, text: nn.Module | None, store: TeacherForced, patch: int, stage: Stage
+    ):
         super().__init__()
-        self.transformer, self.text = transformer, text
-        self.schedule, self.patch, self.settings = schedule, patch, stage.objective
-        device = next(transformer.parameters()).device
-        # FlexAttention has no backward pass on the CPU, is slow where it is not compiled, and was not tried with
-        # recomputation.
-        fused = stage.compile and device.type == "cuda" and not stage.checkpointing
-        store = BlockCausal if fused else TeacherForced
-        self.store = store(schedule, transformer.config.head_size, device)
+        self.transformer, self.text, self.store = transformer, text, store
+        self.schedule, self.patch, self.settings = store.schedule, patch, stage.objective
         self.teach = torch.compile(teach, dynamic=False) if stage.compile else teach
 
     def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -173,10 +169,18 @@ class TransformerTask:
         trained = self.text if stage.train_text or stage.new_text else None
         if trained is not None:
             trained.train().requires_grad_(True)
-        self.model = EditModel(self.transformer, trained, self.schedule, self.patch, stage)
+        self.model = EditModel(self.transformer, trained, self._store(), self.patch, stage)
         if stage.compile:
             torch._dynamo.config.allow_unspec_int_on_nn_module = True
             _compile(self.transformer.blocks)
+
+    def _store(self) -> TeacherForced:
+        stage, device, size = self.stage, self.accelerator.device, self.transformer.config.head_size
+        # FlexAttention has no backward pass on the CPU, needs heads of 16 and compiled code, and was not tried with
+        # recomputation or sharded weights.
+        sharded = self.accelerator.distributed_type == "FSDP"
+        fused = stage.compile and device.type == "cuda" and size >= 16 and not stage.checkpointing and not sharded
+        return (BlockCausal if fused else TeacherForced)(self.schedule, size, device)
 
     def _text_encoder(self):
         stage, device = self.stage, self.accelerator.device
@@ -350,8 +354,9 @@ def save_grid(path: Path, rows: Sequence[Tensor]) -> None:
 
 
 def _compile(modules) -> None:
-    """Compile repeated modules one by one: they share their code, so the first one's costs are nearly all."""
-    torch._dynamo.config.recompile_limit = 64
+    """Compile repeated modules one by one: they share their code, so the first ones' costs are nearly all."""
+    # Two kinds of block for every length of text, and once more for a last, smaller batch.
+    torch._dynamo.config.recompile_limit = 4 * TEXT_TOKENS // TEXT_STEP
     torch._dynamo.config.optimize_ddp = False  # it splits graphs that span a network, not those of one block
     for module in modules:
         module.compile(dynamic=False)
