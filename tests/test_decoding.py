@@ -200,7 +200,7 @@ def test_the_store_never_holds_the_last_scale():
     for step in steps:
         x = torch.randn(2, 4, step.end - step.begin, 8)
         for block in range(2):
-            keys, values = store.extend(block, x, x.bfloat16(), step)
+            keys, values = store.extend(block, block == 0, x, x.bfloat16(), step)
     assert keys.shape[2] == 1024 + 2521
     held = sum(t.nbytes for t in (*store.keys, *store.values)) + sum(k.nbytes + v.nbytes for k, v in store.references)
     assert held == KeyValueStore.nbytes(schedule, depth=2, rows=2, width=32, dtype=torch.bfloat16)

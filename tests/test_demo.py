@@ -94,7 +94,7 @@ def test_edit_without_a_model_uses_the_demo_model(tmp_path):
     done = CliRunner().invoke(app, [*arguments, *files])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
-    assert report["pixels"] == [256, 256] and report["guidance"] == 3
+    assert report["pixels"] == [256, 256] and report["guidance"] == demo.GUIDANCE
     assert Image.open(tmp_path / "cat.png").size == (451, 300)
     assert "contact_sheet" in report and Image.open(tmp_path / "sheet.png").width > 1000
 

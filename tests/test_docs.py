@@ -11,6 +11,7 @@ from benchmarks.render import rendered
 from varedit_core import Editor
 from varedit_core.defaults import FIT, SIZE, SamplingSettings
 from varedit_core.demo import EXAMPLES
+from varedit_core.demo import GUIDANCE as DEMO_GUIDANCE
 from varedit_core.showcase import EDITS
 from varedit_core.weights import open_weights
 
@@ -34,7 +35,7 @@ def test_tables_are_those_of_the_measurements():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--guidance", f"{SamplingSettings().guidance:g}"), ("--temperature", f"{SamplingSettings().temperature:g}"), ("--top-p", f"{SamplingSettings().top_p:g}"),
+    [("--guidance", f"{SamplingSettings().guidance:g} (demo model: {DEMO_GUIDANCE:g})"), ("--temperature", f"{SamplingSettings().temperature:g}"), ("--top-p", f"{SamplingSettings().top_p:g}"),
      ("--seed", str(SamplingSettings().seed)), ("--size", f"`{SIZE}`"), ("--fit", f"`{FIT}`")],
 )  # fmt: skip
 def test_defaults(option, value):
