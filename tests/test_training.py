@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -30,7 +31,7 @@ from varedit_core.training import engine, pairs, tasks  # noqa: E402
 from varedit_core.training.data import Pair, PairError  # noqa: E402
 from varedit_core.training.objective import draw_flips, teach, token_weights  # noqa: E402
 from varedit_core.training.parallel import BlockCausal, parallel_logits  # noqa: E402
-from varedit_core.training.run import run  # noqa: E402
+from varedit_core.training.run import _check, run  # noqa: E402
 from varedit_core.training.settings import NewText, NewTransformer, load_stages  # noqa: E402
 from varedit_core.training.words import make_vocabulary, new_text_encoder  # noqa: E402
 from varedit_core.transformer import PaddedTexts  # noqa: E402
@@ -264,10 +265,8 @@ def test_blocks_compile_twice_a_text_length_whatever_the_depth():
 
     for block in network.blocks:
         block.compile(dynamic=False, fullgraph=True, backend=count)
-    store, source, *inputs = (
-        BlockCausal(SCHEDULE, 32, "cpu"),
-        *(torch.randn(2, n, 4 * BITS) for n in (256, *SCHEDULE.tokens[1:])),
-    )
+    store = BlockCausal(SCHEDULE, 32, "cpu")
+    source, *inputs = (torch.randn(2, n, 4 * BITS) for n in (256, *SCHEDULE.tokens[1:]))
     for length, expected in ((8, 2), (16, 4), (8, 4)):
         texts = PaddedTexts(torch.randn(2, length, 128), torch.ones(2, length, dtype=torch.bool))
         parallel_logits(network, source, inputs, texts, store)
@@ -441,6 +440,21 @@ def test_accumulated_batches_equal_a_large_one(parts, tmp_path):
     assert losses(tmp_path / "large" / "a") == pytest.approx(losses(tmp_path / "small" / "a"), rel=1e-5)
     differing = sum(int((large[key] != small[key]).sum()) for key in large)
     assert differing < 0.01 * sum(tensor.numel() for tensor in large.values())
+
+
+def test_recomputation_may_change_only_without_compilation(parts, tmp_path):
+    """Compiled blocks attend by another kernel where they are not recomputed."""
+    for compiled in (False, True):
+        (before,) = edits(parts, f"a.compile={str(compiled).lower()}")
+        after = dataclasses.replace(before, checkpointing=True)
+        folder = tmp_path / str(compiled)
+        folder.mkdir()
+        (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(before)))
+        if compiled:
+            with pytest.raises(ValueError, match="settings.json has checkpointing = False, not True; restore it"):
+                _check(folder, after, resume=True)
+        else:
+            _check(folder, after, resume=True)
 
 
 def test_results_load_and_edit(parts, tmp_path):

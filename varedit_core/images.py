@@ -50,7 +50,7 @@ class SourceImage:
     @property
     def opaque(self) -> bool:
         """Whether nothing shines through: no alpha, or one that is full everywhere."""
-        return self.alpha is None or self.alpha.getextrema()[0] == 255
+        return self.alpha is None or _is_full(self.alpha)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +173,11 @@ def check_target(path: str | os.PathLike[str], transparent: bool, overwrite: boo
 
 def _transparent(image: Image.Image) -> bool:
     """Whether anything shines through an L, RGB or RGBA image."""
-    return image.getchannel("A").getextrema()[0] < 255 if image.mode == "RGBA" else image.has_transparency_data
+    return not _is_full(image.getchannel("A")) if image.mode == "RGBA" else image.has_transparency_data
+
+
+def _is_full(alpha: Image.Image) -> bool:
+    return alpha.getextrema()[0] == 255
 
 
 def _is_jpeg(path: Path) -> bool:

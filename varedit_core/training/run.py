@@ -99,9 +99,8 @@ def _check(folder: Path, stage: Stage, resume: bool) -> None:
     if path.is_file():
         before, now = _leaves(json.loads(path.read_text())), _leaves(json.loads(json.dumps(dataclasses.asdict(stage))))
         # Compiled blocks attend by another kernel where they are not recomputed.
-        fixed = {"checkpointing"} if stage.compile else set()
-        changed = [name for name in now | before if now.get(name) != before.get(name)]
-        other = [name for name in changed if name not in CHANGEABLE or name in fixed]
+        free = set(CHANGEABLE) - ({"checkpointing"} if stage.compile else set())
+        other = [name for name in now | before if now.get(name) != before.get(name) and name not in free]
         if other:
             raise ValueError(
                 f"{path} has {other[0]} = {before.get(other[0])!r}, not {now.get(other[0])!r}; restore it or choose "
