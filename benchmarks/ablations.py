@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import contextmanager
 from pathlib import Path
 
-import varedit_core.sampling
 from varedit_core import Editor, SamplingSettings
 from varedit_core.demo import demo_files
 from varedit_core.kv import SOURCE, KeyValueStore
@@ -28,21 +26,21 @@ GREEDY = {"temperature": 0.0}
 class WholeSource(KeyValueStore):
     """A store whose first block sees the source as it is: no scale-aligned reference."""
 
-    def extend(self, block, k, v, step):
+    def extend(self, block, first, k, v, step):
         if block or step.index == SOURCE:
             if not block:
                 self.references = [(k.to(self.keys[0].dtype), v.to(self.values[0].dtype))] * len(self.schedule)
                 self.keys[0][:, :, step.begin : step.end] = k
                 self.values[0][:, :, step.begin : step.end] = v
                 return self.keys[0][:, :, step.begin : step.end], self.values[0][:, :, step.begin : step.end]
-        return super().extend(block, k, v, step)
+        return super().extend(block, first, k, v, step)
 
 
 class NoSource(KeyValueStore):
     """A store in which no scale sees the source."""
 
-    def extend(self, block, k, v, step):
-        keys, values = super().extend(block, k, v, step)
+    def extend(self, block, first, k, v, step):
+        keys, values = super().extend(block, first, k, v, step)
         if step.index == SOURCE:
             return keys, values
         hidden = self.references[step.index][0].shape[2] if block == 0 else self.source
@@ -59,16 +57,6 @@ RUNS = {
 }
 
 
-@contextmanager
-def storing_in(kind: type[KeyValueStore]):
-    """The sampler with another store."""
-    varedit_core.sampling.KeyValueStore = kind
-    try:
-        yield
-    finally:
-        varedit_core.sampling.KeyValueStore = KeyValueStore
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=200)
@@ -79,9 +67,8 @@ def main() -> None:
     options = parser.parse_args()
     editor, samples, rows = Editor.load(*demo_files()), draw(options.seed, options.count), {}
     for name in options.only:
-        store, settings = RUNS[name]
-        with storing_in(store):
-            *_, whole = evaluate(editor, samples, SamplingSettings(**settings), options.batch).table()
+        editor.store, settings = RUNS[name]
+        *_, whole = evaluate(editor, samples, SamplingSettings(**settings), options.batch).table()
         rows[name] = {column: round(whole[column], 3) for column in COLUMNS}
         print(f"{name:34s}", *(f"{column} {value:7.3f}" for column, value in rows[name].items()), flush=True)
     facts = {"count": options.count, "seed": options.seed, **hardware(editor)}

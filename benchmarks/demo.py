@@ -18,7 +18,7 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 sys.path.insert(0, str(ROOT))
 REPEATS = 5
-PICTURE, INSTRUCTION = ROOT / "examples" / "cat.jpg", "make it sepia"
+PICTURE, INSTRUCTION = ROOT / "samples" / "cat.jpg", "make it sepia"
 
 
 def measure(threads: int) -> dict:

@@ -1,12 +1,31 @@
-"""The nodes. Each is a schema and a short `execute`; the work is done in `varedit_core`."""
+"""The nodes. Each is a schema and a short `execute`; the work is done in `varedit_core`.
+
+Adapters between the two: `state` (weight files to ComfyUI's layers), `model`, `text_encoder` and `vae` (ComfyUI's native
+types), `pictures` (IMAGE and MASK) and `running` (memory, progress, previews). They are imported at first use.
+"""
 
 from ._api import ComfyExtension
+from .decode import VAREditDecode, VAREditScalePreview
+from .encode import VAREditSourceEncode, VAREditTextEncode
 from .file_info import VAREditFileInfo
+from .files import add_demo_folders
+from .loaders import VAREditModelLoader, VAREditTextEncoderLoader, VAREditVAELoader
+from .sample_image import VAREditSampleImage
+from .sampler import VAREditMemoryPlan, VAREditSampler
+
+NODES = [
+    VAREditModelLoader, VAREditTextEncoderLoader, VAREditVAELoader, VAREditTextEncode, VAREditSourceEncode,
+    VAREditSampler, VAREditDecode, VAREditScalePreview, VAREditMemoryPlan, VAREditFileInfo,
+    VAREditSampleImage,
+]  # fmt: skip
 
 
 class VAREditExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        add_demo_folders()
+
     async def get_node_list(self) -> list[type]:
-        return [VAREditFileInfo]
+        return NODES
 
 
 async def comfy_entrypoint() -> ComfyExtension:

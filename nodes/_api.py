@@ -1,5 +1,6 @@
 """All that the nodes import from ComfyUI's node API, so that a move of that API is a change here alone."""
 
+import logging
 import re
 
 OLDEST = "0.20.0"
@@ -18,4 +19,16 @@ try:
 except ImportError as error:
     raise ImportError(f"VAREdit needs ComfyUI {OLDEST} or newer; update ComfyUI ({error})") from error
 
-__all__ = ["ComfyExtension", "io", "ui"]
+__all__ = ["ComfyExtension", "io", "tell", "ui"]
+
+logger = logging.getLogger("VAREdit")
+
+
+def tell(node: type[io.ComfyNode], text: str) -> None:
+    """Write a sentence on the executing node, where a page is open, and into the log."""
+    logger.warning(text)
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and getattr(node, "hidden", None) is not None:
+        server.send_progress_text(text, node.hidden.unique_id)

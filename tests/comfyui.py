@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from support import ROOT
@@ -73,7 +73,7 @@ class ComfyUI:
         """What `drop_in.py` finds in a process of ComfyUI's Python."""
         return self.run(ROOT / "tests" / "drop_in.py", scratch)
 
-    def run(self, *arguments) -> dict:
+    def run(self, *arguments, seconds: float = 300) -> dict:
         """The JSON that a process of ComfyUI's Python prints last."""
         done = subprocess.run(
             [str(self.python), *map(str, arguments)],
@@ -81,13 +81,13 @@ class ComfyUI:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=seconds,
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
     @contextmanager
-    def server(self, base: Path) -> Iterator[Server]:
+    def server(self, base: Path, *more: str) -> Iterator[Server]:
         """A running server that knows no custom nodes but this pack and no models but those in `base`/models."""
         for name in (
             "custom_nodes",
@@ -111,6 +111,7 @@ class ComfyUI:
             str(base),
             "--database-url",
             "sqlite:///:memory:",
+            *more,
         ]
         server = Server(f"http://127.0.0.1:{port}", base)
         with open(server.log_file, "wb") as log:
@@ -124,6 +125,7 @@ class ComfyUI:
             )
         try:
             server.wait(process)
+            server.process.append(process.pid)
             yield server
         finally:
             _end(process)
@@ -133,6 +135,7 @@ class ComfyUI:
 class Server:
     url: str
     base: Path
+    process: list[int] = field(default_factory=list)
 
     @property
     def log_file(self) -> Path:
@@ -151,6 +154,11 @@ class Server:
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 time.sleep(0.25)
         raise RuntimeError(f"ComfyUI did not start:\n{self.log[-3000:]}")
+
+    def memory(self) -> int:
+        """Bytes of memory the server's process holds, without the files it has mapped."""
+        lines = Path(f"/proc/{self.process[0]}/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
     def text(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:

@@ -20,7 +20,7 @@ from varedit_core.options import guidance_or_default
 RECORD = GOLDEN / "patchify_256.safetensors"
 EDIT = [
     "edit",
-    str(ROOT / "examples" / "cat.jpg"),
+    str(ROOT / "samples" / "cat.jpg"),
     "--model",
     str(RECORD),
     "--features",
@@ -122,7 +122,7 @@ def test_nothing_is_overwritten(failed, tmp_path):
             "guidance has 2 values but the edit runs 7 scales",
         ),
         (["info", "nowhere.pth"], "nowhere.pth does not exist"),
-        (["parity", ROOT / "examples" / "cat.jpg"], "is not a weight file"),
+        (["parity", ROOT / "samples" / "cat.jpg"], "is not a weight file"),
         (["convert", RECORD, "x.bin"], "must end in .safetensors"),
     ],
 )

@@ -45,12 +45,27 @@ def test_the_pack_starts_silently_and_at_once(server):
 def test_the_server_knows_the_node_and_its_pages(server):
     (info,) = server.get("/object_info/VAREditFileInfo").values()
     assert info["display_name"] == "VAREdit File Info" and info["output_node"] and info["output"] == ["STRING"]
-    assert info["input"]["required"]["file"][1]["options"] == [MODEL, "vae/old/broken.safetensors"]
+    files = info["input"]["required"]["file"][1]["options"]
+    assert {MODEL, "vae/old/broken.safetensors", "vae/varedit_demo_tokenizer.safetensors"} <= set(files)
     assert info["python_module"] == "custom_nodes.varedit"
     assert "/extensions/varedit/file_info.js" in server.get("/extensions")
     assert server.text("/extensions/varedit/docs/VAREditFileInfo.md").startswith("# VAREdit File Info")
     assert server.get("/i18n")["zh"]["nodeDefs"]["VAREditFileInfo"]["inputs"]["file"]["name"]
-    assert server.get("/workflow_templates")["varedit"] == ["file_info"]
+    assert set(server.get("/workflow_templates")["varedit"]) == {
+        path.stem for path in (ROOT / "workflows").glob("*.json")
+    }
+
+
+def test_the_server_knows_all_nodes_and_the_blueprint(server):
+    nodes = json.loads((ROOT / "node_list.json").read_text())
+    found = {
+        name: info["display_name"] for name, info in server.get("/object_info").items() if name.startswith("VAREdit")
+    }
+    assert found == nodes
+    blueprints = server.get("/global_subgraphs").values()
+    assert [b["name"] for b in blueprints if "varedit" in b["source"] or "varedit" in str(b.get("info"))]
+    for folder in ("diffusion_models", "text_encoders", "vae", "loras"):
+        assert any(name.startswith("varedit_demo") for name in server.get(f"/models/{folder}")), folder
 
 
 def test_the_graph_runs(server):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from varedit_core import demo, showcase
 from varedit_core.cli import app, main
 from varedit_core.contact_sheet import Row, contact_sheet
-from varedit_core.demo import EXAMPLES, demo_files
+from varedit_core.demo import SAMPLES, demo_files
 from varedit_core.info import inspect
 from varedit_core.lora import check_lora
 
@@ -46,20 +46,20 @@ def test_files_are_small_and_whole():
     transformer, tokenizer, text = demo_files()
     assert "not whole" not in inspect(transformer)["is"] and "VAREdit transformer" in inspect(transformer)["is"]
     assert "not whole" not in inspect(tokenizer)["is"] and "VAREdit tokenizer" in inspect(tokenizer)["is"]
-    refiner = demo.FOLDER / "refiner.safetensors"
+    refiner = demo.FOLDER / "diffusion_models" / "varedit_demo_refiner.safetensors"
     assert "not whole" not in inspect(refiner)["is"] and "VAREdit transformer" in inspect(refiner)["is"]
-    check_lora(transformer, demo.FOLDER / "duotone_lora.safetensors")
+    check_lora(transformer, demo.FOLDER / "loras" / "varedit_demo_duotone.safetensors")
     assert (text / "config.json").is_file() and (text / "tokenizer.json").is_file()
 
 
 def test_the_edits_to_show():
-    assert all((EXAMPLES / name).is_file() and len(set(words)) == 3 for name, words in showcase.EDITS.items())
+    assert all((SAMPLES / name).is_file() and len(set(words)) == 3 for name, words in showcase.EDITS.items())
 
 
 def test_demo_writes_what_it_says(shown):
     folder, report = shown
     assert [(edit["source"], edit["instruction"]) for edit in report["edits"]] == [
-        (str(EXAMPLES / name), words) for name, instructions in EDITS.items() for words in instructions
+        (str(SAMPLES / name), words) for name, instructions in EDITS.items() for words in instructions
     ]
     written = {report["contact_sheet"], *(edit["output"] for edit in report["edits"])}
     assert {str(path) for path in folder.iterdir()} == written and len(written) == 3
@@ -89,7 +89,7 @@ def test_demo_does_not_overwrite(shown, monkeypatch, capsys):
 
 
 def test_edit_without_a_model_uses_the_demo_model(tmp_path):
-    arguments = ["edit", str(EXAMPLES / "cat.jpg"), "make it sepia", "--device", "cpu", "--json"]
+    arguments = ["edit", str(SAMPLES / "cat.jpg"), "make it sepia", "--device", "cpu", "--json"]
     files = ["--output", str(tmp_path / "cat.png"), "--contact-sheet", str(tmp_path / "sheet.png")]
     done = CliRunner().invoke(app, [*arguments, *files])
     assert done.exit_code == 0, done.output
@@ -109,7 +109,7 @@ def test_edit_without_a_model_uses_the_demo_model(tmp_path):
 )
 def test_without_the_demo_folder(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(demo, "FOLDER", tmp_path / "nowhere")
-    texts = [a.replace("{cat}", str(EXAMPLES / "cat.jpg")).replace("{tmp}", str(tmp_path)) for a in arguments]
+    texts = [a.replace("{cat}", str(SAMPLES / "cat.jpg")).replace("{tmp}", str(tmp_path)) for a in arguments]
     monkeypatch.setattr(sys, "argv", ["varedit", *texts])
     with pytest.raises(SystemExit) as stop:
         main()
@@ -120,7 +120,7 @@ def test_without_the_demo_folder(tmp_path, monkeypatch, capsys, arguments, messa
 
 @pytest.mark.parametrize("name", ["cat.jpg", "edited.png"])
 def test_a_contact_sheet_replaces_no_picture(tmp_path, monkeypatch, capsys, name):
-    Image.open(EXAMPLES / "cat.jpg").save(tmp_path / "cat.jpg")
+    Image.open(SAMPLES / "cat.jpg").save(tmp_path / "cat.jpg")
     before = (tmp_path / "cat.jpg").read_bytes()
     files = ["--output", str(tmp_path / "edited.png"), "--contact-sheet", str(tmp_path / name), "--overwrite"]
     monkeypatch.setattr(sys, "argv", ["varedit", "edit", str(tmp_path / "cat.jpg"), "make it sepia", *files])
@@ -139,7 +139,7 @@ def test_the_notice_is_one_line_on_standard_error(tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(Editor, "load", refuse)
     monkeypatch.setattr(
-        sys, "argv", ["varedit", "edit", str(EXAMPLES / "cat.jpg"), "x", "--output", str(tmp_path / "a.png")]
+        sys, "argv", ["varedit", "edit", str(SAMPLES / "cat.jpg"), "x", "--output", str(tmp_path / "a.png")]
     )
     with pytest.raises(SystemExit):
         main()
@@ -171,6 +171,6 @@ def test_contact_sheet_refuses_what_does_not_fit(rows, columns):
 
 
 def test_a_size_the_model_was_not_made_for_names_one_that_it_was(tmp_path):
-    edit = ["edit", str(EXAMPLES / "scene.png"), "make it sepia", "--size", "512", "--output", str(tmp_path / "a.png")]
+    edit = ["edit", str(SAMPLES / "scene.png"), "make it sepia", "--size", "512", "--output", str(tmp_path / "a.png")]
     done = CliRunner().invoke(app, [*edit, "--device", "cpu"])
-    assert done.exit_code == 1 and "use one of at most 7, such as 0.06M" in str(done.exception)
+    assert done.exit_code == 1 and "use one of at most 7, such as 256" in str(done.exception)

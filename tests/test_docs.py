@@ -10,8 +10,8 @@ import dev
 from benchmarks.render import rendered
 from varedit_core import Editor
 from varedit_core.defaults import FIT, SIZE, SamplingSettings
-from varedit_core.demo import EXAMPLES
 from varedit_core.demo import GUIDANCE as DEMO_GUIDANCE
+from varedit_core.demo import SAMPLES
 from varedit_core.showcase import EDITS
 from varedit_core.weights import open_weights
 
@@ -56,7 +56,7 @@ def test_the_two_commands(monkeypatch):
         assert f"```\n{line}\n```" in README
         assert dev.main(*line.split()[2:]) == 0
     assert calls == ["cli", ["-m", "varedit_core", *dev.MAIN_JOB], "test", ["-m", "pytest"]]
-    assert dev.MAIN_JOB[0] == "demo" and all((EXAMPLES / name).is_file() for name in EDITS)
+    assert dev.MAIN_JOB[0] == "demo" and all((SAMPLES / name).is_file() for name in EDITS)
     calls.clear()
     assert dev.main("edit", "a.png", "make it sepia") == 0
     assert calls == ["cli", ["-m", "varedit_core", "edit", "a.png", "make it sepia"]]
@@ -72,12 +72,12 @@ def test_python_code_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(editor, "encode_text", lambda prompts: [text] * len(prompts))
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "b.png"):
-        Image.open(ROOT / "examples" / "cat.jpg").resize((120, 90)).save(name)
+        Image.open(ROOT / "samples" / "cat.jpg").resize((120, 90)).save(name)
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert len(blocks) == 2
     names: dict = {}
     for block in blocks:
-        exec(block.replace('"1M"', '"0.06M"'), names)
+        exec(block.replace('"1M"', '"0.06M"'), names)  # noqa: S102
     assert names["day"].size == names["night"].size == names["picture"].size == (120, 90)
     assert names["scale"].index == 6
 

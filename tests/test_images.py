@@ -16,7 +16,7 @@ from varedit_core import images
 from varedit_core.images import FITS, SourceImage, fit, load_image, restore, save_image, to_uint8
 from varedit_core.schedule import schedule_for
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "cat.jpg"
+EXAMPLE = Path(__file__).parents[1] / "samples" / "cat.jpg"
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 SIDES = st.integers(1, 300)
 BOUNDED = settings(max_examples=25, deadline=None, derandomize=True)
@@ -81,11 +81,11 @@ def test_canvas_is_the_smallest_of_the_grids_shape(width, height, area, ratio):
 
 def test_square_pads_to_the_longer_side_and_aspect_to_the_nearest_table():
     source = load_image(Image.new("RGB", (300, 140)))
-    assert fit(source, "0.25M", "square").padded_size == (300, 300)
+    assert fit(source, "0.25M", "square").fitting.padded_size == (300, 300)
     assert fit(source, "0.25M", "square").schedule == schedule_for("0.25M")
     aspect = fit(source, "0.06M", "aspect")
     assert aspect.schedule == schedule_for("0.06M", 0.5)
-    assert aspect.padded_size == (300, 150)
+    assert aspect.fitting.padded_size == (300, 150)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,8 @@ def test_nothing_moves(width, height, along, down, method):
     assert np.allclose(before, after, atol=0.05)
 
     # Neither does the picture move on its way in, so that two wrong shifts cannot cancel.
-    scale_x, scale_y = (fitted.pixels.shape[3] / fitted.padded_size[0], fitted.pixels.shape[2] / fitted.padded_size[1])
+    width, height = fitted.fitting.padded_size
+    scale_x, scale_y = (fitted.pixels.shape[3] / width, fitted.pixels.shape[2] / height)
     inside = ((before[0] + 0.5) * scale_x - 0.5, (before[1] + 0.5) * scale_y - 0.5)
     seen = centroid(to_uint8(fitted.pixels, "nearest")[0, 0].numpy(), *inside, 15 * min(scale_x, scale_y))
     assert np.allclose(seen, inside, atol=0.05)
@@ -158,7 +159,7 @@ def test_without_a_resize_every_pixel_is_kept(shape):
     height, width = schedule_for("0.06M", ratio).pixels
     levels = noise(width, height)
     fitted = fit(load_image(Image.fromarray(levels)), "0.06M", method)
-    assert fitted.schedule.ratio == ratio and fitted.padded_size == (width, height)
+    assert fitted.schedule.ratio == ratio and fitted.fitting.padded_size == (width, height)
     assert torch.equal(fitted.pixels[0], torch.from_numpy(levels).permute(2, 0, 1) / 127.5 - 1)
     assert np.array_equal(np.array(restore(fitted.pixels, fitted, "nearest")), levels)
     loss = levels.astype(int) - np.array(restore(fitted.pixels, fitted)).astype(int)

@@ -403,7 +403,7 @@ def test_info(file, tmp_path):
     assert shown.exit_code == 0 and json.loads(shown.stdout) == facts
 
 
-EDIT = ["edit", str(ROOT / "examples" / "cat.jpg"), "--model", str(RECORD), "--features", f"{RECORD}:in.text.0"]
+EDIT = ["edit", str(ROOT / "samples" / "cat.jpg"), "--model", str(RECORD), "--features", f"{RECORD}:in.text.0"]
 EDIT += ["--size", "256", "--device", "cpu", "--json"]
 
 

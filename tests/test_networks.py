@@ -174,7 +174,7 @@ from varedit_core import Editor, SamplingSettings
 from varedit_core.weights import open_weights
 path = {str(GOLDEN / "patchify_256.safetensors")!r}
 editor = Editor.load(path, path, device="cpu")
-(picture,) = editor.edit({str(ROOT / "examples" / "cat.jpg")!r}, [open_weights(path)["in.text.0"]], size="0.06M", settings=SamplingSettings())
+(picture,) = editor.edit({str(ROOT / "samples" / "cat.jpg")!r}, [open_weights(path)["in.text.0"]], size="0.06M", settings=SamplingSettings())
 print(picture.size)
 assert not [name for name in sys.modules if name.split(".")[0] == "transformers"], "imported before it is needed"
 """

@@ -1,70 +1,41 @@
 """The nodes and all that is shipped beside them, without ComfyUI: a small stand-in takes its place."""
 
+import ast
 import asyncio
+import dataclasses
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-from types import ModuleType, SimpleNamespace
+from pathlib import Path
 
 import pytest
+from stand_in import FOLDERS, KINDS, Schema, Slot, modules
 from support import GOLDEN, ROOT
 
+from varedit_core import defaults
+
 RECORD = GOLDEN / "patchify_256.safetensors"
+SCHEMAS = Path(__file__).with_name("schemas.json")
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 LANGUAGES = ("en", "zh")
-
-
-class Slot(SimpleNamespace):
-    """An input or output as it was declared; anything the node API does not have is a mistake here too."""
-
-    def __init__(self, kind: str, id: str, *, display_name=None, tooltip=None, options=None) -> None:
-        super().__init__(kind=kind, id=id, display_name=display_name, tooltip=tooltip, options=options)
-
-
-class Schema(SimpleNamespace):
-    def __init__(
-        self, *, node_id, display_name, category, description, inputs, outputs, search_aliases=(), is_output_node=False
-    ) -> None:
-        super().__init__(**{name: value for name, value in locals().items() if name not in ("self", "__class__")})
-
-
-class NodeOutput(SimpleNamespace):
-    def __init__(self, *result, ui=None) -> None:
-        super().__init__(result=result, ui=ui)
-
-
-def kind(name: str) -> SimpleNamespace:
-    return SimpleNamespace(Input=lambda id, **kw: Slot(name, id, **kw), Output=lambda id, **kw: Slot(name, id, **kw))
-
-
-def stand_in(models, version: str = "0.33.0") -> dict[str, ModuleType]:
-    """The modules of ComfyUI that the pack imports; `models` is the folder of weight files."""
-    api, comfy_api, folder_paths, comfyui_version = map(
-        ModuleType, ("comfy_api.latest", "comfy_api", "folder_paths", "comfyui_version")
-    )
-    comfyui_version.__version__ = version
-    api.ComfyExtension = type("ComfyExtension", (), {})
-    api.io = SimpleNamespace(
-        ComfyNode=type("ComfyNode", (), {}),
-        Schema=Schema,
-        NodeOutput=NodeOutput,
-        Combo=kind("COMBO"),
-        String=kind("STRING"),
-    )
-    api.ui = SimpleNamespace(PreviewText=lambda text: {"text": (text,)})
-    folder_paths.get_filename_list = lambda folder: sorted(
-        str(p.relative_to(models / folder)) for p in (models / folder).rglob("*") if p.is_file()
-    )
-    folder_paths.get_full_path = lambda folder, name: (
-        str(models / folder / name) if (models / folder / name).is_file() else None
-    )
-    return {module.__name__: module for module in (api, comfy_api, folder_paths, comfyui_version)}
+NODES = [
+    "VAREditModelLoader", "VAREditTextEncoderLoader", "VAREditVAELoader", "VAREditTextEncode", "VAREditSourceEncode",
+    "VAREditSampler", "VAREditDecode", "VAREditScalePreview", "VAREditMemoryPlan", "VAREditFileInfo",
+    "VAREditSampleImage",
+]  # fmt: skip
+LOADERS = {
+    "VAREditModelLoader": "diffusion_models",
+    "VAREditTextEncoderLoader": "text_encoders",
+    "VAREditVAELoader": "vae",
+}
+NOTES = ("Note", "MarkdownNote")
 
 
 def load_pack():
@@ -82,26 +53,38 @@ def unload_pack() -> None:
         del sys.modules[name]
 
 
+def nodes_of(pack, loaded: bool = False) -> list[type]:
+    """What ComfyUI asks of the pack; loaded: after telling it that it is loaded, as ComfyUI does."""
+
+    async def ask():
+        extension = await pack.comfy_entrypoint()
+        if loaded:
+            await extension.on_load()
+        return await extension.get_node_list()
+
+    return asyncio.run(ask())
+
+
 @pytest.fixture
 def models(tmp_path):
-    for folder in ("diffusion_models", "vae", "text_encoders"):
+    for folder in FOLDERS:
         (tmp_path / folder).mkdir()
     return tmp_path
 
 
 @pytest.fixture
-def pack(models, monkeypatch):
-    for name, module in stand_in(models).items():
+def comfy(models, monkeypatch):
+    """The stand-in's modules, in place of ComfyUI's. The pack's demo model is not in its folders yet."""
+    made = modules(models)
+    for name, module in made.items():
         monkeypatch.setitem(sys.modules, name, module)
+    return made
+
+
+@pytest.fixture
+def pack(comfy):
     yield load_pack()
     unload_pack()
-
-
-def nodes_of(pack) -> list[type]:
-    async def ask():
-        return await (await pack.comfy_entrypoint()).get_node_list()
-
-    return asyncio.run(ask())
 
 
 @pytest.fixture
@@ -119,65 +102,405 @@ def file_info(nodes) -> type:
     return nodes["VAREditFileInfo"]
 
 
+def required(method) -> list[str]:
+    """The parameters that have no default."""
+    return [name for name, p in inspect.signature(method).parameters.items() if p.default is p.empty]
+
+
 def parameters(method) -> list[str]:
     return list(inspect.signature(method).parameters)
+
+
+def slots_of(schema: Schema) -> list[Slot]:
+    return [*schema.inputs, *schema.outputs]
+
+
+def lists_files(slot: Slot) -> bool:
+    """Whether an input's choices are files: those have no default."""
+    return slot.kind == "COMBO" and slot.default is None
+
+
+def has_widget(slot: Slot) -> bool:
+    return hasattr(slot, "default")
 
 
 def read(*parts: str) -> str:
     return ROOT.joinpath(*parts).read_text(encoding="utf-8")
 
 
-def test_every_node_keeps_the_contract(nodes, schemas):
-    assert schemas
-    for name, schema in schemas.items():
-        assert (
-            re.fullmatch(r"VAREdit[A-Za-z]+", name)
-            and schema.category == "VAREdit"
-            and schema.display_name.startswith("VAREdit ")
-        )
-        assert schema.description.endswith(".") and schema.search_aliases
-        ids = [slot.id for slot in schema.inputs]
-        assert ids == parameters(nodes[name].execute)
-        assert ids == parameters(nodes[name].fingerprint_inputs)
-        for slot in (*schema.inputs, *schema.outputs):
-            assert slot.tooltip and slot.tooltip.endswith("."), f"{name}.{slot.id} has no tooltip"
+def test_the_nodes_are_these(nodes):
+    assert list(nodes) == NODES
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_a_node_keeps_the_contract(nodes, schemas, name):
+    node, schema = nodes[name], schemas[name]
+    assert re.fullmatch(r"VAREdit[A-Za-z]+", name) and name == node.__name__
+    assert schema.category == ("VAREdit/loaders" if name in LOADERS else "VAREdit")
+    assert schema.display_name.replace(" ", "") == name
+    assert schema.description.endswith(".") and schema.search_aliases
+    ids = [slot.id for slot in schema.inputs]
+    assert ids == parameters(node.execute), "saved graphs and ComfyUI's calls must agree"
+    if hasattr(node, "fingerprint_inputs"):
+        assert sorted(ids) == sorted(parameters(node.fingerprint_inputs))
+    optional = [bool(slot.optional) for slot in schema.inputs]
+    assert optional == sorted(optional), "required inputs come first"
+    assert required(node.execute) == [slot.id for slot in schema.inputs if not slot.optional]
+    for slot in slots_of(schema):
+        assert slot.tooltip and slot.tooltip.endswith("."), f"{name}.{slot.id} has no tooltip"
+    for slot in schema.inputs:
+        if slot.kind == "COMBO":
+            assert slot.options and (slot.default is None or slot.default in slot.options)
+        if slot.kind in ("INT", "FLOAT"):
+            assert slot.min <= slot.default <= slot.max
+    assert all(slot.display_name == slot.id for slot in schema.outputs)
+
+
+def test_what_the_node_api_has_not_is_a_mistake_in_the_stand_in(comfy):
+    io = comfy["comfy_api.latest"].io
+    for wrong in (
+        lambda: io.Model.Input("model", default=1),
+        lambda: io.Int.Input("seed", maximum=3),
+        lambda: io.Combo.Input("size", multiline=True),
+        lambda: io.Latent.Output("latent", optional=True),
+        lambda: io.Schema(node_id="a", output_node=True),
+        lambda: io.Schema(node_id="a", hidden=["UNIQUE_ID"]),
+    ):
+        with pytest.raises(TypeError):
+            wrong()
+    with pytest.raises(ValueError, match="unique"):
+        io.Schema(node_id="a", inputs=[io.Vae.Input("vae"), io.Image.Input("vae")])
+
+
+_ASK_COMFYUI = """
+import inspect, json, sys
+from comfy.cli_args import args
+args.cpu = True
+from comfy_api.latest import ComfyExtension, io, ui
+import folder_paths, server
+names = lambda call: [name for name in inspect.signature(call).parameters if name != "self"]
+print(json.dumps({
+    "kinds": {
+        kind: [getattr(io, kind).io_type, names(getattr(io, kind).Input.__init__), names(getattr(io, kind).Output.__init__)]
+        for kind in sys.argv[1:]
+    },
+    "io.Schema": names(io.Schema), "io.NodeOutput": names(io.NodeOutput), "io.Hidden": [one.name for one in io.Hidden],
+    "ui.PreviewText": names(ui.PreviewText), "ui.PreviewImage": names(ui.PreviewImage),
+    "ComfyExtension": [name for name in vars(ComfyExtension) if not name.startswith("_")],
+    "folder_paths": {name: names(getattr(folder_paths, name))
+                     for name in ("add_model_folder_path", "get_filename_list", "get_full_path")},
+    "send_progress_text": names(server.PromptServer.send_progress_text),
+}))
+"""
+
+
+def test_the_stand_in_has_nothing_that_comfyui_has_not(comfyui, comfy):
+    real = comfyui.run("-c", _ASK_COMFYUI, *KINDS)
+    api, folder_paths = comfy["comfy_api.latest"], comfy["folder_paths"]
+    for kind, (type_name, input_names, output_names) in real["kinds"].items():
+        assert KINDS[kind][0] == type_name
+        assert {"id", *KINDS[kind][1]} <= set(input_names), kind
+        output = vars(getattr(api.io, kind).Output("x")).keys() - {"kind"}
+        assert output <= set(output_names), kind
+    for name, call in {"io.Schema": api.io.Schema, "io.NodeOutput": api.io.NodeOutput,
+                       "ui.PreviewText": api.ui.PreviewText, "ui.PreviewImage": api.ui.PreviewImage}.items():  # fmt: skip
+        assert set(parameters(call)) <= set(real[name]), name
+    assert {member.name for member in api.io.Hidden} <= set(real["io.Hidden"])
+    assert {name for name in vars(api.ComfyExtension) if not name.startswith("_")} <= set(real["ComfyExtension"])
+    for name, names in real["folder_paths"].items():
+        assert parameters(getattr(folder_paths, name)) == names
+    server = comfy["server"].PromptServer.instance
+    assert parameters(server.send_progress_text) == real["send_progress_text"]
+
+
+def recorded(slot: Slot) -> dict:
+    """What saved graphs and scripts depend on."""
+    facts = {"id": slot.id, "kind": slot.kind}
+    for name in ("optional", "is_output_list", "control_after_generate"):
+        facts |= {name: True} if getattr(slot, name, None) else {}
+    for name in ("default", "min", "max", "options"):
+        value = getattr(slot, name, None)
+        facts |= {} if value is None or (name == "options" and lists_files(slot)) else {name: value}
+    return facts
+
+
+def test_released_inputs_are_only_ever_appended(schemas):
+    """`schemas.json` is what the nodes' inputs and outputs were.
+
+    After a change that keeps the rule, write it anew and look at the difference:
+    VAREDIT_WRITE_SCHEMAS=1 python -m pytest tests/test_nodes.py -k only_ever_appended
+    """
+    found = {
+        name: {"inputs": [*map(recorded, schema.inputs)], "outputs": [*map(recorded, schema.outputs)]}
+        for name, schema in schemas.items()
+    }
+    if os.environ.get("VAREDIT_WRITE_SCHEMAS"):
+        rows = [
+            f'  "{name}": {{\n'
+            + ",\n".join(
+                f'    "{side}": [\n' + ",\n".join(f"      {json.dumps(slot)}" for slot in slots) + "\n    ]"
+                for side, slots in sides.items()
+            )
+            + "\n  }"
+            for name, sides in found.items()
+        ]
+        SCHEMAS.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
+    known = json.loads(SCHEMAS.read_text(encoding="utf-8"))
+    drifted = [name for name in {**known, **found} if known.get(name) != found.get(name)]
+    broken = [
+        f"{name}.{side}"
+        for name in drifted
+        for side, slots in known.get(name, {}).items()
+        if found.get(name, {}).get(side, [])[: len(slots)] != slots
+    ]
+    assert not broken, (
+        f"{', '.join(broken)} differ from schemas.json: released inputs and outputs are only ever appended, inputs as "
+        "optional ones with a default, since saved graphs and scripts depend on their order, ids, kinds and values"
+    )
+    late = [
+        f"{name}.{slot['id']}"
+        for name in drifted
+        if name in known
+        for slot in found[name]["inputs"][len(known[name]["inputs"]) :]
+        if not slot.get("optional")
+    ]
+    assert not late, (
+        f"{', '.join(late)} must be optional: released inputs are only ever appended, and graphs lack these"
+    )
+    assert not drifted, (
+        f"{', '.join(drifted)}: released inputs are only ever appended; these are, so write schemas.json"
+    )
+
+
+def test_the_defaults_are_those_of_the_library(schemas):
+    settings = defaults.DEFAULT_SETTINGS
+    side = next(side for side, area in defaults.SIZES.items() if area == defaults.SIZE)
+    wanted = {
+        ("VAREditModelLoader", "precision"): (defaults.PRECISIONS[0], defaults.PRECISIONS),
+        ("VAREditSourceEncode", "size"): (side, tuple(defaults.SIZES)),
+        ("VAREditSourceEncode", "fit"): (defaults.FIT, defaults.FITS),
+        ("VAREditSampler", "seed"): (settings.seed, None),
+        ("VAREditSampler", "guidance"): (settings.guidance, None),
+        ("VAREditSampler", "temperature"): (settings.temperature, None),
+        ("VAREditSampler", "top_p"): (settings.top_p, None),
+        ("VAREditSampler", "preview"): (defaults.PREVIEWS[0], defaults.PREVIEWS),
+        ("VAREditScalePreview", "pictures"): (defaults.SCALE_PICTURES[0], defaults.SCALE_PICTURES),
+        ("VAREditMemoryPlan", "size"): (side, tuple(defaults.SIZES)),
+        ("VAREditMemoryPlan", "images"): (1, None),
+        ("VAREditMemoryPlan", "guided"): (settings.guided, None),
+        ("VAREditSampleImage", "picture"): ("scene.png", ("scene.png", "cat.jpg")),
+    }
+    found = {
+        (name, slot.id): (slot.default, tuple(slot.options) if slot.kind == "COMBO" else None)
+        for name, schema in schemas.items()
+        for slot in schema.inputs
+        if has_widget(slot) and slot.default is not None
+    }
+    assert found == wanted
+    assert settings == defaults.SamplingSettings()
+
+
+def test_the_library_takes_all_that_the_sampler_offers(schemas):
+    slots = {slot.id: slot for slot in schemas["VAREditSampler"].inputs}
+    for field in dataclasses.fields(defaults.SamplingSettings):
+        for value in (slots[field.name].min, slots[field.name].max):
+            defaults.SamplingSettings(**{field.name: value})
 
 
 def test_every_node_has_a_help_page(pack, schemas):
-    web = ROOT / pack.WEB_DIRECTORY
-    assert {page.stem for page in (web / "docs").glob("*.md")} == set(schemas)
+    docs = ROOT / pack.WEB_DIRECTORY / "docs"
+    assert {page.stem for page in docs.glob("*.md")} == set(schemas)
+    assert {page.relative_to(docs).as_posix() for page in docs.glob("*/*")} == {f"{name}/zh.md" for name in schemas}
+    chinese = json.loads(read("locales", "zh", "nodeDefs.json"))
     for name, schema in schemas.items():
-        for page in (web / "docs" / f"{name}.md", web / "docs" / name / "zh.md"):
+        for page, title in (
+            (docs / f"{name}.md", schema.display_name),
+            (docs / name / "zh.md", chinese[name]["display_name"]),
+        ):
             text = page.read_text(encoding="utf-8")
-            assert text.startswith("# VAREdit ") and all(
-                f"| `{slot.id}` |" in text for slot in (*schema.inputs, *schema.outputs)
-            ), page
-        assert (web / "docs" / f"{name}.md").read_text().startswith(f"# {schema.display_name}\n")
+            assert text.startswith(f"# {title}\n"), page
+            rows = re.findall(r"^\| `(\w+)` \|", text, re.M)
+            assert rows == [slot.id for slot in slots_of(schema)], f"{page}: one row a slot, in the schema's order"
+            assert not re.search(r"\]\((?!https://)", text), (
+                f"{page}: a page of the repository cannot be reached from here"
+            )
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_help_pages_name_the_choices_and_the_other_nodes_rightly(schemas, name):
+    others = {schema.display_name for schema in schemas.values()}
+    english, chinese = read("web", "docs", f"{name}.md"), read("web", "docs", name, "zh.md")
+    named = set(re.findall(r"\*\*(VAREdit [A-Z]\w+(?: [A-Z]\w+)*)\*\*", english))
+    assert named <= others
+    titles = {texts["display_name"] for texts in json.loads(read("locales", "zh", "nodeDefs.json")).values()}
+    assert set(re.findall(r"\*\*(VAREdit [^*]+)\*\*", chinese)) <= titles
+    for slot in schemas[name].inputs:
+        if slot.kind == "COMBO" and not lists_files(slot):
+            for page in (english, chinese):
+                assert all(f"`{option}`" in page for option in slot.options), f"{slot.id}: every choice is explained"
+    assert re.findall(r"^- \*(.+?)\*", english, re.M) == re.findall(r"^- \*(.+?)\*", chinese, re.M), "the same errors"
+
+
+def messages_of_the_code() -> str:
+    """The strings of the nodes and the library, with a mark where a value is filled in."""
+    texts = []
+    for path in [*(ROOT / "nodes").glob("*.py"), *(ROOT / "varedit_core").glob("*.py")]:
+        for part in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(part, ast.JoinedStr):
+                texts.append("".join(one.value if isinstance(one, ast.Constant) else "…" for one in part.values))
+            elif isinstance(part, ast.Constant) and isinstance(part.value, str):
+                texts.append(part.value)
+    return "\n".join(texts)
+
+
+def test_the_errors_on_the_help_pages_are_the_nodes_own():
+    known = messages_of_the_code()
+    for page in (ROOT / "web" / "docs").glob("*.md"):
+        quoted = re.findall(r"^- \*(.+?)\*", page.read_text(encoding="utf-8"), re.M)
+        assert quoted, page
+        for message in quoted:
+            for part in filter(None, map(str.strip, message.split("..."))):
+                assert part in known, f"{page.name}: nothing says {part!r}"
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_translations_cover_the_schemas(schemas, language):
     texts = json.loads(read("locales", language, "nodeDefs.json"))
-    assert set(texts) == set(schemas)
+    assert list(texts) == list(schemas)
     for name, schema in schemas.items():
-        assert set(texts[name]["inputs"]) == {slot.id for slot in schema.inputs}
+        assert list(texts[name]) == ["display_name", "description", "inputs", "outputs"]
+        assert list(texts[name]["inputs"]) == [slot.id for slot in schema.inputs]
         assert list(texts[name]["outputs"]) == [str(index) for index in range(len(schema.outputs))]
         slots = [*texts[name]["inputs"].values(), *texts[name]["outputs"].values()]
+        assert all(list(slot) == ["name", "tooltip"] for slot in slots)
         shown = [texts[name]["description"], *(slot["tooltip"] for slot in slots)]
         if language == "en":
             assert texts[name]["display_name"] == schema.display_name
-            assert [slot["name"] for slot in slots] == [
-                slot.display_name or slot.id for slot in (*schema.inputs, *schema.outputs)
-            ]
-            assert shown == [schema.description, *(slot.tooltip for slot in (*schema.inputs, *schema.outputs))]
+            assert [slot["name"] for slot in slots] == [slot.display_name or slot.id for slot in slots_of(schema)]
+            assert shown == [schema.description, *(slot.tooltip for slot in slots_of(schema))]
         else:
-            assert all(re.search(r"[\u4e00-\u9fff]", text) for text in shown)
+            assert all(re.search(r"[\u4e00-\u9fff]", text) and text.endswith("。") for text in shown)
+            assert texts[name]["display_name"].startswith("VAREdit ")
+        written = [texts[name]["display_name"], *shown, *(slot["name"] for slot in slots)]
+        # The page takes these texts for messages with placeholders, links and plural forms.
+        assert not [text for text in written if re.search(r"[{}@|$]", text)]
 
 
-def test_the_page_script_and_the_node_list_name_the_nodes(schemas):
+def test_the_translations_have_different_names_for_different_nodes():
+    for language in LANGUAGES:
+        names = [texts["display_name"] for texts in json.loads(read("locales", language, "nodeDefs.json")).values()]
+        assert len(set(names)) == len(names)
+
+
+def test_the_node_list_names_the_nodes(schemas):
     assert json.loads(read("node_list.json")) == {name: schema.display_name for name, schema in schemas.items()}
-    for script in (ROOT / "web").glob("*.js"):
-        assert set(re.findall(r'comfyClass !== "(\w+)"', script.read_text())) <= set(schemas), script
+
+
+def test_the_page_script_shows_the_nodes_that_return_a_text(nodes, schemas):
+    (script,) = (ROOT / "web").glob("*.js")
+    (named,) = re.findall(r"new Set\(\[(.*?)\]\)", script.read_text())
+    assert {name.strip(' "') for name in named.split(",")} == {
+        name for name, node in nodes.items() if "PreviewText" in inspect.getsource(node.execute)
+    }
+    assert all(schema.is_output_node for name, schema in schemas.items() if name in named)
+
+
+@pytest.mark.parametrize(("name", "folder"), LOADERS.items())
+def test_a_loader_offers_the_files_of_its_folder(nodes, models, name, folder):
+    def choices():
+        return nodes[name].define_schema().inputs[0].options
+
+    assert choices() == ["no file found"]
+    for other in FOLDERS:
+        (models / other / "sub").mkdir()
+        (models / other / "sub" / f"{other}.safetensors").touch()
+        (models / other / "README.md").touch()
+    assert choices() == [f"sub/{folder}.safetensors"]
+
+
+@pytest.mark.parametrize(("name", "folder"), LOADERS.items())
+def test_a_loader_says_where_a_missing_file_belongs(nodes, models, name, folder, monkeypatch):
+    adapter = {"diffusion_models": "model", "text_encoders": "text_encoder", "vae": "vae"}[folder]
+    module = type(sys)(f"pack_x_varedit.nodes.{adapter}")  # the real one imports ComfyUI's own modules
+    module.load_model = module.load_clip = module.load_vae = None
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    rest = [slot.default for slot in nodes[name].define_schema().inputs[1:]]
+    for file, lack in (("gone.safetensors", "gone.safetensors is not"), ("no file found", "there is no file")):
+        with pytest.raises(ValueError) as error:
+            nodes[name].execute(file, *rest)
+        assert re.fullmatch(
+            rf"{re.escape(lack)} in ComfyUI's folder models/{folder}; put .*https://huggingface\.co/.* there, press R and "
+            "choose it",
+            str(error.value),
+        )
+
+
+@pytest.mark.parametrize(("name", "folder"), LOADERS.items())
+def test_a_loaders_fingerprint_changes_with_the_file(nodes, models, name, folder):
+    def fingerprint(file):
+        return nodes[name].fingerprint_inputs(file, *rest)
+
+    rest = [slot.default for slot in nodes[name].define_schema().inputs[1:]]
+    file = models / folder / "a.safetensors"
+    file.write_bytes(b"1")
+    first = fingerprint(file.name)
+    assert first == fingerprint(file.name)
+    file.write_bytes(b"12")
+    assert fingerprint(file.name) != first
+    assert math.isnan(fingerprint(None)) and math.isnan(fingerprint("gone.safetensors"))
+
+
+def test_a_memory_plan_is_made_anew_every_time(nodes):
+    assert math.isnan(nodes["VAREditMemoryPlan"].fingerprint_inputs(None, "512", 1, True))
+
+
+def test_the_demo_model_is_offered_once_the_pack_is_loaded(pack, comfy, models):
+    found = {node.define_schema().node_id: node for node in nodes_of(pack, loaded=True)}
+
+    def choices(name):
+        return found[name].define_schema().inputs[0].options
+
+    assert choices("VAREditModelLoader") == ["varedit_demo.safetensors", "varedit_demo_refiner.safetensors"]
+    assert choices("VAREditTextEncoderLoader") == ["varedit_demo_t5.safetensors"], "not what lies beside it"
+    assert choices("VAREditVAELoader") == ["varedit_demo_tokenizer.safetensors"]
+    assert comfy["folder_paths"].get_filename_list("loras") == ["varedit_demo_duotone.safetensors"]
+    assert "vae/varedit_demo_tokenizer.safetensors" in choices("VAREditFileInfo")
+    for name, folder in LOADERS.items():
+        for file in choices(name):
+            assert Path(comfy["folder_paths"].get_full_path(folder, file)) == ROOT / "demo" / folder / file
+    own = models / "vae" / "varedit_demo_tokenizer.safetensors"
+    own.touch()
+    assert comfy["folder_paths"].get_full_path("vae", own.name) == str(own), "a user's file comes first"
+    assert choices("VAREditVAELoader") == [own.name]
+    nodes_of(pack, loaded=True)
+    assert choices("VAREditVAELoader") == [own.name]
+
+
+def test_a_pack_without_the_demo_model_offers_the_users_files(pack, models, monkeypatch):
+    monkeypatch.setattr(sys.modules["pack_x_varedit.nodes.files"], "DEMO", models / "nothing")
+    loader = next(node for node in nodes_of(pack, loaded=True) if node.__name__ == "VAREditVAELoader")
+    assert loader.define_schema().inputs[0].options == ["no file found"]
+
+
+def test_a_node_tells_the_page_and_the_log(pack, comfy, nodes, monkeypatch, caplog):
+    tell, node = sys.modules["pack_x_varedit.nodes._api"].tell, nodes["VAREditSampler"]
+    server = comfy["server"].PromptServer.instance
+    with caplog.at_level(logging.INFO, "VAREdit"):
+        tell(node, "outside a run")
+        monkeypatch.setattr(node, "hidden", type(sys)("hidden"), raising=False)
+        node.hidden.unique_id = "7"
+        tell(node, "on the node")
+        monkeypatch.setattr(comfy["server"].PromptServer, "instance", None)
+        tell(node, "without a page")
+    assert server.told == [("7", "on the node")]
+    assert caplog.messages == ["outside a run", "on the node", "without a page"]
+
+
+def test_the_nodes_that_tell_something_ask_for_their_id(nodes, schemas, comfy):
+    hidden = comfy["comfy_api.latest"].io.Hidden
+    for name, node in nodes.items():
+        tells = "tell(cls" in inspect.getsource(node.execute)
+        assert list(schemas[name].hidden) == ([hidden.unique_id] if tells else []), name
 
 
 def test_the_files_of_three_folders_are_offered(file_info, models):
@@ -185,7 +508,6 @@ def test_the_files_of_three_folders_are_offered(file_info, models):
     (models / "vae" / "sub").mkdir()
     for name in ("vae/sub/b.safetensors", "diffusion_models/a.pth", "text_encoders/c.safetensors"):
         (models / name).touch()
-    (models / "loras").mkdir()
     (models / "loras" / "d.safetensors").touch()
     assert file_info.define_schema().inputs[0].options == [
         "diffusion_models/a.pth",
@@ -198,7 +520,7 @@ def test_the_text_says_what_the_file_is(file_info, models):
     shutil.copy(RECORD, models / "diffusion_models" / "small.safetensors")
     output = file_info.execute("diffusion_models/small.safetensors")
     (text,) = output.result
-    assert output.ui == {"text": (text,)}
+    assert output.ui.as_dict() == {"text": (text,)}
     assert text.splitlines() == [
         "small.safetensors",
         "is a VAREdit transformer, 4 blocks of width 128 with its tokenizer",
@@ -261,7 +583,6 @@ def test_large_numbers_are_readable(pack):
     ],
 )
 def test_errors_are_one_sentence(file_info, models, file, message):
-    (models / "loras").mkdir()
     shutil.copy(RECORD, models / "loras" / "x.safetensors")
     (models / "vae" / "broken.safetensors").write_bytes(RECORD.read_bytes()[:5000])
     (models / "vae" / "unsafe.pth").write_bytes(b"\x80\x02cos\nsystem\nq\x00.")
@@ -287,14 +608,14 @@ def test_the_fingerprint_changes_with_the_file(file_info, models):
 
 
 def test_nothing_heavy_is_imported_before_the_first_use(models):
-    """In a fresh process: importing the pack and declaring its nodes loads neither torch nor the library."""
+    """In a fresh process: loading the pack and declaring its nodes loads of the library its defaults alone."""
     code = """
 import json
 import sys
 from pathlib import Path
 import test_nodes
-sys.modules.update(test_nodes.stand_in(Path(sys.argv[1])))
-for node in test_nodes.nodes_of(test_nodes.load_pack()):
+sys.modules.update(test_nodes.modules(Path(sys.argv[1])))
+for node in test_nodes.nodes_of(test_nodes.load_pack(), loaded=True):
     node.define_schema()
 print(json.dumps(list(sys.modules)))
 """
@@ -304,21 +625,22 @@ print(json.dumps(list(sys.modules)))
     )
     assert done.returncode == 0, done.stderr
     loaded = json.loads(done.stdout)
-    assert "pack_x_varedit.nodes.file_info" in loaded
-    assert not [
-        name
-        for name in loaded
-        if name.split(".")[0] in ("torch", "numpy", "safetensors", "PIL", "transformers") or "varedit_core" in name
-    ]
+    heavy = ("torch", "numpy", "safetensors", "PIL", "transformers", "tokenizers", "comfy", "comfy_execution")
+    assert not [name for name in loaded if name.split(".")[0] in heavy]
+    own = [name.removeprefix("pack_x_varedit.") for name in loaded if name.startswith("pack_x_varedit.")]
+    assert {name for name in own if name.startswith("varedit_core")} == {"varedit_core", "varedit_core.defaults"}
+    assert {name for name in own if name.startswith("nodes.")} == {
+        f"nodes.{name}" for name in ("_api", "decode", "encode", "file_info", "files", "loaders", "sample_image", "sampler")
+    }
 
 
 def test_an_old_comfyui_is_told_so(models, monkeypatch):
     floor = re.search(r'requires-comfyui = ">=(.*)"', read("pyproject.toml"))[1]
     for version, present in (("0.3.75", True), ("0.33.0", False)):
-        modules = stand_in(models, version)
+        made = modules(models, version)
         if not present:
-            modules["comfy_api.latest"] = None
-        for name, module in modules.items():
+            made["comfy_api.latest"] = None
+        for name, module in made.items():
             monkeypatch.setitem(sys.modules, name, module)
         with pytest.raises(
             ImportError, match=rf"^VAREdit needs ComfyUI {re.escape(floor)} or newer; update ComfyUI \(.+\)$"
@@ -343,33 +665,71 @@ def test_every_graph_has_its_api_twin():
     ]
 
 
+def runs(graph: dict) -> list[dict]:
+    """A graph's nodes but its notes."""
+    return [node for node in graph["nodes"] if node["type"] not in NOTES]
+
+
+def widget_values(node: dict, schema: Schema | None) -> dict:
+    """The values of a node's widgets by their names. A seed is followed by what becomes of it after a run."""
+    slots = {slot.id: slot for slot in schema.inputs} if schema else {}
+    names = []
+    for slot in (slot for slot in node["inputs"] if "widget" in slot):
+        names.append(slot["name"])
+        seed = (
+            slots[slot["name"]].control_after_generate
+            if slot["name"] in slots and slots[slot["name"]].kind == "INT"
+            else None
+        )
+        names += ["control_after_generate"] if seed else []
+    assert schema is None or len(node["widgets_values"]) == len(names)
+    return dict(zip(names, node["widgets_values"]))
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_the_graphs_fit_the_nodes(path, schemas, pack):
     graph = json.loads(path.read_text())
     assert graph["version"] == 0.4
     assert graph["last_node_id"] == max(node["id"] for node in graph["nodes"])
     assert graph["last_link_id"] == max((link[0] for link in graph["links"]), default=0)
-    assert {node["type"] for node in graph["nodes"]} <= set(schemas)
+    ours = [node for node in graph["nodes"] if node["type"] in schemas]
+    assert ours and not [node for node in runs(graph) if node["type"].startswith("VAREdit") and node not in ours]
     version = re.search(r'^version = "(.*)"', read("pyproject.toml"), re.M)[1]
-    for node in (node for node in graph["nodes"] if node["type"] in schemas):
+    for node in ours:
         schema = schemas[node["type"]]
-        assert node["properties"] == {"cnr_id": "varedit", "ver": version, "Node name for S&R": node["type"]}
-        assert [slot["name"] for slot in node["inputs"]] == [slot.id for slot in schema.inputs]
+        properties = {key: value for key, value in node["properties"].items() if key != "models"}
+        assert properties == {"cnr_id": "varedit", "ver": version, "Node name for S&R": node["type"]}
+        # The page keeps a node's sockets before its widgets; within each the order is the schema's.
+        for widgets in (False, True):
+            assert [(slot["name"], slot["type"]) for slot in node["inputs"] if ("widget" in slot) is widgets] == [
+                (slot.id, slot.kind) for slot in schema.inputs if has_widget(slot) is widgets
+            ]
         assert [(slot["name"], slot["type"]) for slot in node["outputs"]] == [
             (slot.display_name, slot.kind) for slot in schema.outputs
         ]
-        widgets = [slot for slot in node["inputs"] if "widget" in slot]
-        assert len(node["widgets_values"]) == len(widgets)
+        values = widget_values(node, schema)
+        for slot in schema.inputs:
+            if slot.kind in ("INT", "FLOAT"):
+                assert slot.min <= values[slot.id] <= slot.max
+            elif slot.kind == "COMBO" and not lists_files(slot):
+                assert values[slot.id] in slot.options
+        for model in node["properties"].get("models", ()):
+            assert model["name"] in values.values() and model["directory"] in FOLDERS
+            assert model["url"].startswith("https://")
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_the_api_twin_is_the_same_graph(path):
+def test_the_api_twin_is_the_same_graph(path, schemas):
     graph, twin = json.loads(path.read_text()), json.loads((path.parent / "api" / path.name).read_text())
     links = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
-    expected = {}
-    for node in graph["nodes"]:
-        values = iter(node["widgets_values"])
-        inputs = {slot["name"]: next(values) for slot in node["inputs"] if "widget" in slot}
-        inputs |= {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot.get("link")}
-        expected[str(node["id"])] = (node["type"], inputs)
-    assert {key: (node["class_type"], node["inputs"]) for key, node in twin.items()} == expected
+    nodes = {str(node["id"]): node for node in runs(graph)}
+    assert {key: node["class_type"] for key, node in twin.items()} == {key: node["type"] for key, node in nodes.items()}
+    for key, node in nodes.items():
+        values = widget_values(node, schemas.get(node["type"]))
+        linked = {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot.get("link") is not None}
+        expected = {name: value for name, value in values.items() if name != "control_after_generate"} | linked
+        inputs = twin[key]["inputs"]
+        if node["type"] in schemas:
+            assert inputs == expected
+        else:  # ComfyUI's own nodes have widgets that are only the page's, such as a button to upload
+            assert linked.items() <= inputs.items() <= expected.items()

@@ -8,7 +8,7 @@ from support import GOLDEN, ROOT
 from varedit_core import Editor, SamplingSettings
 from varedit_core.weights import open_weights
 
-CAT = ROOT / "examples" / "cat.jpg"
+CAT = ROOT / "samples" / "cat.jpg"
 
 
 @pytest.fixture(scope="module")

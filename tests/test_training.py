@@ -188,7 +188,7 @@ def test_a_missing_file_is_named(tmp_path):
         load_stages(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "training").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "samples" / "training").glob("*.toml")), ids=lambda path: path.stem)
 def test_examples_load(path):
     assert load_stages(path)
 
@@ -566,7 +566,7 @@ def test_sharded_training_is_the_same(parts, tmp_path):
     sets = [part for change in changes for part in ("--set", change)]
     plain = command(toml, "--output", tmp_path / "plain", *sets, launcher=(*launcher, "-m", "varedit_core"))
     assert plain.returncode == 0, plain.stderr[-3000:]
-    arguments = [toml, ROOT / "examples/training/fsdp.yaml", tmp_path / "sharded", *changes]
+    arguments = [toml, ROOT / "samples/training/fsdp.yaml", tmp_path / "sharded", *changes]
     script = [sys.executable, *launcher, tmp_path / "sharded.py", *arguments]
     environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(list(map(str, script)), env=environment, capture_output=True, text=True, timeout=300)

@@ -1,18 +1,21 @@
 """VAREdit in plain PyTorch: instruction-based image editing by next-scale prediction (arXiv 2508.15772).
 
-`Editor` edits pictures; `sample` is the loop behind it; the modules' docstrings say what each one knows.
+`Editor` edits pictures; `sample` is the loop behind it; the modules' docstrings say what each one knows. Names are
+imported when they are first asked for, so that `varedit_core.defaults` can be read without loading torch.
 """
 
-from .checkpoints import load_autoencoder, load_transformer
-from .defaults import SamplingSettings
-from .pipeline import Editor
-from .sampling import Scale, sample
-from .schedule import Schedule, schedule_for
-from .text import load_text_encoder
-from .weights import WeightError
+from importlib import import_module
 
 __version__ = "0.1.0"
-__all__ = [
-    "Editor", "SamplingSettings", "Scale", "Schedule", "WeightError", "load_autoencoder", "load_text_encoder",
-    "load_transformer", "sample", "schedule_for",
-]  # fmt: skip
+_HOMES = {
+    "Editor": "pipeline", "SamplingSettings": "defaults", "Scale": "sampling", "Schedule": "schedule",
+    "WeightError": "weights", "load_autoencoder": "checkpoints", "load_text_encoder": "text",
+    "load_transformer": "checkpoints", "sample": "sampling", "schedule_for": "schedule",
+}  # fmt: skip
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

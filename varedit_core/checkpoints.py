@@ -49,6 +49,11 @@ _IGNORED_IN_TOKENIZER = re.compile(
     r"(quantizer?|quantize|image_disc|video_disc|image_discriminator|video_discriminator|perceptual_model|loss)\."
 )
 _SCALED = ".weight_scale"
+# What stands beside a quantised matrix, in our 8-bit files and in those of ComfyUI's formats.
+_BESIDE = (
+    _SCALED, ".weight_scale_2", ".weight_s_rel", ".weight_s_channel", ".weight_codebook", ".input_scale",
+    ".pre_quant_scale", ".comfy_quant",
+)  # fmt: skip
 # Loose parameters of the published files that are embeddings here, and their rows (None: as many as there are).
 _VECTORS = {"scale_mul_1H11": 1, "ada_gss": 6, "pos_start": 1, "mat_q": 1, "cfg_uncond": None}
 
@@ -225,6 +230,12 @@ def expected(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _filled(network: Transformer | Autoencoder, weights: Weights, device) -> Transformer | Autoencoder:
+    foreign = sorted(key for key in weights if key.endswith(_BESIDE[1:]))
+    if foreign:
+        raise WeightError(
+            f"{weights.path} is quantised in a way that only ComfyUI runs ({foreign[0]}); use the original or convert it "
+            "with `varedit convert`"
+        )
     network.load_state_dict(dict(_placed(expected(network), weights, device)), assign=True)
     return network.eval().requires_grad_(False)
 
@@ -236,11 +247,22 @@ def _placed(wanted: dict[str, Tensor], weights: Weights, device) -> Iterator[tup
         yield key, tensor if scaled else tensor.to(wanted[key].dtype)
 
 
+def quantised(weights: Weights) -> set[str]:
+    """The keys of matrices with a scale or the name of a format beside them."""
+    return {f"{key.rpartition('.')[0]}.weight" for key in weights if key.endswith(_BESIDE)}
+
+
 def check(weights: Weights, wanted: dict[str, Sequence[int]]) -> None:
-    """Raise WeightError unless the file has exactly the wanted keys and shapes (beside 8-bit scales)."""
+    """Raise WeightError unless the file has exactly the wanted keys and shapes.
+
+    Scales may stand beside quantised matrices, and 4-bit ones hold two numbers a byte.
+    """
     missing = sorted(wanted.keys() - weights.keys())
+    scaled = quantised(weights)
     unknown = sorted(
-        key for key in weights.keys() - wanted.keys() if not (key.endswith(_SCALED) and key.startswith("blocks."))
+        key
+        for key in weights.keys() - wanted.keys()
+        if not (key.endswith(_BESIDE) and f"{key.rpartition('.')[0]}.weight" in scaled & wanted.keys())
     )
     if missing or unknown:
         problem = (
@@ -252,7 +274,8 @@ def check(weights: Weights, wanted: dict[str, Sequence[int]]) -> None:
             f"{weights.path} {problem}; it is incomplete or of another architecture, so nothing was loaded"
         )
     for key, shape in wanted.items():
-        if weights.meta[key].shape != torch.Size(shape):
+        packed = key in scaled and weights.meta[key].dtype in (torch.uint8, torch.int8)
+        if weights.meta[key].shape[: 1 if packed else None] != torch.Size(shape)[: 1 if packed else None]:
             raise WeightError(
                 f"{weights.path} has {key} of shape {list(weights.meta[key].shape)} where {list(shape)} was expected; nothing was loaded"
             )

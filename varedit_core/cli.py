@@ -19,17 +19,18 @@ from rich.table import Table
 from . import options
 from .contact_sheet import contact_sheet
 from .convert import PRECISIONS, convert
-from .defaults import DEFAULT_SETTINGS, FIT, NEGATIVE_PROMPT, SIZE, SamplingSettings
+from .defaults import DEFAULT_SETTINGS, FIT, FITS, NEGATIVE_PROMPT, SIZE, SamplingSettings
+from .defaults import SIZES as SIDES
 from .demo import NOTICE, demo_files
 from .demo import SIZE as DEMO_SIZE
-from .images import FITS, FittedImage, check_target, load_image, save_image
+from .images import FittedImage, check_target, load_image, save_image
 from .images import fit as fit_image
 from .info import inspect
 from .lora import apply_lora, merge_lora
 from .options import DTYPES, checked_loras, choice, console, guidance_or_default, per_scale, progress
 from .parity import Parity, compare
 from .pipeline import Editor
-from .schedule import AREAS, schedule_for
+from .schedule import AREAS
 from .shapeedit.cli import app as shapeedit
 from .showcase import Watcher, demo
 from .training.cli import train
@@ -43,7 +44,7 @@ app = typer.Typer(
 )
 app.add_typer(shapeedit, name="shapeedit")
 
-SIZES = {str(schedule_for(area).pixels[0]): area for area in AREAS} | {area: area for area in AREAS}
+SIZES = SIDES | {area: area for area in AREAS}
 
 
 def main() -> None:

@@ -44,13 +44,13 @@ class TransformerConfig:
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> TransformerConfig:
         """Read the sizes off the canonical parameter shapes (see `checkpoints`)."""
-        width, token_bits = shapes["word_embed.weight"]
+        width = shapes["word_embed.weight"][0]
         text_length, text_width = shapes["cfg_uncond.weight"]
         return cls(
             depth=_count(shapes, r"blocks\.(\d+)\."),
             width=width,
             heads=shapes["blocks.0.sa.scale_mul.weight"][-1],
-            token_bits=token_bits,
+            token_bits=shapes["head.weight"][0] // 2,  # not an input size: 4-bit formats pack those
             text_width=text_width,
             text_length=text_length,
             hidden=shapes["blocks.0.ffn.fc1.weight"][0],

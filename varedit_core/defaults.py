@@ -1,4 +1,4 @@
-"""The one table of defaults: the library, the command line and the nodes all read it."""
+"""The one table of defaults: the library, the command line and the nodes all read it. It loads no torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ from dataclasses import dataclass
 
 PerScale = float | Sequence[float]
 
+SIZES = {"256": "0.06M", "512": "0.25M", "768": "0.60M", "1024": "1M"}
+"""Side of a square picture in pixels -> its named size (see `schedule.AREAS`)."""
 SIZE = "0.25M"
+FITS = ("square", "aspect")  # padded as published, or to the nearest table's shape (experimental)
 FIT = "square"
 TEXT_TOKENS = 512
 NEGATIVE_PROMPT = ""
+PRECISIONS = ("auto", "bf16", "fp32")
+"""What a ComfyUI node lets the transformer's blocks compute in."""
+PREVIEWS = ("auto", "fast", "decoded", "off")
+"""Live previews of the sampler node: by ComfyUI's setting, by a colour map, by the decoder, none."""
+SCALE_PICTURES = ("full", "own", "fast")
+"""Pictures of scales: decoded at the final size, decoded at the scale's own, by a colour map."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,11 @@ class SamplingSettings:
     def per_scale(self, count: int) -> list[tuple[float, float, float]]:
         """(guidance, temperature, top_p) of each of `count` scales. ValueError where a list has another length."""
         return list(zip(*(self._expand(name, count) for name in ("guidance", "temperature", "top_p"))))
+
+    @property
+    def guided(self) -> bool:
+        """Whether any scale has guidance, and so a second row a picture."""
+        return any(value != 1 for value in _values("guidance", self.guidance))
 
     def _expand(self, name: str, count: int) -> tuple[float, ...]:
         values = _values(name, getattr(self, name))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "demo"
-EXAMPLES = FOLDER.with_name("examples")
+SAMPLES = FOLDER.with_name("samples")
 SIZE = "0.06M"
 """The only size it was trained at: 256 pixels."""
 GUIDANCE = 2.0
 """Less than the published models' 3: it edits as well and keeps backgrounds better (docs/LOG.md)."""
 NOTICE = "using the demo model, a toy that knows drawn shapes and global styles only; --model names another"
-FILES = ("transformer.safetensors", "tokenizer.safetensors", "text_encoder")
+FILES = ("diffusion_models/varedit_demo.safetensors", "vae/varedit_demo_tokenizer.safetensors", "text_encoders")
+"""Transformer, tokenizer and text encoder, in folders named as ComfyUI names them: the pack adds these to its own."""
 
 
 def demo_files() -> tuple[Path, Path, Path]:

@@ -16,12 +16,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .defaults import FITS
 from .files import check_free, make_folder
 from .schedule import Schedule, nearest_ratio, schedule_for
 
 Size = tuple[int, int]
 
-FITS = ("square", "aspect")  # padded as published, or to the nearest table's shape (experimental)
 # The published code truncates: half a level darker on average, but the pack must equal its output.
 PUBLISHED_ROUNDING = "truncate"
 ROUNDINGS = (PUBLISHED_ROUNDING, "nearest")
@@ -53,17 +53,29 @@ class SourceImage:
         return self.alpha is None or _is_full(self.alpha)
 
 
-@dataclass(frozen=True, eq=False)
-class FittedImage:
-    """What the model sees of a source: pixels [1, 3, H, W] with (H, W) = schedule.pixels.
+@dataclass(frozen=True)
+class Fitting:
+    """How a picture of `size` (width, height) was brought to the schedule's pixels.
 
-    padded_size: (width, height) of the canvas that was resized to them; the source lies at its top left.
+    padded_size: (width, height) of the canvas that was resized to them; the picture lies at its top left.
     """
 
-    pixels: Tensor
     schedule: Schedule
     padded_size: Size
+    size: Size
+
+
+@dataclass(frozen=True, eq=False)
+class FittedImage:
+    """What the model sees of a source: pixels [1, 3, H, W] with (H, W) = schedule.pixels."""
+
+    pixels: Tensor
+    fitting: Fitting
     source: SourceImage
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.fitting.schedule
 
 
 def load_image(image: str | os.PathLike[str] | Image.Image) -> SourceImage:
@@ -103,7 +115,7 @@ def fit(source: SourceImage, area: str, method: str) -> FittedImage:
     canvas.paste(source.rgb)
     resized = canvas.resize(schedule.pixels[::-1], Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    return FittedImage(pixels, schedule, padded_size, source)
+    return FittedImage(pixels, Fitting(schedule, padded_size, source.size), source)
 
 
 def restore(pixels: Tensor, fitted: FittedImage, rounding: str = PUBLISHED_ROUNDING) -> Image.Image:
@@ -117,12 +129,17 @@ def restore(pixels: Tensor, fitted: FittedImage, rounding: str = PUBLISHED_ROUND
         raise ValueError(
             f"pixels are {list(pixels.shape)} but must be [3, {height}, {width}], one image; pass them one by one"
         )
-    array = to_uint8(pixels, rounding).reshape(3, height, width).permute(1, 2, 0).cpu().numpy()
-    padded = Image.fromarray(np.ascontiguousarray(array)).resize(fitted.padded_size, Image.Resampling.LANCZOS)
-    image = padded.crop((0, 0, *fitted.source.size))
+    image = unfit(to_uint8(pixels, rounding).reshape(3, height, width), fitted.fitting)
     if fitted.source.alpha is not None:
         image.putalpha(fitted.source.alpha)
     return image
+
+
+def unfit(levels_3HW: Tensor, fitting: Fitting) -> Image.Image:
+    """The source's part of 8-bit levels [3, H, W] of the whole canvas, at exactly the source's size."""
+    array = levels_3HW.permute(1, 2, 0).cpu().numpy()
+    padded = Image.fromarray(np.ascontiguousarray(array)).resize(fitting.padded_size, Image.Resampling.LANCZOS)
+    return padded.crop((0, 0, *fitting.size))
 
 
 def to_uint8(pixels: Tensor, rounding: str = PUBLISHED_ROUNDING) -> Tensor:

@@ -40,28 +40,36 @@ class KeyValueStore:
     """Keys and values of every block, in the compute dtype.
 
     depth, heads, head_size: of the transformer. rows: R. All is allocated here, but for the pooled references of the
-    first block, which the source's pass adds; `nbytes` counts both.
+    first block, which the source's pass adds; `nbytes` counts both. The stores of `stores` keep all blocks but
+    the first elsewhere or in fewer bits.
     """
 
     def __init__(
         self, schedule: Schedule, depth: int, rows: int, heads: int, head_size: int, dtype: torch.dtype, device
     ) -> None:
-        self.schedule = schedule
+        self.schedule, self.head_size = schedule, head_size
         self.source = schedule.tokens[-1]
-        size = (rows, heads, self.source + sum(schedule.tokens[:-1]), head_size)
-        self.keys = [torch.empty(size, dtype=dtype, device=device) for _ in range(depth)]
-        self.values = [torch.empty(size, dtype=dtype, device=device) for _ in range(depth)]
+        self.length = self.source + sum(schedule.tokens[:-1])
+        size = (rows, heads, self.length, head_size)
+        self.keys = [torch.empty(size, dtype=dtype, device=device) for _ in range(self.plain_blocks(depth))]
+        self.values = [torch.empty(size, dtype=dtype, device=device) for _ in range(self.plain_blocks(depth))]
         self.references: list[tuple[Tensor, Tensor]] = []
 
     @staticmethod
-    def nbytes(schedule: Schedule, depth: int, rows: int, width: int, dtype: torch.dtype) -> int:
-        """Bytes a store takes with the pooled references of the first block; width = heads * head_size."""
-        stored = depth * (schedule.tokens[-1] + sum(schedule.tokens[:-1])) + sum(schedule.tokens)
+    def plain_blocks(depth: int) -> int:
+        """How many blocks, from the first on, are kept in the compute dtype on the device."""
+        return depth
+
+    @classmethod
+    def nbytes(cls, schedule: Schedule, depth: int, rows: int, width: int, dtype: torch.dtype) -> int:
+        """Bytes on the device with the pooled references of the first block; width = heads * head_size."""
+        length = schedule.tokens[-1] + sum(schedule.tokens[:-1])
+        stored = cls.plain_blocks(depth) * length + sum(schedule.tokens)
         return 2 * rows * width * stored * dtype.itemsize
 
     def passes(self, device) -> list[Pass]:
         """The source's pass, then one a scale, with their rotary tables on `device`."""
-        rotary = self.schedule.rotary(self.keys[0].shape[-1], device)
+        rotary = self.schedule.rotary(self.head_size, device)
         begins = [0, self.source]
         for count in self.schedule.tokens[:-1]:
             begins.append(begins[-1] + count)
@@ -80,6 +88,9 @@ class KeyValueStore:
         In the first block the source is the scale-aligned reference: pooled to the scale's own grid (VAREdit, arXiv
         2508.15772, section 3.3). It is staged in front of the first scale, so that no copy of the rest is made.
         """
+        last = step.index == len(self.schedule) - 1
+        if not first and block >= len(self.keys):
+            return self.elsewhere(block, k, v, step, last)
         keys, values, start = self.keys[block], self.values[block], 0
         if first and step.index == SOURCE:
             kind = keys.dtype
@@ -89,11 +100,15 @@ class KeyValueStore:
             start = self.source - k_reference.shape[2]
             keys[:, :, start : self.source] = k_reference
             values[:, :, start : self.source] = v_reference
-        if step.index == len(self.schedule) - 1:
+        if last:
             return _append(keys[:, :, start:], k), _append(values[:, :, start:], v)
         keys[:, :, step.begin : step.end] = k
         values[:, :, step.begin : step.end] = v
         return keys[:, :, start : step.end], values[:, :, start : step.end]
+
+    def elsewhere(self, block: int, k: Tensor, v: Tensor, step: Pass, last: bool) -> tuple[Tensor, Tensor]:
+        """`extend` for a block beyond the plain ones, which keeps nothing of the last scale."""
+        raise NotImplementedError
 
     def keep_rows(self, count: int) -> None:
         """Drop all rows but the first `count` and give their memory back, block by block."""
@@ -101,6 +116,10 @@ class KeyValueStore:
             for block, tensor in enumerate(tensors):
                 tensors[block] = tensor[:count].clone()
         self.references = [(k[:count].clone(), v[:count].clone()) for k, v in self.references]
+
+    def release(self) -> None:
+        """Let go of everything; of use where an exception still holds the frame that holds the store."""
+        self.keys, self.values, self.references = [], [], []
 
 
 def pooled(k: Tensor, v: Tensor, schedule: Schedule, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

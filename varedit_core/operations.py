@@ -68,5 +68,5 @@ class Operations:
 
 
 def rows(embedding: nn.Module, count: int, device: torch.device) -> Tensor:
-    """The first `count` rows of an embedding, read by calling it."""
-    return embedding(torch.arange(count, device=device))
+    """The first `count` rows of an embedding in fp32, read by calling it (it may be stored in fewer bits)."""
+    return embedding(torch.arange(count, device=device)).float()

@@ -15,6 +15,7 @@ from .checkpoints import load_autoencoder, load_transformer
 from .config import patch_size
 from .defaults import DEFAULT_SETTINGS, FIT, SIZE, SamplingSettings
 from .images import FittedImage, SourceImage, fit, load_image, restore
+from .kv import KeyValueStore
 from .sampling import Scale, sample
 from .text import TextEncoder, load_text_encoder
 from .transformer import Transformer
@@ -23,7 +24,10 @@ Picture = str | Path | Image.Image | SourceImage
 
 
 class Editor:
-    """A transformer, its tokenizer and (unless text features are given) a text encoder, on one device."""
+    """A transformer, its tokenizer and (unless text features are given) a text encoder, on one device.
+
+    store: how edits keep keys and values; another one of `kv` saves memory.
+    """
 
     def __init__(
         self, transformer: Transformer, autoencoder: Autoencoder, text: TextEncoder | None = None, device="cpu"
@@ -31,6 +35,7 @@ class Editor:
         patch_size(transformer.config, autoencoder.config)
         self.transformer, self.autoencoder, self.text = transformer, autoencoder, text
         self.device = torch.device(device)
+        self.store: type[KeyValueStore] = KeyValueStore
 
     @classmethod
     def load(
@@ -115,7 +120,8 @@ class Editor:
             listed = [negatives] * len(pictures) if isinstance(negatives, str) else negatives
             unwanted = [None if isinstance(n, str) and not n else self._features(n) for n in listed]
         features = self.encode_source(fitted)
-        with closing(sample(self.transformer, features, texts, fitted[0].schedule, settings, unwanted)) as scales:
+        run = sample(self.transformer, features, texts, fitted[0].schedule, settings, unwanted, store=self.store)
+        with closing(run) as scales:
             for scale in scales:
                 if on_scale:
                     on_scale(scale, fitted)

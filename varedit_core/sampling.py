@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .defaults import DEFAULT_SETTINGS, SamplingSettings
+from .defaults import DEFAULT_SETTINGS, SIZES, SamplingSettings
 from .kv import KeyValueStore
 from .operations import Attention, sdpa
 from .quantizer import area_resize, codes, from_tokens, latent_grids, linear_resize, to_tokens
@@ -105,12 +105,14 @@ def sample(
     settings: SamplingSettings = DEFAULT_SETTINGS,
     negatives: Sequence[Tensor | None] | None = None,
     attention: Attention = sdpa,
+    store: type[KeyValueStore] = KeyValueStore,
 ) -> Iterator[Scale]:
     """Edit B images; yields every `Scale` before its bits are drawn. The last `running_sum` is the result.
 
     features_BdHW: unquantised features of the source images on the last latent grid. texts: features
     [L_i, T] of each image's instruction. negatives: features of each negative prompt, None for the learned
-    unconditional ones. Raises ValueError, at the first step, where the inputs do not belong together, and at the end
+    unconditional ones. store: where keys and values are kept (see `kv`); let go of however the loop ends. Raises
+    ValueError, at the first step, where the inputs do not belong together, and at the end
     where the logits were undefined numbers.
     """
     patch = _patch(transformer, features_BdHW, schedule)
@@ -121,41 +123,44 @@ def sample(
 
     condition = transformer.condition(texts, attention)
     size = transformer.config
-    store = KeyValueStore(schedule, size.depth, len(texts), size.heads, size.head_size, transformer.dtype, device)
-    source, *passes = store.passes(device)
+    kept = store(schedule, size.depth, len(texts), size.heads, size.head_size, transformer.dtype, device)
+    try:
+        source, *passes = kept.passes(device)
 
-    tokens = to_tokens(area_resize(features_BdHW.float(), grids[-1]), patch)
-    x = _all_rows(transformer.embed(tokens, len(schedule) - 1), len(texts))
-    transformer(x, condition, source, store, attention)
+        tokens = to_tokens(area_resize(features_BdHW.float(), grids[-1]), patch)
+        x = _all_rows(transformer.embed(tokens, len(schedule) - 1), len(texts))
+        transformer(x, condition, source, kept, attention)
 
-    total = torch.zeros_like(features_BdHW, dtype=torch.float32)
-    generators = [torch.Generator().manual_seed((settings.seed + i) % 2**64) for i in range(batch)]
-    x = transformer.start(condition)
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    for k, (guidance, temperature, top_p) in enumerate(plan):
-        if k == guided and len(x) > batch:
-            store.keep_rows(batch)
-            condition, x = condition.rows(batch), x[:batch]
-        x = transformer(x, condition, passes[k], store, attention)
-        logits = transformer.logits(x if guidance != 1 else x[:batch], condition)
-        log_odds = from_tokens(_guided_log_odds(logits, batch, guidance), schedule.grids[k], patch)
-        finite = finite & log_odds.isfinite().all()
-        # Drawn on the CPU, also where a greedy scale ignores them: one seed, one image, on every device.
-        uniform = torch.stack([torch.rand(log_odds.shape[1:], generator=g) for g in generators])
-        if temperature:
-            scale = Scale(k, schedule, logits, log_odds / temperature, uniform, top_p, total)
-        else:
-            scale = Scale(k, schedule, logits, log_odds, None, top_p, total)
-        yield scale
-        total = scale.running_sum
-        if k + 1 < len(schedule):
-            tokens = to_tokens(linear_resize(total, grids[k + 1]), patch)
-            x = _all_rows(transformer.embed(tokens, k + 1), len(x))
-    # Asked once, after the loop, as every answer makes the device wait; a dry run on `meta` has none.
-    if not finite.is_meta and not finite:
-        raise ValueError(
-            "the network's logits are undefined numbers; use bf16 or fp32, and check the weights and the text"
-        )
+        total = torch.zeros_like(features_BdHW, dtype=torch.float32)
+        generators = [torch.Generator().manual_seed((settings.seed + i) % 2**64) for i in range(batch)]
+        x = transformer.start(condition)
+        finite = torch.ones((), dtype=torch.bool, device=device)
+        for k, (guidance, temperature, top_p) in enumerate(plan):
+            if k == guided and len(x) > batch:
+                kept.keep_rows(batch)
+                condition, x = condition.rows(batch), x[:batch]
+            x = transformer(x, condition, passes[k], kept, attention)
+            logits = transformer.logits(x if guidance != 1 else x[:batch], condition)
+            log_odds = from_tokens(_guided_log_odds(logits, batch, guidance), schedule.grids[k], patch)
+            finite = finite & log_odds.isfinite().all()
+            # Drawn on the CPU, also where a greedy scale ignores them: one seed, one image, on every device.
+            uniform = torch.stack([torch.rand(log_odds.shape[1:], generator=g) for g in generators])
+            if temperature:
+                scale = Scale(k, schedule, logits, log_odds / temperature, uniform, top_p, total)
+            else:
+                scale = Scale(k, schedule, logits, log_odds, None, top_p, total)
+            yield scale
+            total = scale.running_sum
+            if k + 1 < len(schedule):
+                tokens = to_tokens(linear_resize(total, grids[k + 1]), patch)
+                x = _all_rows(transformer.embed(tokens, k + 1), len(x))
+        # Asked once, after the loop, as every answer makes the device wait; a dry run on `meta` has none.
+        if not finite.is_meta and not finite:
+            raise ValueError(
+                "the network's logits are undefined numbers; use bf16 or fp32, and check the weights and the text"
+            )
+    finally:
+        kept.release()
 
 
 def _guided_log_odds(logits: Tensor, batch: int, guidance: float) -> Tensor:
@@ -199,7 +204,7 @@ def _patch(transformer: Transformer, features: Tensor, schedule: Schedule) -> in
         )
     levels = transformer.config.levels
     if len(schedule) > levels:
-        named = [area for area, scales in AREAS.items() if scales <= levels]
+        named = [side for side, area in SIZES.items() if AREAS[area] <= levels]
         raise ValueError(
             f"this size has {len(schedule)} scales but the model was made for {levels}; use one of at most {levels}"
             + (f", such as {named[-1]}" if named else "")

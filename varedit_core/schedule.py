@@ -65,6 +65,12 @@ class Schedule:
                 f"the grids {self.grids} are not the first rows of the table for ratio {self.ratio}: {table}"
             )
 
+    @classmethod
+    def of_grid(cls, grid: tuple[float, float]) -> Schedule | None:
+        """The named schedule whose last grid this is; None where there is none."""
+        found = ((ratio, table[:count]) for ratio, table in TABLES.items() for count in AREAS.values())
+        return next((cls(ratio, grids) for ratio, grids in found if grids[-1] == tuple(grid)), None)
+
     def __len__(self) -> int:
         return len(self.grids)
 

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from . import options
 from .contact_sheet import Row, contact_sheet
 from .defaults import FIT, SamplingSettings
-from .demo import EXAMPLES, GUIDANCE, SIZE, demo_files
+from .demo import GUIDANCE, SAMPLES, SIZE, demo_files
 from .images import FittedImage, SourceImage, check_target, load_image, save_image
 from .options import console, progress
 from .pipeline import Editor
@@ -29,7 +29,7 @@ EDITS = {
     ),
     "cat.jpg": ("make it sepia", "make the picture a night scene", "make the image black and white"),
 }
-"""Pictures of `examples/` and what to do with each."""
+"""Pictures of `samples/` and what to do with each."""
 FOLDER = Path("output/demo")
 SETTINGS = SamplingSettings(guidance=GUIDANCE)
 
@@ -97,7 +97,7 @@ def demo(
     """Edit a drawn scene and a photograph with the demo model: six instructions, and a picture of every scale."""
     files, sheet = demo_files(), output / "contact-sheet.png"
     jobs = [
-        (EXAMPLES / name, words, output / f"{_slug(f'{Path(name).stem} {words}')}.png")
+        (SAMPLES / name, words, output / f"{_slug(f'{Path(name).stem} {words}')}.png")
         for name, instructions in EDITS.items()
         for words in instructions
     ]

@@ -37,10 +37,9 @@ class TextEncoder:
 
     def ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt, cut to 512 with the end token kept; a cut is logged as a warning."""
-        ids = self.tokenize(prompt)
-        if len(ids) > TEXT_TOKENS:
-            logger.warning("the instruction has %d tokens; only the first %d are used", len(ids), TEXT_TOKENS)
-            ids = [*ids[: TEXT_TOKENS - 1], ids[-1]]
+        ids, count = cut_ids(self.tokenize(prompt))
+        if count > TEXT_TOKENS:
+            logger.warning("the instruction has %d tokens; only the first %d are used", count, TEXT_TOKENS)
         return ids
 
     @torch.no_grad()
@@ -58,6 +57,11 @@ class TextEncoder:
         return self.model(torch.tensor([ids], device=self.device))[0].float()
 
 
+def cut_ids(ids: list[int]) -> tuple[list[int], int]:
+    """Token ids, cut to 512 with the end token kept, and how many there were."""
+    return (ids if len(ids) <= TEXT_TOKENS else [*ids[: TEXT_TOKENS - 1], ids[-1]]), len(ids)
+
+
 def load_text_encoder(
     path: str | Path,
     tokenizer: str | Path | None = None,
@@ -70,20 +74,33 @@ def load_text_encoder(
     tokenizer: folder or file with `tokenizer.json` or `spiece.model`; by default it is looked for with the
     weights. Raises WeightError; never loads a part.
     """
-    weights = select(open_weights(path), TEXT_ENCODER)
+    weights = encoder_weights(open_weights(path))
+    tokenize = load_tokenizer(tokenizer or path)
+    with Unfilled():
+        model = T5Encoder(encoder_config(Path(path), weights), operations, dtype, device="meta")
+    wanted = expected(model)
+    check_encoder(weights, wanted)
+    state = {key: _read(weights, key).to(device, tensor.dtype) for key, tensor in wanted.items()}
+    model.load_state_dict(state, assign=True)
+    return TextEncoder(model.eval().requires_grad_(False), tokenize, device)
+
+
+def encoder_weights(weights: Weights) -> Weights:
+    """A T5 encoder's tensors under our keys. WeightError where the file is something else."""
+    weights = select(weights, TEXT_ENCODER)
     if "block.0.layer.0.SelfAttention.q.weight" in weights:
         weights = weights.renamed({(key if key == "shared.weight" else f"encoder.{key}"): key for key in weights})
     if "shared.weight" not in weights and _TABLE in weights:
         weights = weights.renamed({("shared.weight" if key == _TABLE else key): key for key in weights})
-    tokenize = load_tokenizer(tokenizer or path)
-    with Unfilled():
-        model = T5Encoder(_config(Path(path), weights), operations, dtype, device="meta")
-    wanted = expected(model)
-    # A whole T5 has a decoder too, and the table of its tokens a second time.
+    return weights
+
+
+def check_encoder(weights: Weights, wanted: dict[str, Tensor]) -> None:
+    """Raise WeightError unless the file has what an encoder wants.
+
+    A whole T5 has a decoder too, and the table of its tokens a second time.
+    """
     check(weights.renamed({key: key for key in wanted if key in weights}), {key: t.shape for key, t in wanted.items()})
-    state = {key: _read(weights, key).to(device, tensor.dtype) for key, tensor in wanted.items()}
-    model.load_state_dict(state, assign=True)
-    return TextEncoder(model.eval().requires_grad_(False), tokenize, device)
 
 
 def _read(weights: Weights, key: str) -> Tensor:
@@ -122,8 +139,8 @@ def load_tokenizer(path: str | Path) -> Callable[[str], list[int]]:
     )
 
 
-def _config(path: Path, weights: Weights) -> T5Config:
-    """The folder's own configuration, else what the shapes say."""
+def encoder_config(path: Path, weights: Weights) -> T5Config:
+    """The configuration of a folder of one model, else what the shapes say."""
     file = path / "config.json"
     if file.is_file():
         try:

@@ -1,5 +1,7 @@
-// Shows the text of VAREdit File Info on the node; ComfyUI's page does so for its own text nodes only.
+// Shows the text that a node of this pack returns on the node; ComfyUI's page does so for its own text nodes only.
 import { app } from "../../scripts/app.js";
+
+const SHOWN = new Set(["VAREditFileInfo", "VAREditMemoryPlan"]);
 
 function addTextBox(node) {
   const box = document.createElement("textarea");
@@ -13,9 +15,9 @@ function addTextBox(node) {
 }
 
 app.registerExtension({
-  name: "VAREdit.FileInfo",
+  name: "VAREdit.ShownText",
   nodeCreated(node) {
-    if (node.comfyClass !== "VAREditFileInfo") return;
+    if (!SHOWN.has(node.comfyClass)) return;
     const box = addTextBox(node);
     const { onExecuted } = node;
     node.onExecuted = function (output) {

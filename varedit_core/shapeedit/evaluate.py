@@ -170,6 +170,18 @@ def evaluate_reconstruction(
     return Report(_collected(_judged(autoencoder, device, samples, range(len(samples)), batch), on_batch))
 
 
+def evaluate_pictures(
+    autoencoder: Autoencoder, samples: Sequence[Sample], edited: Tensor, batch: int = BATCH
+) -> Report:
+    """Judge edits [B, 3, 256, 256] of the samples that were made elsewhere, pixels in [-1, 1]."""
+    device = next(autoencoder.parameters()).device
+
+    def edit(_: Tensor, numbers: list[int], begin: int) -> Tensor:
+        return edited[numbers].to(device)
+
+    return Report(_collected(_judged(autoencoder, device, samples, range(len(samples)), batch, edit), None))
+
+
 @torch.no_grad()
 def reconstruct(autoencoder: Autoencoder, pixels: Tensor, schedule: Schedule | None = None) -> Tensor:
     """Pixels [B, 3, y, x] through the tokenizer and back, with a schedule's scales (by default those of 256 pixels)."""

@@ -1,0 +1,274 @@
+"""Edits of the 8B size inside ComfyUI when little device memory is free: seconds, peak memory, and whether bits change.
+
+    python benchmarks/comfyui_memory.py --comfyui ~/comfy/ComfyUI --folder /scratch --output benchmarks/comfyui_memory_<gpu>.json
+
+Run it with the Python that runs ComfyUI. Writes a transformer, a tokenizer and a T5 encoder of the published sizes and
+random weights, then makes the same edit through the pack's nodes in a fresh process a case: with all of the device, and
+with all but a limit of it taken by another tensor; with ComfyUI's two kinds of memory management. Prints a table and
+one JSON line last. `--depth 2 --width 256 --text 256` and `--limits 0` run on anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+GB = 1e9
+FILES = {
+    "diffusion_models": "8B-random.safetensors",
+    "vae": "vae-random.safetensors",
+    "text_encoders": "t5-random.safetensors",
+}
+
+KINDS = ("static", "dynamic", "lowvram", "novram", "deterministic")
+"""ComfyUI's ways to manage memory: layers moved before the run, layers streamed as they come, and its flags;
+deterministic is static with convolutions that cannot choose their algorithm by free memory."""
+
+
+def write(folder: Path, depth: int, width: int, text: int) -> None:
+    """Random weights in bf16 (the tokenizer in fp32), under the published keys."""
+    import torch
+    from safetensors.torch import save_file
+
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.real_size import published_shapes, random_tensor
+    from varedit_core.autoencoder import Autoencoder
+    from varedit_core.checkpoints import Unfilled
+    from varedit_core.config import AUTOENCODERS
+    from varedit_core.t5 import T5Config, T5Encoder
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    for name in FILES:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    shapes = published_shapes(depth, width, max(1, width // 128), 56, text)
+    state = {key: random_tensor(key, shape, device).bfloat16().cpu() for key, shape in shapes.items()}
+    save_file(state, folder / "diffusion_models" / FILES["diffusion_models"])
+    del state
+    torch.manual_seed(1)
+    save_file(Autoencoder(AUTOENCODERS["8B"]).state_dict(), folder / "vae" / FILES["vae"])
+    sizes = dict(
+        head_size=64, hidden=text * 5 // 2, layers=24 if depth > 8 else 2, heads=max(1, text // 64), gated=True
+    )
+    with Unfilled():
+        shapes = T5Encoder(T5Config(32128, text, **sizes), device="meta").state_dict()
+    state = {
+        key: (torch.ones(t.shape) if "norm" in key else torch.randn(t.shape, device=device) * t.shape[-1] ** -0.5)
+        .bfloat16()
+        .cpu()
+        for key, t in shapes.items()
+    }
+    save_file(state, folder / "text_encoders" / FILES["text_encoders"])
+
+
+class Peak:
+    """The most device memory taken since `reset`, by the device's own account, asked every few milliseconds."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.torch, self.least, self.over = torch, 0, threading.Event()
+        self.reset()
+        self.watcher = threading.Thread(target=self._watch)
+        self.watcher.start()
+
+    def reset(self) -> None:
+        self.least = self.torch.cuda.mem_get_info()[0]
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.005):
+            self.least = min(self.least, self.torch.cuda.mem_get_info()[0])
+
+    def stop(self) -> int:
+        """Bytes that were free at the worst moment; ends the watch."""
+        self.over.set()
+        self.watcher.join()
+        return self.least
+
+
+def start_comfyui(folder: Path, comfyui: Path, kind: str = "static"):
+    """ComfyUI's modules as main.py sets them up, and the pack's nodes by name. kind: of KINDS."""
+    dynamic = kind == "dynamic"
+    sys.path[:] = [
+        str(comfyui),
+        *(path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "benchmarks")),
+    ]
+    import torch
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+    args.lowvram, args.novram = kind == "lowvram", kind == "novram"
+    if dynamic:
+        import comfy_aimdo.control
+
+        comfy_aimdo.control.init()
+    import comfy.memory_management
+    import comfy.model_management as mm
+    import comfy.model_patcher
+    import folder_paths
+
+    if dynamic:
+        devices = [(d.index, int(args.vram_headroom * 1024**3)) for d in mm.get_all_torch_devices()]
+        assert comfy_aimdo.control.init_devices(devices), "comfy-aimdo does not work here"
+        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+        comfy.memory_management.aimdo_enabled = True
+    for name in FILES:
+        folder_paths.add_model_folder_path(name, str(folder / name))
+    location = {"submodule_search_locations": [str(ROOT)]}
+    spec = importlib.util.spec_from_file_location("varedit_pack", ROOT / "__init__.py", **location)
+    sys.modules[spec.name] = pack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pack)
+
+    async def listed():
+        extension = await pack.comfy_entrypoint()
+        await extension.on_load()
+        return await extension.get_node_list()
+
+    return {node.__name__: node for node in asyncio.run(listed())}
+
+
+def compared(folder: Path, size: str, **tensors) -> dict:
+    """The share of numbers equal to the first case's: of the edit, and of what went into the sampler."""
+    import torch
+
+    reference = folder / f"reference_{size}.pt"
+    if not reference.exists():
+        torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, reference)
+    expected = torch.load(reference, weights_only=True)
+    return {f"equal_{name}": round((x.cpu() == expected[name]).float().mean().item(), 5) for name, x in tensors.items()}
+
+
+def one_case(folder: Path, comfyui: Path, limit: float, kind: str, file: str, size: str, runs: int) -> dict:
+    """Edit one picture `runs` times; the times of each, and what the last took.
+
+    file: of the transformer; two with a + between them are both loaded and edit in turns.
+    """
+    import torch
+
+    torch.backends.cudnn.deterministic = kind == "deterministic"
+    nodes = start_comfyui(folder, comfyui, kind)
+    import comfy.model_management as mm
+
+    cuda = torch.cuda.is_available()
+    ballast = None
+    if cuda and limit:
+        ballast = torch.empty(int(torch.cuda.mem_get_info()[0] - limit * GB), dtype=torch.uint8, device="cuda")
+    before = torch.cuda.mem_get_info()[0] if cuda else 0
+    torch.manual_seed(2)
+    image = torch.rand(1, 700, 1000, 3)
+    facts: dict = {"limit_gb": limit, "kind": kind, "file": file, "size": size, "seconds": []}
+    said: list[str] = []
+    sys.modules["varedit_pack.nodes.sampler"].tell = lambda node, text: said.append(text)
+
+    def timed(name: str, function, *arguments):
+        if cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        result = function(*arguments).result
+        if cuda:
+            torch.cuda.synchronize()
+        times[name] = round(time.perf_counter() - begin, 3)
+        return result
+
+    with torch.inference_mode():
+        times: dict = {}
+        models = [timed("load Model", nodes["VAREditModelLoader"].execute, name, "auto")[0] for name in file.split("+")]
+        clip, vae = (
+            timed(f"load {part}", nodes[f"VAREdit{part}Loader"].execute, FILES[name])[0]
+            for part, name in (("TextEncoder", "text_encoders"), ("VAE", "vae"))
+        )
+        model = models[0]
+        facts["load_seconds"] = times
+        facts["plan"] = nodes["VAREditMemoryPlan"].execute(model, size, 1, True).result[0].splitlines()
+        peak = Peak() if cuda else None
+        for turn in range(runs * len(models)):
+            model = models[turn % len(models)]
+            times, said[:] = {}, []
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                peak.reset()
+            (text,) = timed("text", nodes["VAREditTextEncode"].execute, clip, "make it a rainy night")
+            (source,) = timed("source", nodes["VAREditSourceEncode"].execute, vae, image, size, "square")
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            latent, _ = timed("sampler", nodes["VAREditSampler"].execute, model, source, text, 0, 3.0, 0.1)
+            if cuda:
+                facts["sampler_allocated_gb"] = round(torch.cuda.max_memory_allocated() / GB, 2)
+            timed("decode", nodes["VAREditDecode"].execute, vae, latent)
+            facts["seconds"].append({**times, "all": round(sum(times.values()), 3)})
+        facts["said"] = said
+        if cuda:
+            facts["peak_gb"] = round((before - peak.stop()) / GB, 2)
+            facts["weights_gb"] = round(model.model_size() / GB, 2)
+            facts["ballast_gb"] = round(ballast.nbytes / GB, 2) if ballast is not None else 0
+    facts |= compared(folder, size, text=text[0][0], source=source["samples"], edit=latent["samples"])
+    del model, models, clip, vae, latent
+    gc.collect()
+    mm.cleanup_models_gc()
+    mm.soft_empty_cache()
+    if cuda:
+        facts["left_gb"] = round((before - torch.cuda.mem_get_info()[0]) / GB, 2)
+    return facts
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--comfyui", type=Path, default=Path.home() / "comfy" / "ComfyUI")
+    options.add_argument("--folder", type=Path, required=True)
+    options.add_argument("--output", type=Path)
+    options.add_argument("--limits", type=float, nargs="*", default=[0, 24, 16, 12], help="GB; 0: all of the device")
+    options.add_argument("--kinds", nargs="*", default=["static", "dynamic"], choices=KINDS)
+    options.add_argument(
+        "--file", default=FILES["diffusion_models"], help="the transformer, or two with a + between them"
+    )
+    options.add_argument("--size", default="1024")
+    options.add_argument("--runs", type=int, default=2)
+    options.add_argument("--depth", type=int, default=40)
+    options.add_argument("--width", type=int, default=3584)
+    options.add_argument("--text", type=int, default=2048)
+    options.add_argument("--case", help=argparse.SUPPRESS)
+    args = options.parse_args()
+    if args.case:
+        limit, kind = args.case.split(",")
+        facts = one_case(args.folder, args.comfyui, float(limit), kind, args.file, args.size, args.runs)
+        print(json.dumps(facts))
+        return
+    if not (args.folder / "text_encoders" / FILES["text_encoders"]).exists():
+        write(args.folder, args.depth, args.width, args.text)
+    cases = []
+    for kind in args.kinds:
+        for limit in args.limits:
+            command = [sys.executable, __file__, *sys.argv[1:], "--case", f"{limit},{kind}"]
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+            )
+            found = done.stdout.splitlines()[-1] if done.stdout.strip() else "{}"
+            cases.append(
+                json.loads(found) if done.returncode == 0 else {"limit_gb": limit, "kind": kind, "failed": True}
+            )
+            facts = cases[-1]
+            if "failed" not in facts:
+                last = facts["seconds"][-1]
+                equal = [facts[f"equal_{name}"] for name in ("text", "source", "edit")]
+                print(kind, limit, facts.get("peak_gb"), last, "equal", *equal, *facts["said"], flush=True)
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    result = {"benchmark": "edits inside ComfyUI", "device": device, "torch": torch.__version__, "cases": cases}
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

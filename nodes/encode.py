@@ -1,0 +1,85 @@
+"""What goes into the sampler: the instruction and the source picture."""
+
+from __future__ import annotations
+
+from ..varedit_core.defaults import FIT, FITS, SIZE, SIZES
+from ._api import io, tell
+
+
+class VAREditTextEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VAREditTextEncode",
+            display_name="VAREdit Text Encode",
+            category="VAREdit",
+            description="Turns an instruction (or a negative prompt) into conditioning.",
+            search_aliases=["instruction", "prompt", "clip text encode", "edit text"],
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoder, from VAREdit Text Encoder Loader."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    placeholder="what to change, as an order: make it a rainy night",
+                    tooltip="What to change in the picture, up to 512 tokens (64 with the demo model); parentheses are plain text, not weights.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    "conditioning", display_name="conditioning", tooltip="For the sampler's positive or negative input."
+                )
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, clip, text: str) -> io.NodeOutput:
+        from .text_encoder import checked_clip, encode
+
+        conditioning, cut = encode(checked_clip(clip), text)
+        if cut:
+            tell(cls, cut)
+        return io.NodeOutput(conditioning)
+
+
+class VAREditSourceEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VAREditSourceEncode",
+            display_name="VAREdit Source Encode",
+            category="VAREdit",
+            description="Brings the picture to edit to a size of the model and encodes it.",
+            search_aliases=["vae encode", "source image", "reference image", "image to edit"],
+            inputs=[
+                io.Vae.Input("vae", tooltip="The tokenizer, from VAREdit VAE Loader."),
+                io.Image.Input("image", tooltip="One picture or a batch, of any size and shape; alpha is not edited."),
+                io.Combo.Input(
+                    "size",
+                    options=list(SIZES),
+                    default=next(side for side, area in SIZES.items() if area == SIZE),
+                    tooltip="Working size in pixels: the one the weights were trained for (demo 256, 8B-512 512, 8B-1024 1024).",
+                ),
+                io.Combo.Input(
+                    "fit",
+                    options=list(FITS),
+                    default=FIT,
+                    tooltip="square pads with white as published; aspect takes the nearest of 15 shapes (experimental).",
+                    advanced=True,
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    "source",
+                    display_name="source",
+                    tooltip="For the sampler's source; remembers the picture's size for VAREdit Decode.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, vae, image, size: str, fit: str) -> io.NodeOutput:
+        from .pictures import encode_source
+
+        return io.NodeOutput(encode_source(vae, image, SIZES[size], fit))

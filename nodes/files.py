@@ -1,0 +1,53 @@
+"""Weight files in ComfyUI's folders: listing them, finding them, and noticing that one was replaced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import folder_paths
+
+DEMO = Path(__file__).resolve().parents[1] / "demo"
+"""Has a folder for each of ComfyUI's that the demo model has files for."""
+NO_FILE = "no file found"
+PUBLISHED = {
+    "diffusion_models": "8B-1024.pth, 8B-512.pth or 2B-512.pth of https://huggingface.co/HiDream-ai/VAREdit",
+    "vae": "infinity_vae_d56_f8_14_patchify.pth (8B) or infinity_vae_d32reg.pth (2B) of https://huggingface.co/FoundationVision/infinity",
+    "text_encoders": "the encoder of https://huggingface.co/google/flan-t5-xl",
+}
+"""Where the files of a folder are published."""
+
+
+def add_demo_folders() -> None:
+    """Show the demo model's files in ComfyUI's lists; a file of the user's with the same name comes first."""
+    for folder in DEMO.iterdir() if DEMO.is_dir() else ():
+        if folder.is_dir():
+            folder_paths.add_model_folder_path(folder.name, str(folder))
+
+
+def listed(folder: str) -> list[str]:
+    """The choices of a folder; never empty, as an empty list would show "undefined" and fail as a missing link."""
+    return folder_paths.get_filename_list(folder) or [NO_FILE]
+
+
+def find(folder: str, name: str) -> Path:
+    """The path of a file. ValueError, saying where it belongs and where it is published, where it is not there."""
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        lack = f"{name} is not" if name != NO_FILE else "there is no file"
+        raise ValueError(
+            f"{lack} in ComfyUI's folder models/{folder}; put {PUBLISHED[folder]} there, press R and choose it"
+        )
+    return Path(path)
+
+
+def stamp(path: Path | str | None):
+    """Changes when the file does; nan, which never equals itself, where there is none or its name is not known."""
+    if path is None or not Path(path).exists():
+        return float("nan")
+    status = Path(path).stat()
+    return str(path), status.st_mtime_ns, status.st_size
+
+
+def fingerprint(folder: str, name: str | None):
+    """`stamp` of a file by its name in a folder; a linked name (None) is looked up every time."""
+    return stamp(folder_paths.get_full_path(folder, name) if name else None)

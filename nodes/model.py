@@ -1,0 +1,100 @@
+"""The transformer as ComfyUI's MODEL: patched by LoRA loaders, moved, streamed and compiled by stock nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.patcher_extension
+import torch
+from torch import Tensor, nn
+
+from ..varedit_core.checkpoints import TRANSFORMER, blank, canonical
+from ..varedit_core.planning import Job
+from ..varedit_core.schedule import AREAS, schedule_for
+from ..varedit_core.transformer import Transformer
+from ..varedit_core.weights import WeightError
+from .state import Layers, fill, is_quantised, main_dtype, open_file, parameters, plain
+
+DTYPES = [torch.bfloat16, torch.float32]
+"""What the blocks may compute in; fp16 overflows in the residual branches of the published weights' kind."""
+_PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class VAREditModel(nn.Module):
+    """What a MODEL's patcher wraps. LoRA loaders find the transformer under `diffusion_model`."""
+
+    def __init__(self, transformer: Transformer, stored: torch.dtype) -> None:
+        super().__init__()
+        self.diffusion_model = transformer
+        self.model_config = SimpleNamespace(unet_config={}, quant_config=None)
+        self.stored, self.manual_cast_dtype = stored, transformer.dtype
+        self.device = None
+
+    def get_dtype(self) -> torch.dtype:
+        return self.stored
+
+    def apply_model(self, *args, **kw):
+        """What diffusion samplers call. They ask for the two properties below first, and are told the same."""
+        raise ValueError(
+            "a VAREdit model predicts scales, not noise; connect it to VAREdit Sampler instead of a diffusion sampler"
+        )
+
+    @property
+    def latent_format(self):
+        return self.apply_model()
+
+    @property
+    def model_sampling(self):
+        return self.apply_model()
+
+    def memory_required(self, input_shape, cond_shapes=None) -> int:
+        """Bytes of an edit of that latent shape [B, d, h, w], by ComfyUI's question."""
+        tokens = input_shape[-2] // 2
+        fitting = (s for s in map(schedule_for, AREAS) if s.grids[-1][0] >= tokens)
+        schedule = next(fitting, schedule_for("1M"))
+        return Job(self.diffusion_model.config, schedule, input_shape[0], True, self.diffusion_model.dtype).needed(
+            "exact"
+        )
+
+    def run(self, loop: Callable[[Transformer], Tensor], transformer_options: dict) -> Tensor:
+        """A loop over the transformer inside the wrappers that stock nodes put around a model's call."""
+
+        kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+        wrappers = comfy.patcher_extension.get_all_wrappers(kind, transformer_options)
+        executor = comfy.patcher_extension.WrapperExecutor
+        return executor.new_class_executor(lambda: loop(self.diffusion_model), self, wrappers).execute()
+
+
+def load_model(path: Path, precision: str = "auto", disable_dynamic: bool = False):
+    """A transformer's file as a model patcher. Raises ValueError for a file that is none or is not whole."""
+    device, offload = mm.get_torch_device(), mm.unet_offload_device()
+    try:
+        weights = canonical(open_file(path), TRANSFORMER)
+        config = blank(weights, TRANSFORMER).config
+    except WeightError as error:
+        raise plain(error) from error
+    special = is_quantised(weights)
+    stored = mm.unet_dtype(device, parameters(weights), DTYPES, None if special else main_dtype(weights))
+    computed = _PRECISIONS[precision] or mm.unet_manual_cast(None if special else stored, device, DTYPES) or stored
+    network = Transformer(config, Layers(stored, computed, device, special), computed, device=offload)
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    model = VAREditModel(network, stored)
+    patcher = kind(model, load_device=device, offload_device=offload)
+    fill(network, weights, None if precision == "fp32" else stored, patcher.is_dynamic())
+    patcher.size = 0  # counted again: layers may have had no weights before
+    patcher.cached_patcher_init = (load_model, (path, precision))
+    return patcher
+
+
+def checked_model(model) -> VAREditModel:
+    """The network of a MODEL. ValueError where it is another model's."""
+    network = getattr(model, "model", None)
+    if not isinstance(network, VAREditModel):
+        raise ValueError(
+            f"this model is a {type(network).__name__}, not VAREdit's; connect one from VAREdit Model Loader"
+        )
+    return network

@@ -1,0 +1,188 @@
+"""IMAGE and MASK to the library's pictures, and back.
+
+Shapes are ComfyUI's: images [B, H, W, C] in 0..1, masks [B, H, W]. A picture is edited in 8 bits, as from a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import comfy.model_management as mm
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..varedit_core.contact_sheet import Row, contact_sheet
+from ..varedit_core.images import Fitting, fit, load_image, unfit
+from ..varedit_core.preview import LEAST_DECODED, SIDE, ColourMap, at_own_size, enlarged
+from ..varedit_core.schedule import TOKEN_PIXELS, Schedule
+from .vae import VAREditVAE, checked_vae
+
+KEY = "varedit"
+"""Where a LATENT keeps its `Origin`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """What a latent needs to become a picture again.
+
+    colours: None where no VAE was at hand. scales: how many running sums of each picture the latent holds.
+    """
+
+    fitting: Fitting
+    colours: ColourMap | None = None
+    scales: int = 1
+
+
+def to_pillow(image_HWC: Tensor) -> Image.Image:
+    """One picture of an IMAGE, in 8 bits."""
+    if not image_HWC.isfinite().all():
+        raise ValueError("the image holds undefined numbers; check the node that made it")
+    levels = (image_HWC.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    if levels.shape[2] not in (1, 3, 4):
+        raise ValueError(f"the image has {levels.shape[2]} channels; connect one with 1, 3 or 4")
+    return Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else np.ascontiguousarray(levels))
+
+
+def to_image(pictures: list[Image.Image]) -> Tensor:
+    """Pictures of one size as an IMAGE, on the device that ComfyUI hands pictures on."""
+    arrays = np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures])
+    return (torch.from_numpy(arrays) / 255).to(mm.intermediate_device())
+
+
+def encode_source(vae, image: Tensor, area: str, method: str) -> dict:
+    """The LATENT of pictures to edit: unquantised features [B, d, h, w], each picture encoded alone."""
+    vae = checked_vae(vae)
+    fitted = [fit(load_image(to_pillow(one)), area, method) for one in image]
+    # One by one, as the library does: convolutions of a batch round differently.
+    features = torch.cat([vae.encode(_as_image(one.pixels)) for one in fitted])
+    _defined(features, "the encoded picture", "the VAE's weights are damaged; load or convert them again")
+    return {"samples": features, KEY: Origin(fitted[0].fitting, vae.colours)}
+
+
+def decode_edit(vae, latent: dict, image: Tensor | None, mask: Tensor | None, tell: Callable[[str], None]) -> Tensor:
+    """The edited pictures [B, H, W, 3 or 4] of a LATENT; see `VAREditDecode` for what image and mask do."""
+    vae, samples = checked_vae(vae), _samples(vae, latent)
+    mask = latent.get("noise_mask") if mask is None else mask
+    fitting = origin_of(latent, samples, vae).fitting
+    if image is not None and tuple(image.shape[2:0:-1]) != fitting.size:
+        raise ValueError(
+            f"the image is {image.shape[2]}x{image.shape[1]} but the edit is of one of {fitting.size[0]}x{fitting.size[1]}; "
+            "connect the picture that was encoded"
+        )
+    edited = to_image([unfit(_levels(vae, one), fitting) for one in samples])
+    if image is not None and image.shape[0] not in (1, len(edited)):
+        raise ValueError(
+            f"there are {image.shape[0]} images for {len(edited)} edits; connect the same batch, or one image"
+        )
+    if mask is not None:
+        edited = _composited(edited, image, mask, tell)
+    if image is not None and image.shape[3] == 4:
+        alpha = image[..., 3:].to(edited).expand(len(edited), -1, -1, -1)
+        edited = torch.cat([edited[..., :3], alpha], dim=-1)
+    return edited
+
+
+def scale_pictures(vae, scales: dict, method: str) -> tuple[list[Tensor], Tensor]:
+    """A picture (or batch) of every scale, and a contact sheet of the first picture's."""
+    vae, samples = checked_vae(vae), _samples(vae, scales)
+    origin = origin_of(scales, samples, vae)
+    if len(samples) % origin.scales or origin.scales != len(origin.fitting.schedule):
+        raise ValueError("these are not the sums of every scale; connect the sampler's scales, unchanged")
+    sums = samples.unflatten(0, (origin.scales, -1))
+    grids = origin.fitting.schedule.grids
+    pictures = [
+        [scale_picture(vae, one[None], grid, origin, method) for one in batch] for grid, batch in zip(grids, sums)
+    ]
+    columns = [f"{height}x{width}" for height, width in grids]
+    sheet = contact_sheet([Row("", [batch[0] for batch in pictures])], columns)
+    return [to_image(batch) for batch in pictures], to_image([sheet])
+
+
+def scale_picture(
+    vae: VAREditVAE | None, running_sum_BdHW: Tensor, grid, origin: Origin, method: str, side: int = SIDE
+) -> Image.Image:
+    """The picture of one running sum [1, d, H, W]: decoded at the final size (full), at its own, or by colours (fast)."""
+    fitting = origin.fitting
+    if method == "full":
+        return unfit(_levels(vae, running_sum_BdHW[0]), fitting)
+    part = tuple(own / all for own, all in zip(fitting.size, fitting.padded_size))
+    patch = running_sum_BdHW.shape[-2] // fitting.schedule.grids[-1][0]
+    cells = (grid[0] * patch, grid[1] * patch)
+    if method == "fast":
+        return enlarged(origin.colours(at_own_size(running_sum_BdHW, cells))[0], part, side)
+    decoded = vae.decode(at_own_size(running_sum_BdHW, cells, LEAST_DECODED))
+    return enlarged(decoded[0].movedim(-1, 0) * 2 - 1, part, side)
+
+
+def origin_of(latent: dict, samples: Tensor, vae: VAREditVAE) -> Origin:
+    """A latent's own origin; for one of a stock node or file, that of a picture of exactly the latent's size."""
+    origin = latent.get(KEY) or Origin(fitting_of(samples, vae.stride))
+    if origin.colours is None:
+        origin = replace(origin, colours=vae.colours)
+    wanted = tuple(side // vae.stride for side in origin.fitting.schedule.pixels)
+    if tuple(samples.shape[-2:]) != wanted:
+        raise ValueError(
+            f"the latent is {samples.shape[-1]}x{samples.shape[-2]} but was encoded as {wanted[1]}x{wanted[0]}; "
+            "resize pictures, not latents"
+        )
+    return origin
+
+
+def fitting_of(samples: Tensor, stride: int) -> Fitting:
+    """The fitting of a picture that has exactly a size of the model."""
+    pixels = tuple(side * stride for side in samples.shape[-2:])
+    schedule = Schedule.of_grid((pixels[0] / TOKEN_PIXELS, pixels[1] / TOKEN_PIXELS))
+    if schedule is None:
+        raise ValueError(
+            f"a latent of a {pixels[1]}x{pixels[0]} picture fits no size of the model; use VAREdit Source Encode"
+        )
+    return Fitting(schedule, pixels[::-1], pixels[::-1])
+
+
+def _as_image(pixels_B3HW: Tensor) -> Tensor:
+    """8-bit pixels in [-1, 1] as an IMAGE of exactly the same levels."""
+    return ((pixels_B3HW + 1) * 127.5).round().movedim(1, -1) / 255
+
+
+def _samples(vae: VAREditVAE, latent: dict) -> Tensor:
+    samples = latent["samples"]
+    if samples.ndim != 4 or samples.shape[1] != vae.latent_channels:
+        raise ValueError(
+            f"the latent has the shape {list(samples.shape)} but the VAE takes {vae.latent_channels} channels; connect a "
+            "latent of VAREdit, and the VAE that belongs to its model"
+        )
+    _defined(samples, "the latent", "check the model's weights")
+    return samples
+
+
+def _levels(vae: VAREditVAE, latent_dHW: Tensor) -> Tensor:
+    """8-bit levels [3, y, x] of one latent, truncated as in the published code."""
+    pixels = vae.decode(latent_dHW[None])[0].movedim(-1, 0)
+    _defined(pixels, "the decoded picture", "the VAE's weights are damaged; load or convert them again")
+    return (pixels.float() * 255).clamp(0, 255).to(torch.uint8)
+
+
+def _composited(edited: Tensor, image: Tensor | None, mask: Tensor, tell: Callable[[str], None]) -> Tensor:
+    """The edit where the mask is 1, the image where it is 0, and between them between."""
+    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float().to(edited.device)
+    if not mask.any():
+        tell("the mask is empty, so the whole edit is shown; paint where the picture may change")
+        return edited
+    if image is None:
+        raise ValueError("a mask needs the picture that was edited; connect it to image")
+    if len(mask) not in (1, len(edited)):
+        raise ValueError(f"there are {len(mask)} masks for {len(edited)} pictures; connect one, or one for each")
+    weight = F.interpolate(mask.clamp(0, 1), edited.shape[1:3], mode="bilinear", align_corners=False).movedim(1, -1)
+    weight = torch.where(weight > 1 - 1e-6, 1.0, weight)  # interpolation of ones gives almost one
+    original = image[..., :3].to(edited)
+    original = original.expand(*original.shape[:3], 3)  # grey
+    return torch.where(weight == 0, original, edited * weight + original * (1 - weight))
+
+
+def _defined(x: Tensor, name: str, advice: str) -> None:
+    if not x.isfinite().all():
+        raise ValueError(f"{name} holds undefined numbers; {advice}")

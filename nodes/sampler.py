@@ -1,0 +1,142 @@
+"""The sampler, and the plan of what it will take."""
+
+from __future__ import annotations
+
+from ..varedit_core.defaults import DEFAULT_SETTINGS, PREVIEWS, SIZE, SIZES
+from ._api import io, tell, ui
+
+
+class VAREditSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VAREditSampler",
+            display_name="VAREdit Sampler",
+            category="VAREdit",
+            description="Edits the source by the instruction, scale by scale from one token to the full grid.",
+            search_aliases=["edit image", "next-scale prediction", "ksampler", "instruct edit", "kontext", "inpaint"],
+            inputs=[
+                io.Model.Input("model", tooltip="The transformer, from VAREdit Model Loader."),
+                io.Latent.Input("source", tooltip="The picture to edit, from VAREdit Source Encode."),
+                io.Conditioning.Input("positive", tooltip="The instruction."),
+                io.Int.Input(
+                    "seed",
+                    default=DEFAULT_SETTINGS.seed,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The draw; picture i of a batch uses seed + i. In fp32 one seed is one picture on every device.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=DEFAULT_SETTINGS.guidance,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    round=0.001,
+                    tooltip="How strongly the instruction counts. 1 switches guidance off and halves work and memory; the demo model wants 2.",
+                ),
+                io.Float.Input(
+                    "temperature",
+                    default=DEFAULT_SETTINGS.temperature,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    round=0.001,
+                    tooltip="Randomness of the draw; 0 always takes the likelier bit.",
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="What to stay away from; unconnected, the model's own learned text is used.",
+                ),
+                io.Vae.Input("vae", optional=True, tooltip="Needed for the preview decoded only."),
+                io.Float.Input(
+                    "top_p",
+                    default=DEFAULT_SETTINGS.top_p,
+                    min=0.5,
+                    max=1.0,
+                    step=0.01,
+                    round=0.001,
+                    optional=True,
+                    advanced=True,
+                    tooltip="A bit value of probability up to 1 - top_p is never drawn.",
+                ),
+                io.Combo.Input(
+                    "preview",
+                    options=list(PREVIEWS),
+                    default=PREVIEWS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Pictures of every scale while sampling: auto follows ComfyUI's live preview setting, fast maps "
+                        "latents to colours, decoded runs the VAE at the scale's own size, off shows none."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    "latent", display_name="latent", tooltip="The edit, for VAREdit Decode or a stock VAE decode."
+                ),
+                io.Latent.Output(
+                    "scales",
+                    display_name="scales",
+                    tooltip="The sum after every scale, coarse to fine, for VAREdit Scale Preview.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, source, positive, seed, guidance, temperature, negative=None, vae=None, top_p=None, preview=None
+    ) -> io.NodeOutput:
+        from .running import Texts, sample_latent, settings_of
+
+        settings = settings_of(seed, guidance, temperature, top_p)
+        preview = preview or PREVIEWS[0]
+        texts = Texts.read(positive, negative)
+        edit = sample_latent(model, source, texts, settings, preview, vae, lambda text: tell(cls, text))
+        return io.NodeOutput(*edit)
+
+
+class VAREditMemoryPlan(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VAREditMemoryPlan",
+            display_name="VAREdit Memory Plan",
+            category="VAREdit",
+            description="Says what an edit will take in GB and how the sampler will run it, before the model goes to the GPU.",
+            search_aliases=["vram", "memory estimate", "kv cache size", "will it fit"],
+            inputs=[
+                io.Model.Input("model", tooltip="The transformer, from VAREdit Model Loader."),
+                io.Combo.Input(
+                    "size",
+                    options=list(SIZES),
+                    default=next(side for side, area in SIZES.items() if area == SIZE),
+                    tooltip="The working size that VAREdit Source Encode will use.",
+                ),
+                io.Int.Input("images", default=1, min=1, max=4096, tooltip="Pictures in the batch."),
+                io.Boolean.Input(
+                    "guided", default=True, tooltip="Whether guidance differs from 1, which doubles the rows."
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    "text", display_name="text", tooltip="What the node shows, to save it or to pass it on."
+                )
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model, size, images, guided):
+        return float("nan")  # free memory changes all the time
+
+    @classmethod
+    def execute(cls, model, size: str, images: int, guided: bool) -> io.NodeOutput:
+        from .running import plan_text
+
+        text = plan_text(model, SIZES[size], images, guided)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))

@@ -1,0 +1,88 @@
+"""A tokenizer's autoencoder as ComfyUI's VAE: the stock nodes encode, decode and tile with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import torch
+
+from ..varedit_core.autoencoder import Autoencoder
+from ..varedit_core.checkpoints import TOKENIZER, blank, canonical
+from ..varedit_core.preview import ColourMap, fit_colours
+from ..varedit_core.weights import WeightError
+from .state import fill, open_file, plain
+
+# Bytes a pixel of the finest level takes, by the widths of the published tokenizer (ComfyUI's figures for its like).
+_ENCODE, _DECODE, _STEM = 1767, 2178, 128
+
+
+class VAREditVAE(comfy.sd.VAE):
+    """A VAE built from a tokenizer; `__init__` sets what that of `comfy.sd.VAE` would have found out from a state dict."""
+
+    def __init__(self, weights, disable_dynamic: bool = False) -> None:
+        config = blank(weights, TOKENIZER).config
+        stride, heaviness = config.stride, config.decoder_widths[0] / _STEM
+        self.memory_used_encode = lambda shape, dtype: _ENCODE * heaviness * shape[2] * shape[3] * mm.dtype_size(dtype)
+        self.memory_used_decode = lambda shape, dtype: (
+            _DECODE * heaviness * shape[2] * shape[3] * stride**2 * mm.dtype_size(dtype)
+        )
+        self.downscale_ratio = self.upscale_ratio = stride
+        self.latent_channels, self.latent_dim, self.output_channels = config.bits, 2, 3
+        # The order of operations is that of `images.fit`, so that 8-bit pictures give exactly its pixels.
+        self.process_input = lambda image: image * 255 / 127.5 - 1
+        self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
+        self.working_dtypes = [torch.float32]
+        self.pad_channel_value = self.size = self.extra_1d_channel = self.format_encoded = None
+        self.downscale_index_formula = self.upscale_index_formula = None
+        self.disable_offload = self.not_video = self.handles_tiling = False
+        self.crop_input, self.audio_sample_rate = True, 44100
+        self.device = mm.vae_device()
+        self.vae_dtype = mm.vae_dtype(self.device, self.working_dtypes)
+        self.output_device = mm.intermediate_device()
+        offload = mm.vae_offload_device()
+        self.first_stage_model = Autoencoder(config, comfy.ops.manual_cast, self.vae_dtype, offload)
+        kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+        self.patcher = kind(self.first_stage_model, load_device=self.device, offload_device=offload)
+        fill(self.first_stage_model, weights, None, self.patcher.is_dynamic())
+        self._colours: ColourMap | None = None
+
+    @property
+    def stride(self) -> int:
+        return self.upscale_ratio
+
+    @property
+    def colours(self) -> ColourMap:
+        """The map from latents to colours, fitted when it is first asked for."""
+        if self._colours is None:
+            self._colours = fit_colours(lambda pixels: self.encode((pixels.movedim(1, -1) + 1) / 2), self.stride)
+        return self._colours
+
+
+def load_vae(path: Path) -> VAREditVAE:
+    """A tokenizer's file as a VAE. Raises ValueError for a file that is none or is not whole."""
+    vae = _load(path)
+    vae.patcher.cached_patcher_init = (_patcher, (path,))
+    return vae
+
+
+def _load(path: Path, disable_dynamic: bool = False) -> VAREditVAE:
+    try:
+        return VAREditVAE(canonical(open_file(path), TOKENIZER), disable_dynamic)
+    except WeightError as error:
+        raise plain(error) from error
+
+
+def _patcher(path: Path, disable_dynamic: bool = False):
+    return _load(path, disable_dynamic).patcher
+
+
+def checked_vae(vae) -> VAREditVAE:
+    """A VAE of ours. ValueError where it is another model's."""
+    if not isinstance(vae, VAREditVAE):
+        network = type(getattr(vae, "first_stage_model", vae)).__name__
+        raise ValueError(f"this vae is a {network}, not a VAREdit tokenizer; connect one from VAREdit VAE Loader")
+    return vae

@@ -1,0 +1,469 @@
+"""The pack's nodes inside ComfyUI's modules; run as a script by ComfyUI's own Python.
+
+Prints what came of it as JSON. `test_in_comfyui.py` judges it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from support import ROOT
+
+DEMO = ROOT / "demo"
+CAT, SCENE = ROOT / "samples" / "cat.jpg", ROOT / "samples" / "scene.png"
+FORMATS = {
+    "float8_e4m3fn": "TensorCoreFP8E4M3Layout", "int8_tensorwise": "TensorWiseINT8Layout",
+    "nvfp4": "TensorCoreNVFP4Layout", "mxfp8": "TensorCoreMXFP8Layout",
+}  # fmt: skip
+
+
+class Probe:
+    """The pack's nodes by name, the demo model's parts, and an edit by them."""
+
+    def __init__(self, scratch: Path) -> None:
+        from benchmarks.comfyui_memory import start_comfyui
+
+        self.scratch, self.nodes = scratch, start_comfyui(scratch, Path.cwd())
+        sys.path.append(str(ROOT))  # the library, as it is used without ComfyUI
+        import torch
+
+        import nodes as core
+
+        torch.set_num_threads(2)
+        self.core, self.torch, self.pack = core, torch, sys.modules["varedit_pack"]
+        self.running = __import__("varedit_pack.nodes.running", fromlist=["running"])
+        self.model = self.run("ModelLoader", "varedit_demo.safetensors", "auto")
+        self.clip = self.run("TextEncoderLoader", "varedit_demo_t5.safetensors")
+        self.vae = self.run("VAELoader", "varedit_demo_tokenizer.safetensors")
+        self.cat = self.image(CAT)
+        self.source = self.run("SourceEncode", self.vae, self.cat, "256", "square")
+        self.text = self.run("TextEncode", self.clip, "make it sepia")
+        self.sepia = self.sample()
+
+    def run(self, name: str, *arguments, **kw):
+        """A node's first output."""
+        return self.nodes[f"VAREdit{name}"].execute(*arguments, **kw).result[0]
+
+    def sample(self, model=None, source=None, text=None, seed=0, **kw):
+        """The summed codes of an edit."""
+        latent = self.run(
+            "Sampler", model or self.model, source or self.source, text or self.text, seed, 2.0, 0.1, **kw
+        )
+        return latent["samples"]
+
+    def image(self, path):
+        import numpy as np
+        from PIL import Image
+
+        return self.torch.from_numpy(np.array(Image.open(path).convert("RGB"), dtype=np.float32) / 255)[None]
+
+    def error(self, function, *arguments, **kw) -> str:
+        """The error of a call, as ComfyUI shows it; "" for none."""
+        try:
+            function(*arguments, **kw)
+        except Exception as error:
+            return f"{type(error).__module__}.{type(error).__name__}: {error}"
+        return ""
+
+    def same_as_the_library(self) -> dict:
+        """Largest difference in 8-bit levels between the pack's picture and the library's, by instruction."""
+        import numpy as np
+
+        from varedit_core import Editor, SamplingSettings
+        from varedit_core.demo import demo_files
+
+        editor, found = Editor.load(*demo_files(), device="cpu"), {}
+        for path, words, seed in ((CAT, "make it sepia", 0), (SCENE, "make the background cyan", 7)):
+            source = self.run("SourceEncode", self.vae, self.image(path), "256", "square")
+            text = self.run("TextEncode", self.clip, words)
+            latent = self.run("Sampler", self.model, source, text, seed, 2.0, 0.1)
+            picture = self.run("Decode", self.vae, latent)[0]
+            (expected,) = editor.edit(path, words, size="0.06M", settings=SamplingSettings(2.0, seed=seed))
+            saved = np.clip(255.0 * picture.numpy(), 0, 255).astype(np.uint8)  # as SaveImage does
+            found[words] = int(np.abs(saved.astype(int) - np.asarray(expected).astype(int)).max())
+        return found
+
+    def stock_nodes(self) -> dict:
+        """ComfyUI's own nodes on our types."""
+        core, torch = self.core, self.torch
+        text = core.CLIPTextEncode().encode(self.clip, "make it sepia")[0]
+        latent = {"samples": self.sample(text=text)}
+        decoded = core.VAEDecode().decode(self.vae, latent)[0]
+        tiled = core.VAEDecodeTiled().decode(self.vae, latent, 128, 32)[0]
+        square = torch.rand(1, 256, 256, 3)
+        encoded = core.VAEEncode().encode(self.vae, square)[0]
+        from_stock = self.run("Decode", self.vae, {"samples": self.sample(source=encoded)})
+        odd = core.VAEEncode().encode(self.vae, torch.rand(1, 100, 60, 3))[0]
+        loader = core.LoraLoaderModelOnly()
+        duotone = loader.load_lora_model_only(self.model, "varedit_demo_duotone.safetensors", 1.0)[0]
+        instruction = self.run("TextEncode", self.clip, "make it a duotone")
+        plain, styled = self.sample(text=instruction), self.sample(duotone, text=instruction)
+        return {
+            "text": torch.equal(latent["samples"], self.sepia),
+            "decoded": list(decoded.shape), "tiled": (tiled - decoded).abs().mean().item(),
+            "encoded": list(encoded["samples"].shape), "from stock": list(from_stock.shape),
+            "odd": self.error(self.sample, source=odd),
+            "lora changes": (plain != styled).float().mean().item(),
+            "lora as the library": (styled == self._library_lora()).float().mean().item(),
+            "after lora": torch.equal(self.sample(), self.sepia),
+        }  # fmt: skip
+
+    def _library_lora(self):
+        """The sums of the same edit by the library, its LoRA merged into fp32 weights."""
+        from varedit_core import SamplingSettings, load_transformer, sample, schedule_for
+        from varedit_core.lora import apply_lora
+
+        transformer = load_transformer(DEMO / "diffusion_models" / "varedit_demo.safetensors")
+        apply_lora(transformer, DEMO / "loras" / "varedit_demo_duotone.safetensors")
+        text = self.run("TextEncode", self.clip, "make it a duotone")[0][0]
+        features, settings = self.source["samples"], SamplingSettings(2.0)
+        *_, last = sample(transformer, features, list(text), schedule_for("0.06M"), settings)
+        return last.running_sum
+
+    def wrappers(self) -> dict:
+        """Stock nodes that work through a model's options: compilation, attention overrides, another device."""
+        from comfy_api.torch_helpers import set_torch_compile_wrapper
+        from comfy_extras.nodes_multigpu import SelectModelDeviceNode
+
+        calls = []
+
+        def override(function, *args, **kw):
+            calls.append(args[0].shape)
+            return function(*args, **kw)
+
+        attending = self.model.clone()
+        attending.model_options["transformer_options"]["optimized_attention_override"] = override
+        compiled = self.model.clone(disable_dynamic=True)
+        set_torch_compile_wrapper(compiled, backend="eager")
+        moved = SelectModelDeviceNode.execute(self.model, "cpu").result[0]
+        results = [self.sample(model) for model in (attending, compiled, moved)]
+        another = self.model.cached_patcher_init[0](*self.model.cached_patcher_init[1], disable_dynamic=True)
+        return {
+            "equal": [self.torch.equal(result, self.sepia) for result in results],
+            "attention calls": len(calls),
+            "restored": type(self.model.model.diffusion_model).__name__,
+            "again": self.torch.equal(self.sample(another), self.sepia) and another.model is not self.model.model,
+        }
+
+    def pictures(self) -> dict:
+        """Batches, odd sizes, alpha, grey, masks of all kinds."""
+        torch = self.torch
+        torch.manual_seed(1)
+        images = torch.rand(2, 37, 61, 4)
+        source = self.run("SourceEncode", self.vae, images, "256", "square")
+        latent = self.run("Sampler", self.model, source, self.text, 3, 2.0, 0.1)
+        singles = []
+        for i in range(2):
+            one = self.run("SourceEncode", self.vae, images[i : i + 1], "256", "square")
+            singles.append(self.sample(source=one, seed=3 + i)[0])
+        decode = self.nodes["VAREditDecode"].execute
+        with_alpha = decode(self.vae, latent, images).result[0]
+        mask = torch.zeros(11, 13)
+        mask[:5] = 1
+        masked = decode(self.vae, latent, images, mask).result[0]
+        inverse = decode(self.vae, latent, images, 1 - mask).result[0]
+        noise_mask = decode(self.vae, {**latent, "noise_mask": mask[None]}, images).result[0]
+        grey = torch.rand(1, 20, 20, 1)
+        grey_source = self.run("SourceEncode", self.vae, grey, "256", "square")
+        wide = self.run("SourceEncode", self.vae, torch.rand(1, 90, 250, 3), "256", "aspect")
+        return {
+            "plain": list(decode(self.vae, latent).result[0].shape),
+            "alpha": [list(with_alpha.shape), torch.equal(with_alpha[..., 3], images[..., 3])],
+            "rows": [(a == b).float().mean().item() for a, b in zip(singles, latent["samples"])],
+            "kept below": torch.equal(masked[:, 20:, :, :3], images[:, 20:, :, :3]),
+            "edited above": torch.equal(masked[:, :14], with_alpha[:, :14]),
+            "inverse": torch.equal(inverse[:, :14, :, :3], images[:, :14, :, :3]),
+            "noise mask": torch.equal(noise_mask, masked),
+            "empty mask": torch.equal(decode(self.vae, latent, images, torch.zeros(1, 64, 64)).result[0], with_alpha),
+            "grey": list(decode(self.vae, {"samples": self.sample(source=grey_source), "varedit": grey_source["varedit"]}, grey, torch.ones(4, 4)).result[0].shape),
+            "aspect": list(wide["samples"].shape),
+            "untouched": torch.equal(images[0, 0, 0], self._first_pixel(1)),
+            "errors": {
+                "mask without image": self.error(decode, self.vae, latent, None, mask),
+                "three masks": self.error(decode, self.vae, latent, images, torch.ones(3, 8, 8)),
+                "other image": self.error(decode, self.vae, latent, self.cat),
+                "nan image": self.error(self.run, "SourceEncode", self.vae, images * float("nan"), "256", "square"),
+                "resized latent": self.error(decode, self.vae, {**latent, "samples": latent["samples"][..., :8, :8]}),
+            },
+        }  # fmt: skip
+
+    def _first_pixel(self, seed: int):
+        self.torch.manual_seed(seed)
+        return self.torch.rand(2, 37, 61, 4)[0, 0, 0]
+
+    def scales(self) -> dict:
+        """The sampler's second output, and its pictures."""
+        _, scales = self.nodes["VAREditSampler"].execute(self.model, self.source, self.text, 0, 2.0, 0.1).result
+        module = __import__("varedit_pack.nodes.pictures", fromlist=["pictures"])
+        found = {"sums": list(scales["samples"].shape), "last": self.torch.equal(scales["samples"][-1:], self.sepia)}
+        for method in ("full", "own", "fast"):
+            images, sheet = module.scale_pictures(self.vae, scales, method)
+            found[method] = [[list(image.shape) for image in images], list(sheet.shape)]
+        found["wrong"] = self.error(module.scale_pictures, self.vae, {"samples": self.sepia}, "full")
+        return found
+
+    def previews(self) -> dict:
+        """What the progress bar is told, by choice of preview and by ComfyUI's setting."""
+        import comfy.utils
+        from comfy.cli_args import LatentPreviewMethod, args
+
+        found = {}
+        for setting in (LatentPreviewMethod.NoPreviews, LatentPreviewMethod.Latent2RGB):
+            for choice in ("auto", "fast", "decoded", "off"):
+                calls = []
+                args.preview_method = setting
+                comfy.utils.PROGRESS_BAR_HOOK = lambda value, total, preview, node_id=None, calls=calls: calls.append(
+                    [value, total, list(preview[1].size) if preview else None]
+                )
+                same = self.torch.equal(self.sample(preview=choice, vae=self.vae), self.sepia)
+                found[f"{choice}, {setting.value}"] = {"calls": calls, "same": same}
+        comfy.utils.PROGRESS_BAR_HOOK = None
+        args.preview_method = LatentPreviewMethod.NoPreviews
+        found["no vae"] = self.error(self.sample, preview="decoded")
+        return found
+
+    def bad_input(self) -> dict:
+        """Errors of inputs that do not belong."""
+        torch, core = self.torch, self.core
+        load = {
+            name: __import__(f"varedit_pack.nodes.{name}", fromlist=[name]) for name in ("model", "vae", "text_encoder")
+        }
+        transformer, tokenizer = (
+            DEMO / "diffusion_models" / "varedit_demo.safetensors",
+            DEMO / "vae" / "varedit_demo_tokenizer.safetensors",
+        )
+        broken = load["model"].load_model(transformer)
+        broken.model.diffusion_model.blocks[3].ffn.fc1.weight.data[:] = float("nan")
+        spoiled = load["vae"].load_vae(tokenizer)
+        spoiled.first_stage_model.decoder.conv_out.bias.data[:] = float("nan")
+        latent = {"samples": torch.zeros(1, 16, 32, 32)}
+        foreign = [[torch.zeros(1, 77, 2048), {"pooled_output": torch.zeros(1, 1280)}]]
+        (empty,) = core.CLIPTextEncode().encode(self.clip, "")
+        large = self.run("SourceEncode", self.vae, self.cat, "512", "square")
+        return {
+            "ksampler": self.error(core.KSampler().sample, self.model, 0, 2, 8.0, "euler", "normal", self.text, self.text, latent),
+            "empty text": self.error(self.run, "TextEncode", self.clip, " \n"),
+            "empty stock text": self.error(self.sample, text=empty),
+            "empty negative": self.torch.equal(self.sample(negative=empty), self.sepia),
+            "two texts": self.error(self.sample, text=self.text * 2),
+            "foreign text": self.error(self.sample, text=foreign),
+            "foreign latent": self.error(self.sample, source={"samples": torch.zeros(1, 4, 64, 64)}),
+            "large": self.error(self.sample, source=large),
+            "vae as model": self.error(self.sample, model=self.vae),
+            "model as vae": self.error(self.run, "SourceEncode", self.model, self.cat, "256", "square"),
+            "vae as clip": self.error(self.run, "TextEncode", self.vae, "x"),
+            "vae file as model": self.error(load["model"].load_model, tokenizer),
+            "model file as vae": self.error(load["vae"].load_vae, transformer),
+            "model file as clip": self.error(load["text_encoder"].load_clip, transformer),
+            "nan weights": self.error(self.sample, model=broken),
+            "nan vae": self.error(self.run, "Decode", spoiled, {"samples": self.sepia}),
+            "missing": self.error(self.run, "ModelLoader", "8B-1024.safetensors", "auto"),
+        }  # fmt: skip
+
+    def long_text(self) -> dict:
+        """A text of more than 512 tokens."""
+        said = []
+        sys.modules["varedit_pack.nodes.encode"].tell = lambda node, text: said.append(text)
+        conditioning = self.run("TextEncode", self.clip, "make it sepia " * 300)
+        return {"said": said, "tokens": conditioning[0][0].shape[1]}
+
+    def ladder(self) -> dict:
+        """Every way to run, by a pretended budget, and by memory that runs out while running."""
+        from varedit_pack.varedit_core.planning import plans
+
+        two = self.torch.cat([self.cat, self.cat])
+        source = self.run("SourceEncode", self.vae, two, "256", "square")
+        expected = self.sample(source=source)
+        job_of = self.running.Job
+        job = job_of(
+            self.model.model.diffusion_model.config, source["varedit"].fitting.schedule, 2, True, self.torch.float32
+        )
+        real, run, found = self.running.free_memory, self.running._run, {}
+        sampler = sys.modules["varedit_pack.nodes.sampler"]
+        for way in plans(job):
+            said = []
+            sampler.tell = lambda node, text, said=said: said.append(text)
+            self.running.free_memory = lambda device, need=way.needed: need
+            equal = (self.sample(source=source) == expected).float().mean().item()
+            found[f"{way.job.images} {way.store}"] = {"equal": equal, "said": said}
+        self.running.free_memory = lambda device: 1000
+        found["nothing fits"] = self.error(self.sample, source=source)
+        self.running.free_memory = real
+        tried = []
+
+        def scarce(*arguments):
+            tried.append(f"{arguments[4].job.images} {arguments[4].store}")
+            if len(tried) < 3:
+                raise self.torch.OutOfMemoryError("not enough")
+            return run(*arguments)
+
+        said = []
+        sampler.tell = lambda node, text: said.append(text)
+        self.running._run = scarce
+        self.sample(source=source)
+        self.running._run = lambda *arguments: (_ for _ in ()).throw(self.torch.OutOfMemoryError("never enough"))
+        found["never enough"] = self.error(self.sample, source=source)
+        self.running._run = run
+        return {**found, "tried": tried, "said": said}
+
+    def formats(self) -> dict:
+        """The transformer's file in ComfyUI's quantised formats: layers, and share of bits that stay."""
+        from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+        from safetensors.torch import load_file, save_file
+
+        from varedit_core.convert import convert
+
+        load = sys.modules["varedit_pack.nodes.model"].load_model
+        file = DEMO / "diffusion_models" / "varedit_demo.safetensors"
+        state = load_file(file)
+        matrices = [
+            key
+            for key, t in state.items()
+            if key.startswith("blocks.") and t.ndim == 2 and "ada_gss" not in key and "scale_mul" not in key
+        ]
+        found = {"matrices": len(matrices)}
+        files = {}
+        for name, layout in FORMATS.items():
+            if name not in QUANT_ALGOS:
+                continue
+            coded = {key: t for key, t in state.items() if key not in matrices}
+            for key in matrices:
+                coded.update(QuantizedTensor.from_float(state[key].bfloat16(), layout).state_dict(key))
+                note = json.dumps({"format": name}).encode()
+                coded[key.replace(".weight", ".comfy_quant")] = self.torch.tensor(list(note), dtype=self.torch.uint8)
+            files[name] = self.scratch / f"{name}.safetensors"
+            save_file({key: t.contiguous() for key, t in coded.items()}, files[name])
+        files["ours"] = self.scratch / "ours.safetensors"
+        convert(file, files["ours"], "fp8")
+        files["plain fp8"] = self.scratch / "plain.safetensors"
+        save_file(
+            {key: t.to(self.torch.float8_e4m3fn) if key in matrices else t for key, t in state.items()},
+            files["plain fp8"],
+        )
+        files["fp32"] = self.scratch / "fp32.safetensors"
+        save_file({key: t.float() for key, t in state.items()}, files["fp32"])
+        for name, path in files.items():
+            model = load(path)
+            coded = sum(getattr(m, "quant_format", None) is not None for m in model.model.modules())
+            found[name] = {"coded": coded, "psnr": self._psnr(self.sample(model)), "bytes": model.model_size()}
+        found["other instruction"] = {
+            "psnr": self._psnr(self.sample(text=self.run("TextEncode", self.clip, "invert the colours")))
+        }
+        found["library"] = self.error(__import__("varedit_core").load_transformer, files["nvfp4"])
+        cut = dict(state)
+        del cut["head.bias"]
+        save_file(cut, self.scratch / "cut.safetensors")
+        found["not whole"] = self.error(load, self.scratch / "cut.safetensors")
+        return found
+
+    def _psnr(self, samples) -> float:
+        """How near a decoded edit is to the sepia one, in dB."""
+        a, b = (self.core.VAEDecode().decode(self.vae, {"samples": x})[0] for x in (samples, self.sepia))
+        return -10 * (a - b).square().mean().clamp_min(1e-12).log10().item()
+
+    def partial(self) -> dict:
+        """The loaders' networks of which a part is loaded, `meta` playing the GPU."""
+        from drop_in import loaded_in_part
+        from varedit_pack.varedit_core import sample, schedule_for
+
+        load = {
+            name: __import__(f"varedit_pack.nodes.{name}", fromlist=[name]) for name in ("model", "vae", "text_encoder")
+        }
+        file = DEMO / "diffusion_models" / "varedit_demo.safetensors"
+        features = self.source["samples"].to("meta")
+
+        def edit(network):
+            for _ in sample(network.diffusion_model, features, [self.text[0][0][0].to("meta")], schedule_for("0.06M")):
+                pass
+
+        def tokenize(network):
+            network.decode(network.encode(self.torch.zeros(1, 3, 64, 64, device="meta")))
+
+        def read(network):
+            network.transformer(self.torch.zeros(1, 5, dtype=self.torch.long, device="meta"))
+
+        return {
+            "model": loaded_in_part(lambda: load["model"].load_model(file).model, edit),
+            "vae": loaded_in_part(lambda: load["vae"].load_vae(DEMO / "vae" / "varedit_demo_tokenizer.safetensors").first_stage_model, tokenize),
+            "clip": loaded_in_part(lambda: load["text_encoder"].load_clip(DEMO / "text_encoders" / "varedit_demo_t5.safetensors").cond_stage_model, read),
+        }  # fmt: skip
+
+    def leftovers(self) -> dict:
+        """Stores and scales that are still alive after a success, an error and a cancellation."""
+        import comfy.model_management as mm
+        from varedit_pack.varedit_core.kv import KeyValueStore
+
+        def alive() -> int:
+            """Tensors that stores still hold; without a collection, which ComfyUI makes only now and then."""
+            return sum(len(store.keys) for store in gc.get_objects() if isinstance(store, KeyValueStore))
+
+        self.sample()
+        found = {"success": alive()}
+        kept, seen = self.running.attention_of, []
+
+        def stop_after(calls: int, error: BaseException):
+            def attention_of(options):
+                attend = kept(options)
+
+                def counted(*args, **kw):
+                    seen.append(1)
+                    if len(seen) > calls:
+                        raise error
+                    return attend(*args, **kw)
+
+                return counted
+
+            return attention_of
+
+        for name, error in (("error", RuntimeError("x")), ("cancel", mm.InterruptProcessingException())):
+            seen.clear()
+            self.running.attention_of = stop_after(60, error)
+            try:
+                self.sample()
+            except BaseException as caught:
+                found[name] = [type(caught).__name__, alive(), len(seen)]
+        self.running.attention_of = kept
+        mm.interrupt_current_processing(True)
+        try:
+            self.sample()
+            found["flag"] = "ignored"
+        except mm.InterruptProcessingException:
+            found["flag"] = "obeyed"
+        found["next"] = self.torch.equal(self.sample(), self.sepia)
+        return found
+
+    def plan(self) -> str:
+        return self.run("MemoryPlan", self.model, "256", 2, True)
+
+
+PARTS = (
+    "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text", "ladder", "formats",
+    "partial", "leftovers", "plan",
+)  # fmt: skip
+
+
+def probe(scratch: Path, names=PARTS) -> dict:
+    from comfy.cli_args import args
+
+    args.cpu = True
+    import torch
+
+    found = {}
+    with torch.inference_mode():
+        run = Probe(scratch)
+        for name in names:
+            try:
+                found[name] = getattr(run, name)()
+            except Exception:
+                found[name] = {"failed": traceback.format_exc()}
+    return found
+
+
+if __name__ == "__main__":
+    sys.path[:] = [os.getcwd(), *sys.path, str(ROOT)]
+    print(json.dumps(probe(Path(sys.argv[1]), sys.argv[2:] or PARTS)))

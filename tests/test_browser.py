@@ -1,0 +1,153 @@
+"""Every workflow of the pack in ComfyUI's page: loaded, run, looked at, and still there after a reload.
+
+VAREDIT_SCREENSHOTS names a folder to keep a picture of each workflow in.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from browser import NotFound, Page, chromium
+from drop_in import RECORD
+from support import ROOT
+
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+PREVIEW = "VAREditScalePreview"
+MODEL = "diffusion_models/8B-1024.safetensors"  # what file_info.json looks at; the others use the pack's demo model
+
+
+@pytest.fixture(scope="module")
+def browser():
+    try:
+        with chromium() as running:
+            yield running
+    except NotFound as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def server(browser, comfyui, tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "input").mkdir()
+    for picture in (*ROOT.glob("samples/*.png"), *ROOT.glob("samples/*.jpg")):
+        shutil.copy(picture, base / "input")
+    model = base / "models" / MODEL
+    model.parent.mkdir(parents=True)
+    shutil.copy(RECORD, model)
+    with comfyui.server(base) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def page(browser, server) -> Page:
+    return Page(browser, server)
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def links(workflow: dict) -> set[tuple]:
+    return {tuple(map(str, link[:5])) for link in workflow["links"]}
+
+
+def connected(workflow: dict) -> set[str]:
+    """The links that the nodes' inputs hold."""
+    slots = [slot for node in workflow["nodes"] for slot in node.get("inputs") or []]
+    return {str(slot["link"]) for slot in slots if slot.get("link") is not None}
+
+
+def widgets(workflow: dict) -> dict[str, list]:
+    return {f"{node['id']} {node['type']}": node.get("widgets_values") or [] for node in workflow["nodes"]}
+
+
+def keep_screenshot(page: Page, name: str) -> None:
+    if folder := os.environ.get("VAREDIT_SCREENSHOTS"):
+        page.screenshot(Path(folder) / f"{name}.png")
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_in_the_page(page, path):
+    workflow, published = read(path), "published" in path.stem
+    previews = [node for node in workflow["nodes"] if node["type"] == PREVIEW and not published]
+    page.load(workflow, path.name)
+    # Weights of gigabytes are not here: the page may say so, but must know every node.
+    problems = page.missing() + page.complaints if published else page.problems()
+    assert not problems, problems
+    graph = page.graph()
+    assert links(graph) == links(workflow)
+    assert connected(graph) == {link for link, *_ in links(workflow)}
+    assert widgets(graph) == widgets(workflow)
+    if not published:
+        assert page.run() == {}
+        assert not page.problems(), page.problems()
+        assert len(page.pictured(PREVIEW, len(previews))) == len(previews)
+    keep_screenshot(page, path.stem)
+    if previews:
+        page.reload()
+        assert not page.problems(), page.problems()
+        assert len(page.pictured(PREVIEW, len(previews))) == len(previews)
+
+
+# What the test above would say of broken workflows, so that its silence means something.
+
+
+def graph_of(*nodes: dict) -> dict:
+    """A workflow of unconnected nodes."""
+    rest = {"size": [300, 200], "flags": {}, "mode": 0, "inputs": [], "outputs": [], "properties": {}}
+    placed = [rest | {"id": i, "order": i, "pos": [100 + 400 * i, 100]} | node for i, node in enumerate(nodes)]
+    return {"last_node_id": len(nodes), "last_link_id": 0, "nodes": placed, "links": [], "groups": [], "version": 0.4}
+
+
+def file_info(file: str) -> dict:
+    return {"type": "VAREditFileInfo", "widgets_values": [file]}
+
+
+def test_an_unknown_node_would_be_noticed(page):
+    page.load(graph_of(file_info(MODEL), {"type": "VAREditNothing"}))
+    assert page.missing() == ["node 1, VAREditNothing"]
+    assert any(problem.startswith("dialog: ") and "VAREditNothing" in problem for problem in page.problems())
+    assert page.run() != {}
+
+
+def test_a_broken_value_would_be_noticed(page):
+    page.load(graph_of(file_info("vae/nothing.safetensors")))
+    errors = page.run()
+    assert list(errors) == ["0"] and "vae/nothing.safetensors" in errors["0"]
+    assert page.missing() == [] and page.red() == ["node 0, VAREditFileInfo"] and page.dialogs()
+
+
+def test_a_node_that_fails_would_be_noticed(page, server):
+    broken = server.base / "models" / "vae" / "broken.safetensors"
+    broken.write_bytes(RECORD.read_bytes()[:100_000])
+    page.load(graph_of(file_info("vae/broken.safetensors")))
+    page.refresh()
+    errors = page.run()
+    assert list(errors) == ["0"] and "is truncated" in errors["0"]
+    assert page.dialogs()
+
+
+def test_a_lost_widget_or_link_would_be_noticed(page):
+    workflow = graph_of({"type": "LoadImage", "widgets_values": ["scene.png"]}, {"type": "PreviewImage"})
+    workflow["links"] = [[1, 0, 7, 1, 0, "IMAGE"]]
+    page.load(workflow)
+    graph = page.graph()
+    assert widgets(graph) != widgets(workflow)
+    assert connected(graph) != {"1"}
+
+
+def test_a_picture_is_seen_only_where_one_is(page):
+    page.load(graph_of({"type": "LoadImage", "widgets_values": ["scene.png", "image"]}, {"type": "PreviewImage"}))
+    assert page.problems() == []
+    assert page.pictured("LoadImage") == ["node 0, LoadImage"]
+    assert page.pictured("PreviewImage", seconds=1) == []
+
+
+def test_an_error_of_the_packs_script_would_be_noticed(page):
+    page.load(graph_of(file_info(MODEL)))
+    assert page.problems() == []
+    page.page.evaluate("() => { setTimeout(() => app.graph.nodes[0].onExecuted({})) }")
+    page.page.wait_for_timeout(500)
+    assert any(problem.startswith("console: ") and "file_info.js" in problem for problem in page.problems())

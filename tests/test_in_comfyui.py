@@ -1,0 +1,199 @@
+"""The pack's nodes inside ComfyUI's modules, in one process of ComfyUI's Python (see `in_comfyui.py`)."""
+
+import pytest
+from support import ROOT
+
+SENTENCE = "builtins.ValueError: "
+
+
+@pytest.fixture(scope="module")
+def found(comfyui, tmp_path_factory) -> dict:
+    return comfyui.run(ROOT / "tests" / "in_comfyui.py", tmp_path_factory.mktemp("in_comfyui"), seconds=900)
+
+
+def facts(found: dict, name: str):
+    """What a part of the probe found; its traceback where it failed."""
+    result = found[name]
+    assert not (isinstance(result, dict) and "failed" in result), result["failed"]
+    return result
+
+
+def test_the_pack_equals_the_library_bit_for_bit(found):
+    differences = facts(found, "same_as_the_library")
+    assert len(differences) == 2 and set(differences.values()) == {0}
+
+
+def test_stock_nodes_take_our_types(found):
+    result = facts(found, "stock_nodes")
+    assert result["text"] and result["after lora"]
+    assert result["decoded"] == result["from stock"] == [1, 256, 256, 3] and result["encoded"] == [1, 16, 32, 32]
+    assert 0 < result["tiled"] < 0.05
+    assert result["odd"].startswith(SENTENCE) and result["odd"].endswith("use VAREdit Source Encode")
+
+
+def test_a_stock_lora_loader_does_what_the_library_does(found):
+    result = facts(found, "stock_nodes")
+    assert result["lora changes"] > 0.1
+    # ComfyUI rounds the updated weights to the file's bf16, the library keeps fp32.
+    assert result["lora as the library"] > 0.8
+
+
+def test_compilation_attention_and_device_nodes_work(found):
+    result = facts(found, "wrappers")
+    assert result["equal"] == [True, True, True] and result["again"]
+    # Self- and cross-attention of eight blocks in eight passes, and the text's pooling.
+    assert result["attention calls"] == 8 * 8 * 2 + 1
+    assert result["restored"] == "Transformer"
+
+
+def test_pictures_of_all_kinds(found):
+    result = facts(found, "pictures")
+    assert result["plain"] == [2, 37, 61, 3] and result["alpha"] == [[2, 37, 61, 4], True]
+    assert result["rows"] == [1.0, 1.0], "a picture of a batch is its single run with its own seed"
+    assert result["aspect"] == [1, 16, 18, 54] and result["grey"] == [1, 20, 20, 3]
+    assert result["untouched"]
+
+
+def test_masks_keep_pixels_exactly(found):
+    result = facts(found, "pictures")
+    assert all(result[name] for name in ("kept below", "edited above", "inverse", "noise mask", "empty mask"))
+
+
+@pytest.mark.parametrize("name", ["mask without image", "three masks", "other image", "nan image", "resized latent"])
+def test_pictures_that_do_not_belong_are_one_sentence(found, name):
+    message = facts(found, "pictures")["errors"][name]
+    assert message.startswith(SENTENCE) and "\n" not in message and ";" in message
+
+
+def test_the_sum_after_every_scale(found):
+    result = facts(found, "scales")
+    assert result["sums"] == [7, 16, 32, 32] and result["last"]
+    for method in ("full", "own", "fast"):
+        pictures, sheet = result[method]
+        assert len(pictures) == 7 and sheet[0] == 1 and sheet[3] == 3
+    assert result["full"][0] == [[1, 300, 451, 3]] * 7
+    ratios = [shape[2] / shape[1] for shape in (*result["own"][0], *result["fast"][0])]
+    assert all(abs(ratio - 451 / 300) < 0.02 for ratio in ratios), "only the picture's part of the padded square"
+    assert result["wrong"].startswith(SENTENCE)
+
+
+@pytest.mark.parametrize("setting", ["none", "latent2rgb"])
+def test_previews_follow_the_choice_and_the_setting(found, setting):
+    results = facts(found, "previews")
+    shown = {choice: results[f"{choice}, {setting}"] for choice in ("auto", "fast", "decoded", "off")}
+    assert all(result["same"] for result in shown.values()), "looking changes nothing"
+    counts = {choice: sum(size is not None for *_, size in result["calls"]) for choice, result in shown.items()}
+    assert counts == {"auto": 7 * (setting != "none"), "fast": 7, "decoded": 7, "off": 0}
+    sizes = [size for result in shown.values() for *_, size in result["calls"] if size]
+    assert all(max(size) <= 512 and abs(size[0] / size[1] - 451 / 300) < 0.02 for size in sizes)
+
+
+def test_progress_counts_the_real_cost(found):
+    calls = facts(found, "previews")["fast, none"]["calls"]
+    values = [value for value, total, _ in calls]
+    assert {total for _, total, _ in calls} == {1000} and values == sorted(values) and values[-1] == 1000
+    steps = [b - a for a, b in zip(values, values[1:])]
+    assert values[0] > 2 * steps[0] and steps[-1] == max(steps), "the source's pass and the last scale take longest"
+
+
+def test_a_preview_without_its_vae_is_one_sentence(found):
+    assert facts(found, "previews")["no vae"].startswith(SENTENCE + "the preview decoded needs the VAE")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ksampler", "connect it to VAREdit Sampler instead of a diffusion sampler"),
+        ("empty text", "the text is empty"),
+        ("empty stock text", "the instruction is empty"),
+        ("two texts", "write one instruction"),
+        ("foreign text", "use a clip from VAREdit Text Encoder Loader"),
+        ("foreign latent", "encode it with VAREdit Source Encode"),
+        ("large", "use one of at most 7, such as 256"),
+        ("vae as model", "connect one from VAREdit Model Loader"),
+        ("model as vae", "connect one from VAREdit VAE Loader"),
+        ("vae as clip", "connect one from VAREdit Text Encoder Loader"),
+        ("vae file as model", "is a VAREdit tokenizer, not a VAREdit transformer"),
+        ("model file as vae", "is a VAREdit transformer, not a tokenizer"),
+        ("model file as clip", "is a VAREdit transformer, not a T5 encoder"),
+        ("nan weights", "check the weights"),
+        ("nan vae", "the decoded picture holds undefined numbers"),
+        ("missing", "https://huggingface.co/HiDream-ai/VAREdit"),
+    ],
+)
+def test_bad_input_is_one_sentence(found, name, message):
+    error = facts(found, "bad_input")[name]
+    assert error.startswith(SENTENCE) and message in error and "\n" not in error
+
+
+def test_an_empty_negative_is_none(found):
+    assert facts(found, "bad_input")["empty negative"]
+
+
+def test_a_long_text_is_cut_and_says_so(found):
+    result = facts(found, "long_text")
+    assert result["tokens"] == 512 and result["said"] == ["the text has 902 tokens; only the first 512 are used"]
+
+
+def test_the_ladder_of_ways_to_run(found):
+    result = facts(found, "ladder")
+    assert result["2 exact"] == {"equal": 1.0, "said": []}
+    assert result["1 exact"]["equal"] == result["1 host"]["equal"] == 1.0
+    assert 0.5 < result["1 8-bit"]["equal"] < 1.0
+    for way, words in (("1 exact", "one picture at a time"), ("1 8-bit", "in 8 bits"), ("1 host", "in host memory")):
+        (said,) = result[way]["said"]
+        assert said.startswith("2 pictures at once") and "running one picture at a time with" in said and words in said
+    assert result["nothing fits"].startswith(SENTENCE + "an edit at 256x256 takes at least")
+
+
+def test_memory_that_runs_out_is_answered_by_the_next_way(found):
+    result = facts(found, "ladder")
+    assert result["tried"] == ["2 exact", "1 exact", "1 8-bit"]
+    assert result["said"][0].startswith("memory ran out 2 pictures at once")
+    assert result["never enough"].startswith(SENTENCE)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "int8_tensorwise", "nvfp4", "mxfp8", "ours", "plain fp8", "fp32"])
+def test_quantised_files_are_run_by_comfyuis_layers(found, name):
+    result = facts(found, "formats")
+    if name not in result:
+        pytest.skip(f"this ComfyUI does not know {name}")
+    plain = name in ("plain fp8", "fp32")
+    assert result[name]["coded"] == (0 if plain else result["matrices"] == 56 and 56)
+    assert result[name]["psnr"] > result["other instruction"]["psnr"] + (3 if name == "nvfp4" else 8)
+    assert (result[name]["bytes"] < 0.7 * 10485936) == (name != "fp32")
+    if name == "fp32":
+        assert result[name]["psnr"] > 100, "the same weights"
+
+
+def test_files_that_cannot_be_used_say_so(found):
+    result = facts(found, "formats")
+    assert "is quantised in a way that only ComfyUI runs" in result["library"]
+    assert result["not whole"].startswith(SENTENCE) and "lacks 1 tensors such as head.bias" in result["not whole"]
+
+
+@pytest.mark.parametrize("network", ["model", "vae", "clip"])
+def test_no_tensor_stays_behind_in_a_partial_load(found, network):
+    result = facts(found, "partial")[network]
+    assert result["homeless"] == []
+    for share in ("0.5", "0.0"):
+        assert result[share]["stuck"] == [] and result[share]["end"] == "ran" and result[share]["behind"]
+
+
+def test_keys_and_values_are_freed_however_a_run_ends(found):
+    result = facts(found, "leftovers")
+    assert result["success"] == 0
+    assert result["error"] == ["RuntimeError", 0, 61] and result["cancel"] == ["InterruptProcessingException", 0, 61]
+    assert result["flag"] == "obeyed" and result["next"]
+
+
+def test_the_plan_states_gigabytes(found):
+    lines = facts(found, "plan").splitlines()
+    assert lines[0] == "256x256, pictures: 2, with guidance, float32 on cpu"
+    assert [line.split(":")[0] for line in lines[1:5]] == [
+        "weights",
+        "keys and values",
+        "activations, at most",
+        "in all",
+    ]
+    assert all(line.endswith(" GB") for line in lines[1:5]) and "will run 2 pictures at once" in lines[-1]

@@ -1,0 +1,463 @@
+"""The workflows that are shipped: whole and readable as files, and run by a real ComfyUI with the demo model."""
+
+import json
+import shutil
+import urllib.request
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from support import GOLDEN, ROOT
+
+from varedit_core.checkpoints import TOKENIZER, canonical
+from varedit_core.t5 import T5Config, T5Encoder
+from varedit_core.weights import open_weights
+
+FOLDER = ROOT / "workflows"
+GRAPHS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+TWINS = {name: json.loads((FOLDER / "api" / f"{name}.json").read_text()) for name in GRAPHS}
+BLUEPRINT = json.loads((ROOT / "subgraphs" / "VAREdit Edit Picture.json").read_text())
+SCHEMAS = json.loads((ROOT / "tests" / "schemas.json").read_text())
+INFO = "file_info"  # one node that looks at a file; it edits nothing
+EDITS = [name for name in GRAPHS if name != INFO]
+PUBLISHED = [name for name in EDITS if "published" in name]
+DEMO = [name for name in EDITS if name not in PUBLISHED]
+NOTE = "MarkdownNote"
+TITLE, THUMBNAIL = 30, 60_000  # pixels above a node; bytes
+LOADERS = {
+    "VAREditModelLoader": "model_name",
+    "VAREditTextEncoderLoader": "text_encoder_name",
+    "VAREditVAELoader": "vae_name",
+}
+
+every_graph = pytest.mark.parametrize("name", GRAPHS)
+every_edit = pytest.mark.parametrize("name", EDITS)
+
+
+def running(graph: dict) -> list[dict]:
+    """A graph's nodes but its notes, which are the page's."""
+    return [node for node in graph["nodes"] if node["type"] != NOTE]
+
+
+def of_type(twin: dict, *kinds: str) -> dict[str, dict]:
+    """The inputs of a twin's nodes of some types, by the nodes' ids."""
+    return {key: node["inputs"] for key, node in twin.items() if node["class_type"] in kinds}
+
+
+def widgets(node: dict) -> dict:
+    """A node's widget values by name, as the page sends them.
+
+    A seed is followed by what becomes of it after a run, a picture to load by its button; a box by its four numbers.
+    """
+    values, found = iter(node["widgets_values"]), {}
+    for slot in node["inputs"]:
+        if "widget" not in slot:
+            continue
+        value = next(values)
+        if slot["type"] != "IMAGEUPLOAD":
+            found[slot["name"]] = value
+        if slot["name"] == "seed":
+            assert next(values) == "fixed", "a shared graph gives the same picture every time"
+        if slot["type"] == "BOUNDING_BOX":
+            assert [next(values) for _ in range(4)] == list(value.values())
+    assert list(values) == []
+    return found
+
+
+def as_twin(graph: dict) -> dict:
+    """A graph in API format, without titles."""
+    origins = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
+    return {
+        str(node["id"]): {
+            "class_type": node["type"],
+            "inputs": widgets(node)
+            | {slot["name"]: origins[slot["link"]] for slot in node["inputs"] if slot["link"] is not None},
+        }
+        for node in running(graph)
+    }
+
+
+def unpacked(blueprint: dict, picture: str) -> dict:
+    """A blueprint in API format: its nodes with their own values, between a picture to load and one to save."""
+    (subgraph,) = blueprint["definitions"]["subgraphs"]
+    slots = {(node["id"], i): slot["name"] for node in subgraph["nodes"] for i, slot in enumerate(node["inputs"])}
+    sources = {-10: "load"} | {node["id"]: str(node["id"]) for node in subgraph["nodes"]}
+    twin = {str(node["id"]): {"class_type": node["type"], "inputs": widgets(node)} for node in subgraph["nodes"]}
+    twin["load"] = {"class_type": "LoadImage", "inputs": {"image": picture}}
+    for link in subgraph["links"]:
+        origin = [sources[link["origin_id"]], link["origin_slot"]]
+        if link["target_id"] == -20:
+            twin["save"] = {"class_type": "SaveImage", "inputs": {"images": origin, "filename_prefix": "blueprint"}}
+        elif link["origin_id"] != -10 or link["type"] == "IMAGE":
+            twin[str(link["target_id"])]["inputs"][slots[link["target_id"], link["target_slot"]]] = origin
+    return twin
+
+
+@every_graph
+def test_ids_and_links_agree(name):
+    graph = GRAPHS[name]
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    assert graph["version"] == 0.4 and len(nodes) == len(graph["nodes"])
+    assert graph["last_node_id"] == max(nodes) and graph["last_link_id"] == len(graph["links"])
+    assert [link[0] for link in graph["links"]] == list(range(1, len(graph["links"]) + 1))
+    assert sorted(node["order"] for node in nodes.values()) == list(range(len(nodes)))
+    for number, origin, out, target, into, kind in graph["links"]:
+        source, sink = nodes[origin]["outputs"][out], nodes[target]["inputs"][into]
+        assert number in source["links"] and sink["link"] == number
+        assert source["type"] == sink["type"] == kind or "*" in (source["type"], sink["type"])
+        assert nodes[origin]["order"] < nodes[target]["order"]
+    held = [slot["link"] for node in nodes.values() for slot in node["inputs"] if slot["link"] is not None]
+    given = [link for node in nodes.values() for slot in node["outputs"] for link in slot["links"] or ()]
+    assert sorted(held) == sorted(given) == [link[0] for link in graph["links"]]
+
+
+def test_ids_of_graphs_are_their_own():
+    assert len({graph["id"] for graph in (*GRAPHS.values(), BLUEPRINT)}) == len(GRAPHS) + 1
+
+
+@every_graph
+def test_the_api_twin_is_what_the_page_would_send(name):
+    twin = {key: {part: node[part] for part in ("class_type", "inputs")} for key, node in TWINS[name].items()}
+    assert twin == as_twin(GRAPHS[name])
+    titles = {str(node["id"]): node["title"] for node in running(GRAPHS[name]) if "title" in node}
+    assert titles.items() <= {key: node["_meta"]["title"] for key, node in TWINS[name].items()}.items()
+
+
+@pytest.mark.parametrize("twin", [*TWINS.values(), unpacked(BLUEPRINT, "scene.png")], ids=[*TWINS, "blueprint"])
+def test_the_inputs_of_our_nodes_are_those_of_the_schemas(twin):
+    ours = {key: node for key, node in twin.items() if node["class_type"].startswith("VAREdit")}
+    assert ours
+    for node in ours.values():
+        slots = {slot["id"]: slot for slot in SCHEMAS[node["class_type"]]["inputs"]}
+        assert node["inputs"].keys() <= slots.keys()
+        assert {key for key, slot in slots.items() if not slot.get("optional")} <= node["inputs"].keys()
+        for key, value in node["inputs"].items():
+            assert "options" not in slots[key] or value in slots[key]["options"]
+
+
+@every_graph
+def test_properties_tell_where_the_nodes_are_from(name):
+    for node in running(GRAPHS[name]):
+        ours = node["type"].startswith("VAREdit")
+        properties = {key: value for key, value in node["properties"].items() if key != "models"}
+        version = "0.1.0" if ours else "0.33.0"
+        pack = "varedit" if ours else "comfy-core"
+        assert properties == {"cnr_id": pack, "ver": version, "Node name for S&R": node["type"]}
+
+
+@every_edit
+def test_files_that_are_not_bundled_say_where_they_are(name):
+    """The page offers a download where a model's name is the chosen value and its address is of a file."""
+    bundled = {path.name for path in (ROOT / "demo").rglob("*.safetensors")}
+    for node in running(GRAPHS[name]):
+        chosen = [value for value in widgets(node).values() if str(value).endswith((".safetensors", ".pth"))]
+        models = node["properties"].get("models", [])
+        assert [model["name"] for model in models] == [value for value in chosen if value not in bundled]
+        for model in models:
+            assert model.keys() == {"name", "url", "directory"}
+            assert model["url"].startswith("https://huggingface.co/") and "/resolve/main/" in model["url"]
+            assert model["url"].endswith("/" + model["name"].split("/")[-1])
+            (note,) = (node["widgets_values"][0] for node in GRAPHS[name]["nodes"] if node["type"] == NOTE)
+            assert model["url"] in note and f"`models/{model['directory']}" in note.replace("| `", "| `models/")
+
+
+@every_edit
+def test_a_note_explains_the_workflow(name):
+    (note,) = (node for node in GRAPHS[name]["nodes"] if node["type"] == NOTE)
+    (text,) = note["widgets_values"]
+    assert text.startswith("# ") and all(
+        f"\n## {part}\n" in text for part in ("What to change", "Files", "What to expect")
+    )
+    assert note["pos"][0] + note["size"][0] < min(node["pos"][0] for node in running(GRAPHS[name]))
+
+
+@every_graph
+def test_the_layout_is_tidy(name):
+    """Nothing overlaps, links go to the right or down, and every group holds its nodes whole."""
+    nodes = {node["id"]: node for node in GRAPHS[name]["nodes"]}
+    boxes = {
+        key: (
+            node["pos"][0],
+            node["pos"][1] - TITLE,
+            node["pos"][0] + node["size"][0],
+            node["pos"][1] + node["size"][1],
+        )
+        for key, node in nodes.items()
+    }
+    for a, b in combinations(boxes.values(), 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+    for _, origin, _, target, *_ in GRAPHS[name]["links"]:
+        assert nodes[origin]["pos"][0] <= nodes[target]["pos"][0]
+    frames = [(x, y, x + wide, y + high) for x, y, wide, high in (g["bounding"] for g in GRAPHS[name]["groups"])]
+    for a, b in combinations(frames, 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+    if frames:
+        for key, box in boxes.items():
+            inside = [f for f in frames if f[0] <= box[0] and f[1] <= box[1] and box[2] <= f[2] and box[3] <= f[3]]
+            assert len(inside) == (nodes[key]["type"] != NOTE)
+
+
+@every_graph
+def test_a_thumbnail_lies_beside_it(name):
+    path = FOLDER / f"{name}.jpg"
+    assert path.stat().st_size <= THUMBNAIL
+    with Image.open(path) as picture:
+        assert picture.format == "JPEG" and 400 <= picture.width <= 480
+
+
+@pytest.mark.parametrize("name", DEMO)
+def test_the_demo_model_gets_its_own_settings(name):
+    twin = TWINS[name]
+    assert {inputs["guidance"] for inputs in of_type(twin, "VAREditSampler").values()} == {2.0}
+    assert {inputs["size"] for inputs in of_type(twin, "VAREditSourceEncode").values()} == {"256"}
+    for kind, key in LOADERS.items():
+        (loader,) = of_type(twin, kind).values()
+        assert loader[key].startswith("varedit_demo")
+    assert of_type(twin, "VAREditSampleImage"), "it runs without a picture of the user's"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_weights_get_their_size(name):
+    size = name.split("_")[1]
+    assert {inputs["size"] for inputs in of_type(TWINS[name], "VAREditSourceEncode", "VAREditMemoryPlan").values()} == {
+        size
+    }
+    assert {inputs["guidance"] for inputs in of_type(TWINS[name], "VAREditSampler").values()} == {3.0}
+    assert {inputs["model_name"] for inputs in of_type(TWINS[name], "VAREditModelLoader").values()} == {
+        f"8B-{size}.pth"
+    }
+
+
+def test_the_blueprint_is_one_node_with_what_one_changes():
+    (node,), (subgraph,) = BLUEPRINT["nodes"], BLUEPRINT["definitions"]["subgraphs"]
+    assert node["type"] == subgraph["id"] and BLUEPRINT["links"] == []
+    assert node["title"] == subgraph["name"] == "VAREdit: edit picture"
+    assert subgraph["category"] == "VAREdit" and subgraph["description"]
+    names = [slot["name"] for slot in node["inputs"]]
+    assert names == ["image", "instruction", "size", "seed", "guidance", "model", "text_encoder", "vae"]
+    assert [(slot["name"], slot["type"]) for slot in subgraph["inputs"]] == [
+        (s["name"], s["type"]) for s in node["inputs"]
+    ]
+    assert [slot["name"] for slot in subgraph["outputs"]] == [slot["name"] for slot in node["outputs"]] == ["image"]
+    inner = {str(inside["id"]): widgets(inside) for inside in subgraph["nodes"]}
+    promoted = node["properties"]["proxyWidgets"]
+    assert len(promoted) == len([slot for slot in node["inputs"] if "widget" in slot])
+    assert all(name in inner[key] for key, name in promoted)
+
+
+def test_the_links_of_the_blueprint_agree():
+    (subgraph,) = BLUEPRINT["definitions"]["subgraphs"]
+    nodes = {node["id"]: node for node in subgraph["nodes"]}
+    links = {link["id"]: link for link in subgraph["links"]}
+    assert len(links) == len(subgraph["links"]) == subgraph["state"]["lastLinkId"]
+    assert subgraph["state"]["lastNodeId"] == max(nodes)
+    for number, link in links.items():
+        origin, target = nodes.get(link["origin_id"]), nodes.get(link["target_id"])
+        outer = subgraph["inputs"][link["origin_slot"]] if origin is None else None
+        assert number in (outer["linkIds"] if outer else origin["outputs"][link["origin_slot"]]["links"])
+        end = target["inputs"][link["target_slot"]] if target else subgraph["outputs"][link["target_slot"]]
+        assert number == end["link"] if target else number in end["linkIds"]
+        assert end["type"] == link["type"]
+
+
+# With ComfyUI: the demo model lies in the pack, the pictures in `input`.
+
+
+def enlarger() -> dict[str, torch.Tensor]:
+    """An upscale model (ESRGAN, four times) that repeats every pixel: of its convolutions some hand on, others add 0."""
+    state = {}
+
+    def add(name: str, outputs: int, inputs: int, hands_on: bool = True) -> None:
+        weight = torch.zeros(outputs, inputs, 3, 3)
+        weight[range(3), range(3), 1, 1] = float(hands_on)
+        state.update({f"{name}.weight": weight, f"{name}.bias": torch.zeros(outputs)})
+
+    for name in ("conv_first", "conv_up1", "conv_up2", "conv_hr", "conv_last"):
+        add(name, 3, 3)
+    add("conv_body", 3, 3, hands_on=False)
+    for block in range(1, 4):
+        for i in range(1, 6):
+            add(f"body.0.rdb{block}.conv{i}", 32 if i < 5 else 3, 3 + 32 * (i - 1), hands_on=False)
+    return state
+
+
+@pytest.fixture(scope="module")
+def server(comfyui, tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "input").mkdir()
+    for name in ("scene.png", "cat.jpg"):
+        shutil.copy(ROOT / "samples" / name, base / "input")
+    ((upscaler,),) = (inputs.values() for inputs in of_type(TWINS["edit_then_upscale"], "UpscaleModelLoader").values())
+    (base / "models" / "upscale_models").mkdir(parents=True)
+    save_file(enlarger(), base / "models" / "upscale_models" / upscaler)
+    with comfyui.server(base) as started:
+        yield started
+
+
+def levels(path) -> np.ndarray:
+    """A picture's levels, [y, x, 3], as numbers that can be subtracted."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"), dtype=np.int16)
+
+
+def pictures(server, twin: dict, kinds: tuple[str, ...] = ("SaveImage",)) -> list[np.ndarray]:
+    """Run a twin and read the pictures that its nodes of these types show."""
+    done = server.run(twin, 300)
+    assert done["status"]["status_str"] == "success", done["status"]
+    files = [file for key in of_type(twin, *kinds) for file in done["outputs"][key]["images"]]
+    return [levels(server.base / file["type"] / file["subfolder"] / file["filename"]) for file in files]
+
+
+def source(server, twin: dict) -> np.ndarray:
+    """The first picture that a twin takes, as ComfyUI reads it."""
+    load = next(node for node in twin.values() if node["class_type"] in ("VAREditSampleImage", "LoadImage"))
+    save = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "source"}}
+    return pictures(server, {"1": load, "2": save})[0]
+
+
+def changed(twin: dict, **inputs) -> dict:
+    """A twin with other values where its nodes have inputs of these names."""
+    twin = json.loads(json.dumps(twin))
+    for node in twin.values():
+        node["inputs"] |= {key: value for key, value in inputs.items() if key in node["inputs"]}
+    return twin
+
+
+def test_the_page_lists_the_workflows_and_the_blueprint(server):
+    assert sorted(server.get("/workflow_templates")["varedit"]) == sorted(GRAPHS)
+    (key,) = (key for key, entry in server.get("/global_subgraphs").items() if "varedit" in entry["info"]["node_pack"])
+    assert json.loads(server.get(f"/global_subgraphs/{key}")["data"]) == BLUEPRINT
+
+
+@every_graph
+def test_the_page_can_open_the_workflow_and_its_thumbnail(server, name):
+    """ComfyUI serves the first folder that a pack has of example_workflows, example, examples, workflow, workflows."""
+    address = f"/api/workflow_templates/varedit/{name}"
+    assert server.get(f"{address}.json") == GRAPHS[name]
+    with urllib.request.urlopen(f"{server.url}{address}.jpg", timeout=30) as answer:
+        assert answer.read() == (FOLDER / f"{name}.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("name", DEMO)
+def test_the_workflow_runs_and_changes_the_picture(server, name):
+    twin = TWINS[name]
+    first, before = pictures(server, twin)[0], source(server, twin)
+    factor = first.shape[0] // before.shape[0]
+    assert first.shape == (before.shape[0] * factor, before.shape[1] * factor, 3) and factor in (1, 4)
+    assert np.abs(first[::factor, ::factor] - before).mean() > 5
+
+
+def test_a_mask_leaves_the_rest_as_it_was(server):
+    (result,), before = pictures(server, TWINS["masked_edit"]), source(server, TWINS["masked_edit"])
+    error = np.abs(result - before)
+    assert error[:, :195].max() == 0, "where the mask is 0"
+    assert error[:, 260:].mean() > 20, "where it is 1"
+
+
+def test_the_crop_is_put_back_in_its_place(server):
+    twin = TWINS["crop_and_stitch"]
+    (box,) = (inputs["crop_region"] for inputs in of_type(twin, "ImageCropV2").values())
+    (stitched,) = of_type(twin, "ImageCompositeMasked").values()
+    assert (stitched["x"], stitched["y"]) == (box["x"], box["y"])
+    (result,), before = pictures(server, twin), source(server, twin)
+    inside = np.zeros(result.shape[:2], dtype=bool)
+    inside[box["y"] : box["y"] + box["height"], box["x"] : box["x"] + box["width"]] = True
+    error = np.abs(result - before).max(axis=2)
+    assert error[~inside].max() == 0 and error[inside].mean() > 10
+
+
+def test_the_upscaled_picture_is_the_edit(server):
+    edited, enlarged = pictures(server, TWINS["edit_then_upscale"], ("PreviewImage", "SaveImage"))
+    assert np.abs(enlarged - edited.repeat(4, axis=0).repeat(4, axis=1)).max() <= 1
+
+
+def test_the_second_edit_keeps_the_first(server):
+    first, second = pictures(server, TWINS["two_edits"], ("PreviewImage", "SaveImage"))
+    (alone,) = pictures(server, TWINS["quick_edit"])
+    assert (first == alone).all(), "the same first edit"
+    error = np.abs(second - first).max(axis=2)
+    assert error[180:, 100:156].mean() > 60, "the added square"
+    assert error[:128].mean() < 10, "the rest"
+
+
+def test_the_lora_is_what_makes_the_duotone(server):
+    with_lora, without = (pictures(server, changed(TWINS["lora"], strength_model=s))[0] for s in (1.0, 0.0))
+    assert np.abs(with_lora - without).mean() > 10
+
+
+def test_a_batch_gives_every_picture(server):
+    twin = TWINS["batch"]
+    scene, cat = pictures(server, twin)
+    assert scene.shape == cat.shape == (256, 256, 3)
+    assert np.abs(scene - cat).mean() > 2
+
+
+def test_every_scale_is_shown(server):
+    twin = TWINS["scale_preview"]
+    shown = pictures(server, twin, ("PreviewImage",))
+    (result, sheet) = pictures(server, changed(twin, seed=0))
+    assert len(shown) == 7 and {picture.shape for picture in shown} == {result.shape}
+    assert (shown[-1] == result).all() and sheet.shape[1] > sheet.shape[0]
+    errors = [np.abs(picture - result).mean() for picture in shown]
+    assert errors == sorted(errors, reverse=True), "each scale comes closer"
+
+
+def test_the_blueprint_edits_as_the_quick_edit_does(server):
+    (result,), (expected,) = pictures(server, unpacked(BLUEPRINT, "scene.png")), pictures(server, TWINS["quick_edit"])
+    assert (result == expected).all()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_workflow_lacks_nothing_but_its_files(server, name):
+    twin = TWINS[name]
+    refused = server.queue(twin)["node_errors"]
+    assert refused.keys() == of_type(twin, *LOADERS).keys()
+    for key, errors in refused.items():
+        (error,) = errors["errors"]
+        assert error["type"] == "value_not_in_list"
+        assert error["extra_info"]["input_name"] == LOADERS[twin[key]["class_type"]]
+
+
+@pytest.fixture
+def published_server(server, published_file):
+    """The server with small networks of random weights under the names of the files that 512 pixels want."""
+    made = {
+        folder: server.base / "models" / folder / name for name, folder in files(TWINS["edit_512_published"]).items()
+    }
+    for path in made.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(published_file, made["diffusion_models"])
+    tokenizer = canonical(open_weights(GOLDEN / "patchify_256.safetensors"), TOKENIZER)
+    torch.save({key: tokenizer[key] for key in tokenizer}, made["vae"])
+    write_text_encoder(made["text_encoders"].parent)
+    yield server
+    for path in made.values():
+        path.unlink()
+
+
+def files(twin: dict) -> dict[str, str]:
+    """The files that a twin's loaders want, with their folders."""
+    folders = dict(zip(LOADERS, ("diffusion_models", "text_encoders", "vae")))
+    return {inputs[LOADERS[k]]: folder for k, folder in folders.items() for inputs in of_type(twin, k).values()}
+
+
+def write_text_encoder(folder) -> None:
+    """A small T5 in two files, as wide as the small transformer wants; the tokenizer is the demo model's."""
+    torch.manual_seed(5)
+    config = T5Config(vocabulary=456, width=256, head_size=32, hidden=128, layers=1, heads=2, gated=True)
+    state = {key: tensor.contiguous() for key, tensor in T5Encoder(config, dtype=torch.float32).state_dict().items()}
+    keys, names = sorted(state), [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    where = {key: names[i % 2] for i, key in enumerate(keys)}
+    for name in names:
+        save_file({key: state[key] for key in keys if where[key] == name}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    shutil.copy(ROOT / "demo" / "text_encoders" / "tokenizer.json", folder)
+
+
+def test_a_published_workflow_runs_with_small_weights(published_server):
+    twin = TWINS["edit_512_published"]
+    (result,), before = pictures(published_server, twin), source(published_server, twin)
+    assert result.shape == before.shape and np.abs(result - before).mean() > 5, "random weights keep no picture"
