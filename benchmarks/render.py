@@ -92,7 +92,21 @@ def shapeedit() -> str:
     return table(["family", "samples", "success", "S", "balance", "background PSNR", "background SSIM"], rows)
 
 
-TABLES = {"demo": demo, "shapeedit": shapeedit, "parity": parity, "real size": real_size}
+def comfyui() -> str:
+    facts = json.loads((FOLDER / "comfyui_memory_h100.json").read_text())
+    names = {"static": "static", "dynamic": "dynamic", "lowvram": "`--lowvram`", "novram": "`--novram`"}
+    rows = []
+    for case in facts["cases"]:
+        first, last = case["seconds"][0], case["seconds"][-1]
+        again = f"{last['all']:.1f} s" if len(case["seconds"]) > 1 else "-"
+        limit = f"{case['limit_gb']:.0f} GB" if case["limit_gb"] else "all"
+        stored = "8 bits" if case["said"] else "exact"
+        rows.append([names[case["kind"]], limit, f"{case['peak_gb']:.1f} GB", stored, f"{first['all']:.1f} s", again])
+    head = [f"8B bf16 at 1024, {facts['device']}", "free", "most taken", "keys and values", "first edit", "again"]
+    return table(head, rows)
+
+
+TABLES = {"comfyui": comfyui, "demo": demo, "shapeedit": shapeedit, "parity": parity, "real size": real_size}
 
 
 def rendered(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 
 OLDEST = "0.20.0"
 
@@ -27,8 +28,6 @@ logger = logging.getLogger("VAREdit")
 def tell(node: type[io.ComfyNode], text: str) -> None:
     """Write a sentence on the executing node, where a page is open, and into the log."""
     logger.warning(text)
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     if server is not None and getattr(node, "hidden", None) is not None:
         server.send_progress_text(text, node.hidden.unique_id)

@@ -33,11 +33,18 @@ def find(folder: str, name: str) -> Path:
     """The path of a file. ValueError, saying where it belongs and where it is published, where it is not there."""
     path = folder_paths.get_full_path(folder, name)
     if path is None:
-        lack = f"{name} is not" if name != NO_FILE else "there is no file"
-        raise ValueError(
-            f"{lack} in ComfyUI's folder models/{folder}; put {PUBLISHED[folder]} there, press R and choose it"
-        )
+        raise ValueError(_missing(folder, name))
     return Path(path)
+
+
+def check(folder: str, name: str | None) -> bool | str:
+    """What a loader's `validate_inputs` answers: True, or what is missing. A linked name (None) is not known yet."""
+    return True if name is None or folder_paths.get_full_path(folder, name) else _missing(folder, name)
+
+
+def _missing(folder: str, name: str) -> str:
+    lack = f"{name} is not" if name != NO_FILE else "there is no file"
+    return f"{lack} in ComfyUI's folder models/{folder}; put {PUBLISHED[folder]} there, press R and choose it"
 
 
 def stamp(path: Path | str | None):

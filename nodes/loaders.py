@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..varedit_core.defaults import PRECISIONS
 from ._api import io
-from .files import find, fingerprint, listed
+from .files import check, find, fingerprint, listed
 
 
 class VAREditModelLoader(io.ComfyNode):
@@ -40,6 +40,10 @@ class VAREditModelLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model_name: str | None, precision: str):
         return fingerprint("diffusion_models", model_name)
+
+    @classmethod
+    def validate_inputs(cls, model_name: str | None):
+        return check("diffusion_models", model_name)
 
     @classmethod
     def execute(cls, model_name: str, precision: str) -> io.NodeOutput:
@@ -79,6 +83,10 @@ class VAREditTextEncoderLoader(io.ComfyNode):
         return fingerprint("text_encoders", text_encoder_name)
 
     @classmethod
+    def validate_inputs(cls, text_encoder_name: str | None):
+        return check("text_encoders", text_encoder_name)
+
+    @classmethod
     def execute(cls, text_encoder_name: str) -> io.NodeOutput:
         from .text_encoder import load_clip
 
@@ -113,6 +121,10 @@ class VAREditVAELoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, vae_name: str | None):
         return fingerprint("vae", vae_name)
+
+    @classmethod
+    def validate_inputs(cls, vae_name: str | None):
+        return check("vae", vae_name)
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:

@@ -60,13 +60,13 @@ class VAREditModel(nn.Module):
             "exact"
         )
 
-    def run(self, loop: Callable[[Transformer], Tensor], transformer_options: dict) -> Tensor:
+    def run(self, loop: Callable[[Transformer], Tensor], patcher) -> Tensor:
         """A loop over the transformer inside the wrappers that stock nodes put around a model's call."""
-
-        kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
-        wrappers = comfy.patcher_extension.get_all_wrappers(kind, transformer_options)
-        executor = comfy.patcher_extension.WrapperExecutor
-        return executor.new_class_executor(lambda: loop(self.diffusion_model), self, wrappers).execute()
+        extension, kind = comfy.patcher_extension, comfy.patcher_extension.WrappersMP.APPLY_MODEL
+        given = patcher.model_options["transformer_options"].get("wrappers", {})
+        wrappers = extension.get_all_wrappers(kind, {"wrappers": extension.merge_nested_dicts(given, patcher.wrappers)})
+        call = extension.WrapperExecutor.new_class_executor(lambda: loop(self.diffusion_model), self, wrappers)
+        return call.execute()
 
 
 def load_model(path: Path, precision: str = "auto", disable_dynamic: bool = False):

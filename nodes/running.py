@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 
 import comfy.ldm.modules.attention as attention
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..varedit_core.config import patch_size
 from ..varedit_core.defaults import DEFAULT_SETTINGS, SamplingSettings
+from ..varedit_core.operations import sdpa
 from ..varedit_core.planning import STORES, Job, Plan, described, gigabytes, plan, plans, too_large
 from ..varedit_core.sampling import Scale, sample
 from ..varedit_core.schedule import TOKEN_PIXELS, schedule_for
@@ -77,7 +78,7 @@ def _features(conditioning: list, name: str) -> list[Tensor]:
     return list(features)
 
 
-def attention_of(transformer_options: dict):
+def attention_of(transformer_options: dict, head_size: int, dtype: torch.dtype, device: torch.device):
     """ComfyUI's attention with the model's overrides, which also asks whether the user cancelled.
 
     On the CPU it is torch's own, whose numbers are the library's, unless the user chose another at the start.
@@ -93,7 +94,19 @@ def attention_of(transformer_options: dict):
             q, k, v, q.shape[1], mask=mask, skip_reshape=True, scale=scale, transformer_options=transformer_options
         )
 
-    return attend
+    def prescaled(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+        return attend(q * (scale * q.shape[-1] ** 0.5), k, v, scale=q.shape[-1] ** -0.5, mask=mask)
+
+    return attend if _takes_scale(attend, head_size, dtype, device) else prescaled
+
+
+def _takes_scale(attend, head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether an attention heeds its scale: that of older ComfyUI, and of some nodes, always takes the usual one."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 16, head_size, generator=generator).to(device, dtype) for _ in range(3))
+    found = attend(q, k, v, scale=1.0).float()
+    wanted, usual = (sdpa(q.float(), k.float(), v.float(), scale=scale) for scale in (1.0, head_size**-0.5))
+    return bool((found - wanted).abs().mean() < (found - usual).abs().mean())
 
 
 class Watcher:
@@ -140,39 +153,45 @@ def sample_latent(
     method = preview_method(preview, vae, origin)
     transformer = network.diffusion_model
     job = Job(transformer.config, origin.fitting.schedule, len(features), settings.guided, transformer.dtype)
-    helpers = [vae.patcher] if method == "own" else []
-    device = model.load_device
+    beside = vae.memory_used_decode(features.shape, vae.vae_dtype) if method == "own" else 0
 
-    way = plan(job, free_memory(device))
-    if way.reasons:
-        tell(f"{'; '.join(way.reasons)}; running {described(way)} instead")
-    while True:
-        mm.load_models_gpu([model, *helpers], memory_required=way.needed)
+    def attempt(way: Plan) -> Tensor:
+        # In one call, so that the models do not push each other out.
+        mm.load_models_gpu([model, vae.patcher] if method == "own" else [model], memory_required=way.needed + beside)
         watcher = Watcher(job, len(features), origin, method, vae)
-        failed = False
-        try:
-            sums = _run(model, features.to(device), texts, settings, way, watcher)
-        except Exception as error:
-            mm.raise_non_oom(error)
-            failed = True  # handled outside: the exception still holds what the loop had made
-        if not failed:
-            break
-        mm.soft_empty_cache()
-        left = plans(job)
-        left = left[1 + next(i for i, other in enumerate(left) if _same(other, way)) :]
-        if not left:
-            raise ValueError(too_large(job, free_memory(device)))
-        tell(f"memory ran out {described(way)}; running {described(left[0])} instead")
-        way = left[0]
-    kept = mm.intermediate_device()
-    sums = sums.to(kept)
+        return _run(model, features.to(model.load_device), texts, settings, way, watcher)
+
+    def free() -> int:
+        return free_memory(model.load_device) - int(beside)
+
+    sums = _as_it_fits(job, free, attempt, tell).to(mm.intermediate_device())
     rest = {key: value for key, value in source.items() if key not in ("samples", KEY)}
     latent = {**rest, "samples": sums[-1], KEY: origin}
     return latent, {"samples": sums.flatten(0, 1), KEY: replace(origin, scales=len(sums))}
 
 
-def _same(a: Plan, b: Plan) -> bool:
-    return (a.store, a.job.images) == (b.store, b.job.images)
+def _as_it_fits(
+    job: Job, free: Callable[[], int], attempt: Callable[[Plan], Tensor], tell: Callable[[str], None]
+) -> Tensor:
+    """The result of the planned way to run, or of the first one after it that memory lasts for."""
+    way = plan(job, free())
+    if way.reasons:
+        tell(f"{'; '.join(way.reasons)}; running {described(way)} instead")
+    ways = plans(job)
+    for number in range([_name(other) for other in ways].index(_name(way)), len(ways)):
+        try:
+            return attempt(ways[number])
+        except Exception as error:
+            mm.raise_non_oom(error)
+        # Outside the handler: until its end the exception holds what the loop had made.
+        mm.soft_empty_cache()
+        if number + 1 < len(ways):
+            tell(f"memory ran out {described(ways[number])}; running {described(ways[number + 1])} instead")
+    raise ValueError(too_large(job, free()))
+
+
+def _name(way: Plan) -> tuple[str, int]:
+    return way.store, way.job.images
 
 
 def _origin(network: VAREditModel, source: dict, vae: VAREditVAE | None) -> Origin:
@@ -195,7 +214,9 @@ def _origin(network: VAREditModel, source: dict, vae: VAREditVAE | None) -> Orig
 def _run(model, features: Tensor, texts: Texts, settings: SamplingSettings, way: Plan, watcher: Watcher) -> Tensor:
     """Sums [K, B, d, H, W] of all scales on the model's device."""
     options = model.model_options["transformer_options"]
-    attend, store, size = attention_of(options), STORES[way.store], way.job.images
+    config = way.job.config
+    attend = attention_of(options, config.head_size, way.job.dtype, model.load_device)
+    store, size = STORES[way.store], way.job.images
     schedule = way.job.schedule
 
     def loop(transformer) -> Tensor:
@@ -216,8 +237,10 @@ def _run(model, features: Tensor, texts: Texts, settings: SamplingSettings, way:
 
     model.pre_run()
     try:
-        with mm.cuda_device_context(model.load_device):
-            return checked_model(model).run(loop, options)
+        # Sets the current one of several GPUs; ComfyUI has it since 0.23.
+        context = getattr(mm, "cuda_device_context", nullcontext)
+        with context(model.load_device):
+            return checked_model(model).run(loop, model)
     finally:
         model.cleanup()
 

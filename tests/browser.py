@@ -52,8 +52,8 @@ _TOOLS = """() => {
     ended: new Set(),
     missing: () => nodes(app.graph).filter((node) => !known(node.type)).map(name),
     red: () => nodes(app.graph).filter((node) => node.has_errors).map(name),
-    pictured: (type) => nodes(app.graph)
-      .filter((node) => node.type === type && [...(node.imgs ?? []), ...elements(node)].some(picture)).map(name),
+    pictured: (types) => nodes(app.graph)
+      .filter((node) => types.includes(node.type) && [...(node.imgs ?? []), ...elements(node)].some(picture)).map(name),
     open: (selector) => [...document.querySelectorAll(selector)]
       .filter((element) => element.checkVisibility() && element.innerText.trim())
       .map((element) => element.innerText.replace(/\\s+/g, " ").trim()),
@@ -181,12 +181,12 @@ class Page:
         found = {"missing": self.missing(), "red": self.red(), "dialog": self.dialogs(), "console": self.complaints}
         return [f"{kind}: {text}" for kind, texts in found.items() for text in texts]
 
-    def pictured(self, kind: str, count: int = 1, seconds: float = 30) -> list[str]:
-        """The nodes of a type that show a picture, as soon as they are `count` or the time is over."""
+    def pictured(self, *kinds: str, count: int = 1, seconds: float = 30) -> list[str]:
+        """The nodes of some types that show a picture, as soon as they are `count` or the time is over."""
         self._fit()  # nodes out of view load no picture
         end = time.monotonic() + seconds
         while True:
-            found = self.page.evaluate("kind => tests.pictured(kind)", kind)
+            found = sorted(self.page.evaluate("kinds => tests.pictured(kinds)", kinds))
             if len(found) >= count or time.monotonic() > end:
                 return found
             self.page.wait_for_timeout(200)

@@ -128,7 +128,6 @@ class Probe:
     def wrappers(self) -> dict:
         """Stock nodes that work through a model's options: compilation, attention overrides, another device."""
         from comfy_api.torch_helpers import set_torch_compile_wrapper
-        from comfy_extras.nodes_multigpu import SelectModelDeviceNode
 
         calls = []
 
@@ -138,17 +137,39 @@ class Probe:
 
         attending = self.model.clone()
         attending.model_options["transformer_options"]["optimized_attention_override"] = override
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(len(graph.graph.nodes))
+            return graph.forward
+
         compiled = self.model.clone(disable_dynamic=True)
-        set_torch_compile_wrapper(compiled, backend="eager")
-        moved = SelectModelDeviceNode.execute(self.model, "cpu").result[0]
-        results = [self.sample(model) for model in (attending, compiled, moved)]
+        set_torch_compile_wrapper(compiled, backend=backend)
+        results = [self.sample(model) for model in (attending, compiled, self._on_device("cpu"))]
+
+        def deaf(function, *args, scale=None, **kw):
+            return function(*args, **kw)  # takes the usual scale, whatever it is told
+
+        unscaled = self.model.clone()
+        unscaled.model_options["transformer_options"]["optimized_attention_override"] = deaf
         another = self.model.cached_patcher_init[0](*self.model.cached_patcher_init[1], disable_dynamic=True)
         return {
             "equal": [self.torch.equal(result, self.sepia) for result in results],
             "attention calls": len(calls),
+            "graphs": len(graphs),
+            "nodes": max(graphs, default=0),
+            "without scale": (self.sample(unscaled) - self.sepia).abs().mean().item(),
             "restored": type(self.model.model.diffusion_model).__name__,
             "again": self.torch.equal(self.sample(another), self.sepia) and another.model is not self.model.model,
         }
+
+    def _on_device(self, device: str):
+        """The model as the stock node for devices gives it; the model itself where ComfyUI has no such node."""
+        try:
+            from comfy_extras.nodes_multigpu import SelectModelDeviceNode
+        except ImportError:
+            return self.model
+        return SelectModelDeviceNode.execute(self.model, device).result[0]
 
     def pictures(self) -> dict:
         """Batches, odd sizes, alpha, grey, masks of all kinds."""
@@ -407,8 +428,8 @@ class Probe:
         kept, seen = self.running.attention_of, []
 
         def stop_after(calls: int, error: BaseException):
-            def attention_of(options):
-                attend = kept(options)
+            def attention_of(*arguments):
+                attend = kept(*arguments)
 
                 def counted(*args, **kw):
                     seen.append(1)

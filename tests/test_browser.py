@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 from browser import NotFound, Page, chromium
 from drop_in import RECORD
+from safetensors.torch import save_file
 from support import ROOT
+from test_workflows import enlarger
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-PREVIEW = "VAREditScalePreview"
+SHOWN = ("VAREditSampleImage", "VAREditScalePreview")  # nodes of the pack that show a picture
 MODEL = "diffusion_models/8B-1024.safetensors"  # what file_info.json looks at; the others use the pack's demo model
+UPSCALER = "upscale_models/RealESRGAN_x4plus.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +34,12 @@ def browser():
 def server(browser, comfyui, tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
     (base / "input").mkdir()
-    for picture in (*ROOT.glob("samples/*.png"), *ROOT.glob("samples/*.jpg")):
-        shutil.copy(picture, base / "input")
-    model = base / "models" / MODEL
-    model.parent.mkdir(parents=True)
+    shutil.copy(ROOT / "samples" / "scene.png", base / "input")
+    model, upscaler = base / "models" / MODEL, base / "models" / UPSCALER
+    for file in (model, upscaler):
+        file.parent.mkdir(parents=True)
     shutil.copy(RECORD, model)
+    save_file(enlarger(), upscaler)
     with comfyui.server(base) as running:
         yield running
 
@@ -71,7 +75,7 @@ def keep_screenshot(page: Page, name: str) -> None:
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_in_the_page(page, path):
     workflow, published = read(path), "published" in path.stem
-    previews = [node for node in workflow["nodes"] if node["type"] == PREVIEW and not published]
+    shown = sorted(f"node {node['id']}, {node['type']}" for node in workflow["nodes"] if node["type"] in SHOWN)
     page.load(workflow, path.name)
     # Weights of gigabytes are not here: the page may say so, but must know every node.
     problems = page.missing() + page.complaints if published else page.problems()
@@ -83,15 +87,12 @@ def test_a_workflow_in_the_page(page, path):
     if not published:
         assert page.run() == {}
         assert not page.problems(), page.problems()
-        assert len(page.pictured(PREVIEW, len(previews))) == len(previews)
+        assert page.pictured(*SHOWN, count=len(shown)) == shown
     keep_screenshot(page, path.stem)
-    if previews:
+    if path.stem == "scale_preview":  # has all that is kept
         page.reload()
         assert not page.problems(), page.problems()
-        assert len(page.pictured(PREVIEW, len(previews))) == len(previews)
-
-
-# What the test above would say of broken workflows, so that its silence means something.
+        assert page.pictured(*SHOWN, count=len(shown)) == shown
 
 
 def graph_of(*nodes: dict) -> dict:
@@ -103,6 +104,16 @@ def graph_of(*nodes: dict) -> dict:
 
 def file_info(file: str) -> dict:
     return {"type": "VAREditFileInfo", "widgets_values": [file]}
+
+
+def test_pictures_that_are_gone_are_forgotten(page):
+    gone = {"shown_pictures": [{"filename": "gone.png", "subfolder": "", "type": "temp"}]}
+    page.load(graph_of({"type": "VAREditSampleImage", "widgets_values": ["scene.png"], "properties": gone}))
+    assert page.problems() == [] and page.pictured(*SHOWN, seconds=1) == []
+    assert "shown_pictures" not in page.graph()["nodes"][0]["properties"]
+
+
+# What the tests above would say of broken workflows, so that their silence means something.
 
 
 def test_an_unknown_node_would_be_noticed(page):

@@ -41,9 +41,11 @@ def test_a_stock_lora_loader_does_what_the_library_does(found):
 def test_compilation_attention_and_device_nodes_work(found):
     result = facts(found, "wrappers")
     assert result["equal"] == [True, True, True] and result["again"]
-    # Self- and cross-attention of eight blocks in eight passes, and the text's pooling.
-    assert result["attention calls"] == 8 * 8 * 2 + 1
+    # Self- and cross-attention of eight blocks in eight passes, the text's pooling, and a question before.
+    assert result["attention calls"] == 8 * 8 * 2 + 1 + 1
+    assert result["without scale"] < 0.01, "an attention that ignores its scale is given queries that carry it"
     assert result["restored"] == "Transformer"
+    assert result["graphs"] and result["nodes"] > 8, "the compiler was really asked"
 
 
 def test_pictures_of_all_kinds(found):

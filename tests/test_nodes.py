@@ -396,13 +396,12 @@ def test_the_node_list_names_the_nodes(schemas):
     assert json.loads(read("node_list.json")) == {name: schema.display_name for name, schema in schemas.items()}
 
 
-def test_the_page_script_shows_the_nodes_that_return_a_text(nodes, schemas):
-    (script,) = (ROOT / "web").glob("*.js")
-    (named,) = re.findall(r"new Set\(\[(.*?)\]\)", script.read_text())
-    assert {name.strip(' "') for name in named.split(",")} == {
-        name for name, node in nodes.items() if "PreviewText" in inspect.getsource(node.execute)
-    }
-    assert all(schema.is_output_node for name, schema in schemas.items() if name in named)
+@pytest.mark.parametrize(("script", "result"), [("file_info.js", "PreviewText"), ("pictures.js", "PreviewImage")])
+def test_a_page_script_names_the_nodes_that_show_something(nodes, schemas, script, result):
+    (named,) = re.findall(r"new Set\(\[(.*?)\]\)", read("web", script))
+    shown = {name.strip(' "') for name in named.split(",")}
+    assert shown == {name for name, node in nodes.items() if result in inspect.getsource(node.execute)}
+    assert all(schemas[name].is_output_node or schemas[name].has_intermediate_output for name in shown)
 
 
 @pytest.mark.parametrize(("name", "folder"), LOADERS.items())
@@ -428,11 +427,14 @@ def test_a_loader_says_where_a_missing_file_belongs(nodes, models, name, folder,
     for file, lack in (("gone.safetensors", "gone.safetensors is not"), ("no file found", "there is no file")):
         with pytest.raises(ValueError) as error:
             nodes[name].execute(file, *rest)
+        assert nodes[name].validate_inputs(file) == str(error.value), "said before a run, too"
         assert re.fullmatch(
             rf"{re.escape(lack)} in ComfyUI's folder models/{folder}; put .*https://huggingface\.co/.* there, press R and "
             "choose it",
             str(error.value),
         )
+    (models / folder / "here.safetensors").touch()
+    assert nodes[name].validate_inputs("here.safetensors") is nodes[name].validate_inputs(None) is True
 
 
 @pytest.mark.parametrize(("name", "folder"), LOADERS.items())
@@ -630,7 +632,8 @@ print(json.dumps(list(sys.modules)))
     own = [name.removeprefix("pack_x_varedit.") for name in loaded if name.startswith("pack_x_varedit.")]
     assert {name for name in own if name.startswith("varedit_core")} == {"varedit_core", "varedit_core.defaults"}
     assert {name for name in own if name.startswith("nodes.")} == {
-        f"nodes.{name}" for name in ("_api", "decode", "encode", "file_info", "files", "loaders", "sample_image", "sampler")
+        f"nodes.{name}"
+        for name in ("_api", "decode", "encode", "file_info", "files", "loaders", "sample_image", "sampler")
     }
 
 
@@ -728,8 +731,4 @@ def test_the_api_twin_is_the_same_graph(path, schemas):
         values = widget_values(node, schemas.get(node["type"]))
         linked = {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot.get("link") is not None}
         expected = {name: value for name, value in values.items() if name != "control_after_generate"} | linked
-        inputs = twin[key]["inputs"]
-        if node["type"] in schemas:
-            assert inputs == expected
-        else:  # ComfyUI's own nodes have widgets that are only the page's, such as a button to upload
-            assert linked.items() <= inputs.items() <= expected.items()
+        assert twin[key]["inputs"] == expected

@@ -25,7 +25,7 @@ INFO = "file_info"  # one node that looks at a file; it edits nothing
 EDITS = [name for name in GRAPHS if name != INFO]
 PUBLISHED = [name for name in EDITS if "published" in name]
 DEMO = [name for name in EDITS if name not in PUBLISHED]
-NOTE = "MarkdownNote"
+NOTE, SOURCE = "MarkdownNote", "VAREditSampleImage"
 TITLE, THUMBNAIL = 30, 60_000  # pixels above a node; bytes
 LOADERS = {
     "VAREditModelLoader": "model_name",
@@ -50,15 +50,13 @@ def of_type(twin: dict, *kinds: str) -> dict[str, dict]:
 def widgets(node: dict) -> dict:
     """A node's widget values by name, as the page sends them.
 
-    A seed is followed by what becomes of it after a run, a picture to load by its button; a box by its four numbers.
+    A seed is followed by what becomes of it after a run, a box by its four numbers.
     """
     values, found = iter(node["widgets_values"]), {}
     for slot in node["inputs"]:
         if "widget" not in slot:
             continue
-        value = next(values)
-        if slot["type"] != "IMAGEUPLOAD":
-            found[slot["name"]] = value
+        found[slot["name"]] = value = next(values)
         if slot["name"] == "seed":
             assert next(values) == "fixed", "a shared graph gives the same picture every time"
         if slot["type"] == "BOUNDING_BOX":
@@ -80,13 +78,13 @@ def as_twin(graph: dict) -> dict:
     }
 
 
-def unpacked(blueprint: dict, picture: str) -> dict:
-    """A blueprint in API format: its nodes with their own values, between a picture to load and one to save."""
+def unpacked(blueprint: dict) -> dict:
+    """A blueprint in API format: its nodes with their own values, between the pack's picture and one to save."""
     (subgraph,) = blueprint["definitions"]["subgraphs"]
     slots = {(node["id"], i): slot["name"] for node in subgraph["nodes"] for i, slot in enumerate(node["inputs"])}
     sources = {-10: "load"} | {node["id"]: str(node["id"]) for node in subgraph["nodes"]}
     twin = {str(node["id"]): {"class_type": node["type"], "inputs": widgets(node)} for node in subgraph["nodes"]}
-    twin["load"] = {"class_type": "LoadImage", "inputs": {"image": picture}}
+    twin["load"] = {"class_type": SOURCE, "inputs": {"picture": "scene.png"}}
     for link in subgraph["links"]:
         origin = [sources[link["origin_id"]], link["origin_slot"]]
         if link["target_id"] == -20:
@@ -126,7 +124,7 @@ def test_the_api_twin_is_what_the_page_would_send(name):
     assert titles.items() <= {key: node["_meta"]["title"] for key, node in TWINS[name].items()}.items()
 
 
-@pytest.mark.parametrize("twin", [*TWINS.values(), unpacked(BLUEPRINT, "scene.png")], ids=[*TWINS, "blueprint"])
+@pytest.mark.parametrize("twin", [*TWINS.values(), unpacked(BLUEPRINT)], ids=[*TWINS, "blueprint"])
 def test_the_inputs_of_our_nodes_are_those_of_the_schemas(twin):
     ours = {key: node for key, node in twin.items() if node["class_type"].startswith("VAREdit")}
     assert ours
@@ -216,7 +214,7 @@ def test_the_demo_model_gets_its_own_settings(name):
     for kind, key in LOADERS.items():
         (loader,) = of_type(twin, kind).values()
         assert loader[key].startswith("varedit_demo")
-    assert of_type(twin, "VAREditSampleImage"), "it runs without a picture of the user's"
+    assert of_type(twin, SOURCE), "it runs without a picture of the user's"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -263,7 +261,7 @@ def test_the_links_of_the_blueprint_agree():
         assert end["type"] == link["type"]
 
 
-# With ComfyUI: the demo model lies in the pack, the pictures in `input`.
+# With ComfyUI: the demo model and the pictures lie in the pack.
 
 
 def enlarger() -> dict[str, torch.Tensor]:
@@ -287,9 +285,6 @@ def enlarger() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def server(comfyui, tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
-    (base / "input").mkdir()
-    for name in ("scene.png", "cat.jpg"):
-        shutil.copy(ROOT / "samples" / name, base / "input")
     ((upscaler,),) = (inputs.values() for inputs in of_type(TWINS["edit_then_upscale"], "UpscaleModelLoader").values())
     (base / "models" / "upscale_models").mkdir(parents=True)
     save_file(enlarger(), base / "models" / "upscale_models" / upscaler)
@@ -313,7 +308,7 @@ def pictures(server, twin: dict, kinds: tuple[str, ...] = ("SaveImage",)) -> lis
 
 def source(server, twin: dict) -> np.ndarray:
     """The first picture that a twin takes, as ComfyUI reads it."""
-    load = next(node for node in twin.values() if node["class_type"] in ("VAREditSampleImage", "LoadImage"))
+    load = next(node for node in twin.values() if node["class_type"] == SOURCE)
     save = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "source"}}
     return pictures(server, {"1": load, "2": save})[0]
 
@@ -406,7 +401,7 @@ def test_every_scale_is_shown(server):
 
 
 def test_the_blueprint_edits_as_the_quick_edit_does(server):
-    (result,), (expected,) = pictures(server, unpacked(BLUEPRINT, "scene.png")), pictures(server, TWINS["quick_edit"])
+    (result,), (expected,) = pictures(server, unpacked(BLUEPRINT)), pictures(server, TWINS["quick_edit"])
     assert (result == expected).all()
 
 
@@ -417,8 +412,9 @@ def test_the_published_workflow_lacks_nothing_but_its_files(server, name):
     assert refused.keys() == of_type(twin, *LOADERS).keys()
     for key, errors in refused.items():
         (error,) = errors["errors"]
-        assert error["type"] == "value_not_in_list"
-        assert error["extra_info"]["input_name"] == LOADERS[twin[key]["class_type"]]
+        name = LOADERS[twin[key]["class_type"]]
+        assert error["extra_info"]["input_name"] == name
+        assert twin[key]["inputs"][name] in error["details"] and "https://huggingface.co/" in error["details"]
 
 
 @pytest.fixture
