@@ -50,7 +50,11 @@ class VAREditSampler(io.ComfyNode):
                     optional=True,
                     tooltip="What to stay away from; unconnected, the model's own learned text is used.",
                 ),
-                io.Vae.Input("vae", optional=True, tooltip="Needed for the preview decoded only."),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Needed for the preview decoded, and for fast where a stock node encoded the source.",
+                ),
                 io.Float.Input(
                     "top_p",
                     default=DEFAULT_SETTINGS.top_p,
