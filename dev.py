@@ -17,6 +17,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Two at a time, a file in one process: most tests leave one of two cores idle, and a file shares what it starts.
+PARALLEL = ["-n", "2", "--dist", "loadfile"]
 MAIN_JOB = ["demo", "--output", "output/demo", "--overwrite"]
 
 ROOT = Path(__file__).resolve().parent
@@ -26,7 +28,7 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 def main(command: str = "", *args: str) -> int:
     if command == "test":
-        return prepare("test") or run("pytest", args, ROOT)
+        return prepare("test") or run("pytest", [*PARALLEL, *args], ROOT)
     if command == "edit":
         return prepare("cli") or run("varedit_core", ["edit", *args] if args else MAIN_JOB, None if args else ROOT)
     if command == "varedit":

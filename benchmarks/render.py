@@ -102,7 +102,14 @@ def comfyui() -> str:
         limit = f"{case['limit_gb']:.0f} GB" if case["limit_gb"] else "all"
         stored = "8 bits" if case["said"] else "exact"
         rows.append([names[case["kind"]], limit, f"{case['peak_gb']:.1f} GB", stored, f"{first['all']:.1f} s", again])
-    head = [f"8B bf16 at 1024, {facts['device']}", "free", "most taken", "keys and values", "first edit", "again"]
+    head = [
+        f"8B bf16 at 1024, {facts['device']}",
+        "free",
+        "most taken in the last edit",
+        "keys and values",
+        "first edit",
+        "again",
+    ]
     return table(head, rows)
 
 

@@ -37,9 +37,9 @@ class VAREditTextEncode(io.ComfyNode):
     def execute(cls, clip, text: str) -> io.NodeOutput:
         from .text_encoder import checked_clip, encode
 
-        conditioning, cut = encode(checked_clip(clip), text)
-        if cut:
-            tell(cls, cut)
+        conditioning, notice = encode(checked_clip(clip), text)
+        if notice:
+            tell(cls, notice)
         return io.NodeOutput(conditioning)
 
 

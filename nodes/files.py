@@ -56,5 +56,5 @@ def stamp(path: Path | str | None):
 
 
 def fingerprint(folder: str, name: str | None):
-    """`stamp` of a file by its name in a folder; a linked name (None) is looked up every time."""
-    return stamp(folder_paths.get_full_path(folder, name) if name else None)
+    """`stamp` of a file by its name in a folder; of a linked name (None) only the name itself counts."""
+    return stamp(folder_paths.get_full_path(folder, name)) if name else None

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..varedit_core.checkpoints import TRANSFORMER, blank, canonical
-from ..varedit_core.planning import Job
-from ..varedit_core.schedule import AREAS, schedule_for
 from ..varedit_core.transformer import Transformer
 from ..varedit_core.weights import WeightError
 from .state import Layers, fill, is_quantised, main_dtype, open_file, parameters, plain
@@ -50,15 +48,6 @@ class VAREditModel(nn.Module):
     @property
     def model_sampling(self):
         return self.apply_model()
-
-    def memory_required(self, input_shape, cond_shapes=None) -> int:
-        """Bytes of an edit of that latent shape [B, d, h, w], by ComfyUI's question."""
-        tokens = input_shape[-2] // 2
-        fitting = (s for s in map(schedule_for, AREAS) if s.grids[-1][0] >= tokens)
-        schedule = next(fitting, schedule_for("1M"))
-        return Job(self.diffusion_model.config, schedule, input_shape[0], True, self.diffusion_model.dtype).needed(
-            "exact"
-        )
 
     def run(self, loop: Callable[[Transformer], Tensor], patcher) -> Tensor:
         """A loop over the transformer inside the wrappers that stock nodes put around a model's call."""

@@ -56,6 +56,8 @@ def to_image(pictures: list[Image.Image]) -> Tensor:
 def encode_source(vae, image: Tensor, area: str, method: str) -> dict:
     """The LATENT of pictures to edit: unquantised features [B, d, h, w], each picture encoded alone."""
     vae = checked_vae(vae)
+    if not len(image):
+        raise ValueError("there is no picture to edit; connect at least one")
     fitted = [fit(load_image(to_pillow(one)), area, method) for one in image]
     # One by one, as the library does: convolutions of a batch round differently.
     features = torch.cat([vae.encode(_as_image(one.pixels)) for one in fitted])
@@ -74,6 +76,8 @@ def decode_edit(vae, latent: dict, image: Tensor | None, mask: Tensor | None, te
             "connect the picture that was encoded"
         )
     edited = to_image([unfit(_levels(vae, one), fitting) for one in samples])
+    if image is not None and image.shape[3] not in (1, 3, 4):
+        raise ValueError(f"the image has {image.shape[3]} channels; connect one with 1, 3 or 4")
     if image is not None and image.shape[0] not in (1, len(edited)):
         raise ValueError(
             f"there are {image.shape[0]} images for {len(edited)} edits; connect the same batch, or one image"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
@@ -25,8 +24,6 @@ from .pictures import KEY, Origin, fitting_of, scale_picture
 from .text_encoder import MARK
 from .vae import VAREditVAE, checked_vae
 
-logger = logging.getLogger("VAREdit")
-
 TICKS = 1000
 """Steps of the progress bar."""
 
@@ -46,10 +43,15 @@ class Texts:
     def read(cls, positive: list, negative: list | None) -> Texts:
         """From CONDITIONING. ValueError where it is empty or of another text encoder."""
         wanted = _features(positive, "positive")
-        if any(len(text) < 2 for text in wanted):  # the end token alone
+        if any(_says_nothing(text) for text in wanted):
             raise ValueError("the instruction is empty; say what to change in the picture")
         unwanted = _features(negative, "negative") if negative is not None else [None]
         return cls(wanted, [None if text is None or _says_nothing(text) else text for text in unwanted])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max(len(text) for text in (*self.positive, *self.negative) if text is not None)
 
     def of(self, image: int) -> tuple[Tensor, Tensor | None]:
         """The pair of picture `image` of a batch; fewer texts than pictures start over."""
@@ -57,7 +59,7 @@ class Texts:
 
 
 def _says_nothing(text: Tensor) -> bool:
-    """Whether a negative prompt is none: an empty text's, or what ConditioningZeroOut leaves."""
+    """Whether features are those of the end token alone, or what ConditioningZeroOut leaves."""
     return len(text) < 2 or not text.any()
 
 
@@ -85,7 +87,7 @@ def attention_of(transformer_options: dict, head_size: int, dtype: torch.dtype, 
     """
     chosen = args.use_split_cross_attention or args.use_quad_cross_attention
     function = attention.optimized_attention
-    if not chosen and mm.cpu_state == mm.CPUState.CPU:
+    if not chosen and mm.is_device_cpu(device):
         function = attention.attention_pytorch
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -152,7 +154,8 @@ def sample_latent(
     origin = _origin(network, source, vae)
     method = preview_method(preview, vae, origin)
     transformer = network.diffusion_model
-    job = Job(transformer.config, origin.fitting.schedule, len(features), settings.guided, transformer.dtype)
+    schedule = origin.fitting.schedule
+    job = Job(transformer.config, schedule, len(features), settings.guided, transformer.dtype, texts.longest)
     beside = vae.memory_used_decode(features.shape, vae.vae_dtype) if method == "own" else 0
 
     def attempt(way: Plan) -> Tensor:
@@ -162,11 +165,11 @@ def sample_latent(
         return _run(model, features.to(model.load_device), texts, settings, way, watcher)
 
     def free() -> int:
-        return free_memory(model.load_device) - int(beside)
+        return free_memory(model) - int(beside)
 
     sums = _as_it_fits(job, free, attempt, tell).to(mm.intermediate_device())
     rest = {key: value for key, value in source.items() if key not in ("samples", KEY)}
-    latent = {**rest, "samples": sums[-1], KEY: origin}
+    latent = {**rest, "samples": sums[-1].clone(), KEY: origin}  # a view would keep all scales
     return latent, {"samples": sums.flatten(0, 1), KEY: replace(origin, scales=len(sums))}
 
 
@@ -174,24 +177,25 @@ def _as_it_fits(
     job: Job, free: Callable[[], int], attempt: Callable[[Plan], Tensor], tell: Callable[[str], None]
 ) -> Tensor:
     """The result of the planned way to run, or of the first one after it that memory lasts for."""
-    way = plan(job, free())
+    host = mm.get_free_memory(torch.device("cpu"))
+    way = plan(job, free(), host)
     if way.reasons:
         tell(f"{'; '.join(way.reasons)}; running {described(way)} instead")
-    ways = plans(job)
-    for number in range([_name(other) for other in ways].index(_name(way)), len(ways)):
+    ways = [other for other in plans(job) if other.job.needed_on_host(other.store) <= host]
+    left = ways[[(w.store, w.job.images) for w in ways].index((way.store, way.job.images)) :]
+    while True:
+        way, *left = left
         try:
-            return attempt(ways[number])
+            return attempt(way)
         except Exception as error:
             mm.raise_non_oom(error)
         # Outside the handler: until its end the exception holds what the loop had made.
         mm.soft_empty_cache()
-        if number + 1 < len(ways):
-            tell(f"memory ran out {described(ways[number])}; running {described(ways[number + 1])} instead")
-    raise ValueError(too_large(job, free()))
-
-
-def _name(way: Plan) -> tuple[str, int]:
-    return way.store, way.job.images
+        # Of fewer pictures at a time not the next number, but one that takes clearly less.
+        left = [other for other in left if other.job.images == 1 or other.needed <= 0.75 * way.needed]
+        if not left:
+            raise ValueError(too_large(job, free(), host))
+        tell(f"memory ran out {described(way)}; running {described(left[0])} instead")
 
 
 def _origin(network: VAREditModel, source: dict, vae: VAREditVAE | None) -> Origin:
@@ -202,6 +206,8 @@ def _origin(network: VAREditModel, source: dict, vae: VAREditVAE | None) -> Orig
             f"the source has the shape {list(samples.shape)} but the model predicts tokens of {config.token_bits} bits; "
             "encode it with VAREdit Source Encode and the VAE that belongs to the model"
         )
+    if origin is not None and origin.scales != 1:
+        raise ValueError("these are the sums of all scales; connect the sampler's latent, or VAREdit Source Encode")
     if origin is not None:
         return origin
     if vae is None:
@@ -245,19 +251,21 @@ def _run(model, features: Tensor, texts: Texts, settings: SamplingSettings, way:
         model.cleanup()
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes an edit may take on a device when all models have made way as far as they can."""
+def free_memory(model) -> int:
+    """Bytes an edit may take on a model's device when all models have made way as far as they can."""
+    device = model.load_device
     loaded = sum(other.model_loaded_memory() for other in mm.current_loaded_models if other.device == device)
     if mm.is_device_cpu(device):
         loaded = 0  # weights in host memory stay there
-    return mm.get_free_memory(device) + loaded - mm.extra_reserved_memory()
+    whole = mm.vram_state in (mm.VRAMState.HIGH_VRAM, mm.VRAMState.SHARED)  # its weights do not make way
+    return mm.get_free_memory(device) + loaded - mm.extra_reserved_memory() - whole * model.model_size()
 
 
 def plan_text(model, area: str, images: int, guided: bool) -> str:
     """What an edit takes and how the sampler would run it now, in lines."""
     network, device = checked_model(model), model.load_device
     transformer = network.diffusion_model
-    job = Job(transformer.config, schedule_for(area), images, guided, transformer.dtype)
+    job, free = Job(transformer.config, schedule_for(area), images, guided, transformer.dtype), free_memory(model)
     height, width = job.schedule.pixels
     kind = str(transformer.dtype).removeprefix("torch.")
     lines = [
@@ -266,10 +274,10 @@ def plan_text(model, area: str, images: int, guided: bool) -> str:
         f"keys and values: {gigabytes(job.stored('exact'))}",
         f"activations, at most: {gigabytes(job.activations)}",
         f"in all: {gigabytes(model.model_size() + job.needed('exact'))}",
-        f"free when other models make way: {gigabytes(free_memory(device))}",
+        f"free when other models make way: {gigabytes(free)}",
     ]
     try:
-        way = plan(job, free_memory(device))
+        way = plan(job, free, mm.get_free_memory(torch.device("cpu")))
         lines += [*way.reasons, f"will run {described(way)}: {gigabytes(way.needed)} beside the weights"]
     except ValueError as error:
         lines.append(str(error))

@@ -26,6 +26,8 @@ KEY = "varedit_t5"
 MARK = "varedit_text"
 """In a conditioning's settings: the channels of features that come from here."""
 FLAN_VOCABULARY = 32128
+UNKNOWN = 2
+"""T5's token for what its vocabulary lacks, such as Chinese."""
 
 
 class Tokenizer:
@@ -143,12 +145,19 @@ def checked_clip(clip) -> comfy.sd.CLIP:
 
 
 def encode(clip: comfy.sd.CLIP, text: str) -> tuple[list, str | None]:
-    """Conditioning of a text, and a sentence where it had to be cut. ValueError for an empty one."""
+    """Conditioning of a text, and a sentence where it had to be cut or is not understood. ValueError for an empty one."""
     if not text.strip():
         raise ValueError(
             "the text is empty; say what to change, or leave the sampler's negative unconnected for no negative prompt"
         )
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-    _, count = cut_ids(clip.tokenizer.tokenize(text))
-    cut = f"the text has {count} tokens; only the first {TEXT_TOKENS} are used" if count > TEXT_TOKENS else None
-    return conditioning, cut
+    ids = clip.tokenizer.tokenize(text)
+    unknown = ids.count(UNKNOWN)
+    if len(ids) > TEXT_TOKENS:
+        return conditioning, f"the text has {len(ids)} tokens; only the first {TEXT_TOKENS} are used"
+    if unknown and 3 * unknown >= len(ids) - 1:
+        return (
+            conditioning,
+            f"{unknown} of the text's {len(ids) - 1} tokens are unknown to the text encoder; write English",
+        )
+    return conditioning, None

@@ -34,7 +34,7 @@ class VAREditVAE(comfy.sd.VAE):
         self.latent_channels, self.latent_dim, self.output_channels = config.bits, 2, 3
         # The order of operations is that of `images.fit`, so that 8-bit pictures give exactly its pixels.
         self.process_input = lambda image: image * 255 / 127.5 - 1
-        self.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
+        self.process_output = lambda image: image.mul_(0.5).add_(0.5).clamp_(0, 1)  # ComfyUI wants it in place
         self.working_dtypes = [torch.float32]
         self.pad_channel_value = self.size = self.extra_1d_channel = self.format_encoded = None
         self.downscale_index_formula = self.upscale_index_formula = None

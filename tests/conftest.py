@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from support import GOLDEN
 from benchmarks.real_size import published_shapes, random_tensor
 from varedit_core.parity import Record
 
-torch.set_num_threads(2)
+# Beside another worker each has one core.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(scope="session")

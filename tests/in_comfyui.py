@@ -176,6 +176,7 @@ class Probe:
         torch = self.torch
         torch.manual_seed(1)
         images = torch.rand(2, 37, 61, 4)
+        before = images.clone()
         source = self.run("SourceEncode", self.vae, images, "256", "square")
         latent = self.run("Sampler", self.model, source, self.text, 3, 2.0, 0.1)
         singles = []
@@ -203,7 +204,7 @@ class Probe:
             "empty mask": torch.equal(decode(self.vae, latent, images, torch.zeros(1, 64, 64)).result[0], with_alpha),
             "grey": list(decode(self.vae, {"samples": self.sample(source=grey_source), "varedit": grey_source["varedit"]}, grey, torch.ones(4, 4)).result[0].shape),
             "aspect": list(wide["samples"].shape),
-            "untouched": torch.equal(images[0, 0, 0], self._first_pixel(1)),
+            "untouched": torch.equal(images, before),
             "errors": {
                 "mask without image": self.error(decode, self.vae, latent, None, mask),
                 "three masks": self.error(decode, self.vae, latent, images, torch.ones(3, 8, 8)),
@@ -212,10 +213,6 @@ class Probe:
                 "resized latent": self.error(decode, self.vae, {**latent, "samples": latent["samples"][..., :8, :8]}),
             },
         }  # fmt: skip
-
-    def _first_pixel(self, seed: int):
-        self.torch.manual_seed(seed)
-        return self.torch.rand(2, 37, 61, 4)[0, 0, 0]
 
     def scales(self) -> dict:
         """The sampler's second output, and its pictures."""
@@ -291,7 +288,10 @@ class Probe:
         said = []
         sys.modules["varedit_pack.nodes.encode"].tell = lambda node, text: said.append(text)
         conditioning = self.run("TextEncode", self.clip, "make it sepia " * 300)
-        return {"said": said, "tokens": conditioning[0][0].shape[1]}
+        found = {"said": said[:], "tokens": conditioning[0][0].shape[1]}
+        said.clear()
+        self.run("TextEncode", self.clip, "把背景变成蓝色")
+        return {**found, "chinese": said[:]}
 
     def ladder(self) -> dict:
         """Every way to run, by a pretended budget, and by memory that runs out while running."""
@@ -300,37 +300,54 @@ class Probe:
         two = self.torch.cat([self.cat, self.cat])
         source = self.run("SourceEncode", self.vae, two, "256", "square")
         expected = self.sample(source=source)
-        job_of = self.running.Job
-        job = job_of(
-            self.model.model.diffusion_model.config, source["varedit"].fitting.schedule, 2, True, self.torch.float32
-        )
+        config, schedule = self.model.model.diffusion_model.config, source["varedit"].fitting.schedule
+        job = self.running.Job(config, schedule, 2, True, self.torch.float32, self.text[0][0].shape[1])
         real, run, found = self.running.free_memory, self.running._run, {}
         sampler = sys.modules["varedit_pack.nodes.sampler"]
         for way in plans(job):
             said = []
             sampler.tell = lambda node, text, said=said: said.append(text)
-            self.running.free_memory = lambda device, need=way.needed: need
+            self.running.free_memory = lambda model, need=way.needed: need
             equal = (self.sample(source=source) == expected).float().mean().item()
             found[f"{way.job.images} {way.store}"] = {"equal": equal, "said": said}
-        self.running.free_memory = lambda device: 1000
+        self.running.free_memory = lambda model: 1000
         found["nothing fits"] = self.error(self.sample, source=source)
         self.running.free_memory = real
-        tried = []
+        tried, held, attention_of = [], [], self.running.attention_of
+
+        def noting(*arguments):
+            tried.append(f"{arguments[4].job.images} {arguments[4].store}")
+            held.append(self._stored())
+            return run(*arguments)
 
         def scarce(*arguments):
-            tried.append(f"{arguments[4].job.images} {arguments[4].store}")
-            if len(tried) < 3:
-                raise self.torch.OutOfMemoryError("not enough")
-            return run(*arguments)
+            """Attention that runs out of memory in the middle of the first two attempts."""
+            attend, calls = attention_of(*arguments), []
+
+            def counted(*args, **kw):
+                calls.append(1)
+                if len(tried) < 3 and len(calls) > 60:
+                    raise self.torch.OutOfMemoryError("not enough")
+                return attend(*args, **kw)
+
+            return counted
 
         said = []
         sampler.tell = lambda node, text: said.append(text)
-        self.running._run = scarce
+        self.running._run, self.running.attention_of = noting, scarce
         self.sample(source=source)
+        self.running.attention_of = attention_of
         self.running._run = lambda *arguments: (_ for _ in ()).throw(self.torch.OutOfMemoryError("never enough"))
         found["never enough"] = self.error(self.sample, source=source)
         self.running._run = run
-        return {**found, "tried": tried, "said": said}
+        return {**found, "tried": tried, "held": held, "said": said}
+
+    @staticmethod
+    def _stored() -> int:
+        """Tensors that stores still hold; without a collection, which ComfyUI makes only now and then."""
+        from varedit_pack.varedit_core.kv import KeyValueStore
+
+        return sum(len(store.keys) for store in gc.get_objects() if isinstance(store, KeyValueStore))
 
     def formats(self) -> dict:
         """The transformer's file in ComfyUI's quantised formats: layers, and share of bits that stay."""
@@ -417,14 +434,9 @@ class Probe:
     def leftovers(self) -> dict:
         """Stores and scales that are still alive after a success, an error and a cancellation."""
         import comfy.model_management as mm
-        from varedit_pack.varedit_core.kv import KeyValueStore
-
-        def alive() -> int:
-            """Tensors that stores still hold; without a collection, which ComfyUI makes only now and then."""
-            return sum(len(store.keys) for store in gc.get_objects() if isinstance(store, KeyValueStore))
 
         self.sample()
-        found = {"success": alive()}
+        found = {"success": self._stored()}
         kept, seen = self.running.attention_of, []
 
         def stop_after(calls: int, error: BaseException):
@@ -447,7 +459,7 @@ class Probe:
             try:
                 self.sample()
             except BaseException as caught:
-                found[name] = [type(caught).__name__, alive(), len(seen)]
+                found[name] = [type(caught).__name__, self._stored(), len(seen)]
         self.running.attention_of = kept
         mm.interrupt_current_processing(True)
         try:

@@ -55,7 +55,7 @@ def test_the_two_commands(monkeypatch):
     for line in ("python dev.py edit", "python dev.py test"):
         assert f"```\n{line}\n```" in README
         assert dev.main(*line.split()[2:]) == 0
-    assert calls == ["cli", ["-m", "varedit_core", *dev.MAIN_JOB], "test", ["-m", "pytest"]]
+    assert calls == ["cli", ["-m", "varedit_core", *dev.MAIN_JOB], "test", ["-m", "pytest", *dev.PARALLEL]]
     assert dev.MAIN_JOB[0] == "demo" and all((SAMPLES / name).is_file() for name in EDITS)
     calls.clear()
     assert dev.main("edit", "a.png", "make it sepia") == 0

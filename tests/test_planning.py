@@ -62,10 +62,13 @@ def test_a_store_holds_what_it_says(patchify, name, monkeypatch):
     ]
     tensors = [t for part in lists for item in part for t in (item if isinstance(item, list) else [item])]
     tensors += [t for pair in store.references for t in pair]
+    on_host = sum(t.nbytes for pair in getattr(store, "host", []) for t in pair)
     held = sum(t.nbytes for t in tensors)
     size = patchify.transformer.config
     said = STORES[name].nbytes(patchify.schedule, size.depth, 2, size.width, torch.float32)
     assert held <= said and (name != "exact" or held == said)
+    job = Job(size, patchify.schedule, 1, True, torch.float32)
+    assert on_host == job.needed_on_host(name)
     assert (name == "8-bit") == bool(getattr(store, "codes", None)) and (name == "host") == bool(
         getattr(store, "host", None)
     )
@@ -116,6 +119,20 @@ def test_the_best_way_within_a_budget():
     assert described(ways[3]) == "one picture at a time with keys and values in 8 bits (close to exact)"
 
 
+def test_host_memory_counts_too():
+    host = plans(JOB)[-1]
+    need = host.job.needed_on_host("host")
+    assert need > 10e9 and plan(JOB, host.needed, need).store == "host"
+    with pytest.raises(ValueError, match="at the size"):
+        plan(JOB, host.needed, need - 1)
+
+
+def test_longer_texts_take_more():
+    short, long = replace(JOB, images=1, text_tokens=10), replace(JOB, images=1, text_tokens=512)
+    assert long.activations - short.activations == pytest.approx(2 * 2 * 40 * 502 * 3584 * 2)
+    assert replace(JOB, images=1).activations == long.activations
+
+
 def test_what_does_not_fit_names_a_size_that_does():
     least = plans(JOB)[-1].needed
     with pytest.raises(
@@ -159,7 +176,9 @@ def test_colours_follow_the_picture():
 def test_previews_keep_cells_and_shape():
     colours = torch.linspace(-1, 1, 3 * 4 * 4).reshape(3, 4, 4)
     whole = enlarged(colours, side=64)
-    assert whole.size == (64, 64) and whole.resize((4, 4), Image.Resampling.NEAREST).tobytes() != b""
+    levels = ((colours + 1) / 2 * 255).to(torch.uint8)
+    assert whole.size == (64, 64)
+    assert whole.resize((4, 4), Image.Resampling.NEAREST).tobytes() == levels.permute(1, 2, 0).numpy().tobytes()
     assert whole.getpixel((0, 0)) == whole.getpixel((15, 15)) != whole.getpixel((16, 0))
     assert enlarged(colours, (1.0, 0.5), 64).size == (64, 32)
 

@@ -5,6 +5,7 @@ Knows sizes only, neither devices nor weights; whoever has a budget asks `plan` 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,13 +31,17 @@ _LEAST_TOKENS = 160
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the loop: images at once, two rows each under guidance, in the transformer's compute dtype."""
+    """One run of the loop: images at once, two rows each under guidance, in the transformer's compute dtype.
+
+    text_tokens: of the longest text; None: as many as the model takes.
+    """
 
     config: TransformerConfig
     schedule: Schedule
     images: int
     guided: bool
     dtype: torch.dtype
+    text_tokens: int | None = None
 
     @property
     def rows(self) -> int:
@@ -48,15 +53,22 @@ class Job:
 
     @property
     def activations(self) -> int:
-        """Bytes of everything else that a pass makes, beside the weights; an upper estimate."""
+        """Bytes of everything else beside the weights: what a pass makes, and the text's keys and values."""
         last, width, size = self.schedule.tokens[-1], self.config.width, self.dtype.itemsize
         block = last * width * (_WIDE + _NARROW * size)
         joined = 2 * width * (last + sum(self.schedule.tokens)) * size
-        return self.rows * (block + joined)
+        text = 2 * self.config.depth * width * (self.text_tokens or self.config.text_length) * size
+        return self.rows * (block + joined + text)
 
     def needed(self, store: str) -> int:
-        """Bytes the loop needs beside the weights."""
+        """Bytes the loop needs on the device beside the weights."""
         return self.stored(store) + self.activations
+
+    def needed_on_host(self, store: str) -> int:
+        """Bytes of keys and values in host memory."""
+        if store != "host":
+            return 0
+        return HostStore.host_nbytes(self.schedule, self.config.depth, self.rows, self.config.width, self.dtype)
 
     def shares(self) -> list[float]:
         """Each pass's share of the time, the source's first: products and attention by their multiplications."""
@@ -92,22 +104,25 @@ def plans(job: Job) -> list[Plan]:
     return [Plan(part, "exact") for part in fewer] + [Plan(fewer[-1], name) for name in list(STORES)[1:]]
 
 
-def plan(job: Job, budget: float) -> Plan:
-    """The best way to run a job within `budget` bytes beside resident weights.
+def plan(job: Job, budget: float, host_budget: float = math.inf) -> Plan:
+    """The best way to run a job within `budget` bytes of the device, and `host_budget` of host memory.
 
     Raises ValueError, naming the largest size that fits, where there is none.
     """
     reasons: list[str] = []
     for way in plans(job):
-        if way.needed <= budget:
+        if way.needed <= budget and way.job.needed_on_host(way.store) <= host_budget:
             return replace(way, reasons=tuple(reasons))
         if way.job.images in (1, job.images):  # not every number of pictures between
             reasons.append(reason(way, budget))
-    raise ValueError(too_large(job, budget))
+    raise ValueError(too_large(job, budget, host_budget))
 
 
 def reason(way: Plan, budget: float) -> str:
     """Why a way was left, in one sentence."""
+    host = way.job.needed_on_host(way.store)
+    if host and way.needed <= budget:
+        return f"{described(way)} would take {gigabytes(host)} of host memory, which are not free"
     return f"{described(way)} would take {gigabytes(way.needed)} beside the weights and {gigabytes(budget)} are free"
 
 
@@ -117,13 +132,14 @@ def described(way: Plan) -> str:
     return f"{images} with {_WORDS[way.store]}"
 
 
-def too_large(job: Job, budget: float) -> str:
+def too_large(job: Job, budget: float, host_budget: float = math.inf) -> str:
     """What to say where a job does not fit in any way."""
     least = plans(job)[-1].needed
     height, width = job.schedule.pixels
     text = f"an edit at {width}x{height} takes at least {gigabytes(least)} beside the weights and {gigabytes(budget)} are free; "
     for side, area in reversed(SIZES.items()):
         smaller = replace(job, images=1, schedule=schedule_for(area, job.schedule.ratio))
-        if len(smaller.schedule) < len(job.schedule) and plans(smaller)[-1].needed <= budget:
+        fits = any(w.needed <= budget and w.job.needed_on_host(w.store) <= host_budget for w in plans(smaller))
+        if len(smaller.schedule) < len(job.schedule) and fits:
             return text + f"encode the source at the size {side}, which fits"
     return text + "no smaller size fits either, so free memory or use a smaller model"

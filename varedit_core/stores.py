@@ -35,7 +35,7 @@ class EightBitStore(KeyValueStore):
         length = schedule.tokens[-1] + sum(schedule.tokens[:-1])
         head_sizes = 32  # no published head is smaller; the scales of larger ones take less
         coded = 2 * rows * width * (depth - 1) * length * (1 + 4 / head_sizes)
-        unpacked = 3 * 2 * rows * width * (length + schedule.tokens[-1]) * dtype.itemsize
+        unpacked = 2 * 2 * rows * width * (length + schedule.tokens[-1]) * dtype.itemsize
         return super().nbytes(schedule, depth, rows, width, dtype) + int(coded) + unpacked
 
     def elsewhere(self, block: int, k: Tensor, v: Tensor, step: Pass, last: bool) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ class EightBitStore(KeyValueStore):
 class HostStore(KeyValueStore):
     """All blocks but the first in host memory, brought to the device block by block: exact and slow.
 
-    Kept token by token, so that a pass's share is one piece and one copy; locked in memory where CUDA reads it.
+    Kept token by token, so that a pass's share is one piece and one copy.
     """
 
     def __init__(
@@ -75,8 +75,7 @@ class HostStore(KeyValueStore):
         whole = self.length + schedule.tokens[-1]
         self.staged = [torch.empty(whole, rows, heads, head_size, dtype=dtype, device=device) for _ in range(2)]
         size = (self.length, rows, heads, head_size)
-        pinned = torch.device(device).type == "cuda"
-        self.host = [[_host(size, dtype, pinned) for _ in range(2)] for _ in range(depth - 1)]
+        self.host = [[torch.empty(size, dtype=dtype) for _ in range(2)] for _ in range(depth - 1)]
 
     @staticmethod
     def plain_blocks(depth: int) -> int:
@@ -87,14 +86,20 @@ class HostStore(KeyValueStore):
         whole = sum(schedule.tokens) + schedule.tokens[-1]
         return super().nbytes(schedule, depth, rows, width, dtype) + 2 * rows * width * whole * dtype.itemsize
 
+    @classmethod
+    def host_nbytes(cls, schedule: Schedule, depth: int, rows: int, width: int, dtype: torch.dtype) -> int:
+        """Bytes in host memory."""
+        length = schedule.tokens[-1] + sum(schedule.tokens[:-1])
+        return 2 * rows * width * (depth - 1) * length * dtype.itemsize
+
     def elsewhere(self, block: int, k: Tensor, v: Tensor, step: Pass, last: bool) -> tuple[Tensor, Tensor]:
         found = []
         for staged, host, x in zip(self.staged, self.host[block - 1], (k, v)):
             staged = staged[:, : self.rows]
-            staged[: step.begin].copy_(host[: step.begin], non_blocking=True)
+            staged[: step.begin].copy_(host[: step.begin])
             staged[step.begin : step.end] = x.permute(2, 0, 1, 3)
             if not last:
-                host[step.begin : step.end].copy_(staged[step.begin : step.end], non_blocking=True)
+                host[step.begin : step.end].copy_(staged[step.begin : step.end])
             found.append(staged[: step.end].permute(1, 2, 0, 3))
         return found[0], found[1]
 
@@ -104,17 +109,8 @@ class HostStore(KeyValueStore):
         self.staged = [staged[:, :count].clone() for staged in self.staged]
         for pair in self.host:
             for part, tensor in enumerate(pair):
-                pair[part] = _host((len(tensor), count, *tensor.shape[2:]), tensor.dtype, tensor.is_pinned())
-                pair[part].copy_(tensor[:, :count])
+                pair[part] = tensor[:, :count].clone()
 
     def release(self) -> None:
         super().release()
         self.staged, self.host = [], []
-
-
-def _host(size: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
-    """Host memory, locked where asked for and where the system still gives any."""
-    try:
-        return torch.empty(size, dtype=dtype, pin_memory=pinned)
-    except RuntimeError:
-        return torch.empty(size, dtype=dtype)
