@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 # Two at a time, a file in one process: most tests leave one of two cores idle, and a file shares what it starts.
-PARALLEL = ["-n", "2", "--dist", "loadfile"]
+PARALLEL = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 MAIN_JOB = ["demo", "--output", "output/demo", "--overwrite"]
 
 ROOT = Path(__file__).resolve().parent

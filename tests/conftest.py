@@ -48,3 +48,11 @@ def published_file(published_state, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("published") / "8B-512.pth"
     torch.save(published_state, path)
     return path
+
+
+SLOW = ("test_server", "test_in_comfyui", "test_workflows", "test_browser", "test_training", "test_comfyui")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Files that take minutes first, so that of two processes neither is left with one at the end."""
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))

@@ -232,7 +232,9 @@ class Probe:
 
         found = {}
         for setting in (LatentPreviewMethod.NoPreviews, LatentPreviewMethod.Latent2RGB):
-            for choice in ("auto", "fast", "decoded", "off"):
+            for choice in (
+                ("auto", "fast", "decoded", "off") if setting == LatentPreviewMethod.NoPreviews else ("auto",)
+            ):
                 calls = []
                 args.preview_method = setting
                 comfy.utils.PROGRESS_BAR_HOOK = lambda value, total, preview, node_id=None, calls=calls: calls.append(

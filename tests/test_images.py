@@ -38,7 +38,7 @@ def first_pixel(source: SourceImage) -> tuple[int, ...]:
 
 def one_sentence(error: pytest.ExceptionInfo) -> bool:
     text = str(error.value)
-    return "\n" not in text and len(text) < 250 and not text.endswith(".") and ";" in text
+    return "\n" not in text and len(text) < 300 and not text.endswith(".") and ";" in text
 
 
 # Size and alpha

@@ -22,7 +22,7 @@ app.registerExtension({
     const { onExecuted } = node;
     node.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);
-      box.value = output?.text?.join("\n");
+      box.value = output?.text?.join("\n") ?? "";
     };
   },
 });
