@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..varedit_core.defaults import FIT, FITS, SIZE, SIZES
+from ..varedit_core.defaults import FIT, FITS, SIDE, SIZES
 from ._api import io, tell
 
 
@@ -58,7 +58,7 @@ class VAREditSourceEncode(io.ComfyNode):
                 io.Combo.Input(
                     "size",
                     options=list(SIZES),
-                    default=next(side for side, area in SIZES.items() if area == SIZE),
+                    default=SIDE,
                     tooltip="Working size in pixels: the one the weights were trained for (demo 256, 8B-512 512, 8B-1024 1024).",
                 ),
                 io.Combo.Input(

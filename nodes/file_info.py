@@ -9,6 +9,7 @@ from pathlib import Path
 import folder_paths
 
 from ._api import io, ui
+from .files import stamp
 
 FOLDERS = ("diffusion_models", "vae", "text_encoders")
 NO_FILE = "no weight file found"
@@ -48,8 +49,7 @@ class VAREditFileInfo(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file: str | None):
         """Changes when the file does, so that a replaced file is read again; a linked name is read every time."""
-        path = _find(file) if file else None
-        return (str(path), path.stat().st_mtime_ns, path.stat().st_size) if path else float("nan")
+        return stamp(_find(file) if file else None)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import comfy.model_management as mm
-import comfy.model_patcher
 import comfy.patcher_extension
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from ..varedit_core.checkpoints import TRANSFORMER, blank, canonical
 from ..varedit_core.transformer import Transformer
 from ..varedit_core.weights import WeightError
-from .state import Layers, fill, is_quantised, main_dtype, open_file, parameters, plain
+from .state import Layers, fill, is_quantised, main_dtype, open_file, parameters, patcher_of, plain
 
 DTYPES = [torch.bfloat16, torch.float32]
 """What the blocks may compute in; fp16 overflows in the residual branches of the published weights' kind."""
@@ -70,9 +69,7 @@ def load_model(path: Path, precision: str = "auto", disable_dynamic: bool = Fals
     stored = mm.unet_dtype(device, parameters(weights), DTYPES, None if special else main_dtype(weights))
     computed = _PRECISIONS[precision] or mm.unet_manual_cast(None if special else stored, device, DTYPES) or stored
     network = Transformer(config, Layers(stored, computed, device, special), computed, device=offload)
-    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    model = VAREditModel(network, stored)
-    patcher = kind(model, load_device=device, offload_device=offload)
+    patcher = patcher_of(VAREditModel(network, stored), device, offload, disable_dynamic)
     fill(network, weights, None if precision == "fp32" else stored, patcher.is_dynamic())
     patcher.size = 0  # counted again: layers may have had no weights before
     patcher.cached_patcher_init = (load_model, (path, precision))

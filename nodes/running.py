@@ -181,7 +181,7 @@ def _as_it_fits(
     way = plan(job, free(), host)
     if way.reasons:
         tell(f"{'; '.join(way.reasons)}; running {described(way)} instead")
-    ways = [other for other in plans(job) if other.job.needed_on_host(other.store) <= host]
+    ways = [other for other in plans(job) if other.needed_on_host <= host]
     left = ways[[(w.store, w.job.images) for w in ways].index((way.store, way.job.images)) :]
     while True:
         way, *left = left

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..varedit_core.defaults import DEFAULT_SETTINGS, PREVIEWS, SIZE, SIZES
+from ..varedit_core.defaults import DEFAULT_SETTINGS, PREVIEWS, SIDE, SIZES
 from ._api import io, tell, ui
 
 
@@ -118,7 +118,7 @@ class VAREditMemoryPlan(io.ComfyNode):
                 io.Combo.Input(
                     "size",
                     options=list(SIZES),
-                    default=next(side for side, area in SIZES.items() if area == SIZE),
+                    default=SIDE,
                     tooltip="The working size that VAREdit Source Encode will use.",
                 ),
                 io.Int.Input("images", default=1, min=1, max=4096, tooltip="Pictures in the batch."),

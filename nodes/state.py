@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import comfy.model_management as mm
+import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import torch
@@ -56,6 +57,13 @@ def parts_of(path: Path) -> set[str]:
 def plain(error: Exception) -> ValueError:
     """The same sentence in a class that ComfyUI shows by its name alone, not by a path of modules."""
     return ValueError(str(error))
+
+
+def patcher_of(network: nn.Module, device, offload, disable_dynamic: bool):
+    """A patcher of ComfyUI's present kind, or of the one that never streams weights."""
+    # Looked up here: ComfyUI exchanges the class when it starts.
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    return kind(network, load_device=device, offload_device=offload)
 
 
 class Layers:

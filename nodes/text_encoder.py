@@ -15,7 +15,7 @@ import comfy.text_encoders
 import torch
 from torch import Tensor, nn
 
-from ..varedit_core.checkpoints import expected
+from ..varedit_core.checkpoints import Unfilled
 from ..varedit_core.defaults import TEXT_TOKENS
 from ..varedit_core.t5 import T5Config, T5Encoder
 from ..varedit_core.text import check_encoder, cut_ids, encoder_config, encoder_weights, load_tokenizer
@@ -93,12 +93,12 @@ def load_clip(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     try:
         weights = encoder_weights(open_file(path))
         config = encoder_config(path.parent, weights) if _alone(path) else T5Config.from_shapes(weights.shapes)
-        empty = T5Encoder(config, dtype=torch.float32, device="meta")
-        check_encoder(weights, expected(empty))
+        with Unfilled():
+            kept = T5Encoder(config, device="meta").state_dict()
+        check_encoder(weights, kept)
         tokenize = _tokenizer(path, config)
     except (WeightError, KeyError) as error:
         raise plain(error) from error
-    kept = expected(empty)
     beside = {key for key in weights if key not in kept and key.rpartition(".")[0] + ".weight" in kept}
     weights = weights.renamed({key: key for key in weights if key in kept or key in beside})
 

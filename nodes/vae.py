@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import comfy.model_management as mm
-import comfy.model_patcher
 import comfy.ops
 import comfy.sd
 import torch
@@ -14,7 +13,7 @@ from ..varedit_core.autoencoder import Autoencoder
 from ..varedit_core.checkpoints import TOKENIZER, blank, canonical
 from ..varedit_core.preview import ColourMap, fit_colours
 from ..varedit_core.weights import WeightError
-from .state import fill, open_file, plain
+from .state import fill, open_file, patcher_of, plain
 
 # Bytes a pixel of the finest level takes, by the widths of the published tokenizer (ComfyUI's figures for its like).
 _ENCODE, _DECODE, _STEM = 1767, 2178, 128
@@ -45,8 +44,7 @@ class VAREditVAE(comfy.sd.VAE):
         self.output_device = mm.intermediate_device()
         offload = mm.vae_offload_device()
         self.first_stage_model = Autoencoder(config, comfy.ops.manual_cast, self.vae_dtype, offload)
-        kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-        self.patcher = kind(self.first_stage_model, load_device=self.device, offload_device=offload)
+        self.patcher = patcher_of(self.first_stage_model, self.device, offload, disable_dynamic)
         fill(self.first_stage_model, weights, None, self.patcher.is_dynamic())
         self._colours: ColourMap | None = None
 

@@ -11,7 +11,8 @@ PerScale = float | Sequence[float]
 
 SIZES = {"256": "0.06M", "512": "0.25M", "768": "0.60M", "1024": "1M"}
 """Side of a square picture in pixels -> its named size (see `schedule.AREAS`)."""
-SIZE = "0.25M"
+SIDE = "512"
+SIZE = SIZES[SIDE]
 FITS = ("square", "aspect")  # padded as published, or to the nearest table's shape (experimental)
 FIT = "square"
 TEXT_TOKENS = 512

@@ -67,6 +67,11 @@ class KeyValueStore:
         stored = cls.plain_blocks(depth) * length + sum(schedule.tokens)
         return 2 * rows * width * stored * dtype.itemsize
 
+    @classmethod
+    def host_nbytes(cls, schedule: Schedule, depth: int, rows: int, width: int, dtype: torch.dtype) -> int:
+        """Bytes in host memory beside those of `nbytes`."""
+        return 0
+
     def passes(self, device) -> list[Pass]:
         """The source's pass, then one a scale, with their rotary tables on `device`."""
         rotary = self.schedule.rotary(self.head_size, device)

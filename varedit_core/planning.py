@@ -25,7 +25,7 @@ _WORDS = {
 }
 # Bytes a channel and token of the largest pass: the fp32 parts of a block, and its parts in the compute dtype.
 _WIDE, _NARROW = 24, 10
-# A pass of few tokens takes as long as reading the weights: measured like one of about this many tokens.
+# A pass of few tokens takes as long as reading the weights: counted like one of about this many tokens.
 _LEAST_TOKENS = 160
 
 
@@ -47,9 +47,13 @@ class Job:
     def rows(self) -> int:
         return self.images * (2 if self.guided else 1)
 
+    @property
+    def _sizes(self) -> tuple:
+        return self.schedule, self.config.depth, self.rows, self.config.width, self.dtype
+
     def stored(self, store: str) -> int:
         """Bytes of keys and values on the device with a store of STORES."""
-        return STORES[store].nbytes(self.schedule, self.config.depth, self.rows, self.config.width, self.dtype)
+        return STORES[store].nbytes(*self._sizes)
 
     @property
     def activations(self) -> int:
@@ -66,9 +70,7 @@ class Job:
 
     def needed_on_host(self, store: str) -> int:
         """Bytes of keys and values in host memory."""
-        if store != "host":
-            return 0
-        return HostStore.host_nbytes(self.schedule, self.config.depth, self.rows, self.config.width, self.dtype)
+        return STORES[store].host_nbytes(*self._sizes)
 
     def shares(self) -> list[float]:
         """Each pass's share of the time, the source's first: products and attention by their multiplications."""
@@ -92,6 +94,14 @@ class Plan:
     def needed(self) -> int:
         return self.job.needed(self.store)
 
+    @property
+    def needed_on_host(self) -> int:
+        return self.job.needed_on_host(self.store)
+
+    def fits(self, budget: float, host_budget: float) -> bool:
+        """Whether it runs within so many bytes of the device and of host memory."""
+        return self.needed <= budget and self.needed_on_host <= host_budget
+
 
 def gigabytes(count: float) -> str:
     """Bytes as text, in units of 10^9."""
@@ -111,7 +121,7 @@ def plan(job: Job, budget: float, host_budget: float = math.inf) -> Plan:
     """
     reasons: list[str] = []
     for way in plans(job):
-        if way.needed <= budget and way.job.needed_on_host(way.store) <= host_budget:
+        if way.fits(budget, host_budget):
             return replace(way, reasons=tuple(reasons))
         if way.job.images in (1, job.images):  # not every number of pictures between
             reasons.append(reason(way, budget))
@@ -120,9 +130,8 @@ def plan(job: Job, budget: float, host_budget: float = math.inf) -> Plan:
 
 def reason(way: Plan, budget: float) -> str:
     """Why a way was left, in one sentence."""
-    host = way.job.needed_on_host(way.store)
-    if host and way.needed <= budget:
-        return f"{described(way)} would take {gigabytes(host)} of host memory, which are not free"
+    if way.needed_on_host and way.needed <= budget:
+        return f"{described(way)} would take {gigabytes(way.needed_on_host)} of host memory, which are not free"
     return f"{described(way)} would take {gigabytes(way.needed)} beside the weights and {gigabytes(budget)} are free"
 
 
@@ -139,7 +148,7 @@ def too_large(job: Job, budget: float, host_budget: float = math.inf) -> str:
     text = f"an edit at {width}x{height} takes at least {gigabytes(least)} beside the weights and {gigabytes(budget)} are free; "
     for side, area in reversed(SIZES.items()):
         smaller = replace(job, images=1, schedule=schedule_for(area, job.schedule.ratio))
-        fits = any(w.needed <= budget and w.job.needed_on_host(w.store) <= host_budget for w in plans(smaller))
+        fits = any(way.fits(budget, host_budget) for way in plans(smaller))
         if len(smaller.schedule) < len(job.schedule) and fits:
             return text + f"encode the source at the size {side}, which fits"
     return text + "no smaller size fits either, so free memory or use a smaller model"

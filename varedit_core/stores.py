@@ -88,7 +88,6 @@ class HostStore(KeyValueStore):
 
     @classmethod
     def host_nbytes(cls, schedule: Schedule, depth: int, rows: int, width: int, dtype: torch.dtype) -> int:
-        """Bytes in host memory."""
         length = schedule.tokens[-1] + sum(schedule.tokens[:-1])
         return 2 * rows * width * (depth - 1) * length * dtype.itemsize
 
