@@ -18,6 +18,7 @@ from varedit_core.demo import demo_files
 from varedit_core.kv import SOURCE, KeyValueStore
 from varedit_core.options import hardware
 from varedit_core.shapeedit.evaluate import draw, evaluate
+from varedit_core.workspace import Workspace
 
 COLUMNS = ("success", "s", "balance", "psnr", "ssim")
 GREEDY = {"temperature": 0.0}
@@ -26,24 +27,21 @@ GREEDY = {"temperature": 0.0}
 class WholeSource(KeyValueStore):
     """A store whose first block sees the source as it is: no scale-aligned reference."""
 
-    def extend(self, block, first, k, v, step):
-        if block or step.index == SOURCE:
-            if not block:
-                self.references = [(k.to(self.keys[0].dtype), v.to(self.values[0].dtype))] * len(self.schedule)
-                self.keys[0][:, :, step.begin : step.end] = k
-                self.values[0][:, :, step.begin : step.end] = v
-                return self.keys[0][:, :, step.begin : step.end], self.values[0][:, :, step.begin : step.end]
-        return super().extend(block, first, k, v, step)
+    def keep(self, block, first, qkv, query_scale, step):
+        return super().keep(block, False, qkv, query_scale, step)
+
+    def seen(self, block, first, step):
+        return super().seen(block, False, step)
 
 
 class NoSource(KeyValueStore):
     """A store in which no scale sees the source."""
 
-    def extend(self, block, first, k, v, step):
-        keys, values = super().extend(block, first, k, v, step)
+    def seen(self, block, first, step):
+        keys, values = super().seen(block, first, step)
         if step.index == SOURCE:
             return keys, values
-        hidden = self.references[step.index][0].shape[2] if block == 0 else self.source
+        hidden = self.schedule.tokens[step.index] if first else self.source
         return keys[:, :, hidden:], values[:, :, hidden:]
 
 
@@ -67,7 +65,8 @@ def main() -> None:
     options = parser.parse_args()
     editor, samples, rows = Editor.load(*demo_files()), draw(options.seed, options.count), {}
     for name in options.only:
-        editor.store, settings = RUNS[name]
+        store, settings = RUNS[name]
+        editor.workspace = Workspace(store, kept=False)
         *_, whole = evaluate(editor, samples, SamplingSettings(**settings), options.batch).table()
         rows[name] = {column: round(whole[column], 3) for column in COLUMNS}
         print(f"{name:34s}", *(f"{column} {value:7.3f}" for column, value in rows[name].items()), flush=True)

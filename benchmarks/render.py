@@ -10,6 +10,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 README = FOLDER.parent / "README.md"
+SPEED = FOLDER / "h100.json"
 
 
 def table(heading: list[str], rows: list[list[str]]) -> str:
@@ -113,7 +114,35 @@ def comfyui() -> str:
     return table(head, rows)
 
 
+def speed(file: Path = SPEED) -> str:
+    """What `varedit bench --save` measured."""
+    facts = json.loads(file.read_text())
+    rows = []
+    for case in facts["cases"]:
+        published, phases = case.get("published"), {name: f"{s:.3f}" for name, s in case["phases"].items()}
+        rows.append(
+            [
+                case["name"],
+                f"{_spread(case['seconds'])} s",
+                f"{phases['loop']} s",
+                f"{phases['encode']} / {phases['decode']} s" if "encode" in phases else f"- / {phases['decode']} s",
+                f"{phases['text']} s" if "text" in phases else "-",
+                f"{case['peak_gib']:.1f} GiB" if case["peak_gib"] else "-",
+                f"{_spread(published['seconds'])} s" if published else "-",
+                f"{published['ratio']:.1f} x" if published else "-",
+            ]
+        )
+    head = ["whole edit", "loop", "VAE encode / decode", "text", "GPU peak", "published", "ratio"]
+    return table([facts["device"], *head], rows)
+
+
+def _spread(seconds: dict) -> str:
+    return f"{seconds['median']:.2f} ({seconds['min']:.2f}-{seconds['max']:.2f})"
+
+
 TABLES = {"comfyui": comfyui, "demo": demo, "shapeedit": shapeedit, "parity": parity, "real size": real_size}
+if SPEED.exists():
+    TABLES["speed"] = speed
 
 
 def rendered(text: str) -> str:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..varedit_core.checkpoints import TRANSFORMER, blank, canonical
 from ..varedit_core.transformer import Transformer
 from ..varedit_core.weights import WeightError
-from .state import Layers, fill, is_quantised, main_dtype, open_file, parameters, patcher_of, plain
+from .keeping import Keeper
+from .state import Casting, Layers, fill, is_quantised, main_dtype, open_file, parameters, patcher_of, plain
 
 DTYPES = [torch.bfloat16, torch.float32]
 """What the blocks may compute in; fp16 overflows in the residual branches of the published weights' kind."""
@@ -30,6 +31,7 @@ class VAREditModel(nn.Module):
         self.model_config = SimpleNamespace(unet_config={}, quant_config=None)
         self.stored, self.manual_cast_dtype = stored, transformer.dtype
         self.device = None
+        self._keeper: Keeper | None = None
 
     def get_dtype(self) -> torch.dtype:
         return self.stored
@@ -48,13 +50,38 @@ class VAREditModel(nn.Module):
     def model_sampling(self):
         return self.apply_model()
 
+    def keeper(self, device: torch.device) -> Keeper:
+        """What keeps the workspace of edits on a device from one run of a graph to the next."""
+        if self._keeper is None or self._keeper.load_device != device:
+            self._keeper = Keeper(device)
+        return self._keeper
+
     def run(self, loop: Callable[[Transformer], Tensor], patcher) -> Tensor:
         """A loop over the transformer inside the wrappers that stock nodes put around a model's call."""
-        extension, kind = comfy.patcher_extension, comfy.patcher_extension.WrappersMP.APPLY_MODEL
-        given = patcher.model_options["transformer_options"].get("wrappers", {})
-        wrappers = extension.get_all_wrappers(kind, {"wrappers": extension.merge_nested_dicts(given, patcher.wrappers)})
-        call = extension.WrapperExecutor.new_class_executor(lambda: loop(self.diffusion_model), self, wrappers)
-        return call.execute()
+        executor, wrappers = comfy.patcher_extension.WrapperExecutor, wrappers_of(patcher)
+        return executor.new_class_executor(lambda: loop(self.diffusion_model), self, wrappers).execute()
+
+
+def wrappers_of(patcher) -> list[Callable]:
+    """What stock nodes put around a model's call."""
+    extension = comfy.patcher_extension
+    given = patcher.model_options["transformer_options"].get("wrappers", {})
+    merged = {"wrappers": extension.merge_nested_dicts(given, patcher.wrappers)}
+    return extension.get_all_wrappers(extension.WrappersMP.APPLY_MODEL, merged)
+
+
+def unchanged(patcher) -> bool:
+    """Whether nodes changed nothing of a model but its weights, whose patches ComfyUI tells apart."""
+    attention = "optimized_attention_override" in patcher.model_options["transformer_options"]
+    return not (attention or wrappers_of(patcher) or patcher.injections or patcher.object_patches)
+
+
+def lies_still(patcher) -> bool:
+    """Whether every weight lies on the device as it is used, until ComfyUI unloads the model."""
+    network = patcher.model
+    plain = isinstance(network.diffusion_model.blocks[0].sa.mat_qkv, Casting.Linear)
+    placed = (x.device == patcher.load_device for part in (network.parameters(), network.buffers()) for x in part)
+    return plain and not (patcher.is_dynamic() or patcher.weight_wrapper_patches) and all(placed)
 
 
 def load_model(path: Path, precision: str = "auto", disable_dynamic: bool = False):

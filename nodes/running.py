@@ -19,6 +19,7 @@ from ..varedit_core.operations import sdpa
 from ..varedit_core.planning import STORES, Job, Plan, described, gigabytes, plan, plans, too_large
 from ..varedit_core.sampling import Scale, sample
 from ..varedit_core.schedule import TOKEN_PIXELS, schedule_for
+from ..varedit_core.workspace import Workspace
 from .model import VAREditModel, checked_model
 from .pictures import KEY, Origin, fitting_of, scale_picture
 from .text_encoder import MARK
@@ -177,12 +178,12 @@ def _as_it_fits(
     job: Job, free: Callable[[], int], attempt: Callable[[Plan], Tensor], tell: Callable[[str], None]
 ) -> Tensor:
     """The result of the planned way to run, or of the first one after it that memory lasts for."""
-    host = mm.get_free_memory(torch.device("cpu"))
+    host = host_memory()
     way = plan(job, free(), host)
     if way.reasons:
         tell(f"{'; '.join(way.reasons)}; running {described(way)} instead")
     ways = [other for other in plans(job) if other.needed_on_host <= host]
-    left = ways[[(w.store, w.job.images) for w in ways].index((way.store, way.job.images)) :]
+    left = ways[ways.index(replace(way, reasons=())) :]
     while True:
         way, *left = left
         try:
@@ -192,7 +193,8 @@ def _as_it_fits(
         # Outside the handler: until its end the exception holds what the loop had made.
         mm.soft_empty_cache()
         # Of fewer pictures at a time not the next number, but one that takes clearly less.
-        left = [other for other in left if other.job.images == 1 or other.needed <= 0.75 * way.needed]
+        clearly = 0.75 * way.needed
+        left = [other for other in left if other.needed < (way.needed if other.job.images == 1 else clearly)]
         if not left:
             raise ValueError(too_large(job, free(), host))
         tell(f"memory ran out {described(way)}; running {described(left[0])} instead")
@@ -222,7 +224,7 @@ def _run(model, features: Tensor, texts: Texts, settings: SamplingSettings, way:
     options = model.model_options["transformer_options"]
     config = way.job.config
     attend = attention_of(options, config.head_size, way.job.dtype, model.load_device)
-    store, size = STORES[way.store], way.job.images
+    work, size = Workspace(STORES[way.store], kept=False, rows_at_once=way.rows_at_once), way.job.images
     schedule = way.job.schedule
 
     def loop(transformer) -> Tensor:
@@ -232,7 +234,7 @@ def _run(model, features: Tensor, texts: Texts, settings: SamplingSettings, way:
             pairs = [texts.of(first + i) for i in range(len(part))]
             seeded = replace(settings, seed=(settings.seed + first) % 2**64)
             wanted, unwanted = map(list, zip(*pairs))
-            run = sample(transformer, part, wanted, schedule, seeded, unwanted, attend, store)
+            run = sample(transformer, part, wanted, schedule, seeded, unwanted, attend, work)
             sums = []
             with closing(run) as scales:
                 for scale in scales:
@@ -261,6 +263,11 @@ def free_memory(model) -> int:
     return mm.get_free_memory(device) + loaded - mm.extra_reserved_memory() - whole * model.model_size()
 
 
+def host_memory() -> int:
+    """Bytes of host memory that are free."""
+    return mm.get_free_memory(torch.device("cpu"))
+
+
 def plan_text(model, area: str, images: int, guided: bool) -> str:
     """What an edit takes and how the sampler would run it now, in lines."""
     network, device = checked_model(model), model.load_device
@@ -272,12 +279,12 @@ def plan_text(model, area: str, images: int, guided: bool) -> str:
         f"{width}x{height}, pictures: {images}, {'with' if guided else 'without'} guidance, {kind} on {device}",
         f"weights: {gigabytes(model.model_size())}",
         f"keys and values: {gigabytes(job.stored('exact'))}",
-        f"activations, at most: {gigabytes(job.activations)}",
+        f"activations, at most: {gigabytes(job.activations())}",
         f"in all: {gigabytes(model.model_size() + job.needed('exact'))}",
         f"free when other models make way: {gigabytes(free)}",
     ]
     try:
-        way = plan(job, free, mm.get_free_memory(torch.device("cpu")))
+        way = plan(job, free, host_memory())
         lines += [*way.reasons, f"will run {described(way)}: {gigabytes(way.needed)} beside the weights"]
     except ValueError as error:
         lines.append(str(error))

@@ -13,9 +13,11 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..varedit_core.checkpoints import expected, quantised
+from ..varedit_core.operations import fuses_gelu, linear_gelu
 from ..varedit_core.weights import SAFETENSORS, WeightError, Weights, open_weights
 
 
@@ -66,6 +68,28 @@ def patcher_of(network: nn.Module, device, offload, disable_dynamic: bool):
     return kind(network, load_device=device, offload_device=offload)
 
 
+class Casting(comfy.ops.manual_cast):
+    """ComfyUI's casting layers; a linear one also takes the activation behind it along, and shows its matrix."""
+
+    class Linear(comfy.ops.manual_cast.Linear):
+        def gelu(self, x: Tensor) -> Tensor:
+            """GELU(tanh) of the layer's result."""
+            if not fuses_gelu(x, self.bias):
+                return F.gelu(self(x), approximate="tanh")
+            comfy.ops.run_every_op()
+            weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
+            y = linear_gelu(x, weight, bias)
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+            return y
+
+        def matrix(self, dtype: torch.dtype) -> Tensor | None:
+            """The weight [out, in] where it is what the layer multiplies with; None where ComfyUI moves, casts or patches
+            it first."""
+            changed = self.weight_function or self.bias_function
+            moved = hasattr(self, "_v") or hasattr(self, "prev_comfy_cast_weights")
+            return None if changed or moved or self.weight.dtype != dtype else self.weight
+
+
 class Layers:
     """A namespace of ComfyUI's layers: `narrow` for what computes in the blocks' type, `wide` for the fp32 parts.
 
@@ -79,13 +103,13 @@ class Layers:
         def picked(dtype: torch.dtype):
             if mm.is_device_cpu(device):  # ComfyUI asks the device for CUDA's properties
                 quantised = comfy.ops.mixed_precision_ops
-                return quantised(Settings.quant_config, dtype, True) if is_quantised else comfy.ops.manual_cast
+                return quantised(Settings.quant_config, dtype, True) if is_quantised else Casting
             layers = comfy.ops.pick_operations(stored, dtype, load_device=device, model_config=Settings)
             # Files may hold any part in fewer bits than it computes in.
-            return comfy.ops.manual_cast if layers is comfy.ops.disable_weight_init else layers
+            return Casting if layers in (comfy.ops.disable_weight_init, comfy.ops.manual_cast) else layers
 
         self.computed, self.narrow = computed, picked(computed)
-        self.wide = picked(torch.float32) if is_quantised else comfy.ops.manual_cast
+        self.wide = picked(torch.float32) if is_quantised else Casting
 
     def __getattr__(self, name: str):
         def make(*args, dtype: torch.dtype, **kw) -> nn.Module:

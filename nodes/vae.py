@@ -8,15 +8,36 @@ import comfy.model_management as mm
 import comfy.ops
 import comfy.sd
 import torch
+from torch import Tensor
 
 from ..varedit_core.autoencoder import Autoencoder
 from ..varedit_core.checkpoints import TOKENIZER, blank, canonical
+from ..varedit_core.kernels import group_norm_silu
 from ..varedit_core.preview import ColourMap, fit_colours
 from ..varedit_core.weights import WeightError
 from .state import fill, open_file, patcher_of, plain
 
 # Bytes a pixel of the finest level takes, by the widths of the published tokenizer (ComfyUI's figures for its like).
 _ENCODE, _DECODE, _STEM = 1767, 2178, 128
+
+
+class Layers(comfy.ops.manual_cast):
+    """ComfyUI's layers, of which a group norm can take the activation behind it along."""
+
+    class GroupNorm(comfy.ops.manual_cast.GroupNorm):
+        def silu(self, x: Tensor) -> Tensor:
+            """SiLU of the norm of [B, C, H, W]."""
+            comfy.ops.run_every_op()
+            weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
+            y = group_norm_silu(x, self.num_groups, weight, bias, self.eps)
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+            return y
+
+
+class VAREditAutoencoder(Autoencoder):
+    """The tokenizer where ComfyUI has memory in hand: it makes room beforehand and has tiles of its own."""
+
+    decode = Autoencoder.decode_whole
 
 
 class VAREditVAE(comfy.sd.VAE):
@@ -27,25 +48,27 @@ class VAREditVAE(comfy.sd.VAE):
         stride, heaviness = config.stride, config.decoder_widths[0] / _STEM
         self.memory_used_encode = lambda shape, dtype: _ENCODE * heaviness * shape[2] * shape[3] * mm.dtype_size(dtype)
         self.memory_used_decode = lambda shape, dtype: (
-            _DECODE * heaviness * shape[2] * shape[3] * stride**2 * mm.dtype_size(dtype)
+            _DECODE * heaviness * shape[2] * shape[3] * stride**2 * mm.dtype_size(self.decode_dtype)
         )
         self.downscale_ratio = self.upscale_ratio = stride
         self.latent_channels, self.latent_dim, self.output_channels = config.bits, 2, 3
         # The order of operations is that of `images.fit`, so that 8-bit pictures give exactly its pixels.
         self.process_input = lambda image: image * 255 / 127.5 - 1
         self.process_output = lambda image: image.mul_(0.5).add_(0.5).clamp_(0, 1)  # ComfyUI wants it in place
-        self.working_dtypes = [torch.float32]
+        self.working_dtypes = [torch.float32]  # of latents and pixels; the decoder alone may run in bf16
         self.pad_channel_value = self.size = self.extra_1d_channel = self.format_encoded = None
         self.downscale_index_formula = self.upscale_index_formula = None
         self.disable_offload = self.not_video = self.handles_tiling = False
         self.crop_input, self.audio_sample_rate = True, 44100
         self.device = mm.vae_device()
-        self.vae_dtype = mm.vae_dtype(self.device, self.working_dtypes)
+        self.vae_dtype = torch.float32
+        allowed = mm.vae_dtype(self.device, [torch.bfloat16, torch.float32])
+        self.decode_dtype = allowed if allowed == torch.bfloat16 else torch.float32
         self.output_device = mm.intermediate_device()
         offload = mm.vae_offload_device()
-        self.first_stage_model = Autoencoder(config, comfy.ops.manual_cast, self.vae_dtype, offload)
+        self.first_stage_model = VAREditAutoencoder(config, Layers, self.vae_dtype, offload, self.decode_dtype)
         self.patcher = patcher_of(self.first_stage_model, self.device, offload, disable_dynamic)
-        fill(self.first_stage_model, weights, None, self.patcher.is_dynamic())
+        fill(self.first_stage_model, weights, self.decode_dtype, self.patcher.is_dynamic())
         self._colours: ColourMap | None = None
 
     @property

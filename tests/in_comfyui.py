@@ -296,29 +296,36 @@ class Probe:
         return {**found, "chinese": said[:]}
 
     def ladder(self) -> dict:
-        """Every way to run, by a pretended budget, and by memory that runs out while running."""
+        """Every way to run, as if it were planned, by a pretended budget, and by memory that runs out while running."""
         from varedit_pack.varedit_core.planning import plans
+
+        def name(way) -> str:
+            return f"{way.job.images} {way.store}" + (" apart" if way.rows_at_once else "")
 
         two = self.torch.cat([self.cat, self.cat])
         source = self.run("SourceEncode", self.vae, two, "256", "square")
         expected = self.sample(source=source)
         config, schedule = self.model.model.diffusion_model.config, source["varedit"].fitting.schedule
         job = self.running.Job(config, schedule, 2, True, self.torch.float32, self.text[0][0].shape[1])
-        real, run, found = self.running.free_memory, self.running._run, {}
+        real, run, plan, found = self.running.free_memory, self.running._run, self.running.plan, {}
         sampler = sys.modules["varedit_pack.nodes.sampler"]
-        for way in plans(job):
-            said = []
+        ways = plans(job)
+        for way in ways:
+            self.running.plan = lambda *_, way=way: way
+            found[name(way)] = (self.sample(source=source) == expected).float().mean().item()
+        self.running.plan = plan
+        for way in ways[:2]:
+            said = found[f"said of {name(way)}"] = []
             sampler.tell = lambda node, text, said=said: said.append(text)
             self.running.free_memory = lambda model, need=way.needed: need
-            equal = (self.sample(source=source) == expected).float().mean().item()
-            found[f"{way.job.images} {way.store}"] = {"equal": equal, "said": said}
+            self.sample(source=source)
         self.running.free_memory = lambda model: 1000
         found["nothing fits"] = self.error(self.sample, source=source)
         self.running.free_memory = real
         tried, held, attention_of = [], [], self.running.attention_of
 
         def noting(*arguments):
-            tried.append(f"{arguments[4].job.images} {arguments[4].store}")
+            tried.append(name(arguments[4]))
             held.append(self._stored())
             return run(*arguments)
 

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import AutoencoderConfig
+from .kernels import fusable
 from .operations import Operations
+from .tiling import decode_fitted
 
 
 class ResidualBlock(nn.Module):
@@ -24,8 +26,9 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = ops.Conv2d(width_in, width, 1, **kw) if width_in != width else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        # In one expression, so that nothing is kept that is not read again; the sum is made in place for that too.
+        h = self.conv2(_activated(self.norm2, self.conv1(_activated(self.norm1, x))))
+        return h.add_(self.nin_shortcut(x))
 
 
 class Resample(nn.Module):
@@ -84,7 +87,7 @@ class Encoder(nn.Module):
             x = level(x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(_activated(self.norm_out, self.mid(x)))
 
 
 class Decoder(nn.Module):
@@ -108,35 +111,66 @@ class Decoder(nn.Module):
             x = level(x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(_activated(self.norm_out, x))
 
 
 class Autoencoder(nn.Module):
     """Encoder and decoder of the tokenizer.
 
-    operations: namespace of layers (see `operations`). dtype: of the weights and the computation.
+    operations: namespace of layers (see `operations`); a group norm with a method `silu` is asked for both at once.
+    dtype: of the weights and the computation; decode_dtype: of the decoder's, if it is another.
     """
 
     def __init__(
-        self, config: AutoencoderConfig, operations=Operations, dtype: torch.dtype = torch.float32, device=None
+        self,
+        config: AutoencoderConfig,
+        operations=Operations,
+        dtype: torch.dtype = torch.float32,
+        device=None,
+        decode_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.dtype = dtype
-        self.encoder = Encoder(config, operations, dtype=dtype, device=device)
-        self.decoder = Decoder(config, operations, dtype=dtype, device=device)
+        self.dtype, self.decode_dtype = dtype, decode_dtype or dtype
+        self.encoder = Encoder(config, operations, dtype=self.dtype, device=device)
+        self.decoder = Decoder(config, operations, dtype=self.decode_dtype, device=device)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, y, x] in [-1, 1] -> unquantised features [B, d, y / stride, x / stride], fp32."""
-        return self.encoder(self._laid_out(pixels)).float()
+        return self.encoder(_laid_out(pixels, self.dtype, self.encoder.norm_out)).float()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [B, d, h, w] -> pixels [B, 3, h * stride, w * stride] in [-1, 1], fp32."""
-        return self.decoder(self._laid_out(latents)).float().clamp(-1, 1)
+        """Latents [B, d, h, w] -> pixels [B, 3, h * stride, w * stride] in [-1, 1], fp32.
 
-    def _laid_out(self, x: Tensor) -> Tensor:
-        # Strides from a permute make torch pick channels-last kernels, whose CPU group normalisation is less exact.
-        return x.to(self.dtype).contiguous()
+        Where the device has too little memory left, picture by picture or in tiles (see `tiling`).
+        """
+        return decode_fitted(self.decode_whole, latents, self.config.stride, self.bytes_to_decode)
+
+    def decode_whole(self, latents: Tensor) -> Tensor:
+        """`decode` at once, whatever memory it takes."""
+        return self.decoder(_laid_out(latents, self.decode_dtype, self.decoder.norm_out)).float().clamp(-1, 1)
+
+    @property
+    def bytes_to_decode(self) -> int:
+        """Memory that decoding takes, a position of the latents; about, and rather more than less."""
+        stride, widths = self.config.stride, self.config.decoder_widths
+        wider = (max(pair) for pair in zip(widths, (*widths[1:], widths[-1])))
+        # A residual block that changes the width holds its input, that normalised, and the first convolution's result.
+        numbers = max(3 * width / min(2**level, stride) ** 2 for level, width in enumerate(wider))
+        return round(numbers * stride**2 * self.decode_dtype.itemsize)
+
+
+def _activated(norm: nn.Module, x: Tensor) -> Tensor:
+    """SiLU of a norm, at once where the layer can."""
+    return norm.silu(x) if hasattr(norm, "silu") else F.silu(norm(x))
+
+
+def _laid_out(x: Tensor, dtype: torch.dtype, norm: nn.Module) -> Tensor:
+    """x as convolutions and norms of this kind are fastest with it: channels-last where norms are fused, else plain."""
+    if hasattr(norm, "silu") and fusable(x):
+        return x.to(dtype, memory_format=torch.channels_last)
+    # Strides from a permute make torch pick channels-last kernels, whose CPU group normalisation is less exact.
+    return x.to(dtype).contiguous()
 
 
 def _norm(width: int, ops, **kw) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from .autoencoder import Autoencoder
 from .config import AutoencoderConfig, TransformerConfig
-from .operations import Operations
+from .eight_bit import LINEARS, check_linears, prepare, quantise_weight
+from .kernels import has_triton
+from .operations import EightBitLinear, Operations
 from .transformer import Transformer
 from .weights import WeightError, Weights, open_weights, under
 
@@ -175,36 +177,56 @@ def canonical(weights: Weights, part: str) -> Weights:
 
 
 def load_transformer(
-    path: str | Path, operations=Operations, dtype: torch.dtype = torch.float32, device="cpu"
+    path: str | Path,
+    operations=Operations,
+    dtype: torch.dtype = torch.float32,
+    device="cpu",
+    linears: str = LINEARS[0],
 ) -> Transformer:
     """Load a transformer of any size; its sizes are read off the file.
 
-    dtype: of the blocks (everything else is fp32). Tensors go to `device` one by one, so that the peak there
-    is the network plus one tensor. Raises WeightError; never loads a part.
+    dtype: of the blocks (everything else is fp32). linears: "exact", or "8-bit" (see `eight_bit`): every matrix is
+    rounded as it comes. Tensors go to `device` one by one, so that the peak there is the network plus one tensor.
+    Raises WeightError, and ValueError for unknown linears; never loads a part.
     """
+    check_linears(linears)
     weights = canonical(open_weights(path), TRANSFORMER)
-    return _filled(blank(weights, TRANSFORMER, operations, dtype), weights, device)
+    network = blank(weights, TRANSFORMER, operations, dtype)
+    if linears == "8-bit":
+        prepare(network)
+    return _filled(network, weights, device)
 
 
 def load_autoencoder(
-    path: str | Path, operations=Operations, dtype: torch.dtype = torch.float32, device="cpu"
+    path: str | Path,
+    operations=Operations,
+    dtype: torch.dtype = torch.float32,
+    device="cpu",
+    decode_dtype: torch.dtype | None = None,
 ) -> Autoencoder:
-    """Load a tokenizer's autoencoder; its sizes are read off the file. Raises WeightError; never loads a part."""
+    """Load a tokenizer's autoencoder; its sizes are read off the file. Raises WeightError; never loads a part.
+
+    dtype: of the weights, of the decoder's only where decode_dtype names no other.
+    """
     weights = canonical(open_weights(path), TOKENIZER)
-    return _filled(blank(weights, TOKENIZER, operations, dtype), weights, device)
+    network = blank(weights, TOKENIZER, operations, dtype, decode_dtype=decode_dtype)
+    network = _filled(network, weights, device)
+    if operations is Operations and torch.device(device).type == "cuda" and has_triton():
+        network.to(memory_format=torch.channels_last)  # as pictures lie there, or every call would do it
+    return network
 
 
 def blank(
-    weights: Weights, part: str, operations=Operations, dtype: torch.dtype = torch.float32
+    weights: Weights, part: str, operations=Operations, dtype: torch.dtype = torch.float32, **more
 ) -> Transformer | Autoencoder:
     """The network that canonical weights belong to, on the meta device.
 
-    Raises WeightError where the weights are not exactly those of such a network.
+    more: further arguments of the network. Raises WeightError where the weights are not exactly those of one.
     """
     kind, network = {TRANSFORMER: (TransformerConfig, Transformer), TOKENIZER: (AutoencoderConfig, Autoencoder)}[part]
     try:
         with Unfilled():
-            empty = network(kind.from_shapes(weights.shapes), operations, dtype, device="meta")
+            empty = network(kind.from_shapes(weights.shapes), operations, dtype, device="meta", **more)
     except (KeyError, IndexError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise WeightError(f"{weights.path} is not a complete {part}: {reason}; download or convert it again") from error
@@ -225,8 +247,9 @@ class Unfilled(TorchFunctionMode):
 
 def expected(network: nn.Module) -> dict[str, Tensor]:
     """The network's state with torch's own layers: injected ones may own no weight before they are loaded."""
+    dtypes = {name: getattr(network, name) for name in ("dtype", "decode_dtype") if hasattr(network, name)}
     with Unfilled():
-        return type(network)(network.config, dtype=network.dtype, device="meta").state_dict()
+        return type(network)(network.config, device="meta", **dtypes).state_dict()
 
 
 def _filled(network: Transformer | Autoencoder, weights: Weights, device) -> Transformer | Autoencoder:
@@ -236,15 +259,21 @@ def _filled(network: Transformer | Autoencoder, weights: Weights, device) -> Tra
             f"{weights.path} is quantised in a way that only ComfyUI runs ({foreign[0]}); use the original or convert it "
             "with `varedit convert`"
         )
-    network.load_state_dict(dict(_placed(expected(network), weights, device)), assign=True)
+    rounded = {f"{name}.weight" for name, m in network.named_modules() if isinstance(m, EightBitLinear)}
+    network.load_state_dict(dict(_placed(expected(network), weights, device, rounded)), assign=True)
     return network.eval().requires_grad_(False)
 
 
-def _placed(wanted: dict[str, Tensor], weights: Weights, device) -> Iterator[tuple[str, Tensor]]:
+def _placed(wanted: dict[str, Tensor], weights: Weights, device, rounded: Set[str]) -> Iterator[tuple[str, Tensor]]:
     for key in weights:
         tensor = weights[key].to(device)
         scaled = key.endswith(_SCALED) or key.removesuffix(".weight") + _SCALED in weights
-        yield key, tensor if scaled else tensor.to(wanted[key].dtype)
+        if key in rounded and not scaled:
+            codes, scales = quantise_weight(tensor)
+            yield key, codes
+            yield key.removesuffix(".weight") + _SCALED, scales
+        else:
+            yield key, tensor if scaled else tensor.to(wanted[key].dtype)
 
 
 def quantised(weights: Weights) -> set[str]:

@@ -1,4 +1,4 @@
-"""The command line: `varedit edit | demo | info | convert | merge | train | parity | shapeedit`. Thin: options in, library calls, tables out."""
+"""The command line: `varedit edit | demo | info | convert | merge | train | bench | parity | shapeedit`. Thin: options in, library calls, tables out."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from . import options
+from .bench.cli import bench
 from .contact_sheet import contact_sheet
 from .convert import PRECISIONS, convert
 from .defaults import DEFAULT_SETTINGS, FIT, FITS, NEGATIVE_PROMPT, SIZE, SamplingSettings
 from .defaults import SIZES as SIDES
 from .demo import NOTICE, demo_files
 from .demo import SIZE as DEMO_SIZE
+from .eight_bit import LINEARS
 from .images import FittedImage, check_target, load_image, save_image
 from .images import fit as fit_image
 from .info import inspect
-from .lora import apply_lora, merge_lora
-from .options import DTYPES, checked_loras, choice, console, guidance_or_default, per_scale, progress
+from .lora import merge_lora
+from .options import DTYPES, checked_loras, choice, console, guidance_or_default, load_editor, per_scale, progress
 from .parity import Parity, compare
-from .pipeline import Editor
 from .schedule import AREAS
 from .shapeedit.cli import app as shapeedit
 from .showcase import Watcher, demo
@@ -99,6 +100,7 @@ def edit(
     ] = NEGATIVE_PROMPT,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    linears: options.Linears = LINEARS[0],
     preview_dir: Annotated[Optional[Path], typer.Option(help="Write every scale's picture into this folder.")] = None,
     sheet: Annotated[
         Optional[Path], typer.Option("--contact-sheet", help="Write source, every scale and result as one picture.")
@@ -123,9 +125,7 @@ def edit(
     if model is None:
         console.print(NOTICE, soft_wrap=True)
     begin = time.perf_counter()
-    editor = Editor.load(*files, tokenizer, device, kind)
-    for file, strength in loras:
-        apply_lora(editor.transformer, file, strength)
+    editor = load_editor(files, loras, linears, tokenizer, device, kind)
     loaded = time.perf_counter()
     with progress() as bar:
         watcher = Watcher(editor, bar, sheet is not None, preview_dir, target.stem)
@@ -142,7 +142,7 @@ def edit(
         highlight=False,
     )
     if report:
-        facts = _facts(target, sheet, fitted, fit, loras, settings)
+        facts = _facts(target, sheet, fitted, fit, loras, settings) | {"linears": linears}
         times = {"load_seconds": round(loaded - begin, 4), "edit_seconds": round(edited - loaded, 4)}
         print(json.dumps({**facts, **times, "device": str(editor.device), "scales": watcher.scales}))
 
@@ -277,6 +277,7 @@ def merge(
 
 app.command()(demo)
 app.command()(train)
+app.command()(bench)
 
 
 @app.command()

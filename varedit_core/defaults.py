@@ -79,4 +79,38 @@ def _values(name: str, value: PerScale) -> tuple[float, ...]:
         raise ValueError(f"{name} must be a number or a list of numbers, one a scale, got {value!r}") from None
 
 
+@dataclass(frozen=True)
+class Shortcuts:
+    """What an edit leaves out to be faster. All off by default: none is exact (costs: README, docs/LOG.md).
+
+    unguided: so many last scales run without guidance, with half the rows. inside: at so many last scales only tokens
+    that touch the mask, and their neighbours, are computed. window: tokens of the last three scales see only rows
+    within this share of the height; 0: all. stop: scales to run, then the picture is decoded as it is; 0: all. drafted:
+    so many first scales are drawn by a second transformer (see `drafting`).
+    """
+
+    unguided: int = 0
+    inside: int = 0
+    window: float = 0.0
+    stop: int = 0
+    drafted: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("unguided", "inside", "stop", "drafted"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be a whole number of scales, at least 0, got {value!r}")
+        if not 0 <= self.window <= 1:
+            raise ValueError(f"window must be a share of the height from 0 to 1, got {self.window!r}")
+        if self.inside and self.window:
+            raise ValueError("inside and window do not go together; choose one")
+
+    def planned(self, plan: list[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
+        """(guidance, temperature, top_p) of the scales that run."""
+        unguided = len(plan) - self.unguided
+        plan = [(1.0 if k >= unguided else guidance, *rest) for k, (guidance, *rest) in enumerate(plan)]
+        return plan[: self.stop or None]
+
+
 DEFAULT_SETTINGS = SamplingSettings()
+NO_SHORTCUTS = Shortcuts()

@@ -118,6 +118,14 @@ def fit(source: SourceImage, area: str, method: str) -> FittedImage:
     return FittedImage(pixels, Fitting(schedule, padded_size, source.size), source)
 
 
+def fit_mask(mask: Image.Image, fitting: Fitting) -> Tensor:
+    """A mask of a picture, of any size and stretched over it, as [1, H, W] from 0 to 1 beside the fitted picture."""
+    canvas = Image.new("L", fitting.padded_size)
+    canvas.paste(mask.convert("L").resize(fitting.size, Image.Resampling.BILINEAR))
+    resized = canvas.resize(fitting.schedule.pixels[::-1], Image.Resampling.BOX)
+    return torch.from_numpy(np.array(resized))[None].float() / 255
+
+
 def restore(pixels: Tensor, fitted: FittedImage, rounding: str = PUBLISHED_ROUNDING) -> Image.Image:
     """The edited picture, RGB or (with the source's alpha) RGBA, of exactly the source's size.
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .kernels import heads_into
+from .kernels.plain import split_heads
 from .operations import Attention
 from .quantizer import area_resize
 from .schedule import Schedule
@@ -21,15 +23,26 @@ SOURCE = -1
 
 
 @dataclass(frozen=True)
+class Band:
+    """Queries of a pass that see only some keys: pieces of what `KeyValueStore.seen` gives."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+
+
+@dataclass(frozen=True)
 class Pass:
     """The tokens of one pass through the blocks: the source (index SOURCE) or one scale.
 
-    rotary: [2, n, D / 2]. begin: where its tokens lie in the store.
+    rotary: [2, n, D / 2]. begin: where its tokens lie in the store. tokens: which of the scale's tokens [n] they are;
+    None: all. bands: what they see, in all blocks but the first, and in that; None: everything.
     """
 
     index: int
     rotary: Tensor
     begin: int
+    tokens: Tensor | None = None
+    bands: tuple[tuple[Band, ...], tuple[Band, ...]] | None = None
 
     @property
     def end(self) -> int:
@@ -39,21 +52,43 @@ class Pass:
 class KeyValueStore:
     """Keys and values of every block, in the compute dtype.
 
-    depth, heads, head_size: of the transformer. rows: R. All is allocated here, but for the pooled references of the
-    first block, which the source's pass adds; `nbytes` counts both. The stores of `stores` keep all blocks but
-    the first elsewhere or in fewer bits.
+    depth, heads, head_size: of the transformer. rows: R. copies: how many consecutive rows share one source, whose pass
+    then has R / copies rows. All is allocated here; `nbytes` counts it. The stores of `stores` keep all blocks but the
+    first elsewhere or in fewer bits.
     """
 
+    shares_source = recordable = True
+    """Whether copies may be more than 1, and whether passes that use it may be recorded in graphs."""
+
     def __init__(
-        self, schedule: Schedule, depth: int, rows: int, heads: int, head_size: int, dtype: torch.dtype, device
+        self,
+        schedule: Schedule,
+        depth: int,
+        rows: int,
+        heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device,
+        copies: int = 1,
     ) -> None:
-        self.schedule, self.head_size = schedule, head_size
+        self.schedule, self.head_size, self.copies = schedule, head_size, copies
+        self.rows = slice(0, rows)
+        """Those of the pass at work."""
         self.source = schedule.tokens[-1]
         self.length = self.source + sum(schedule.tokens[:-1])
+        kw = dict(dtype=dtype, device=device)
         size = (rows, heads, self.length, head_size)
-        self.keys = [torch.empty(size, dtype=dtype, device=device) for _ in range(self.plain_blocks(depth))]
-        self.values = [torch.empty(size, dtype=dtype, device=device) for _ in range(self.plain_blocks(depth))]
-        self.references: list[tuple[Tensor, Tensor]] = []
+        self.keys = [torch.empty(size, **kw) for _ in range(self.plain_blocks(depth))]
+        self.values = [torch.empty(size, **kw) for _ in range(self.plain_blocks(depth))]
+        # The first block's source, pooled for every scale.
+        pooled = torch.empty(2, rows // copies, heads, sum(schedule.tokens), head_size, **kw)
+        self.references = list(pooled.split(schedule.tokens, dim=3))
+        self.joined: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, transformer: nn.Module, rows_at_once: int | None, *sizes, copies: int = 1) -> KeyValueStore:
+        """The store for edits with a transformer. sizes: of the constructor, up to `device`."""
+        return cls(*sizes, copies=copies)
 
     @staticmethod
     def plain_blocks(depth: int) -> int:
@@ -61,8 +96,11 @@ class KeyValueStore:
         return depth
 
     @classmethod
-    def nbytes(cls, schedule: Schedule, depth: int, rows: int, width: int, dtype: torch.dtype) -> int:
-        """Bytes on the device with the pooled references of the first block; width = heads * head_size."""
+    def nbytes(cls, schedule: Schedule, depth: int, rows: int, width: int, dtype: torch.dtype, **more: int) -> int:
+        """Bytes on the device with the pooled references of the first block; width = heads * head_size.
+
+        more: what only stores of `stores` are asked.
+        """
         length = schedule.tokens[-1] + sum(schedule.tokens[:-1])
         stored = cls.plain_blocks(depth) * length + sum(schedule.tokens)
         return 2 * rows * width * stored * dtype.itemsize
@@ -80,51 +118,103 @@ class KeyValueStore:
             begins.append(begins[-1] + count)
         return [Pass(index, table, begin) for index, (table, begin) in enumerate(zip(rotary, begins), start=SOURCE)]
 
-    def attend(
-        self, block: int, first: bool, q: Tensor, k: Tensor, v: Tensor, step: Pass, attention: Attention
-    ) -> Tensor:
-        """Attention of a pass's q over all it may see, its own k and v [R, H, n, D] kept -> [R, n, H * D]."""
-        keys, values = self.extend(block, first, k, v, step)
-        return attention(q, keys, values, scale=1.0)
+    def is_last(self, step: Pass) -> bool:
+        """Whether nobody will read the pass's keys and values after it."""
+        return step.index == len(self.schedule) - 1
 
-    def extend(self, block: int, first: bool, k: Tensor, v: Tensor, step: Pass) -> tuple[Tensor, Tensor]:
-        """Keep a pass's k and v [R, H, n, D] and return all it may attend to: source, earlier scales, itself.
+    def attend(
+        self, block: int, first: bool, qkv: Tensor, query_scale: Tensor, step: Pass, attention: Attention
+    ) -> Tensor:
+        """Self-attention of a pass over all it may see, its own keys and values kept.
+
+        qkv: [R, n, 3 * H * D], thirds q, k, v. query_scale: [H]. Returns [R, n, H * D].
+        """
+        q = self.keep(block, first, qkv, query_scale, step)
+        keys, values = self.seen(block, first, step)
+        self.joined = None
+        if step.bands is None:
+            return attention(q, keys, values, scale=1.0)
+        return torch.cat([_banded(q, keys, values, band, attention) for band in step.bands[first]], dim=1)
+
+    def keep(self, block: int, first: bool, qkv: Tensor, query_scale: Tensor, step: Pass) -> Tensor:
+        """Normalise and rotate a pass's q and k, put k and v where they belong; returns q [R, H, n, D]."""
+        keys, values = self.room(block, first, step)
+        if not (first and step.index == SOURCE):
+            q = heads_into(qkv, query_scale, step.rotary, keys, values)
+        else:
+            q = torch.cat([self._refer(*rows, query_scale, step) for rows in zip(qkv, keys, values, range(len(qkv)))])
+        if step.index == SOURCE and self.copies > 1:
+            for kept in (self.keys[block], self.values[block]):
+                others = kept[:, :, : self.source].unflatten(0, (-1, self.copies))
+                others[:, 1:] = others[:, :1]
+        return q
+
+    def _refer(self, qkv: Tensor, keys: Tensor, values: Tensor, row: int, query_scale: Tensor, step: Pass) -> Tensor:
+        """`keep` for one row of the first block's source, pooled for every scale from keys not rounded yet."""
+        q, k, v = split_heads(qkv[None], query_scale, step.rotary)
+        keys.copy_(k[0])
+        values.copy_(v[0])
+        for reference, grid in zip(self.references, self.schedule.grids):
+            for part, x in zip(reference, pooled(k, v, self.schedule, grid)):
+                part[self.rows.start // self.copies + row].copy_(x[0])
+        return q.to(qkv.dtype)
+
+    def room(self, block: int, first: bool, step: Pass) -> tuple[Tensor, Tensor]:
+        """Where the pass's own keys and values [R, H, n, D] of a block go.
 
         In the first block the source is the scale-aligned reference: pooled to the scale's own grid (VAREdit, arXiv
         2508.15772, section 3.3). It is staged in front of the first scale, so that no copy of the rest is made.
         """
-        last = step.index == len(self.schedule) - 1
         if not first and block >= len(self.keys):
-            return self.elsewhere(block, k, v, step, last)
-        keys, values, start = self.keys[block], self.values[block], 0
-        if first and step.index == SOURCE:
-            kind = keys.dtype
-            self.references = [tuple(p.to(kind) for p in pooled(k, v, self.schedule, g)) for g in self.schedule.grids]
-        elif first:
-            k_reference, v_reference = self.references[step.index]
-            start = self.source - k_reference.shape[2]
-            keys[:, :, start : self.source] = k_reference
-            values[:, :, start : self.source] = v_reference
-        if last:
-            return _append(keys[:, :, start:], k), _append(values[:, :, start:], v)
-        keys[:, :, step.begin : step.end] = k
-        values[:, :, step.begin : step.end] = v
-        return keys[:, :, start : step.end], values[:, :, start : step.end]
+            return self.room_elsewhere(block, step)
+        kept = self._kept(block, step)
+        if first and step.index != SOURCE:
+            for part, reference in zip(kept, self.references[step.index]):
+                begin, rows = self._start(first, step), slice(self.rows.start // self.copies, None)
+                staged = part[:, :, begin : self.source].unflatten(0, (-1, self.copies))
+                staged.copy_(reference[rows][: len(staged), None].expand_as(staged))
+        if self.is_last(step):
+            start, count = self._start(first, step), step.end - step.begin
+            self.joined = tuple(_lengthened(part[:, :, start : step.begin], count) for part in kept)
+            return tuple(part[:, :, step.begin - start :] for part in self.joined)
+        return tuple(part[:, :, step.begin : step.end] for part in kept)
 
-    def elsewhere(self, block: int, k: Tensor, v: Tensor, step: Pass, last: bool) -> tuple[Tensor, Tensor]:
-        """`extend` for a block beyond the plain ones, which keeps nothing of the last scale."""
+    def seen(self, block: int, first: bool, step: Pass) -> tuple[Tensor, Tensor]:
+        """All keys and values of a block that the pass may attend to: source, earlier scales, itself."""
+        if not first and block >= len(self.keys):
+            return self.seen_elsewhere(block, step)
+        if self.is_last(step):
+            return self.joined
+        return tuple(part[:, :, self._start(first, step) : step.end] for part in self._kept(block, step))
+
+    def room_elsewhere(self, block: int, step: Pass) -> tuple[Tensor, Tensor]:
+        """`room` for a block beyond the plain ones."""
+        raise NotImplementedError
+
+    def seen_elsewhere(self, block: int, step: Pass) -> tuple[Tensor, Tensor]:
+        """`seen` for a block beyond the plain ones, which keeps nothing of the last scale."""
         raise NotImplementedError
 
     def keep_rows(self, count: int) -> None:
-        """Drop all rows but the first `count` and give their memory back, block by block."""
-        for tensors in (self.keys, self.values):
-            for block, tensor in enumerate(tensors):
-                tensors[block] = tensor[:count].clone()
-        self.references = [(k[:count].clone(), v[:count].clone()) for k, v in self.references]
+        """From now on passes have the first `count` rows only."""
+        self.rows = slice(0, count)
 
     def release(self) -> None:
         """Let go of everything; of use where an exception still holds the frame that holds the store."""
-        self.keys, self.values, self.references = [], [], []
+        self.keys, self.values, self.references, self.joined = [], [], [], None
+
+    def _kept(self, block: int, step: Pass) -> tuple[Tensor, Tensor]:
+        rows = slice(None, None, self.copies) if step.index == SOURCE and self.copies > 1 else self.rows
+        return self.keys[block][rows], self.values[block][rows]
+
+    def _start(self, first: bool, step: Pass) -> int:
+        """Where what a pass sees begins."""
+        return self.source - self.schedule.tokens[step.index] if first and step.index != SOURCE else 0
+
+
+def _banded(q: Tensor, keys: Tensor, values: Tensor, band: Band, attention: Attention) -> Tensor:
+    k, v = (torch.cat([x[:, :, piece] for piece in band.keys], dim=2) for x in (keys, values))
+    return attention(q[:, :, band.queries], k, v, scale=1.0)
 
 
 def pooled(k: Tensor, v: Tensor, schedule: Schedule, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -140,5 +230,9 @@ def pooled(k: Tensor, v: Tensor, schedule: Schedule, grid: tuple[int, int]) -> t
     return pool(k), pool(v)
 
 
-def _append(stored: Tensor, x: Tensor) -> Tensor:
-    return torch.cat((stored, x.to(stored.dtype)), dim=2)
+def _lengthened(kept: Tensor, count: int) -> Tensor:
+    """A copy of [R, H, m, D] with room for `count` tokens more."""
+    rows, heads, length, size = kept.shape
+    joined = kept.new_empty(rows, heads, length + count, size)
+    joined[:, :, :length] = kept
+    return joined

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .checkpoints import TOKENIZER, TRANSFORMER, blank, canonical, describe, holds
 from .convert import ARCHITECTURES, Entry, check_result, check_space, write
+from .operations import EightBitLinear
 from .transformer import Transformer
 from .weights import WeightError, Weights, open_weights
 
@@ -155,11 +156,15 @@ def apply_lora(transformer: Transformer, lora: str | Path, strength: float = 1.0
 
     Computed in fp32 and rounded to the weight's own type. Updated 8-bit layers become layers of the transformer's
     `dtype`, at its cost in memory, rather than being rounded to 8 bits again. Raises WeightError, before anything has
-    changed, where the file is no LoRA for this transformer, and ValueError for a strength that is no number.
+    changed, where the file is no LoRA for this transformer, and ValueError for a strength that is no number or layers
+    of `eight_bit`.
     """
     _check_strength(strength)
     file = read_lora(lora)
     updates = file.matched(transformer)
+    if any(isinstance(transformer.get_submodule(name), EightBitLinear) for name in updates):
+        # Rounded again, most of an update would vanish: it is smaller than the steps between 8-bit numbers.
+        raise ValueError("a LoRA cannot be merged into linear layers in 8 bits; apply it first, then call `eight_bit`")
     if strength == 0:
         return
     for name, update in updates.items():

@@ -5,7 +5,7 @@ Knows no command, so that every module of commands can import it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -17,7 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .defaults import DEFAULT_SETTINGS
 from .demo import GUIDANCE as DEMO_GUIDANCE
-from .lora import check_lora
+from .eight_bit import LINEARS, check_linears, eight_bit
+from .lora import apply_lora, check_lora
 from .pipeline import Editor
 
 console = Console(stderr=True, markup=False, highlight=False)
@@ -38,6 +39,9 @@ Temperature = Annotated[str, typer.Option(help="Temperature; 0 is greedy; one nu
 TopP = Annotated[str, typer.Option(help="Drop bit values of probability <= 1 - top_p.")]
 Device = Annotated[Optional[str], typer.Option(help="cuda, cpu, mps; by default cuda where there is one.")]
 Dtype = Annotated[Optional[str], typer.Option(help=f"Of the transformer's blocks: {', '.join(DTYPES)}.")]
+Linears = Annotated[
+    str, typer.Option(help="Of the transformer's blocks: exact, or 8-bit (half the memory, faster, an approximation).")
+]
 JsonReport = Annotated[bool, typer.Option("--json", help="Print a JSON report on standard output.")]
 
 # Texts, as one number and one a scale are the same option.
@@ -86,6 +90,19 @@ def lora_and_strength(text: str) -> tuple[Path, float]:
         if Path(file).is_file():
             raise typer.BadParameter(f"the strength {strength!r} of {file} is no number; 1 is as trained") from None
         return Path(text), 1.0
+
+
+def load_editor(
+    files: Sequence[Path | None], loras: Sequence[tuple[Path, float]], linears: str, *more, **named
+) -> Editor:
+    """`Editor.load` with LoRAs applied, before linear layers are rounded to 8 bits. ValueError for unknown linears."""
+    check_linears(linears)
+    editor = Editor.load(*files, *more, **named, linears=LINEARS[0] if loras else linears)
+    for file, strength in loras:
+        apply_lora(editor.transformer, file, strength)
+    if linears == "8-bit":
+        eight_bit(editor.transformer)
+    return editor
 
 
 def hardware(editor: Editor) -> dict[str, str]:

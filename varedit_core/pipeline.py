@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,14 +12,23 @@ from PIL import Image
 from torch import Tensor
 
 from .autoencoder import Autoencoder
+from .capture import Recorder
 from .checkpoints import load_autoencoder, load_transformer
 from .config import patch_size
-from .defaults import DEFAULT_SETTINGS, FIT, SIZE, SamplingSettings
-from .images import FittedImage, SourceImage, fit, load_image, restore
-from .kv import KeyValueStore
+from .defaults import DEFAULT_SETTINGS, FIT, NO_SHORTCUTS, SIZE, SamplingSettings, Shortcuts
+from .drafting import draft_and_refine
+from .eight_bit import LINEARS
+from .images import FittedImage, SourceImage, fit, fit_mask, load_image, restore
+from .memory import elsewhere, make_room, planned
+from .planning import Job, Plan
 from .sampling import Scale, sample
+from .schedule import Schedule
 from .text import TextEncoder, load_text_encoder
 from .transformer import Transformer
+from .workspace import Workspace
+
+RECORDED_PIXELS = 3 * 640 * 640
+"""Pictures of up to so many numbers are encoded and decoded by recorded graphs: smaller ones wait for launches."""
 
 Picture = str | Path | Image.Image | SourceImage
 
@@ -26,7 +36,9 @@ Picture = str | Path | Image.Image | SourceImage
 class Editor:
     """A transformer, its tokenizer and (unless text features are given) a text encoder, on one device.
 
-    store: how edits keep keys and values; another one of `kv` saves memory.
+    workspace: where edits keep keys and values. `edit` plans its own by the memory that is free (see `memory`), unless
+    it is given another. drafter: a second transformer for `Shortcuts.drafted`. exact: whether `edit` must never keep
+    keys and values in 8 bits, however little is free.
     """
 
     def __init__(
@@ -35,7 +47,18 @@ class Editor:
         patch_size(transformer.config, autoencoder.config)
         self.transformer, self.autoencoder, self.text = transformer, autoencoder, text
         self.device = torch.device(device)
-        self.store: type[KeyValueStore] = KeyValueStore
+        self.workspace = self._planned = Workspace()
+        self.exact = False
+        self.drafter: Transformer | None = None
+        self._drafts = Workspace()
+        self._beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._encoder = Recorder(autoencoder, autoencoder.encode, RECORDED_PIXELS)
+        self._decoder = Recorder(autoencoder, autoencoder.decode, RECORDED_PIXELS)
+
+    def forget(self) -> None:
+        """Give back all memory that is kept from edit to edit."""
+        for kept in (self.workspace, self._drafts, self._encoder, self._decoder, *([self.text] if self.text else [])):
+            kept.forget()
 
     @classmethod
     def load(
@@ -46,21 +69,25 @@ class Editor:
         tokenizer=None,
         device=None,
         dtype=None,
+        linears: str = LINEARS[0],
     ) -> Editor:
         """Load the parts from files (see `checkpoints` and `text`). Raises WeightError.
 
         device: CUDA where there is one by default. dtype: of the transformer's blocks; bf16 on CUDA, else fp32.
-        The text encoder runs in fp16 on CUDA as published, the autoencoder always in fp32.
+        The text encoder runs in fp16 on CUDA as published. Pictures are encoded in fp32, always, and decoded in fp32
+        too, but on CUDA in bf16 where the blocks run in bf16. linears: of the transformer's blocks, "exact" or "8-bit"
+        (an approximation, see `eight_bit`).
         """
         device = device_of(device)
         on_cuda = device.type == "cuda"
+        dtype = dtype or (torch.bfloat16 if on_cuda else torch.float32)
         text = text_encoder and load_text_encoder(
             text_encoder, tokenizer, torch.float16 if on_cuda else torch.float32, device
         )
-        network = load_transformer(
-            transformer, dtype=dtype or (torch.bfloat16 if on_cuda else torch.float32), device=device
-        )
-        return cls(network, load_autoencoder(autoencoder, device=device), text or None, device)
+        network = load_transformer(transformer, dtype=dtype, device=device, linears=linears)
+        decode_dtype = torch.bfloat16 if on_cuda and dtype == torch.bfloat16 else torch.float32
+        vae = load_autoencoder(autoencoder, device=device, decode_dtype=decode_dtype)
+        return cls(network, vae, text or None, device)
 
     def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
         """Text features [L_i, channels] of the prompts. ValueError without a text encoder."""
@@ -78,15 +105,57 @@ class Editor:
     @torch.no_grad()
     def encode_source(self, images: Sequence[FittedImage]) -> Tensor:
         """Unquantised features [B, d, H, W] of fitted pictures, each encoded alone."""
-        return torch.cat([self.autoencoder.encode(image.pixels.to(self.device)) for image in images])
+        return torch.cat([self._encoder(image.pixels.to(self.device)) for image in images])
+
+    def encode(self, images: Sequence[FittedImage], prompts: Sequence[str | Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """`encode_source` of pictures and the text features of prompts, side by side where the device can."""
+        if self.device.type != "cuda":
+            return self.encode_source(images), [self._features(prompt) for prompt in prompts]
+        here, beside = torch.cuda.current_stream(self.device), self._beside
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):  # the text's kernels are too small to keep the device busy
+            texts = [self._features(prompt) for prompt in prompts]
+        features = self.encode_source(images)
+        here.wait_stream(beside)
+        for text in texts:
+            text.record_stream(here)
+        return features, texts
 
     @torch.no_grad()
     def decode(self, latents_BdHW: Tensor, images: Sequence[FittedImage]) -> list[Image.Image]:
         """Pictures of a running sum, each of exactly its input's size, alpha kept."""
-        return [
-            restore(self.autoencoder.decode(latent[None])[0].cpu(), image)
-            for latent, image in zip(latents_BdHW, images)
-        ]
+        return [restore(self.decode_pixels(latent[None])[0].cpu(), image) for latent, image in zip(latents_BdHW, images)]
+
+    @torch.no_grad()
+    def decode_pixels(self, latent_1dHW: Tensor) -> Tensor:
+        """Pixels [1, 3, y, x] in [-1, 1] of one running sum."""
+        return self._decoder(latent_1dHW)
+
+    def sample(
+        self,
+        features_BdHW: Tensor,
+        texts: Sequence[Tensor],
+        schedule: Schedule,
+        settings: SamplingSettings = DEFAULT_SETTINGS,
+        negatives: Sequence[Tensor | None] | None = None,
+        variations: int = 1,
+        shortcuts: Shortcuts = NO_SHORTCUTS,
+        mask: Tensor | None = None,
+    ) -> Iterator[Scale]:
+        """`sampling.sample` with the editor's transformer and workspace; `drafting` where scales are drafted.
+
+        variations: edits of each image with one seed after the other. ValueError where there is no drafter.
+        """
+        args, more = (features_BdHW, texts, schedule), dict(copies=variations, mask=mask)
+        if not shortcuts.drafted:
+            more |= dict(workspace=self.workspace, shortcuts=shortcuts)
+            return sample(self.transformer, *args, settings, negatives, **more)
+        if self.drafter is None:
+            raise ValueError("drafted scales need a second transformer; name a drafter, or leave drafted at 0")
+        workspaces = (self._drafts, self.workspace)
+        return draft_and_refine(
+            self.drafter, self.transformer, *args, shortcuts, settings, negatives, workspaces, **more
+        )
 
     def edit(
         self,
@@ -97,11 +166,15 @@ class Editor:
         method: str = FIT,
         settings: SamplingSettings = DEFAULT_SETTINGS,
         on_scale: Callable[[Scale, list[FittedImage]], None] | None = None,
+        variations: int = 1,
+        shortcuts: Shortcuts = NO_SHORTCUTS,
+        mask: Image.Image | None = None,
     ) -> list[Image.Image]:
         """Edit pictures, each by its own instruction, in one batch; the results have the inputs' sizes.
 
         instructions: prompts, or their text features [L_i, channels]. negatives: the same, "" for none; one string
-        serves every picture.
+        serves every picture. variations: results of each picture, one behind the other, of as many seeds. mask: where
+        the pictures may change (white); elsewhere they stay as they are.
         on_scale: called with every `Scale` before its bits are drawn, and the fitted pictures; raise in it to
         cancel. ValueError where pictures, instructions and model do not belong together.
         """
@@ -114,18 +187,71 @@ class Editor:
             raise ValueError(
                 "the pictures of a batch need different aspect tables; edit them one by one or fit them to squares"
             )
-        texts = [self._features(prompt) for prompt in prompts]
         unwanted = None
         if negatives is not None:
             listed = [negatives] * len(pictures) if isinstance(negatives, str) else negatives
             unwanted = [None if isinstance(n, str) and not n else self._features(n) for n in listed]
-        features = self.encode_source(fitted)
-        run = sample(self.transformer, features, texts, fitted[0].schedule, settings, unwanted, store=self.store)
-        with closing(run) as scales:
-            for scale in scales:
-                if on_scale:
-                    on_scale(scale, fitted)
-        return self.decode(scale.running_sum, fitted)
+        masks = None if mask is None else torch.cat([fit_mask(mask, image.fitting) for image in fitted])
+        more = dict(shortcuts=shortcuts, mask=masks)
+        self._make_room(fitted[0], 2)
+        features, texts = self.encode(fitted, prompts)
+        latents = self._latents(features, texts, unwanted, fitted, settings, on_scale, variations, more)
+        self._make_room(fitted[0])
+        results = self.decode(latents, repeated(fitted, variations))
+        return [masked(*pair, mask) for pair in zip(results, repeated(fitted, variations))] if mask else results
+
+    def _latents(self, features, texts, negatives, fitted, settings, on_scale, variations, more) -> Tensor:
+        """Running sums [B, d, H, W] of all pictures, of as many at a time as memory lasts for."""
+        schedule, others = fitted[0].schedule, [self.text.model] if self.text else []
+        others += [] if on_scale else [self.autoencoder]  # who watches may decode
+        longest = max(len(text) for text in (*texts, *(negatives or ())) if text is not None)
+        count = len(fitted) * variations
+        job = Job(self.transformer.config, schedule, count, settings.guided, self.transformer.dtype, longest)
+        way = Plan(job)
+        if self.workspace is self._planned:
+            way, self._planned = planned(job, self.transformer, self.device, self.workspace, others, self.exact)
+            self.workspace = self._planned
+        if way.job.images < count:  # every result a picture of its own; those of one source still share its pass
+            features, fitted = features.repeat_interleave(variations, 0), repeated(fitted, variations)
+            texts, negatives = repeated(texts, variations), negatives and repeated(negatives, variations)
+            step, copies = way.job.images, 1
+        else:
+            step, copies = len(fitted), variations
+        sums, mask = [], more["mask"]
+        with elsewhere(others if way.movable else (), self.device):
+            for first in range(0, len(features), step):
+                part = slice(first, first + step)
+                seeded = replace(settings, seed=(settings.seed + first) % 2**64)
+                own = more | {"mask": mask if mask is None or len(mask) == 1 else mask[part]}
+                run = self.sample(
+                    features[part], texts[part], schedule, seeded, negatives and negatives[part], copies, **own
+                )
+                with closing(run) as scales:
+                    for scale in scales:
+                        if on_scale:
+                            on_scale(scale, repeated(fitted[part], copies))
+                sums.append(scale.running_sum)
+        return torch.cat(sums)
+
+    def _make_room(self, image: FittedImage, times: float = 1) -> None:
+        """Forget what is kept between edits where it leaves too little to decode a picture, or that several times."""
+        tokens = image.schedule.tokens[-1] * patch_size(self.transformer.config, self.autoencoder.config) ** 2
+        make_room(self.workspace, self.device, times * tokens * self.autoencoder.bytes_to_decode)
+
+
+def repeated(items: Sequence, count: int) -> list:
+    """Every item `count` times, one behind the other."""
+    return [item for item in items for _ in range(count)]
+
+
+def masked(edited: Image.Image, image: FittedImage, mask: Image.Image) -> Image.Image:
+    """The edit where the mask is white, the picture itself where it is black."""
+    result = Image.composite(
+        edited.convert("RGB"), image.source.rgb, mask.convert("L").resize(edited.size, Image.Resampling.BILINEAR)
+    )
+    if image.source.alpha is not None:
+        result.putalpha(image.source.alpha)
+    return result
 
 
 def device_of(name: str | torch.device | None = None) -> torch.device:

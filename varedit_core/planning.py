@@ -1,4 +1,4 @@
-"""What an edit takes before it runs: device memory by kind of store, and every pass's share of the time.
+"""What an edit takes before it runs: device memory by the way it runs, and every pass's share of the time.
 
 Knows sizes only, neither devices nor weights; whoever has a budget asks `plan` for the way to run within it.
 """
@@ -16,12 +16,12 @@ from .kv import KeyValueStore
 from .schedule import Schedule, schedule_for
 from .stores import EightBitStore, HostStore
 
-STORES = {"exact": KeyValueStore, "8-bit": EightBitStore, "host": HostStore}
+STORES = {"exact": KeyValueStore, "host": HostStore, "8-bit": EightBitStore}
 """Ways to keep keys and values, in the order in which they are tried."""
 _WORDS = {
     "exact": "keys and values on the device",
-    "8-bit": "keys and values in 8 bits (close to exact)",
     "host": "keys and values in host memory (exact, slower)",
+    "8-bit": "keys and values in 8 bits (close to exact)",
 }
 # Bytes a channel and token of the largest pass: the fp32 parts of a block, and its parts in the compute dtype.
 _WIDE, _NARROW = 24, 10
@@ -33,7 +33,8 @@ _LEAST_TOKENS = 160
 class Job:
     """One run of the loop: images at once, two rows each under guidance, in the transformer's compute dtype.
 
-    text_tokens: of the longest text; None: as many as the model takes.
+    text_tokens: of the longest text; None: as many as the model takes. exact_keys: of how many heads of all blocks but
+    the first the 8-bit store does not round the keys (`stores.exact_heads`); None: as if of all.
     """
 
     config: TransformerConfig
@@ -42,6 +43,7 @@ class Job:
     guided: bool
     dtype: torch.dtype
     text_tokens: int | None = None
+    exact_keys: int | None = None
 
     @property
     def rows(self) -> int:
@@ -51,22 +53,28 @@ class Job:
     def _sizes(self) -> tuple:
         return self.schedule, self.config.depth, self.rows, self.config.width, self.dtype
 
-    def stored(self, store: str) -> int:
-        """Bytes of keys and values on the device with a store of STORES."""
-        return STORES[store].nbytes(*self._sizes)
+    def stored(self, store: str, at_once: int | None = None) -> int:
+        """Bytes of keys and values on the device with a store of STORES; at_once: rows of a pass, if not all."""
+        return STORES[store].nbytes(
+            *self._sizes, heads=self.config.heads, at_once=at_once, exact_keys=self.exact_keys
+        )
 
-    @property
-    def activations(self) -> int:
+    def activations(self, at_once: int | None = None) -> int:
         """Bytes of everything else beside the weights: what a pass makes, and the text's keys and values."""
         last, width, size = self.schedule.tokens[-1], self.config.width, self.dtype.itemsize
-        block = last * width * (_WIDE + _NARROW * size)
+        block = self.pass_bytes(self.config, self.dtype, last)
         joined = 2 * width * (last + sum(self.schedule.tokens)) * size
         text = 2 * self.config.depth * width * (self.text_tokens or self.config.text_length) * size
-        return self.rows * (block + joined + text)
+        return (at_once or self.rows) * (block + joined) + self.rows * text
 
-    def needed(self, store: str) -> int:
+    @staticmethod
+    def pass_bytes(config: TransformerConfig, dtype: torch.dtype, tokens: int) -> int:
+        """Bytes of what a pass of so many tokens makes."""
+        return tokens * config.width * (_WIDE + _NARROW * dtype.itemsize)
+
+    def needed(self, store: str, at_once: int | None = None) -> int:
         """Bytes the loop needs on the device beside the weights."""
-        return self.stored(store) + self.activations
+        return self.stored(store, at_once) + self.activations(at_once)
 
     def needed_on_host(self, store: str) -> int:
         """Bytes of keys and values in host memory."""
@@ -84,19 +92,31 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a job runs within a budget: `job.images` at a time, keys and values in `store`; why, in sentences."""
+    """How a job runs within a budget; why, in sentences.
+
+    `job.images` at a time, keys and values in `store`. rows_at_once: of a pass, None for all. movable: bytes of other
+    networks that go to host memory while the loop runs, 0 where they stay.
+    """
 
     job: Job
-    store: str
+    store: str = "exact"
+    rows_at_once: int | None = None
+    movable: int = 0
     reasons: tuple[str, ...] = ()
 
     @property
     def needed(self) -> int:
-        return self.job.needed(self.store)
+        """Bytes on the device beside the weights, less what others make free."""
+        return self.job.needed(self.store, self.rows_at_once) - self.movable
 
     @property
     def needed_on_host(self) -> int:
-        return self.job.needed_on_host(self.store)
+        return self.job.needed_on_host(self.store) + self.movable
+
+    @property
+    def exact(self) -> bool:
+        """Whether the result is that of the best way."""
+        return self.store != "8-bit"
 
     def fits(self, budget: float, host_budget: float) -> bool:
         """Whether it runs within so many bytes of the device and of host memory."""
@@ -108,24 +128,35 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
-def plans(job: Job) -> list[Plan]:
-    """All ways to run a job, the best first: fewer images at a time, then the other stores."""
-    fewer = [replace(job, images=count) for count in range(job.images, 0, -1)]
-    return [Plan(part, "exact") for part in fewer] + [Plan(fewer[-1], name) for name in list(STORES)[1:]]
+def plans(job: Job, movable: int = 0, exact: bool = False) -> list[Plan]:
+    """All ways to run a job, the best first: exact ones on the device, in host memory, then (unless exact) in 8 bits.
+
+    On the device: fewer images at a time, then rows one after the other, then both again with other networks' `movable`
+    bytes in host memory. Which way takes how much is not in this order: 8 bits take more of the device than host memory.
+    """
+    fewer = [Plan(replace(job, images=count)) for count in range(job.images, 0, -1)]
+    one = fewer[-1]
+    apart = [replace(one, rows_at_once=1)] if job.guided else []
+    places = [0, movable] if movable else [0]
+    ways = [replace(way, movable=bytes) for bytes in places for way in fewer + apart]
+    for store in list(STORES)[1 : 2 if exact else None]:
+        ways += [replace(way, store=store, movable=bytes) for bytes in places for way in [one, *apart]]
+    return ways
 
 
-def plan(job: Job, budget: float, host_budget: float = math.inf) -> Plan:
-    """The best way to run a job within `budget` bytes of the device, and `host_budget` of host memory.
+def plan(job: Job, budget: float, host_budget: float = math.inf, movable: int = 0, exact: bool = False) -> Plan:
+    """The best way to run a job within `budget` bytes of the device, and `host_budget` of host memory (see `plans`).
 
     Raises ValueError, naming the largest size that fits, where there is none.
     """
-    reasons: list[str] = []
-    for way in plans(job):
+    ways = plans(job, movable, exact)
+    reasons: dict[str, str] = {}
+    for way in ways:
         if way.fits(budget, host_budget):
-            return replace(way, reasons=tuple(reasons))
-        if way.job.images in (1, job.images):  # not every number of pictures between
-            reasons.append(reason(way, budget))
-    raise ValueError(too_large(job, budget, host_budget))
+            return replace(way, reasons=tuple(reasons.values()))
+        if way is ways[0] or way.job.images == 1:  # of every store the way that takes least, and the best of all
+            reasons["best" if way is ways[0] else way.store] = reason(way, budget)
+    raise ValueError(too_large(job, budget, host_budget, movable, exact))
 
 
 def reason(way: Plan, budget: float) -> str:
@@ -138,17 +169,25 @@ def reason(way: Plan, budget: float) -> str:
 def described(way: Plan) -> str:
     """A way in a few words."""
     images = "one picture at a time" if way.job.images == 1 else f"{way.job.images} pictures at once"
-    return f"{images} with {_WORDS[way.store]}"
+    apart = ", with and without the text one after the other," if way.rows_at_once else ""
+    others = ", other networks in host memory meanwhile" if way.movable else ""
+    return f"{images}{apart} with {_WORDS[way.store]}{others}"
 
 
-def too_large(job: Job, budget: float, host_budget: float = math.inf) -> str:
+def too_large(
+    job: Job, budget: float, host_budget: float = math.inf, movable: int = 0, exact: bool = False
+) -> str:
     """What to say where a job does not fit in any way."""
-    least = plans(job)[-1].needed
+
+    def ways(job: Job) -> list[Plan]:
+        return [way for way in plans(job, movable, exact) if way.needed_on_host <= host_budget]
+
+    least = min(way.needed for way in ways(job))
     height, width = job.schedule.pixels
     text = f"an edit at {width}x{height} takes at least {gigabytes(least)} beside the weights and {gigabytes(budget)} are free; "
     for side, area in reversed(SIZES.items()):
         smaller = replace(job, images=1, schedule=schedule_for(area, job.schedule.ratio))
-        fits = any(way.fits(budget, host_budget) for way in plans(smaller))
+        fits = any(way.fits(budget, host_budget) for way in ways(smaller))
         if len(smaller.schedule) < len(job.schedule) and fits:
             return text + f"encode the source at the size {side}, which fits"
     return text + "no smaller size fits either, so free memory or use a smaller model"

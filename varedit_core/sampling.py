@@ -13,12 +13,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .defaults import DEFAULT_SETTINGS, SIZES, SamplingSettings
-from .kv import KeyValueStore
+from .defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, SIZES, SamplingSettings, Shortcuts
+from .kv import Pass
 from .operations import Attention, sdpa
 from .quantizer import area_resize, codes, from_tokens, latent_grids, linear_resize, to_tokens
 from .schedule import AREAS, Schedule
+from .shortcuts import outside, passes, token_masks
 from .transformer import Transformer
+from .workspace import Shape, Workspace
 
 
 class Scale:
@@ -43,6 +45,9 @@ class Scale:
         self.index, self.count, self.grid = index, len(schedule), schedule.grids[index]
         self.logits, self._log_odds = logits, log_odds
         self._uniform, self._top_p, self._total = uniform, top_p, total
+        self.locked: tuple[Tensor, Tensor] | None = None
+        """Where bits are free, boolean [B or 1, 1, h, w], and the bits [B, d, h, w] that stand elsewhere, whatever is
+        drawn or assigned; None: free everywhere."""
         self._bits: Tensor | None = None
         self._sum: Tensor | None = None
 
@@ -75,7 +80,7 @@ class Scale:
         """Boolean bits [B, d, h, w]."""
         if self._bits is None:
             greedy = self._uniform is None
-            self._bits = self.log_odds > 0 if greedy else self._uniform.to(self.log_odds.device) < self.probability
+            self._bits = self._within(self.log_odds > 0 if greedy else self._uniform < self.probability)
         return self._bits
 
     @bits.setter
@@ -86,7 +91,10 @@ class Scale:
             raise ValueError(
                 f"scale {self.index + 1} takes bits of shape {tuple(self.log_odds.shape)}, got {tuple(value.shape)}"
             )
-        self._bits, self._sum = value.to(self.log_odds.device), None
+        self._bits, self._sum = self._within(value.to(self.log_odds.device)), None
+
+    def _within(self, bits: Tensor) -> Tensor:
+        return bits if self.locked is None else torch.where(self.locked[0], bits, self.locked[1])
 
     @property
     def running_sum(self) -> Tensor:
@@ -105,62 +113,119 @@ def sample(
     settings: SamplingSettings = DEFAULT_SETTINGS,
     negatives: Sequence[Tensor | None] | None = None,
     attention: Attention = sdpa,
-    store: type[KeyValueStore] = KeyValueStore,
+    workspace: Workspace | None = None,
+    copies: int = 1,
+    shortcuts: Shortcuts = NO_SHORTCUTS,
+    mask: Tensor | None = None,
 ) -> Iterator[Scale]:
     """Edit B images; yields every `Scale` before its bits are drawn. The last `running_sum` is the result.
 
     features_BdHW: unquantised features of the source images on the last latent grid. texts: features
     [L_i, T] of each image's instruction. negatives: features of each negative prompt, None for the learned
-    unconditional ones. store: where keys and values are kept (see `kv`); let go of however the loop ends. Raises
-    ValueError, at the first step, where the inputs do not belong together, and at the end
-    where the logits were undefined numbers.
+    unconditional ones. workspace: where keys and values are kept (see `workspace`); by default memory of this edit
+    alone, let go of however the loop ends. copies: edits of each image, from one pass over it; those of an image
+    follow each other, B then counts them all. shortcuts: work to leave out. mask: [B or 1, y, x] of any size, above 0
+    where the picture may change; bits of tokens that do not touch it are the source's. Raises ValueError, at the first step, where the inputs do not belong
+    together, and at the end where the logits were undefined numbers.
     """
+    if shortcuts.drafted:
+        raise ValueError("drafted scales need a second transformer; use drafting.draft_and_refine")
     patch = _patch(transformer, features_BdHW, schedule)
-    grids, batch, device = latent_grids(schedule, patch), len(features_BdHW), features_BdHW.device
-    plan = settings.per_scale(len(schedule))
+    grids, device = latent_grids(schedule, patch), features_BdHW.device
+    plan = shortcuts.planned(settings.per_scale(len(schedule)))
     guided = max((k + 1 for k, (guidance, _, _) in enumerate(plan) if guidance != 1), default=0)
-    texts = _texts(transformer, texts, negatives or [None] * batch, batch, guided > 0, device)
-
-    condition = transformer.condition(texts, attention)
-    size = transformer.config
-    kept = store(schedule, size.depth, len(texts), size.heads, size.head_size, transformer.dtype, device)
+    negatives = negatives or [None] * len(features_BdHW)
+    texts = _texts(transformer, texts, negatives, len(features_BdHW), guided > 0, device)
+    if mask is not None and len(mask) == len(features_BdHW):
+        mask = mask.repeat_interleave(copies, dim=0)
+    if copies > 1 and workspace is not None and not workspace.kind.shares_source:
+        features_BdHW = features_BdHW.repeat_interleave(copies, dim=0)
+        texts, copies = [text for text in texts for _ in range(copies)], 1
+    work = workspace or Workspace(kept=False)
+    work.begin(transformer, texts, Shape.of(schedule, texts, copies, transformer.dtype, device), attention)
     try:
-        source, *passes = kept.passes(device)
-
-        tokens = to_tokens(area_resize(features_BdHW.float(), grids[-1]), patch)
-        x = _all_rows(transformer.embed(tokens, len(schedule) - 1), len(texts))
-        transformer(x, condition, source, kept, attention)
-
-        total = torch.zeros_like(features_BdHW, dtype=torch.float32)
+        work.read_source(
+            lambda: _all_rows(
+                transformer.embed(to_tokens(area_resize(features_BdHW.float(), grids[-1]), patch), len(schedule) - 1),
+                len(texts),
+            ),
+            (features_BdHW, *texts),
+        )
+        total = torch.zeros_like(features_BdHW, dtype=torch.float32).repeat_interleave(copies, dim=0)
+        batch, rows = len(total), len(texts) * copies
+        features = features_BdHW.float()
+        features = features.repeat_interleave(copies, dim=0) if copies > 1 else features
+        masks = _masks(mask, schedule, features, shortcuts)
+        steps = passes(work.passes, schedule, shortcuts, masks)[1:]
         generators = [torch.Generator().manual_seed((settings.seed + i) % 2**64) for i in range(batch)]
-        x = transformer.start(condition)
         finite = torch.ones((), dtype=torch.bool, device=device)
         for k, (guidance, temperature, top_p) in enumerate(plan):
-            if k == guided and len(x) > batch:
-                kept.keep_rows(batch)
-                condition, x = condition.rows(batch), x[:batch]
-            x = transformer(x, condition, passes[k], kept, attention)
-            logits = transformer.logits(x if guidance != 1 else x[:batch], condition)
-            log_odds = from_tokens(_guided_log_odds(logits, batch, guidance), schedule.grids[k], patch)
+            if k == guided and rows > batch:
+                work.store.keep_rows(rows := batch)
+            if k:
+                tokens = _selected(to_tokens(linear_resize(total, grids[k]), patch), steps[k])
+                x = _all_rows(transformer.embed(tokens, k), rows)
+            else:
+                x = transformer.start(work.condition)[:rows]
+            logits = work.run(x, steps[k], rows if guidance != 1 else batch)
+            odds = _everywhere(_guided_log_odds(logits, batch, guidance), steps[k], schedule.tokens[k])
+            log_odds = from_tokens(odds, schedule.grids[k], patch)
             finite = finite & log_odds.isfinite().all()
             # Drawn on the CPU, also where a greedy scale ignores them: one seed, one image, on every device.
-            uniform = torch.stack([torch.rand(log_odds.shape[1:], generator=g) for g in generators])
+            uniform = _uniform(log_odds, generators)
             if temperature:
-                scale = Scale(k, schedule, logits, log_odds / temperature, uniform, top_p, total)
-            else:
-                scale = Scale(k, schedule, logits, log_odds, None, top_p, total)
+                log_odds = log_odds / temperature
+            scale = Scale(k, schedule, logits, log_odds, uniform if temperature else None, top_p, total)
+            if masks:
+                scale.locked = (_on_latents(masks[k], patch), outside(features, total, grids[k]))
             yield scale
             total = scale.running_sum
-            if k + 1 < len(schedule):
-                tokens = to_tokens(linear_resize(total, grids[k + 1]), patch)
-                x = _all_rows(transformer.embed(tokens, k + 1), len(x))
         # Asked once, after the loop, as every answer makes the device wait; a dry run on `meta` has none.
         if not finite.is_meta and not finite:
             raise ValueError(
                 "the network's logits are undefined numbers; use bf16 or fp32, and check the weights and the text"
             )
     finally:
-        kept.release()
+        work.end()
+
+
+def _uniform(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """A number from 0 to 1 for every element of [B, d, h, w], image i's from generator i, brought to its device."""
+    drawn = torch.empty(like.shape, pin_memory=like.is_cuda)  # from pageable memory the copy would wait for the device
+    for image, generator in zip(drawn, generators):
+        torch.rand(image.shape, generator=generator, out=image)
+    return drawn.to(like.device, non_blocking=True)
+
+
+def _masks(mask: Tensor | None, schedule: Schedule, features: Tensor, shortcuts: Shortcuts) -> list[Tensor] | None:
+    """Masks of every scale's tokens. ValueError for a mask that is none, or a shortcut that lacks one."""
+    if mask is None:
+        if shortcuts.inside:
+            raise ValueError("computing only inside a mask needs one; give a mask, or leave inside at 0")
+        return None
+    if mask.ndim != 3 or len(mask) not in (1, len(features)):
+        raise ValueError(
+            f"the mask has the shape {list(mask.shape)} for {len(features)} images; give one [1, y, x], or one for each"
+        )
+    if not (mask > 0).any():
+        raise ValueError("the mask is empty; paint where the picture may change, or leave it out")
+    return token_masks(mask.to(features.device), schedule)
+
+
+def _on_latents(mask_B1hw: Tensor, patch: int) -> Tensor:
+    """A mask of tokens as one of latent positions."""
+    return mask_B1hw.repeat_interleave(patch, -1).repeat_interleave(patch, -2)
+
+
+def _selected(tokens_BlD: Tensor, step: Pass) -> Tensor:
+    return tokens_BlD if step.tokens is None else tokens_BlD[:, step.tokens]
+
+
+def _everywhere(odds_BnD: Tensor, step: Pass, count: int) -> Tensor:
+    """Log-odds of all of a scale's tokens; 0 for those that were not computed, whose bits are locked."""
+    if step.tokens is None:
+        return odds_BnD
+    return odds_BnD.new_zeros(len(odds_BnD), count, odds_BnD.shape[2]).index_copy_(1, step.tokens, odds_BnD)
 
 
 def _guided_log_odds(logits: Tensor, batch: int, guidance: float) -> Tensor:

@@ -1,115 +1,318 @@
 """Stores of keys and values for small devices: in 8 bits, or in host memory. The first block is as in `kv` in both.
 
-Shape suffixes as in `kv`: R rows, H heads, n tokens of a pass, D head size.
+Both compute from staging memory: a block's history is brought there in front of the pass's own keys and values, which
+are put away from there. Shape suffixes as in `kv`: R rows, H heads, n tokens of a pass, D head size; r rows at once.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import logging
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+
+from .kernels import pack_heads, unpack_heads
+from .kernels.plain import PackedHeads
 from .kv import KeyValueStore, Pass
 from .schedule import Schedule
 
+logger = logging.getLogger(__name__)
 
-class EightBitStore(KeyValueStore):
-    """All blocks but the first in 8 bits with one scale a token and head: half the memory of bf16, an approximation.
+EXACT_FROM = 24.0
+"""Heads whose learned query scale is larger keep their keys exact.
 
-    The tokens of the pass at work are exact, only the history is rounded.
-    """
+An attention weight is off by the error of its logit, and that is the query scale times the error of a key of unit
+length along the query: 0.0006 in 8 bits at head size 128 (0.00015 in bf16). At 24 it is 1.4 %, twice what the codes of
+values cost; scales go up to 100. The demo model has 5 of 21 heads beyond 24: with their keys exact, logits are wrong
+by 0.05 to 0.5 % of their spread, scale by scale, without by 0.16 to 0.7 %, and with all keys exact by 0.02 to 0.5 %.
+"""
 
-    def __init__(
-        self, schedule: Schedule, depth: int, rows: int, heads: int, head_size: int, dtype: torch.dtype, device
-    ) -> None:
-        super().__init__(schedule, depth, rows, heads, head_size, dtype, device)
-        size = (2, rows, heads, self.length)
-        self.codes = [torch.empty(*size, head_size, dtype=torch.int8, device=device) for _ in range(depth - 1)]
-        self.scales = [torch.empty(*size, 1, dtype=torch.float32, device=device) for _ in range(depth - 1)]
+
+def exact_heads(query_scales: Sequence[Sequence[float]]) -> list[list[int]]:
+    """The heads of every block whose keys are not coded, by the query scales [depth][H]; none of the first block's."""
+    large = [[head for head, scale in enumerate(scales) if scale > EXACT_FROM] for scales in query_scales]
+    return [[], *large[1:]]
+
+
+def query_scales(transformer: nn.Module, device) -> list[list[float]]:
+    """The learned query scales [depth][H] of all blocks, as numbers; waits for the device."""
+    return torch.stack([block.sa.query_scale(torch.device(device)) for block in transformer.blocks]).tolist()
+
+
+class _Elsewhere(KeyValueStore):
+    """All blocks but the first elsewhere. Subclasses bring a block's history with `room_elsewhere` or
+    `seen_elsewhere` and keep a pass's own part with `put_away`."""
+
+    shares_source = False
 
     @staticmethod
     def plain_blocks(depth: int) -> int:
         return 1
 
+    def keep(self, block: int, first: bool, qkv: Tensor, query_scale: Tensor, step: Pass) -> Tensor:
+        q = super().keep(block, first, qkv, query_scale, step)
+        # Here, not in `seen_elsewhere`: nobody looks at what the source's pass leaves in the last block.
+        if not first and not self.is_last(step):
+            self.put_away(block, step)
+        return q
+
+    def put_away(self, block: int, step: Pass) -> None:
+        """Keep a pass's own keys and values of a block, which lie in staging memory."""
+        raise NotImplementedError
+
+
+class EightBitStore(_Elsewhere):
+    """All blocks but the first in 8 bits with one scale a token and head: half the memory of bf16, an approximation.
+
+    The tokens of the pass at work are exact, only the history is rounded. query_scales: [depth][H], numbers of the
+    host; keys of heads with large ones are not rounded at all (see EXACT_FROM), without them those of every head are.
+    at_once: most rows of a pass, where they are not all.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        depth: int,
+        rows: int,
+        heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device,
+        copies: int = 1,
+        query_scales: Sequence[Sequence[float]] | None = None,
+        at_once: int | None = None,
+    ) -> None:
+        super().__init__(schedule, depth, rows, heads, head_size, dtype, device, copies)
+        kw = dict(dtype=dtype, device=device)
+        whole = self.length + schedule.tokens[-1]
+        self.staged = [torch.empty(2, min(at_once or rows, rows), heads, whole, head_size, **kw)]
+        self.packed = [
+            _packed((rows, heads, self.length, head_size), exact, **kw)
+            for exact in exact_heads(query_scales or [[0.0] * heads] * depth)[1:]
+        ]
+
     @classmethod
-    def nbytes(cls, schedule: Schedule, depth: int, rows: int, width: int, dtype: torch.dtype) -> int:
+    def of(cls, transformer: nn.Module, rows_at_once: int | None, *sizes, copies: int = 1) -> EightBitStore:
+        return cls(*sizes, copies=copies, query_scales=query_scales(transformer, sizes[-1]), at_once=rows_at_once)
+
+    @classmethod
+    def nbytes(
+        cls, schedule: Schedule, depth: int, rows: int, width: int, dtype: torch.dtype, *,
+        heads: int, at_once: int | None = None, exact_keys: int | None = None, **more: int,
+    ) -> int:  # fmt: skip
+        """Also heads: H. exact_keys: of how many heads, all blocks together, keys are not coded; None: as if of all.
+        at_once: most rows of a pass."""
         length = schedule.tokens[-1] + sum(schedule.tokens[:-1])
-        head_sizes = 32  # no published head is smaller; the scales of larger ones take less
-        coded = 2 * rows * width * (depth - 1) * length * (1 + 4 / head_sizes)
-        unpacked = 2 * 2 * rows * width * (length + schedule.tokens[-1]) * dtype.itemsize
-        return super().nbytes(schedule, depth, rows, width, dtype) + int(coded) + unpacked
+        blocks, size = depth - cls.plain_blocks(depth), width // heads
+        exact = blocks * heads if exact_keys is None else exact_keys
+        head = (2 * blocks * heads - exact) * (size + 4) + exact * size * dtype.itemsize
+        staged = 2 * min(at_once or rows, rows) * width * (length + schedule.tokens[-1]) * dtype.itemsize
+        return super().nbytes(schedule, depth, rows, width, dtype) + rows * length * head + staged + 4 * blocks * heads
 
-    def elsewhere(self, block: int, k: Tensor, v: Tensor, step: Pass, last: bool) -> tuple[Tensor, Tensor]:
-        codes, scales = self.codes[block - 1], self.scales[block - 1]
-        found = []
-        for part, x in enumerate((k, v)):
-            history = codes[part, :, :, : step.begin].to(v.dtype) * scales[part, :, :, : step.begin].to(v.dtype)
-            found.append(torch.cat((history, x.to(v.dtype)), dim=2))
-            if not last:
-                scale = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
-                codes[part, :, :, step.begin : step.end] = (x.float() / scale).round().to(torch.int8)
-                scales[part, :, :, step.begin : step.end] = scale
-        return found[0], found[1]
+    def room_elsewhere(self, block: int, step: Pass) -> tuple[Tensor, Tensor]:
+        return self._staged(step.begin, step.end)
 
-    def keep_rows(self, count: int) -> None:
-        super().keep_rows(count)
-        for tensors in (self.codes, self.scales):
-            for block, tensor in enumerate(tensors):
-                tensors[block] = tensor[:, :count].clone()
+    def seen_elsewhere(self, block: int, step: Pass) -> tuple[Tensor, Tensor]:
+        unpack_heads(self.packed[block - 1], self.rows, step.begin, self.staged[0])
+        return self._staged(0, step.end)
+
+    def put_away(self, block: int, step: Pass) -> None:
+        pack_heads(self.staged[0], self.packed[block - 1], self.rows, step.begin, step.end)
 
     def release(self) -> None:
         super().release()
-        self.codes, self.scales = [], []
+        self.staged, self.packed = [], []
+
+    def _staged(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        own = self.staged[0][:, : self.rows.stop - self.rows.start, :, begin:end]
+        return own[0], own[1]
 
 
-class HostStore(KeyValueStore):
-    """All blocks but the first in host memory, brought to the device block by block: exact and slow.
+def _packed(size: tuple[int, int, int, int], exact: Sequence[int], dtype: torch.dtype, device) -> PackedHeads:
+    rows, heads, length, head_size = size
+    coded = [head for head in range(heads) if head not in exact]
+    places = len(coded) + heads
+    return PackedHeads(
+        torch.empty(rows, places, length, head_size, dtype=torch.int8, device=device),
+        torch.empty(rows, places, length, dtype=torch.float32, device=device),
+        torch.empty(rows, len(exact), length, head_size, dtype=dtype, device=device),
+        torch.tensor([*coded, *exact], dtype=torch.int32).to(device),
+    )
 
-    Kept token by token, so that a pass's share is one piece and one copy.
+
+class HostStore(_Elsewhere):
+    """All blocks but the first in host memory: exact. While a block is computed, the next one's history is copied.
+
+    Kept token by token, keys and values side by side, so that a pass's share of a row is one piece and one copy. On
+    CUDA that memory is locked, and copies run on streams of their own. at_once: as in `EightBitStore`.
     """
 
-    def __init__(
-        self, schedule: Schedule, depth: int, rows: int, heads: int, head_size: int, dtype: torch.dtype, device
-    ) -> None:
-        super().__init__(schedule, depth, rows, heads, head_size, dtype, device)
-        self.rows = rows
-        whole = self.length + schedule.tokens[-1]
-        self.staged = [torch.empty(whole, rows, heads, head_size, dtype=dtype, device=device) for _ in range(2)]
-        size = (self.length, rows, heads, head_size)
-        self.host = [[torch.empty(size, dtype=dtype) for _ in range(2)] for _ in range(depth - 1)]
+    recordable = False
 
-    @staticmethod
-    def plain_blocks(depth: int) -> int:
-        return 1
+    def __init__(
+        self,
+        schedule: Schedule,
+        depth: int,
+        rows: int,
+        heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device,
+        copies: int = 1,
+        at_once: int | None = None,
+    ) -> None:
+        super().__init__(schedule, depth, rows, heads, head_size, dtype, device, copies)
+        whole = self.length + schedule.tokens[-1]
+        staged = (min(at_once or rows, rows), whole, 2, heads, head_size)
+        self.slots = [_Slot(torch.empty(staged, dtype=dtype, device=device)) for _ in range(2)]
+        kept = torch.empty(depth - 1, rows, self.length, 2, heads, head_size, dtype=dtype)
+        self.host = [kept[block] for block in range(depth - 1)]
+        self.moved = {"to device": 0, "to host": 0}
+        """Bytes of keys and values copied so far."""
+        device = torch.device(device)
+        self.inward, self.outward, self.here = _Lane(device), _Lane(device), _Lane(device, current=True)
+        self.unlock = _locked(self, kept, (self.inward, self.outward)) if device.type == "cuda" else lambda: None
 
     @classmethod
-    def nbytes(cls, schedule: Schedule, depth: int, rows: int, width: int, dtype: torch.dtype) -> int:
-        whole = sum(schedule.tokens) + schedule.tokens[-1]
-        return super().nbytes(schedule, depth, rows, width, dtype) + 2 * rows * width * whole * dtype.itemsize
+    def of(cls, transformer: nn.Module, rows_at_once: int | None, *sizes, copies: int = 1) -> HostStore:
+        return cls(*sizes, copies=copies, at_once=rows_at_once)
+
+    @classmethod
+    def nbytes(
+        cls, schedule: Schedule, depth: int, rows: int, width: int, dtype: torch.dtype, *,
+        at_once: int | None = None, **more: int,
+    ) -> int:  # fmt: skip
+        """Also at_once: most rows of a pass."""
+        staged = 2 * 2 * min(at_once or rows, rows) * width * (sum(schedule.tokens) + schedule.tokens[-1]) * dtype.itemsize
+        return super().nbytes(schedule, depth, rows, width, dtype) + staged
 
     @classmethod
     def host_nbytes(cls, schedule: Schedule, depth: int, rows: int, width: int, dtype: torch.dtype) -> int:
         length = schedule.tokens[-1] + sum(schedule.tokens[:-1])
         return 2 * rows * width * (depth - 1) * length * dtype.itemsize
 
-    def elsewhere(self, block: int, k: Tensor, v: Tensor, step: Pass, last: bool) -> tuple[Tensor, Tensor]:
-        found = []
-        for staged, host, x in zip(self.staged, self.host[block - 1], (k, v)):
-            staged = staged[:, : self.rows]
-            staged[: step.begin].copy_(host[: step.begin])
-            staged[step.begin : step.end] = x.permute(2, 0, 1, 3)
-            if not last:
-                host[step.begin : step.end].copy_(staged[step.begin : step.end])
-            found.append(staged[: step.end].permute(1, 2, 0, 3))
-        return found[0], found[1]
+    def room(self, block: int, first: bool, step: Pass) -> tuple[Tensor, Tensor]:
+        if first:
+            for slot in self.slots:
+                slot.holds = None  # what a pass that was left in its middle has fetched
+            self._fetch(1, step)
+        return super().room(block, first, step)
 
-    def keep_rows(self, count: int) -> None:
-        super().keep_rows(count)
-        self.rows = count
-        self.staged = [staged[:, :count].clone() for staged in self.staged]
-        for pair in self.host:
-            for part, tensor in enumerate(pair):
-                pair[part] = tensor[:, :count].clone()
+    def room_elsewhere(self, block: int, step: Pass) -> tuple[Tensor, Tensor]:
+        slot = self._slot(block)
+        if slot.holds != self._name(block, step):
+            self._fetch(block, step)
+        self._fetch(block + 1, step)
+        with self.here.after(slot.fetched, slot.saved):
+            return slot.parts(self._count, step.begin, step.end)
+
+    def seen_elsewhere(self, block: int, step: Pass) -> tuple[Tensor, Tensor]:
+        return self._slot(block).parts(self._count, 0, step.end)
+
+    def put_away(self, block: int, step: Pass) -> None:
+        slot, own = self._slot(block), slice(step.begin, step.end)
+        with self.outward.after(self.here.mark()):
+            for place, row in enumerate(range(self.rows.start, self.rows.stop)):
+                self._copy(self.host[block - 1][row, own], slot.staged[place, own], "to host")
+        slot.saved = self.outward.mark()
 
     def release(self) -> None:
         super().release()
-        self.staged, self.host = [], []
+        self.unlock()
+        self.slots, self.host = [], []
+
+    def _fetch(self, block: int, step: Pass) -> None:
+        """Begin to copy a block's history to its slot: behind all that was asked of the device so far, which may read
+        the slot, and behind the last copy to the host, in case that is the history."""
+        if block > len(self.host):
+            return
+        slot, history = self._slot(block), slice(0, step.begin)
+        if step.begin:
+            with self.inward.after(self.here.mark(), self.outward.mark()):
+                for place, row in enumerate(range(self.rows.start, self.rows.stop)):
+                    self._copy(slot.staged[place, history], self.host[block - 1][row, history], "to device")
+            slot.fetched = self.inward.mark()
+        slot.holds = self._name(block, step)
+
+    def _copy(self, to: Tensor, what: Tensor, way: str) -> None:
+        to.copy_(what, non_blocking=True)
+        self.moved[way] += what.nbytes
+
+    def _slot(self, block: int) -> _Slot:
+        return self.slots[block % 2]
+
+    def _name(self, block: int, step: Pass) -> tuple:
+        return block, step.index, self.rows.start, self.rows.stop
+
+    @property
+    def _count(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+@dataclass(eq=False)
+class _Slot:
+    """Staging memory [r, m, 2, H, D] of one block at a time. holds: whose history. fetched, saved: marks of the last
+    copies to it and from it."""
+
+    staged: Tensor
+    holds: tuple | None = None
+    fetched: torch.cuda.Event | None = None
+    saved: torch.cuda.Event | None = None
+
+    def parts(self, rows: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [r, H, n, D]."""
+        own = self.staged[:rows, begin:end].transpose(1, 3)
+        return own[:, :, 0], own[:, :, 1]
+
+
+class _Lane:
+    """A CUDA stream, the current one or another; on other devices nothing, as all is done in turn."""
+
+    def __init__(self, device: torch.device, current: bool = False) -> None:
+        self.device, self.current = device, current
+        self.own = torch.cuda.Stream(device) if device.type == "cuda" and not current else None
+
+    @property
+    def stream(self) -> torch.cuda.Stream | None:
+        return torch.cuda.current_stream(self.device) if self.current and self.device.type == "cuda" else self.own
+
+    @contextmanager
+    def after(self, *marks: torch.cuda.Event | None) -> Iterator[None]:
+        """What is asked for within runs here, when the marks are passed."""
+        stream = self.stream
+        for mark in marks:
+            if mark is not None:
+                stream.wait_event(mark)
+        with torch.cuda.stream(stream) if stream else nullcontext():
+            yield
+
+    def mark(self) -> torch.cuda.Event | None:
+        """The end of all that was asked for here so far."""
+        return self.stream and self.stream.record_event()
+
+
+def _locked(store: HostStore, memory: Tensor, lanes: Sequence[_Lane]) -> weakref.finalize:
+    """Lock memory in place for as long as a store lives; returns what unlocks it, once.
+
+    Not by torch's own allocator, which takes up to twice as much: it rounds sizes up to powers of two.
+    """
+    runtime, address = torch.cuda.cudart(), memory.data_ptr()
+    locked = int(runtime.cudaHostRegister(address, memory.nbytes, 0)) == 0
+    if not locked:
+        logger.warning("host memory cannot be locked, so that keys and values are copied more slowly")
+        with suppress(RuntimeError):  # the next call of the device raises what has failed here
+            torch.ones(1, device=lanes[0].device).neg_()
+
+    def unlock() -> None:
+        for lane in lanes:
+            lane.own.synchronize()
+        if locked:
+            runtime.cudaHostUnregister(address)
+
+    unlocking = weakref.finalize(store, unlock)
+    unlocking.atexit = False
+    return unlocking

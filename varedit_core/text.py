@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .capture import Recorder
 from .checkpoints import TEXT_ENCODER, Unfilled, check, expected, select
 from .defaults import TEXT_TOKENS
 from .operations import Operations
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 END = 1
 """T5's end token."""
+RECORDED_STEP = 16
+"""Prompts are recorded in lengths that are multiples of it (CUDA only)."""
 _TABLE = "encoder.embed_tokens.weight"  # where some files have shared.weight
 
 
@@ -34,6 +37,7 @@ class TextEncoder:
         self, model: T5Encoder, tokenize: Callable[[str], list[int]], device: torch.device | str = "cpu"
     ) -> None:
         self.model, self.tokenize, self.device = model, tokenize, torch.device(device)
+        self._recorded = Recorder(model, lambda ids, real: model(ids, real).float())
 
     def ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt, cut to 512 with the end token kept; a cut is logged as a warning."""
@@ -54,7 +58,16 @@ class TextEncoder:
         return [self._encode(self.ids(prompt)) for prompt in prompts]
 
     def _encode(self, ids: list[int]) -> Tensor:
-        return self.model(torch.tensor([ids], device=self.device))[0].float()
+        if self.device.type != "cuda":
+            return self.model(torch.tensor([ids], device=self.device))[0].float()
+        # Its many small kernels wait for their launches: recorded, with lengths rounded up so that few are recorded.
+        more = -len(ids) % RECORDED_STEP
+        given = torch.tensor([ids + [0] * more, [1] * len(ids) + [0] * more], pin_memory=True)
+        return self._recorded(*given.to(self.device, non_blocking=True).split(1))[0, : len(ids)]
+
+    def forget(self) -> None:
+        """Give back what recorded passes hold."""
+        self._recorded.forget()
 
 
 def cut_ids(ids: list[int]) -> tuple[list[int], int]:

@@ -15,11 +15,20 @@ from rich.table import Table
 from .. import options
 from ..defaults import SamplingSettings
 from ..demo import demo_files
+from ..eight_bit import LINEARS
 from ..files import check_free, make_folder
 from ..images import check_target, save_image
-from ..lora import apply_lora
-from ..options import DTYPES, checked_loras, choice, console, guidance_or_default, hardware, per_scale, progress
-from ..pipeline import Editor
+from ..options import (
+    DTYPES,
+    checked_loras,
+    choice,
+    console,
+    guidance_or_default,
+    hardware,
+    load_editor,
+    per_scale,
+    progress,
+)
 from .edits import FAMILIES
 from .evaluate import BATCH, Batch, Report, draw, evaluate, make, picture
 from .metrics import ssim_function
@@ -75,6 +84,7 @@ def evaluate_command(
     batch: Annotated[int, typer.Option(min=1, help="Samples edited at a time.")] = BATCH,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    linears: options.Linears = LINEARS[0],
     report: Annotated[Optional[Path], typer.Option("--json", help="Write figures, every sample's too, here.")] = None,
     pictures: Annotated[
         Optional[Path], typer.Option(help="Write source, edit and target of some samples here, a PNG a family.")
@@ -93,9 +103,7 @@ def evaluate_command(
     ssim_function()
     files = _files(model, vae, text_encoder)
     loras = checked_loras(files[0], lora)
-    editor = Editor.load(*files, device=device, dtype=kind)
-    for file, strength in loras:
-        apply_lora(editor.transformer, file, strength)
+    editor = load_editor(files, loras, linears, device=device, dtype=kind)
     with progress() as bar:
         task = bar.add_task("editing", total=len(samples))
 
@@ -108,7 +116,7 @@ def evaluate_command(
     if gallery:
         gallery.save()
     if report:
-        facts = {"seed": seed, "count": count, "style": style, "loras": [[str(f), strength] for f, strength in loras]}
+        facts = {"seed": seed, "count": count, "style": style, "linears": linears, "loras": [[str(f), strength] for f, strength in loras]}
         named = dict(zip(("model", "vae", "text_encoder"), (path.name for path in files)))
         report.write_text(
             json.dumps({**facts, **named, **hardware(editor), **figures.to_json(samples=True)}, indent=1) + "\n"

@@ -17,11 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..autoencoder import Autoencoder
-from ..defaults import DEFAULT_SETTINGS, SamplingSettings
+from ..defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, SamplingSettings, Shortcuts
 from ..images import save_image, to_uint8
 from ..pipeline import Editor
 from ..quantizer import encode, latent_grids
-from ..sampling import sample as sample_scales
 from ..schedule import TOKEN_PIXELS, Schedule, schedule_for
 from .edits import FAMILIES, Sample, draw_sample
 from .metrics import Score, background, judge, regions, succeeds
@@ -137,19 +136,24 @@ def evaluate(
     settings: SamplingSettings = DEFAULT_SETTINGS,
     batch: int = BATCH,
     on_batch: OnBatch | None = None,
+    shortcuts: Shortcuts = NO_SHORTCUTS,
+    masked: bool = False,
 ) -> Report:
     """Edit and judge every sample, `batch` at a time.
 
-    Samples run in the order of their text's length, which is fastest; the n-th in that order draws from the settings'
+    shortcuts: work to leave out. masked: give every edit its true region as a mask. Samples run in the order of their text's length, which is fastest; the n-th in that order draws from the settings'
     seed + n, whatever the batch. on_batch: called with every `Batch`; raise in it to cancel. ValueError where the
     editor has no text encoder or cannot edit 256 x 256 pixels, and where scikit-image is missing.
     """
     texts = editor.encode_text([s.instruction for s in samples])
     schedule = schedule_for(AREA)
 
-    def edit(features: Tensor, numbers: list[int], begin: int) -> Tensor:
+    def edit(features: Tensor, numbers: list[int], begin: int, region: Tensor) -> Tensor:
         own = replace(settings, seed=(settings.seed + begin) % 2**64)
-        for scale in sample_scales(editor.transformer, features, [texts[n] for n in numbers], schedule, own):
+        args = (features, [texts[n] for n in numbers], schedule, own)
+        # Where no sample of a batch has anything to edit there is no mask, and nothing to leave out by it.
+        kept = dict(shortcuts=shortcuts, mask=region.float()) if masked and region.any() else {}
+        for scale in editor.sample(*args, **(kept or dict(shortcuts=replace(shortcuts, inside=0)))):
             total = scale.running_sum
         return _rows(editor.autoencoder.decode, total)
 
@@ -176,7 +180,7 @@ def evaluate_pictures(
     """Judge edits [B, 3, 256, 256] of the samples that were made elsewhere, pixels in [-1, 1]."""
     device = next(autoencoder.parameters()).device
 
-    def edit(_: Tensor, numbers: list[int], begin: int) -> Tensor:
+    def edit(_: Tensor, numbers: list[int], begin: int, region: Tensor) -> Tensor:
         return edited[numbers].to(device)
 
     return Report(_collected(_judged(autoencoder, device, samples, range(len(samples)), batch, edit), None))
@@ -209,7 +213,7 @@ def _collected(batches: Iterator[Batch], on_batch: OnBatch | None) -> tuple[Reco
 
 @torch.no_grad()
 def _judged(autoencoder: Autoencoder, device, samples, order: Sequence[int], batch: int, edit=None) -> Iterator[Batch]:
-    """Batches in that order. edit(source features, sample numbers, how many came before) -> pictures; without
+    """Batches in that order. edit(source features, sample numbers, how many came before, regions) -> pictures; without
     it, the targets' reconstructions are judged."""
     if batch < 1:
         raise ValueError(f"the batch must be at least 1, got {batch}")
@@ -219,8 +223,8 @@ def _judged(autoencoder: Autoencoder, device, samples, order: Sequence[int], bat
         source, target = (render([getattr(s, name) for s in chosen], device) for name in ("source", "target"))
         features = _rows(autoencoder.encode, torch.cat([source, target]))
         source_restored, target_restored = _restored(autoencoder, features, schedule_for(AREA)).clamp(-1, 1).chunk(2)
-        edited = edit(features[: len(source)], numbers, begin).clamp(-1, 1) if edit else target_restored
         region = regions(source, target, [s.family for s in chosen])
+        edited = edit(features[: len(source)], numbers, begin, region).clamp(-1, 1) if edit else target_restored
         task = source, target, region, _distractors(chosen, device), source_restored
         rows = zip(
             numbers,

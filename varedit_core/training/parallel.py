@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.plain import split_heads
 from ..kv import SOURCE, Pass, pooled
 from ..operations import Attention, sdpa
 from ..schedule import Schedule
@@ -37,8 +38,10 @@ class TeacherForced:
 
     @torch.compiler.disable
     def attend(
-        self, block: int, first: bool, q: Tensor, k: Tensor, v: Tensor, step: Pass, attention: Attention
+        self, block: int, first: bool, qkv: Tensor, query_scale: Tensor, step: Pass, attention: Attention
     ) -> Tensor:
+        q, k, v = split_heads(qkv, query_scale, step.rotary)
+        q = q.to(v.dtype)
         source = self.spans[0]
         references: list = self.references(k, v) if first else [None] * len(self.schedule)
         k, outputs, begin = k.to(v.dtype), [], 0
@@ -65,11 +68,12 @@ class BlockCausal(TeacherForced):
         self.masks = [_block_mask(schedule, first, device) for first in (False, True)]
 
     def attend(
-        self, block: int, first: bool, q: Tensor, k: Tensor, v: Tensor, step: Pass, attention: Attention
+        self, block: int, first: bool, qkv: Tensor, query_scale: Tensor, step: Pass, attention: Attention
     ) -> Tensor:
         from torch.nn.attention.flex_attention import flex_attention
 
-        keys, values = k.to(v.dtype), v
+        q, k, v = split_heads(qkv, query_scale, step.rotary)
+        q, keys, values = q.to(v.dtype), k.to(v.dtype), v
         if first:
             pairs = self.references(k, v)
             keys = torch.cat([keys, *(reference.to(v.dtype) for reference, _ in pairs)], dim=2)

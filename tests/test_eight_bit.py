@@ -1,0 +1,352 @@
+"""8 bits: the kernels against their plain forms, linear layers and their files, the stores of keys and values.
+
+Run as a script it prints what the kernels do as JSON; without a GPU under Triton's interpreter, which has to be chosen
+before they are imported.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from support import GOLDEN, ROOT
+
+from varedit_core import Editor, SamplingSettings, load_transformer, memory, pipeline, sample, schedule_for, stores
+from varedit_core.convert import convert
+from varedit_core.eight_bit import eight_bit, names, quantise_weight
+from varedit_core.kernels import linear_eight_bit, plain
+from varedit_core.kv import KeyValueStore
+from varedit_core.lora import apply_lora
+from varedit_core.operations import EightBitLinear, sdpa
+from varedit_core.planning import STORES, Job, Plan
+from varedit_core.stores import EightBitStore, HostStore, exact_heads, query_scales
+from varedit_core.workspace import Workspace
+
+RECORD = GOLDEN / "patchify_256.safetensors"
+SCHEDULE = schedule_for("0.06M")
+HEADS, SIZE, DEPTH = 4, 32, 3
+LARGE = [[4.0] * HEADS, [4.0, 90.0, 4.0, 60.0], [4.0] * HEADS]
+
+
+def kernels() -> dict[str, float]:
+    """Largest differences between kernels and plain forms."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fused, found = import_module("varedit_core.kernels.eight_bit"), {}
+    generator = torch.Generator().manual_seed(0)
+    for kind in [torch.float32] + [torch.bfloat16] * (device == "cuda"):
+        for exact in ([], [1, 3], [0, 1, 2, 3]):
+            results = {form: _packing(form, exact, kind, device) for form in (fused, plain)}
+            for name in results[plain]:
+                difference = (results[fused][name].float() - results[plain][name].float()).abs().max()
+                found[f"{name} {len(exact)} {kind}"] = difference.item()
+        x = torch.randn(5, 100, generator=generator).to(device, kind)
+        x[2] = 0
+        (codes, scales), (wanted, wanted_scales) = fused.quantise_rows(x), plain.quantise_rows(x)
+        # The interpreter forgets the carry of a number that is rounded up to a power of two.
+        carried = wanted.float().abs().log2().frac() == 0 if device == "cpu" else torch.zeros_like(x, dtype=torch.bool)
+        found[f"row codes {kind}"] = (codes.float() - wanted.float()).masked_fill(carried, 0).abs().max().item()
+        found[f"row scales {kind}"] = (scales - wanted_scales).abs().max().item()
+        back, wanted_back = (f.dequantise_rows(wanted, scales, kind) for f in (fused, plain))
+        found[f"rows {kind}"] = (back.float() - wanted_back.float()).abs().max().item()
+    return found
+
+
+def _packing(form, exact: list[int], kind: torch.dtype, device: str) -> dict[str, torch.Tensor]:
+    """What a form makes of random numbers of two of three rows: packed at some tokens, unpacked with those before."""
+    heads, length, size, rows = 4, 100, 16, slice(1, 3)
+    coded = [head for head in range(heads) if head not in exact]
+    places = len(coded) + heads
+    packed = plain.PackedHeads(
+        torch.full((3, places, length, size), 7, dtype=torch.int8, device=device),
+        torch.full((3, places, length), 0.5, device=device),
+        torch.ones(3, len(exact), length, size, dtype=kind, device=device),
+        torch.tensor(coded + exact, dtype=torch.int32, device=device),
+    )
+    generator = torch.Generator().manual_seed(1)
+    staged = torch.randn(2, 2, heads, 130, size, generator=generator).to(device, kind)
+    staged[1, 0, 0, 25] = 0
+    form.pack_heads(staged, packed, rows, 20, 95)
+    after = torch.zeros_like(staged)
+    form.unpack_heads(packed, rows, 90, after)
+    named = {"codes": packed.codes, "scales": packed.scales, "unpacked": after}
+    return named | ({"exact": packed.exact} if exact else {})
+
+
+def test_kernels_are_their_plain_forms():
+    if find_spec("triton") is None:
+        pytest.skip("Triton is not installed here")
+    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
+    environment = {**os.environ, **interpreted, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found and not any(found.values()), found
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(96, 64)
+    with torch.no_grad():
+        layer.weight[3] *= 1000
+    return layer
+
+
+def rounded(layer, inputs=True) -> EightBitLinear:
+    result = EightBitLinear(layer.in_features, layer.out_features, True, inputs)
+    codes, scales = quantise_weight(layer.weight.detach())
+    result.weight, result.weight_scale = torch.nn.Parameter(codes, requires_grad=False), scales
+    result.bias = layer.bias
+    return result
+
+
+@torch.no_grad()
+def test_an_eight_bit_layer_is_close(layer):
+    x = torch.randn(2, 5, 96)
+    wanted, found, half = layer(x), rounded(layer)(x), rounded(layer, inputs=False)(x)
+    ordinary = [row for row in range(64) if row != 3]  # a large channel has a scale of its own
+    assert found.shape == wanted.shape
+    assert 0 < relative(half[..., ordinary], wanted[..., ordinary]) < relative(found[..., ordinary], wanted[..., ordinary])
+    assert relative(found[..., ordinary], wanted[..., ordinary]) < 0.05
+    one = linear_eight_bit(x[0, :1], *quantise_weight(layer.weight), layer.bias)
+    torch.testing.assert_close(one, found[0, :1], msg="a token's numbers depend on no other's")
+
+
+@torch.no_grad()
+def test_outliers_hurt_only_where_inputs_are_rounded(layer):
+    x = torch.randn(50, 96)
+    x[:, 7] *= 1e6
+    layer.weight[:, 7] = 0
+    errors = {inputs: relative(rounded(layer, inputs)(x), layer(x)) for inputs in (True, False)}
+    assert errors[False] < 0.05 < 4 * errors[False] < errors[True]
+
+
+def logits(record, transformer, forced=None, **more):
+    features = record.autoencoder.encode(record["in.image_u8"].float() / 127.5 - 1)
+    settings, found = SamplingSettings(3.0, temperature=0.0), []
+    for scale in sample(transformer, features, record.texts("text"), record.schedule, settings, **more):
+        if forced:
+            scale.bits = forced[scale.index][1]
+        found.append((scale.logits, scale.bits))
+    return found
+
+
+@pytest.fixture(scope="module")
+def network():
+    return load_transformer(RECORD, linears="8-bit")
+
+
+def test_which_layers_are_eight_bit(patchify, network):
+    layers = {name for name, module in network.named_modules() if isinstance(module, EightBitLinear)}
+    assert layers == set(names(patchify.transformer)) and len(layers) == 6 * patchify.transformer.config.depth
+    assert all(network.get_submodule(name).inputs != name.endswith("fc2") for name in layers)
+    assert not any("mat_kv" in name or "head" in name for name in layers)
+    kept = {n for n, t in network.state_dict().items() if t.dtype == torch.float8_e4m3fn}
+    assert kept == {f"{name}.weight" for name in layers}
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_edits_with_eight_bit_layers_are_close(patchify, network):
+    exact = logits(patchify, patchify.transformer)
+    for (found, _), (wanted, _) in zip(logits(patchify, network, exact), exact, strict=True):
+        assert 0 < (found - wanted).abs().mean() < 0.1 * wanted.std()
+
+
+def test_loading_and_converting_are_the_same(patchify, network):
+    converted = deepcopy(patchify.transformer)
+    eight_bit(converted)
+    eight_bit(converted)
+    loaded = network.state_dict()
+    assert loaded.keys() == converted.state_dict().keys()
+    for key, tensor in converted.state_dict().items():
+        assert torch.equal(tensor.float(), loaded[key].float()), key
+
+
+def test_an_fp8_file_keeps_its_numbers(tmp_path):
+    file = tmp_path / "fp8.safetensors"
+    convert(RECORD, file, "fp8")
+    exact, loaded = load_transformer(file), load_transformer(file, linears="8-bit")
+    again = deepcopy(exact)
+    eight_bit(again)
+    for name in names(exact):
+        first, *others = (network.get_submodule(name) for network in (exact, loaded, again))
+        for other in others:
+            assert torch.equal(other.matrix(torch.float32), first.matrix(torch.float32))
+    assert type(exact.blocks[0].ca.mat_kv) is type(loaded.blocks[0].ca.mat_kv)
+
+
+def test_what_loading_refuses(network, tmp_path):
+    with pytest.raises(ValueError, match="unknown linear layers '4-bit'; choose one of exact, 8-bit"):
+        load_transformer(RECORD, linears="4-bit")
+    lora, width = tmp_path / "lora.safetensors", network.config.width
+    parts = {"A": torch.randn(2, width), "B": torch.randn(width, 2)}
+    save_file({f"diffusion_model.blocks.0.sa.proj.lora_{part}.weight": x for part, x in parts.items()}, lora)
+    with pytest.raises(ValueError, match="apply it first, then call `eight_bit`"):
+        apply_lora(network, lora)
+    before = load_transformer(RECORD)
+    apply_lora(before, lora)
+    eight_bit(before)
+    assert not torch.equal(before.blocks[0].sa.proj.weight.float(), network.blocks[0].sa.proj.weight.float())
+
+
+class Run:
+    """An edit's passes through stores, with random q, k and v: the same for every store."""
+
+    def __init__(self, make, scales=LARGE) -> None:
+        self.store, self.scales = make(SCHEDULE, DEPTH, 2, HEADS, SIZE, torch.float32, "cpu"), torch.tensor(scales)
+        self.passes = self.store.passes("cpu")
+
+    def one(self, step, rows=slice(0, 2), stop: int = DEPTH) -> torch.Tensor:
+        """Attention [blocks, r, n, H * D] of one pass of some rows; the source's last block is only kept."""
+        self.store.rows = rows
+        found = []
+        for block in range(stop):
+            generator = torch.Generator().manual_seed(100 * step.index + block)
+            qkv = torch.randn(2, step.end - step.begin, 3 * HEADS * SIZE, generator=generator)[rows]
+            if step.index < 0 and block == DEPTH - 1:
+                self.store.keep(block, False, qkv, self.scales[block], step)
+            else:
+                found.append(self.store.attend(block, not block, qkv, self.scales[block], step, sdpa))
+        return torch.stack(found)
+
+    def all(self, rows=(slice(0, 2),)) -> list[torch.Tensor]:
+        return [torch.cat([self.one(step, part) for part in rows], dim=1) for step in self.passes]
+
+
+@pytest.fixture(scope="module")
+def exact_run():
+    return Run(KeyValueStore).all()
+
+
+def test_heads_with_large_scales_keep_their_keys(exact_run):
+    def chosen(*sizes):
+        return EightBitStore(*sizes, query_scales=LARGE)
+
+    def error(make) -> torch.Tensor:
+        """A head and block; where nothing is stored yet there is none."""
+        apart = [(a - b)[:, 0].unflatten(-1, (HEADS, SIZE)) for a, b in zip(Run(make).all()[1:], exact_run[1:])]
+        return torch.stack([x.square().mean((1, 3)) for x in apart]).mean(0).sqrt()
+
+    with_choice, without = error(chosen), error(EightBitStore)
+    assert exact_heads(LARGE) == [[], [1, 3], []] and not with_choice[0].any(), "the first block is exact"
+    for head in range(HEADS):
+        bound = 0.5 if head in (1, 3) else 1.01
+        assert 0 < with_choice[1, head] < bound * without[1, head]
+    assert torch.equal(with_choice[2], without[2]) and with_choice.max() < 0.02
+
+
+@pytest.mark.parametrize("make", STORES.values())
+@pytest.mark.parametrize("at_once", [None, 1])
+def test_rows_one_after_the_other_change_nothing(make, at_once):
+    more = {"at_once": at_once} if at_once and make is not KeyValueStore else {}
+    apart = Run(lambda *sizes: make(*sizes, **more)).all([slice(0, 1), slice(1, 2)])
+    for found, wanted in zip(apart, Run(make).all(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", STORES.values())
+def test_so_do_whole_edits(patchify, make, monkeypatch):
+    monkeypatch.setattr(stores, "EXACT_FROM", 4.5)  # some heads of the recorded network
+    together, apart = (
+        logits(patchify, patchify.transformer, workspace=Workspace(make, rows_at_once=rows)) for rows in (None, 1)
+    )
+    for (found, bits), (wanted, wanted_bits) in zip(apart, together, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+        assert torch.equal(bits, wanted_bits)
+
+
+def test_the_host_store_is_exact_and_says_what_it_moves(exact_run):
+    run = Run(HostStore)
+    assert all(torch.equal(a, b) for a, b in zip(run.all(), exact_run, strict=True))
+    token = 2 * 2 * HEADS * SIZE * 4 * (DEPTH - 1)  # keys and values of two rows in the blocks but the first
+    assert run.store.moved == {
+        "to device": token * sum(step.begin for step in run.passes), "to host": token * run.passes[-1].begin
+    }  # fmt: skip
+
+
+def test_a_pass_that_was_left_in_its_middle_does_no_harm(exact_run):
+    run = Run(HostStore)
+    for step in run.passes[:4]:
+        run.one(step)
+    run.one(run.passes[4], stop=2)
+    assert all(torch.equal(a, b) for a, b in zip(run.all(), exact_run, strict=True))
+
+
+def test_a_plan_knows_what_may_make_way(patchify, monkeypatch, caplog):
+    transformer, work = patchify.transformer, Workspace()
+    monkeypatch.setattr(memory, "query_scales", lambda transformer, device: query_scales(transformer, "cpu"))
+    job = Job(transformer.config, patchify.schedule, 2, True, torch.float32, 10)
+    other = torch.nn.Linear(10, 10)
+
+    def way(free, **more):
+        monkeypatch.setattr(memory, "free_memory", lambda device: free + memory.SPARE)
+        return memory.planned(job, transformer, torch.device("cuda"), work, [other], **more)
+
+    best = Plan(job)
+    assert way(best.needed + memory.kept_bytes(job)) == (best, work) and work.kept
+    found, workspace = way(best.needed)
+    assert found == best and not workspace.kept and workspace.kind is KeyValueStore and not caplog.records
+    one = Plan(replace(job, images=1), rows_at_once=1)
+    found, workspace = way(one.needed - memory.nbytes(other))
+    assert found.movable == memory.nbytes(other) == 440 and workspace.rows_at_once == 1
+    assert "other networks in host memory meanwhile instead" in caplog.messages[0]
+    monkeypatch.setattr(memory, "free_host_memory", lambda: 0)
+    coded = Plan(replace(job, images=1, exact_keys=0), "8-bit", 1)
+    found, workspace = way(coded.needed)
+    assert coded.needed < one.needed and found.store == "8-bit" and workspace.kind is EightBitStore
+    with pytest.raises(ValueError, match="free memory or use a smaller model"):
+        way(coded.needed, exact=True)
+    assert memory.planned(job, transformer, torch.device("cpu"), work) == (best, work)
+
+
+def test_what_a_workspace_has_ready_is_used(patchify, monkeypatch):
+    transformer, work, texts = patchify.transformer, Workspace(), patchify.texts("text")
+    for _ in sample(transformer, patchify["ref.vae_features"].float(), texts, patchify.schedule, workspace=work):
+        pass
+    job = Job(transformer.config, patchify.schedule, 1, True, torch.float32, len(texts[0]))
+    monkeypatch.setattr(memory, "free_memory", lambda device: job.activations() + memory.SPARE)
+    for other in (replace(job, images=2), replace(job, guided=False), replace(job, text_tokens=100)):
+        assert not memory.holds(work, other)
+    assert memory.planned(job, transformer, torch.device("cuda"), work) == (Plan(job), work) and work.store
+    memory.make_room(work, torch.device("cuda"), job.activations())
+    assert work.store
+    memory.make_room(work, torch.device("cuda"), 1e18)
+    assert work.store is None
+
+
+def test_an_editor_follows_its_plan(patchify, monkeypatch):
+    text, pictures = patchify["in.text.0"], [Image.open(ROOT / "samples" / "cat.jpg"), Image.new("RGB", (64, 64), "red")]
+    editor, settings = Editor.load(RECORD, RECORD, device="cpu"), SamplingSettings(temperature=0.5, seed=3)
+    features = patchify["ref.vae_features"].float()
+    monkeypatch.setattr(editor, "encode_source", lambda images: torch.cat([features, features.flip(-1)])[: len(images)])
+    monkeypatch.setattr(editor, "decode", lambda latents, images: latents)
+    wanted = editor.edit(pictures, [text, text], size="0.06M", settings=settings)
+
+    def one_by_one(job, *_):
+        seen.append(job)
+        return Plan(replace(job, images=1), "host", movable=1), Workspace(HostStore, kept=False)
+
+    seen = []
+    monkeypatch.setattr(pipeline, "planned", one_by_one)
+    found = editor.edit(pictures, [text, text], size="0.06M", settings=settings)
+    assert torch.equal(found, wanted)
+    assert seen[0].images == 2 and seen[0].text_tokens == len(text) and editor.workspace.kind is HostStore
+    editor.workspace = Workspace(EightBitStore)
+    editor.edit(pictures[0], text, size="0.06M", settings=settings)
+    assert len(seen) == 1 and editor.workspace.kind is EightBitStore, "a workspace of one's own is not planned"
+
+
+if __name__ == "__main__":
+    print(json.dumps(kernels()))

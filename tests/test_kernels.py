@@ -1,0 +1,108 @@
+"""Fused kernels against plain PyTorch, on the CPU through Triton's interpreter.
+
+In fp32, where the interpreter is exact; what depends on the type (rounding once at the end) is checked in bf16 where no
+product is involved, which the interpreter cannot do.
+"""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
+pytest.importorskip("triton", reason="Triton is not installed here")
+
+from varedit_core.kernels import fusable, matmul_fp32, plain  # noqa: E402
+from varedit_core.kernels import transformer as kernels  # noqa: E402
+
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("width", [128, 200])
+@pytest.mark.parametrize("case", ["gated", "plain", "first", "shared"])
+def test_add_norm(width, case):
+    x, y = torch.randn(2, 19, width) * 3 + 1, torch.randn(2, 19, width)
+    modulation = torch.randn(2, 6, width)
+    gate = modulation[:, 1] if case == "gated" else None
+    scale, shift = modulation[:, 3], modulation[:, 5]
+    if case == "shared":
+        scale, shift = scale[:1], shift[:1]
+    y = None if case == "first" else y
+    before = x.clone()
+    for found, wanted in zip(
+        kernels.add_norm(x, y, gate, scale, shift, EPS, torch.float32),
+        plain.add_norm(x, y, gate, scale, shift, EPS, torch.float32),
+    ):
+        torch.testing.assert_close(found, wanted, atol=5e-6, rtol=0)
+    assert torch.equal(x, before), "the input stays"
+
+
+def test_add_norm_rounds_once():
+    x, y = torch.randn(1, 5, 64), torch.randn(1, 5, 64).bfloat16()
+    ones, zeros = torch.ones(1, 64), torch.zeros(1, 64)
+    total, h = kernels.add_norm(x, y, ones, ones, zeros, EPS, torch.bfloat16)
+    assert total.dtype == torch.float32 and torch.equal(total, x + y.float())
+    exact = F.layer_norm(total, (64,), eps=EPS)
+    assert h.dtype == torch.bfloat16 and (h.float() - exact).abs().max() < 2**-7 * exact.abs().max()
+
+
+@pytest.mark.parametrize("n", [1, 16, 37])
+def test_heads_are_normalised_rotated_and_put_in_their_place(n):
+    rows, heads, size = 2, 3, 32
+    qkv = torch.randn(rows, n, 3 * heads * size)
+    scale, rotary = torch.rand(heads) * 8, torch.randn(2, n + 9, size // 2)[:, 4 : 4 + n]
+    store = torch.full((2, 2 * rows, heads, n + 11, size), 7.0)
+    keys, values = (part[::2, :, 5 : 5 + n] for part in store)
+    q = kernels.heads_into(qkv, scale, rotary, keys, values)
+    for found, wanted in zip((q, keys, values), plain.split_heads(qkv, scale, rotary)):
+        torch.testing.assert_close(found, wanted, atol=3e-6, rtol=0)
+    assert (store[:, 1::2] == 7).all() and (store[..., :5, :] == 7).all() and (store[..., 5 + n :, :] == 7).all()
+    assert q.transpose(1, 2).is_contiguous(), "attention's output is then [R, n, C] without a copy"
+
+
+def test_a_head_of_zeros_is_no_division_by_zero():
+    keys, values = torch.empty(1, 1, 4, 16), torch.empty(1, 1, 4, 16)
+    q = kernels.heads_into(torch.zeros(1, 4, 48), torch.ones(1), torch.ones(2, 4, 8), keys, values)
+    assert not q.any() and not keys.any() and not values.any()
+
+
+@pytest.mark.parametrize("n", [1, 50])
+def test_text_attention_reads_real_tokens_only(n):
+    rows, heads, size = 2, 2, 32
+    q = torch.randn(rows, n, heads * size)
+    keys, values = torch.randn(2, rows, heads, 96, size)
+    lengths = torch.tensor([5, 96], dtype=torch.int32)
+    keys[0, :, 5:], values[0, :, 5:] = float("nan"), float("nan")
+    found = kernels.text_attention(q, keys, values, lengths, 0.3)
+    for row, length in enumerate(lengths):
+        heads_q = q[row].unflatten(-1, (heads, size)).transpose(0, 1)
+        pair = keys[row, :, :length], values[row, :, :length]
+        wanted = F.scaled_dot_product_attention(heads_q, *pair, scale=0.3).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(found[row], wanted, atol=3e-6, rtol=0)
+
+
+def test_weights_of_the_text_are_a_softmax_a_head():
+    scores, bias = torch.randn(2, 7, 3 * 16) * 4, torch.randn(2, 3 * 16)
+    counts = torch.tensor([16, 3], dtype=torch.int32)
+    found = kernels.text_weights(scores, bias, counts, 3, torch.float32)
+    torch.testing.assert_close(found, plain.text_weights(scores, bias, counts, 3, torch.float32), atol=1e-6, rtol=0)
+    parts = found.unflatten(-1, (3, 16))
+    torch.testing.assert_close(parts.sum(-1), torch.ones(2, 7, 3), atol=1e-5, rtol=0)
+    assert not parts[1, ..., 3:].any()
+
+
+def test_products_in_fp32_of_bf16_matrices():
+    x, y = torch.randn(2, 5, 64).bfloat16(), torch.randn(2, 64, 8).bfloat16()
+    found = matmul_fp32(x, y)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, x.float() @ y.float(), atol=1e-4, rtol=0)
+
+
+def test_nothing_is_fused_on_the_cpu():
+    assert not fusable(torch.zeros(1))

@@ -1,0 +1,171 @@
+"""Work left out at late scales: what does not change, what does, and that nothing else does."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from varedit_core.defaults import SamplingSettings, Shortcuts
+from varedit_core.drafting import draft_and_refine
+from varedit_core.operations import sdpa
+from varedit_core.quantizer import area_resize
+from varedit_core.sampling import sample
+from varedit_core.schedule import schedule_for
+from varedit_core.shortcuts import BANDS, bands, token_masks
+from varedit_core.transformer import Transformer
+
+GREEDY = SamplingSettings(temperature=0.0)
+
+
+def run(record, settings=GREEDY, **more):
+    features = record["ref.vae_features"].float()
+    return list(sample(record.transformer, features, record.texts("text"), record.schedule, settings, **more))
+
+
+def bits(scales):
+    return [scale.bits for scale in scales]
+
+
+def test_unguided_scales_are_a_guidance_of_one(patchify):
+    short = run(patchify, shortcuts=Shortcuts(unguided=3))
+    listed = run(patchify, replace(GREEDY, guidance=[3, 3, 3, 3, 1, 1, 1]))
+    assert all(torch.equal(a.logits, b.logits) for a, b in zip(short, listed, strict=True))
+    assert [len(scale.logits) for scale in short] == [2, 2, 2, 2, 1, 1, 1]
+
+
+def test_a_draft_is_the_beginning_of_the_edit(patchify):
+    whole, draft = run(patchify), run(patchify, shortcuts=Shortcuts(stop=4))
+    assert len(draft) == 4 and torch.equal(draft[-1].running_sum, whole[3].running_sum)
+
+
+@pytest.mark.parametrize("layout", ["patchify", "plain"])
+def test_a_window_of_the_whole_height_changes_nothing(layout, request):
+    record = request.getfixturevalue(layout)
+    whole, banded = run(record), run(record, shortcuts=Shortcuts(window=1.0))
+    for a, b in zip(whole, banded):
+        torch.testing.assert_close(a.logits, b.logits, atol=2e-5, rtol=0)
+
+
+def test_a_window_hides_what_is_far(monkeypatch, patchify):
+    """With a small window a change of the source's last rows does not reach the first rows of the last scale, but for
+    what coarse scales and blocks before carry there; here: the keys that each band sees."""
+    monkeypatch.setattr("varedit_core.shortcuts.WHOLE", 4)
+    schedule = schedule_for("0.06M")
+    last = len(schedule) - 1
+    seen = []
+
+    def watched(q, k, v, *, scale, mask=None):
+        seen.append((q.shape[2], k.shape[2]))
+        return sdpa(q, k, v, scale=scale, mask=mask)
+
+    run(patchify, shortcuts=Shortcuts(window=0.125), attention=watched)
+    everything = schedule.tokens[-1] + sum(schedule.tokens)
+    late = [pair for pair in seen if pair[0] == schedule.tokens[last] // BANDS]
+    assert len(late) == BANDS * patchify.transformer.config.depth
+    assert all(keys < 0.75 * everything for _, keys in late)
+
+
+def test_bands_cover_every_query_once_and_stay_within_their_window():
+    schedule = schedule_for("1M", 1.5)
+    for index in (11, 12):
+        height, width = schedule.grids[index]
+        for first in (False, True):
+            found = bands(schedule, index, 0.1, first)
+            queries = torch.cat([torch.arange(height * width)[band.queries] for band in found])
+            assert torch.equal(queries, torch.arange(height * width))
+            offset = (schedule.grids[index] if first else schedule.grids[-1])
+            own = offset[0] * offset[1] + sum(schedule.tokens[:index])
+            for band in found:
+                keys = torch.cat([torch.arange(own + height * width)[piece] for piece in band.keys])
+                assert len(keys.unique()) == len(keys)
+                rows = (keys[keys >= own] - own) // width
+                top, bottom = band.queries.start // width, (band.queries.stop - 1) // width
+                assert top - 0.1 * height - 1 <= rows.min() and rows.max() <= bottom + 0.1 * height + 1
+                assert set(range(top, bottom + 1)) <= set(rows.tolist()), "its own rows"
+                assert (keys < own).sum() >= 16 * 11, "coarse scales are seen whole"
+
+
+@pytest.mark.parametrize("inside", [0, 3])
+def test_outside_a_mask_stands_the_source(patchify, inside):
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 40:50, 8:20] = 1
+    scales = run(patchify, replace(GREEDY, temperature=1.0), shortcuts=Shortcuts(inside=inside), mask=mask)
+    features = patchify["ref.vae_features"].float()
+    total = torch.zeros_like(features)
+    for scale, free in zip(scales, token_masks(mask, patchify.schedule), strict=True):
+        free = free.repeat_interleave(2, -1).repeat_interleave(2, -2).expand_as(scale.bits)
+        wanted = area_resize(features - total, scale.bits.shape[-2:]) > 0
+        assert torch.equal(scale.bits[~free], wanted[~free])
+        total = scale.running_sum
+    assert not torch.equal(scales[-1].bits, wanted), "inside the edit is free"
+    tokens = [scale.logits.shape[1] for scale in scales]
+    skipped = [count < whole for count, whole in zip(tokens, patchify.schedule.tokens)]
+    assert skipped == [False] * (7 - inside) + [True] * inside
+
+
+def test_a_mask_of_everything_changes_nothing(patchify):
+    whole = run(patchify)
+    masked = run(patchify, shortcuts=Shortcuts(inside=3), mask=torch.ones(1, 5, 5))
+    assert all(torch.equal(a, b) for a, b in zip(bits(whole), bits(masked)))
+
+
+def test_assigned_bits_do_not_leave_the_mask(patchify):
+    mask = torch.zeros(1, 16, 16)
+    mask[:, :4] = 1
+    features = patchify["ref.vae_features"].float()
+    for scale in sample(
+        patchify.transformer, features, patchify.texts("text"), patchify.schedule, GREEDY, mask=mask
+    ):
+        scale.bits = torch.zeros_like(scale.bits)
+        free = scale.locked[0].expand_as(scale.bits)
+        assert not scale.bits[free].any() and torch.equal(scale.bits[~free], scale.locked[1][~free])
+
+
+def test_a_refiner_goes_on_from_the_drafters_bits(patchify):
+    record = patchify
+    torch.manual_seed(1)
+    refiner = Transformer(replace(record.transformer.config, depth=2)).requires_grad_(False)
+    features = record["ref.vae_features"].float()
+    args = (features, record.texts("text"), record.schedule)
+    drafted = run(record)
+    both = list(draft_and_refine(record.transformer, refiner, *args, Shortcuts(drafted=4), GREEDY))
+    assert [scale.index for scale in both] == list(range(7))
+    assert all(torch.equal(a, b) for a, b in zip(bits(both[:4]), bits(drafted[:4])))
+    forced = []
+    for scale in sample(refiner, *args, GREEDY):
+        if scale.index < 4:
+            scale.bits = drafted[scale.index].bits
+        forced.append(scale)
+    assert all(torch.equal(a.logits, b.logits) for a, b in zip(both[4:], forced[4:]))
+    same = list(draft_and_refine(record.transformer, record.transformer, *args, Shortcuts(drafted=4), GREEDY))
+    assert all(torch.equal(a, b) for a, b in zip(bits(same), bits(drafted)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(unguided=-1), "unguided must be a whole number"),
+        (dict(stop=1.5), "stop must be a whole number"),
+        (dict(window=2), "window must be a share"),
+        (dict(window=0.1, inside=2), "do not go together"),
+    ],
+)
+def test_shortcuts_out_of_range(values, message):
+    with pytest.raises(ValueError, match=message):
+        Shortcuts(**values)
+
+
+def test_what_does_not_belong_together(patchify, plain):
+    features, texts = patchify["ref.vae_features"].float(), patchify.texts("text")
+    with pytest.raises(ValueError, match="needs one; give a mask"):
+        run(patchify, shortcuts=Shortcuts(inside=2))
+    with pytest.raises(ValueError, match="the mask is empty"):
+        run(patchify, mask=torch.zeros(1, 4, 4))
+    with pytest.raises(ValueError, match="for 1 images"):
+        run(patchify, mask=torch.ones(3, 4, 4))
+    with pytest.raises(ValueError, match="need a second transformer"):
+        run(patchify, shortcuts=Shortcuts(drafted=2))
+    with pytest.raises(ValueError, match="must share tokenizer"):
+        next(draft_and_refine(patchify.transformer, plain.transformer, features, texts, patchify.schedule, Shortcuts(drafted=3)))
+    with pytest.raises(ValueError, match="from 1 to 6"):
+        next(draft_and_refine(patchify.transformer, patchify.transformer, features, texts, patchify.schedule, Shortcuts(drafted=7)))

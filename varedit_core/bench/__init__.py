@@ -1,0 +1,1 @@
+"""`varedit bench`: seconds and memory of edits with models of the published sizes and random weights."""

@@ -1,0 +1,100 @@
+"""Functions recorded as CUDA graphs: work in many small kernels waits for their launches, and a graph is launched once.
+
+Knows tensors and streams only. What a graph reads by address (weights, stores) must stay where it is: whoever records
+compares `State` before every replay and records anew where something has moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor, nn
+
+
+class Captured:
+    """A function of tensors as a CUDA graph.
+
+    function: called with static copies of `inputs`, once before it is recorded (kernels are compiled and chosen then);
+    it must not wait for the device and must find everything else in place. pool: memory shared with other graphs, of
+    which never two run at once.
+    """
+
+    def __init__(self, function: Callable[..., Tensor | None], inputs: tuple[Tensor, ...], pool=None) -> None:
+        self.inputs = tuple(x.clone() for x in inputs)
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        # Other threads of the process may use the device meanwhile.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            self.output = function(*self.inputs)
+
+    def __call__(self, *inputs: Tensor) -> Tensor | None:
+        """The function's result for other inputs of the same shapes; it holds until the next call of any graph of the
+        pool."""
+        for static, x in zip(self.inputs, inputs):
+            static.copy_(x)
+        self.graph.replay()
+        return self.output
+
+
+class State:
+    """What recorded work depends on in a network: where its weights lie and how often each was written in place.
+
+    Changes when weights move, are replaced, or a LoRA is applied. Remembers the last network's layers, since walking
+    through them takes longer than looking at their weights.
+    """
+
+    def __init__(self) -> None:
+        self.children: list[dict] = []
+        self.tensors: list[dict] = []
+        self.held: list[nn.Module | None] = []  # so that no other layer gets the place in memory that names one
+
+    def __call__(self, network: nn.Module) -> Hashable:
+        present = [network, *(child for children in self.children for child in children.values())]
+        if len(present) != len(self.held) or any(a is not b for a, b in zip(present, self.held)):
+            modules = list(network.modules())
+            self.children = [m._modules for m in modules if m._modules]
+            self.tensors = [part for m in modules for part in (m._parameters, m._buffers) if part]
+            present = self.held = [network, *(child for children in self.children for child in children.values())]
+        weights = [
+            (t.data_ptr(), t.is_inference() or t._version) for part in self.tensors for t in part.values() if t is not None
+        ]
+        return tuple(map(id, present)), tuple(weights)
+
+
+class Recorder:
+    """A function of a network, recorded for every shape of input that comes a second time; CUDA only, else just called.
+
+    function: of tensors of one device, to a tensor. most: inputs of more numbers, together, are never recorded, as they
+    keep the device busy without.
+    """
+
+    def __init__(self, network: nn.Module, function: Callable[..., Tensor], most: float = float("inf")) -> None:
+        self.network, self.function, self.most = network, function, most
+        self.state = State()
+        self.forget()
+
+    def forget(self) -> None:
+        """Give back what recorded work holds."""
+        self.held: Hashable = None
+        self.seen: set[tuple] = set()
+        self.recorded: dict[tuple, Captured] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The function's result, in memory of its own."""
+        if not inputs[0].is_cuda or sum(x.numel() for x in inputs) > self.most:
+            return self.function(*inputs)
+        state, key = self.state(self.network), tuple(tuple(x.shape) for x in inputs)
+        if state != self.held:
+            self.forget()
+            self.held = state
+        if key not in self.seen:
+            self.seen.add(key)
+            return self.function(*inputs)
+        if key not in self.recorded:
+            self.recorded[key] = Captured(self.function, inputs)
+        return self.recorded[key](*inputs).clone()

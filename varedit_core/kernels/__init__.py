@@ -1,0 +1,180 @@
+"""Operations that are worth fusing: in one Triton kernel each on a GPU, in plain PyTorch everywhere else.
+
+Every operation here has both forms with the same meaning; they agree up to rounding, and nobody who calls one needs to
+know which ran. Triton is asked for only where a tensor lies on a CUDA device, gradients are off and nothing is being
+traced; where it is missing (Windows, macOS, CPU builds of torch) the plain form runs.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from importlib import import_module
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import plain
+
+logger = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """Whether Triton works here: it also needs a compiler, which many installations lack."""
+    if not torch.cuda.is_available() or (torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0)):
+        return False
+    try:
+        probe = torch.ones(2, 1, 16, device="cuda")
+        _triton("transformer").add_norm(probe, None, None, probe[:1, 0], probe[:1, 0], 1e-6, torch.float32)
+        return True
+    except Exception as error:  # whatever a broken installation raises
+        logger.warning("Triton does not work here, so plain PyTorch is used, which is slower: %s", _first_line(error))
+        return False
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def fusable(x: Tensor) -> bool:
+    """Whether a Triton kernel may stand in for plain operations on this tensor."""
+    return (
+        x.is_cuda
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and x.requires_grad)
+        and has_triton()
+    )
+
+
+def add_norm(
+    x_RnC: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A gated residual and the norm that reads it: x + gate * y, and norm(x + gate * y) * scale + shift in `dtype`.
+
+    x: fp32. y: [R, n, C] in any type; None: nothing is added. gate, scale, shift: fp32 [R or 1, C]; gate None: 1.
+    """
+    form = _triton("transformer") if fusable(x_RnC) else plain
+    return form.add_norm(x_RnC, y, gate, scale, shift, eps, dtype)
+
+
+def heads_into(qkv_RnC: Tensor, query_scale: Tensor, rotary: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """q [R, H, n, D] of self-attention; k and v are written into `keys` and `values` [R, H, n, D].
+
+    qkv: [R, n, 3 * H * D], thirds q, k, v. q and k get unit length in fp32, q is multiplied by query_scale (fp32 [H]),
+    both are rotated by rotary (fp32 [2, n, D / 2]); all is rounded once.
+    """
+    size = keys.shape[3]
+    if fusable(qkv_RnC) and size >= 16 and size & (size - 1) == 0 and qkv_RnC.stride(2) == 1:
+        return _triton("transformer").heads_into(qkv_RnC, query_scale, rotary, keys, values)
+    q, k, v = plain.split_heads(qkv_RnC, query_scale, rotary)
+    keys.copy_(k)
+    values.copy_(v)
+    return q.to(qkv_RnC.dtype)
+
+
+def can_attend_to_text(q_RnC: Tensor, keys: Tensor) -> bool:
+    """Whether `text_attention` runs here; it has no plain form, since an injected attention does its work."""
+    size = keys.shape[3]
+    return fusable(q_RnC) and size >= 16 and size & (size - 1) == 0
+
+
+def text_attention(q_RnC: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """Cross-attention of q [R, n, H * D] to the first lengths[r] of the keys and values [R, H, L, D] -> [R, n, H * D].
+
+    lengths: int32 [R] on the device, so that a recorded call serves texts of every length.
+    """
+    return _triton("transformer").text_attention(q_RnC, keys, values, lengths, scale)
+
+
+def matmul_fp32(x_Rnk: Tensor, y_Rkm: Tensor) -> Tensor:
+    """Products [R, n, m] in fp32 of matrices in any type."""
+    if x_Rnk.dtype != torch.float32 and x_Rnk.is_cuda and not torch.compiler.is_compiling():
+        return torch.bmm(x_Rnk, y_Rkm, out_dtype=torch.float32)
+    return torch.bmm(x_Rnk.float(), y_Rkm.float())
+
+
+def text_weights(scores_RnS: Tensor, bias_RS: Tensor, counts: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """Softmax of scores [R, n, H * L] + bias, each head over the first counts[r] (int32 [R]) of its L tokens.
+
+    scores, bias: fp32. L: a power of 2.
+    """
+    form = _triton("transformer") if fusable(scores_RnS) else plain
+    return form.text_weights(scores_RnS, bias_RS, counts, heads, dtype)
+
+
+def _triton(name: str):
+    return import_module(f".{name}", __name__)
+
+
+def group_norm_silu(x_BCHW: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """SiLU of the group norm of [B, C, H, W], in x's type and layout; fused where x lies channels-last.
+
+    weight, bias: [C], of x's type unless the kernel runs. The kernel rounds once, the plain form after the norm too.
+    """
+    trained = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
+    # Asked first: what is being compiled must not look for Triton.
+    fused = not torch.compiler.is_compiling() and not trained and fusable(x_BCHW)
+    if fused and x_BCHW.is_contiguous(memory_format=torch.channels_last):
+        return _triton("convolution").group_norm_silu(x_BCHW, groups, weight, bias, eps)
+    normed = F.group_norm(x_BCHW, groups, weight, bias, eps)
+    return F.silu(normed, inplace=not torch.is_grad_enabled())
+
+
+def pack_heads(staged: Tensor, packed: plain.PackedHeads, rows: slice, begin: int, end: int) -> None:
+    """Put the tokens begin to end of staged keys and values [2, r, H, m, D] into the rows `rows` of `packed`.
+
+    Codes are x / scale, rounded half to even, with scale = largest of the D numbers / 127.
+    """
+    _heads_form(staged).pack_heads(staged, packed, rows, begin, end)
+
+
+def unpack_heads(packed: plain.PackedHeads, rows: slice, end: int, staged: Tensor) -> None:
+    """Write the first `end` tokens of the rows `rows` of `packed` to the first rows of `staged` [2, r, H, m, D]."""
+    if end:
+        _heads_form(staged).unpack_heads(packed, rows, end, staged)
+
+
+def _heads_form(staged: Tensor):
+    size = staged.shape[4]
+    return _triton("eight_bit") if fusable(staged) and size >= 16 and size & (size - 1) == 0 else plain
+
+
+@lru_cache(maxsize=8)
+def multiplies_eight_bit(device: torch.device) -> bool:
+    """Whether a device multiplies float8_e4m3fn matrices with a scale a row and a column: Ada from torch 2.7, Hopper on."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return torch.cuda.get_device_capability(device) >= ((8, 9) if version >= (2, 7) else (9, 0))
+
+
+def quantise_rows(x_nC: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (float8_e4m3fn [n, C]) of rows and their scales (fp32 [n]): a row's largest number becomes 448."""
+    return _rows_form(x_nC).quantise_rows(x_nC)
+
+
+def dequantise_rows(codes_nC: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes * scales in `dtype`, rounded once."""
+    return _rows_form(codes_nC).dequantise_rows(codes_nC, scales, dtype)
+
+
+def _rows_form(x: Tensor):
+    return _triton("eight_bit") if fusable(x) and multiplies_eight_bit(x.device) else plain
+
+
+def linear_eight_bit(x_nC: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias -> [n, N], both factors in 8 bits; in x's type.
+
+    weight, scales: codes and scales of N rows (see `quantise_rows`); x is rounded the same way, token by token. Where
+    the device cannot multiply in 8 bits, and in other types than bf16, the rounded factors are multiplied in x's type.
+    """
+    codes, own = quantise_rows(x_nC)
+    sixteenths = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
+    if x_nC.dtype == torch.bfloat16 and sixteenths and multiplies_eight_bit(x_nC.device):
+        return torch._scaled_mm(
+            codes, weight.t(), own[:, None], scales[None], bias, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    x, weight = (dequantise_rows(*pair, x_nC.dtype) for pair in ((codes, own), (weight, scales)))
+    return F.linear(x, weight, bias)

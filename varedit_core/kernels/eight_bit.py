@@ -1,0 +1,143 @@
+"""Numbers in 8 bits as Triton kernels: keys and values (integers), and what 8-bit products read (float8_e4m3fn).
+
+`plain` has their meaning, `__init__` chooses. All arithmetic is fp32, divisions are exact to the last digit, and every
+scale belongs to one row of numbers that one program sees whole, so results are those of the plain forms.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .plain import FLOAT8_MOST, LEAST, PackedHeads
+
+_TOKENS = 64  # always: another number would be compiled anew
+_TILE = 2048  # numbers of a weight that a program holds at once
+
+
+@triton.jit
+def _place(place, order_ptr, heads, coded):
+    """Of the 2 H places (keys, coded heads first, then values): which kind, which head, where among the codes."""
+    kind = (place >= heads).to(tl.int32)
+    head = tl.load(order_ptr + tl.minimum(place, heads - 1))
+    head = kind * (place - heads) + (1 - kind) * head
+    return kind, head, kind * (coded + head) + (1 - kind) * place
+
+
+@triton.jit(do_not_specialize=["coded", "first_row", "end"])
+def _unpack(
+    staged_ptr, codes_ptr, scales_ptr, exact_ptr, order_ptr, heads, coded, first_row, end,
+    staged_kind, staged_row, staged_head, codes_row, codes_head, scales_row, scales_head, exact_row, exact_head,
+    D: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    kind, head, code = _place(place, order_ptr, heads, coded)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    there = token < end
+    at = token[:, None] * D + tl.arange(0, D)[None, :]
+    to = staged_ptr + kind * staged_kind + row * staged_row + head.to(tl.int64) * staged_head + at
+    row += first_row
+    if (place >= coded) & (place < heads):
+        exact = tl.load(exact_ptr + row * exact_row + (place - coded).to(tl.int64) * exact_head + at, there[:, None])
+        tl.store(to, exact, there[:, None])
+    else:
+        scale = tl.load(scales_ptr + row * scales_row + code.to(tl.int64) * scales_head + token, there, other=0.0)
+        whole = tl.load(codes_ptr + row * codes_row + code.to(tl.int64) * codes_head + at, there[:, None], other=0)
+        tl.store(to, (whole.to(tl.float32) * scale[:, None]).to(staged_ptr.dtype.element_ty), there[:, None])
+
+
+@triton.jit(do_not_specialize=["coded", "first_row", "begin", "end"])
+def _pack(
+    staged_ptr, codes_ptr, scales_ptr, exact_ptr, order_ptr, heads, coded, first_row, begin, end,
+    staged_kind, staged_row, staged_head, codes_row, codes_head, scales_row, scales_head, exact_row, exact_head,
+    D: tl.constexpr, TOKENS: tl.constexpr, LEAST: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    kind, head, code = _place(place, order_ptr, heads, coded)
+    token = begin + tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    there = token < end
+    at = token[:, None] * D + tl.arange(0, D)[None, :]
+    x = tl.load(
+        staged_ptr + kind * staged_kind + row * staged_row + head.to(tl.int64) * staged_head + at,
+        there[:, None], other=0.0,
+    )  # fmt: skip
+    row += first_row
+    if (place >= coded) & (place < heads):
+        tl.store(exact_ptr + row * exact_row + (place - coded).to(tl.int64) * exact_head + at, x, there[:, None])
+    else:
+        wide = x.to(tl.float32)
+        scale = tl.div_rn(tl.maximum(tl.max(tl.abs(wide), 1), LEAST), 127.0)
+        # Adding and taking away 1.5 * 2^23 rounds to whole numbers, half to even.
+        whole = (tl.div_rn(wide, scale[:, None]) + 12582912.0) - 12582912.0
+        tl.store(codes_ptr + row * codes_row + code.to(tl.int64) * codes_head + at, whole.to(tl.int8), there[:, None])
+        tl.store(scales_ptr + row * scales_row + code.to(tl.int64) * scales_head + token, scale, there)
+
+
+def pack_heads(staged: Tensor, packed: PackedHeads, rows: slice, begin: int, end: int) -> None:
+    grid, tensors, strides = _launch(staged, packed, rows, end - begin)
+    with torch.cuda.device_of(staged):
+        _pack[grid](
+            *tensors, staged.shape[2], packed.coded, rows.start, begin, end, *strides,
+            D=staged.shape[4], TOKENS=_TOKENS, LEAST=LEAST, num_warps=4,
+        )  # fmt: skip
+
+
+def unpack_heads(packed: PackedHeads, rows: slice, end: int, staged: Tensor) -> None:
+    grid, tensors, strides = _launch(staged, packed, rows, end)
+    with torch.cuda.device_of(staged):
+        _unpack[grid](
+            *tensors, staged.shape[2], packed.coded, rows.start, end, *strides,
+            D=staged.shape[4], TOKENS=_TOKENS, num_warps=4,
+        )  # fmt: skip
+
+
+def _launch(staged: Tensor, packed: PackedHeads, rows: slice, count: int) -> tuple[tuple, tuple, tuple]:
+    """Programs, tensors and strides of both kernels, which are the same."""
+    grid = (triton.cdiv(count, _TOKENS), 2 * staged.shape[2], rows.stop - rows.start)
+    stored = (packed.codes, packed.scales, packed.exact)
+    strides = [stride for x in stored for stride in x.stride()[:2]]
+    return grid, (staged, *stored, packed.order), (*staged.stride()[:3], *strides)
+
+
+@triton.jit
+def _quantise_rows(x_ptr, codes_ptr, scales_ptr, width, MOST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * width + at, at < width, other=0.0).to(tl.float32)
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 0), LEAST), MOST)
+    codes = tl.div_rn(x, scale).to(codes_ptr.dtype.element_ty)
+    tl.store(codes_ptr + row * width + at, codes, at < width)
+    tl.store(scales_ptr + row, scale)
+
+
+def quantise_rows(x_nC: Tensor) -> tuple[Tensor, Tensor]:
+    x = x_nC.contiguous()
+    count, width = x.shape
+    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty(count, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _quantise_rows[(count,)](
+            x, codes, scales, width, MOST=FLOAT8_MOST, LEAST=LEAST, BLOCK=triton.next_power_of_2(width),
+            num_warps=8 if width > 1024 else 4,
+        )  # fmt: skip
+    return codes, scales
+
+
+@triton.jit
+def _dequantise_rows(codes_ptr, scales_ptr, x_ptr, width, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(codes_ptr + row * width + at, at < width).to(tl.float32) * tl.load(scales_ptr + row)
+    tl.store(x_ptr + row * width + at, x.to(x_ptr.dtype.element_ty), at < width)
+
+
+def dequantise_rows(codes_nC: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    count, width = codes_nC.shape
+    x = torch.empty(codes_nC.shape, dtype=dtype, device=codes_nC.device)
+    with torch.cuda.device_of(x):
+        _dequantise_rows[(triton.cdiv(width, _TILE), count)](codes_nC, scales, x, width, BLOCK=_TILE, num_warps=4)
+    return x

@@ -1,0 +1,194 @@
+"""The transformer's operations as Triton kernels; `plain` has their meaning, `__init__` chooses.
+
+All arithmetic is fp32, whatever the tensors hold; nothing is reduced across programs, so results are the same run by run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["n"])
+def _add_norm(
+    x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, sum_ptr, h_ptr, n, width, eps,
+    gate_stride, scale_stride, shift_stride,
+    HAS_Y: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    row = token // n
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    x = tl.load(x_ptr + token * width + at, inside, other=0.0)
+    if HAS_Y:
+        y = tl.load(y_ptr + token * width + at, inside, other=0.0).to(tl.float32)
+        if HAS_GATE:
+            y = y * tl.load(gate_ptr + row * gate_stride + at, inside, other=0.0)
+        x = x + y
+        tl.store(sum_ptr + token * width + at, x, inside)
+    mean = tl.sum(x, 0) / width
+    centred = tl.where(inside, x - mean, 0.0)
+    deviation = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
+    scale = tl.load(scale_ptr + row * scale_stride + at, inside, other=0.0)
+    shift = tl.load(shift_ptr + row * shift_stride + at, inside, other=0.0)
+    h = centred * deviation * scale + shift
+    tl.store(h_ptr + token * width + at, h.to(h_ptr.dtype.element_ty), inside)
+
+
+def add_norm(
+    x_RnC: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    rows, n, width = x_RnC.shape
+    x = x_RnC.contiguous()
+    y = None if y is None else y.contiguous()
+    total = x if y is None else torch.empty_like(x)
+    h = torch.empty(x.shape, dtype=dtype, device=x.device)
+    _add_norm[(rows * n,)](
+        x, x if y is None else y, scale if gate is None else gate, scale, shift, total, h, n, width, eps,
+        0 if gate is None else _row_stride(gate), _row_stride(scale), _row_stride(shift),
+        HAS_Y=y is not None, HAS_GATE=gate is not None, BLOCK=triton.next_power_of_2(width),
+        num_warps=8 if width > 1024 else 4,
+    )  # fmt: skip
+    return total, h
+
+
+def _row_stride(x_RC: Tensor) -> int:
+    """Step from row to row; a single row serves all."""
+    return 0 if x_RC.shape[0] == 1 else x_RC.stride(0)
+
+
+@triton.jit(do_not_specialize=["n", "rotary_half"])
+def _heads(
+    qkv_ptr, query_scale_ptr, rotary_ptr, q_ptr, k_ptr, v_ptr, n, heads, rotary_half,
+    qkv_row, qkv_token, q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+    D: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    half = tl.arange(0, D // 2)
+    whole = tl.arange(0, D)
+    there = token[:, None] < n
+    cosine = tl.load(rotary_ptr + token[:, None] * (D // 2) + half, there, other=0.0)
+    sine = tl.load(rotary_ptr + rotary_half + token[:, None] * (D // 2) + half, there, other=0.0)
+    at = qkv_ptr + row * qkv_row + token[:, None].to(tl.int64) * qkv_token + head * D + whole
+    width = heads * D
+
+    q = tl.load(at, there, other=0.0).to(tl.float32)
+    length = tl.maximum(tl.sqrt(tl.sum(q * q, 1)), 1e-12)
+    q = q / length[:, None] * tl.load(query_scale_ptr + head)
+    a, b = tl.split(tl.reshape(q, (TOKENS, D // 2, 2)))
+    q = tl.interleave(a * cosine - b * sine, a * sine + b * cosine)
+    to = q_ptr + row * q_row + token[:, None].to(tl.int64) * q_token + head * q_head + whole
+    tl.store(to, q.to(q_ptr.dtype.element_ty), there)
+
+    k = tl.load(at + width, there, other=0.0).to(tl.float32)
+    length = tl.maximum(tl.sqrt(tl.sum(k * k, 1)), 1e-12)
+    k = k / length[:, None]
+    a, b = tl.split(tl.reshape(k, (TOKENS, D // 2, 2)))
+    k = tl.interleave(a * cosine - b * sine, a * sine + b * cosine)
+    to = k_ptr + row * k_row + token[:, None].to(tl.int64) * k_token + head.to(tl.int64) * k_head + whole
+    tl.store(to, k.to(k_ptr.dtype.element_ty), there)
+
+    v = tl.load(at + 2 * width, there, other=0.0)
+    to = v_ptr + row * v_row + token[:, None].to(tl.int64) * v_token + head.to(tl.int64) * v_head + whole
+    tl.store(to, v.to(v_ptr.dtype.element_ty), there)
+
+
+def heads_into(qkv_RnC: Tensor, query_scale: Tensor, rotary: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    rows, n, _ = qkv_RnC.shape
+    heads, size = keys.shape[1], keys.shape[3]
+    # Token by token, so that attention's output, which takes the same layout, is [R, n, C] without a copy.
+    q = torch.empty(rows, n, heads, size, dtype=qkv_RnC.dtype, device=qkv_RnC.device).transpose(1, 2)
+    tokens = 16  # always: another number would be compiled anew
+    _heads[(triton.cdiv(n, tokens), heads, rows)](
+        qkv_RnC, query_scale, rotary, q, keys, values, n, heads, rotary.stride(0),
+        qkv_RnC.stride(0), qkv_RnC.stride(1),
+        q.stride(0), q.stride(2), q.stride(1),
+        keys.stride(0), keys.stride(2), keys.stride(1),
+        values.stride(0), values.stride(2), values.stride(1),
+        D=size, TOKENS=tokens, num_warps=4,
+    )  # fmt: skip
+    return q
+
+
+@triton.jit(do_not_specialize=["n"])
+def _text_attention(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, n, scale,
+    q_row, q_token, k_row, k_head, k_token, v_row, v_head, v_token, out_row, out_token,
+    D: tl.constexpr, TOKENS: tl.constexpr, TEXT: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(2).to(tl.int64)
+    head = tl.program_id(1)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    there = token[:, None] < n
+    whole = tl.arange(0, D)
+    q = tl.load(q_ptr + row * q_row + token[:, None].to(tl.int64) * q_token + head * D + whole, there, other=0.0)
+    length = tl.load(lengths_ptr + row)
+    most = tl.full((TOKENS,), float("-inf"), tl.float32)
+    total = tl.zeros((TOKENS,), tl.float32)
+    out = tl.zeros((TOKENS, D), tl.float32)
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    for begin in range(0, length, TEXT):
+        text = begin + tl.arange(0, TEXT)
+        real = text < length
+        k = tl.load(k_ptr + row * k_row + head * k_head + text[:, None] * k_token + whole, real[:, None], other=0.0)
+        v = tl.load(v_ptr + row * v_row + head * v_head + text[:, None] * v_token + whole, real[:, None], other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision=precision) * scale
+        score = tl.where(real[None], score, float("-inf"))
+        larger = tl.maximum(most, tl.max(score, 1))
+        weight = tl.exp(score - larger[:, None])
+        shrink = tl.exp(most - larger)
+        total = total * shrink + tl.sum(weight, 1)
+        out = out * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=precision)
+        most = larger
+    out = out / total[:, None]
+    to = out_ptr + row * out_row + token[:, None].to(tl.int64) * out_token + head * D + whole
+    tl.store(to, out.to(out_ptr.dtype.element_ty), there)
+
+
+def text_attention(q_RnC: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    rows, n, _ = q_RnC.shape
+    out = torch.empty_like(q_RnC)
+    heads, size = keys.shape[1], keys.shape[3]
+    tokens = 64 if n > 32 else 16
+    _text_attention[(triton.cdiv(n, tokens), heads, rows)](
+        q_RnC, keys, values, lengths, out, n, scale,
+        q_RnC.stride(0), q_RnC.stride(1),
+        keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
+        out.stride(0), out.stride(1),
+        D=size, TOKENS=tokens, TEXT=32, EXACT=q_RnC.dtype == torch.float32, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["n"])
+def _text_weights(
+    scores_ptr, bias_ptr, counts_ptr, out_ptr, n, heads, counts_step,
+    HEADS: tl.constexpr, TEXT: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    row = token // n
+    head = tl.arange(0, HEADS)[:, None]
+    text = tl.arange(0, TEXT)[None]
+    at = head * TEXT + text
+    there = (head < heads) & (text < TEXT)
+    real = text < tl.load(counts_ptr + row * counts_step)
+    scores = tl.load(scores_ptr + token * heads * TEXT + at, there, other=0.0)
+    scores += tl.load(bias_ptr + row * heads * TEXT + at, there, other=0.0)
+    scores = tl.where(real, scores, float("-inf"))
+    weights = tl.exp(scores - tl.max(scores, 1)[:, None])
+    weights = weights / tl.sum(weights, 1)[:, None]
+    tl.store(out_ptr + token * heads * TEXT + at, weights.to(out_ptr.dtype.element_ty), there)
+
+
+def text_weights(scores_RnS: Tensor, bias_RS: Tensor, counts: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    rows, n, length = scores_RnS.shape
+    out = torch.empty(scores_RnS.shape, dtype=dtype, device=scores_RnS.device)
+    _text_weights[(rows * n,)](
+        scores_RnS, bias_RS, counts, out, n, heads, counts.stride(0),
+        HEADS=triton.next_power_of_2(heads), TEXT=length // heads, num_warps=4,
+    )  # fmt: skip
+    return out

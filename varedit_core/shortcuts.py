@@ -1,0 +1,82 @@
+"""Ways to leave work out at late scales, where most of it is: what each does to the passes of an edit.
+
+None is exact; `defaults.Shortcuts` switches them on, docs/LOG.md has what each costs and saves. Shape suffixes: B
+images, R rows, H heads, n tokens of a pass, D head size, (h, w) a token grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .defaults import Shortcuts
+from .kv import Band, Pass
+from .quantizer import area_resize
+from .schedule import Grid, Schedule
+
+BANDS = 8
+"""Windowed attention works on so many bands of rows at a time."""
+WHOLE = 16
+"""Coarser scales than so many rows are seen whole."""
+WINDOWED = 3
+"""Windows are for the last scales, this many."""
+
+
+def token_masks(mask_Byx: Tensor, schedule: Schedule) -> list[Tensor]:
+    """A mask of any size -> boolean [B, 1, h, w] of every scale: tokens that touch it, and their neighbours."""
+    touched = [F.adaptive_max_pool2d((mask_Byx[:, None] > 0).float(), grid) for grid in schedule.grids]
+    return [F.max_pool2d(x, 3, stride=1, padding=1) > 0 for x in touched]
+
+
+def outside(features_BdHW: Tensor, total_BdHW: Tensor, grid: Grid) -> Tensor:
+    """The bits [B, d, h, w] that bring a running sum nearest to the source's features, whatever it holds already."""
+    return area_resize(features_BdHW - total_BdHW, grid) > 0
+
+
+def passes(given: Sequence[Pass], schedule: Schedule, shortcuts: Shortcuts, masks: Sequence[Tensor] | None) -> list[Pass]:
+    """The passes of an edit with its shortcuts, the source's first; those that stay as they are are the given ones.
+
+    masks: of `token_masks`. Waits for the device where tokens are skipped.
+    """
+    made, begin = [given[0]], given[0].end
+    for step in given[1:]:
+        late = len(schedule) - step.index
+        if late <= shortcuts.inside:
+            kept = masks[step.index].any(0).flatten().nonzero().flatten()
+            if len(kept) < step.rotary.shape[1]:
+                step = replace(step, rotary=step.rotary[:, kept], tokens=kept)
+        if shortcuts.window and late <= WINDOWED:
+            pair = (bands(schedule, step.index, shortcuts.window, first) for first in (False, True))
+            step = replace(step, bands=tuple(pair))
+        made.append(step if step.begin == begin else replace(step, begin=begin))
+        begin = made[-1].end
+    return made
+
+
+def bands(schedule: Schedule, index: int, window: float, first: bool) -> tuple[Band, ...]:
+    """The queries of each band of rows of a scale, and the keys they see: rows within `window` of the height, of the
+    source, earlier scales and their own, as pieces of what `KeyValueStore.seen` gives. first: of the first block."""
+    height, width = schedule.grids[index]
+    source = schedule.grids[index] if first else schedule.grids[-1]
+    step, found = math.ceil(height / BANDS), []
+    for top in range(0, height, step):
+        bottom, begin, keys = min(top + step, height), 0, []
+        for rows, columns in (source, *schedule.grids[: index + 1]):
+            if rows <= WHOLE:
+                low, high = 0, rows
+            else:
+                low = max(0, math.floor((top / height - window) * rows))
+                high = min(rows, math.ceil((bottom / height + window) * rows))
+            piece = slice(begin + low * columns, begin + high * columns)
+            if keys and keys[-1].stop == piece.start:
+                keys[-1] = slice(keys[-1].start, piece.stop)
+            else:
+                keys.append(piece)
+            begin += rows * columns
+        found.append(Band(slice(top * width, bottom * width), tuple(keys)))
+    return tuple(found)

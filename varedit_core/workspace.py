@@ -1,0 +1,208 @@
+"""What may stay in place between edits: keys and values, the source's part in them, passes recorded as graphs.
+
+A workspace holds the memory of one edit. The next edit of the same shape finds its passes recorded; the next edit of
+the same picture and text finds the source's pass done, too, which is a quarter of an edit. Whatever the edit at hand
+cannot use is let go of. Shape suffixes: R rows of a scale's pass, n tokens, C width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .capture import Captured, State
+from .kv import SOURCE, KeyValueStore, Pass
+from .operations import Attention
+from .schedule import Schedule
+from .transformer import BlockConstants, Condition, PaddedTexts, Transformer
+
+RECORDED_TOKENS = 2304
+"""Passes of up to so many tokens, all rows together, wait for their launches and are recorded; longer ones keep the
+device busy anyway, and their graphs would only take memory."""
+TEXT_STEP = 64
+"""Texts get room in steps of so many tokens, so that a prompt of another length finds its passes recorded."""
+FOLDED = (32, 64)
+"""Room for texts that are short enough to have cross-attention's projections folded in."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory and recorded passes are made for: rows of a scale's pass, of which `copies` share each source."""
+
+    schedule: Schedule
+    rows: int
+    copies: int
+    text: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, schedule: Schedule, texts: Sequence[Tensor], copies: int, dtype: torch.dtype, device) -> Shape:
+        longest = max(map(len, texts))
+        room = next((length for length in FOLDED if longest <= length), -(-longest // TEXT_STEP) * TEXT_STEP)
+        return cls(schedule, len(texts) * copies, copies, room, dtype, device)
+
+
+class Workspace:
+    """The memory of edits with one transformer.
+
+    store: kind of store (see `kv`). kept: whether anything stays when an edit is over; only then passes are recorded,
+    each when it is run for the second time. rows_at_once: rows that go through a pass together, all by default; fewer
+    make fewer activations. fold: whether short texts may take memory that saves work (see `transformer.FoldedText`).
+    state: what must not change for recorded passes and the source's pass to be used again; by default where the weights
+    lie and whether they were written. record: whether passes may be recorded at all.
+    """
+
+    def __init__(
+        self,
+        store: type[KeyValueStore] = KeyValueStore,
+        kept: bool = True,
+        rows_at_once: int | None = None,
+        fold: bool = True,
+        state: Callable[[Transformer], Hashable] | None = None,
+        record: bool = True,
+    ) -> None:
+        self.kind, self.kept, self.rows_at_once, self.fold = store, kept, rows_at_once, fold
+        self.state, self.record = state or State(), record
+        self.forget()
+
+    def forget(self) -> None:
+        """Give all memory back."""
+        if getattr(self, "store", None) is not None:
+            self.store.release()
+        self.shape: Shape | None = None
+        self.weights: Hashable = None
+        self.store: KeyValueStore | None = None
+        self.passes: list[Pass] = []
+        self.constants: tuple[BlockConstants, ...] = ()
+        self.static: Condition | None = None
+        self.condition: Condition | None = None
+        self.source: tuple[Tensor, ...] = ()
+        self.seen: set[tuple] = set()
+        self.recorded: dict[tuple, Captured] = {}
+        self.pool = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values on the device."""
+        return sum(t.nbytes for part in (self.store.keys, self.store.values) for t in part) if self.store else 0
+
+    def begin(self, transformer: Transformer, texts: Sequence[Tensor], shape: Shape, attention: Attention) -> None:
+        """Make room for an edit and take its text in. texts: features [L_i, T] of every row of the source's pass."""
+        weights = self.state(transformer)
+        if (shape, weights) != (self.shape, self.weights):
+            self.forget()
+        if self.store is None:
+            size = transformer.config
+            sizes = (size.depth, shape.rows, size.heads, size.head_size, shape.dtype, shape.device)
+            self.store = self.kind.of(transformer, self.rows_at_once, shape.schedule, *sizes, copies=shape.copies)
+            self.passes = self.store.passes(shape.device)
+            self.constants = transformer.constants(shape.device)
+            self.shape, self.weights = shape, weights
+            self.foldable = all(block.ca.foldable(shape.dtype) for block in transformer.blocks)
+        self.transformer, self.attention = transformer, attention
+        self.store.keep_rows(shape.rows)
+        self.condition = self._condition(texts)
+
+    def read_source(self, x_RnC: Callable[[], Tensor], identity: Sequence[Tensor]) -> None:
+        """The source's pass, unless it was the last one here. x: makes its tokens [R / copies, n, C].
+
+        identity: what the pass depends on beside weights: features and texts.
+        """
+        if len(self.source) == len(identity) and all(a.shape == b.shape for a, b in zip(self.source, identity)):
+            if all(torch.equal(a, b) for a, b in zip(self.source, identity)):
+                return
+        self.source = ()
+        copies = self.shape.copies
+
+        def read(x: Tensor, condition: Condition) -> None:
+            self.transformer.read_source(x, condition, self.passes[0], self.store, self.attention)
+
+        def run(x: Tensor) -> None:
+            if copies > 1:
+                read(x, self.condition.rows(slice(None, None, copies)))
+            else:
+                self._in_turn(x, read)
+
+        self._run((SOURCE,), self.passes[0], run, x_RnC())
+        if self.kept:
+            self.source = tuple(x.clone() for x in identity)
+
+    def run(self, x_RnC: Tensor, step: Pass, rows: int) -> Tensor:
+        """Logits [rows, n, D, 2] of one scale's pass over x, for the first `rows` of its rows."""
+
+        def run(x: Tensor) -> Tensor:
+            x = self._in_turn(x, lambda x, condition: self.transformer(x, condition, step, self.store, self.attention))
+            return self.transformer.logits(x[:rows], self.condition)
+
+        return self._run((step.index, rows), step, run, x_RnC)
+
+    def end(self) -> None:
+        """An edit is over, in whichever way. Unless kept, everything is let go of."""
+        self.transformer = self.attention = None
+        if not self.kept:
+            self.forget()
+
+    @property
+    def _recording(self) -> bool:
+        """Whether passes of this edit may be recorded."""
+        plain = self.store.recordable and getattr(self.attention, "recordable", False)
+        return self.kept and self.record and plain and self.shape.device.type == "cuda"
+
+    @property
+    def _folding(self) -> bool:
+        """Whether cross-attention's projections are folded into the text: it takes memory, and saves a tenth."""
+        return self.fold and self._recording and self.shape.text in FOLDED and self.foldable
+
+    def _in_turn(self, x_RnC: Tensor, function: Callable[[Tensor, Condition], Tensor | None]) -> Tensor | None:
+        """A pass over all rows, or over some after the other."""
+        rows, step = len(x_RnC), self.rows_at_once or len(x_RnC)
+        parts = []
+        for begin in range(0, rows, step):
+            self.store.rows = own = slice(begin, min(begin + step, rows))
+            parts.append(function(x_RnC[own], self.condition.rows(own)))
+        self.store.rows = slice(0, rows)
+        return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
+
+    def _run(
+        self, name: tuple, step: Pass | None, function: Callable[..., Tensor | None], x: Tensor, *more: Tensor
+    ) -> Tensor | None:
+        key = (*name, len(x))
+        usual = step is None or any(step is own for own in self.passes)
+        if not usual or not self._recording or x.shape[0] * x.shape[1] > RECORDED_TOKENS:
+            return function(x, *more)
+        if key not in self.recorded and key not in self.seen:
+            self.seen.add(key)
+            return function(x, *more)
+        if key not in self.recorded:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.recorded[key] = Captured(function, (x, *more), self.pool)
+        result = self.recorded[key](x, *more)
+        return None if result is None else result.clone()  # the next edit's replay writes there again
+
+    def _condition(self, texts: Sequence[Tensor]) -> Condition:
+        """What depends on the text alone, its rows repeated for every copy; where recorded passes find it."""
+        shape = self.shape
+        if not self._recording and shape.copies == 1:
+            return self.transformer.condition(texts, self.attention, self.constants)
+        if self.static is None:
+            sizes = (shape.rows, shape.copies, shape.text, self._folding, shape.dtype)
+            self.static = Condition.room(self.transformer.config, self.constants, *sizes)
+        features = texts[0].new_zeros(len(texts), shape.text, texts[0].shape[1])
+        for row, text in zip(features, texts):
+            row[: len(text)] = text
+        lengths = [len(text) for text in texts]
+        counts = torch.tensor(lengths, pin_memory=features.is_cuda).to(features.device, non_blocking=True)
+        self._run(("text",), None, self._take_text, features, counts)
+        if self._folding:
+            return self.static
+        repeated = tuple(length for length in lengths for _ in range(shape.copies))
+        blocks = tuple(replace(b, text=replace(b.text, lengths=repeated)) for b in self.static.blocks)
+        return replace(self.static, blocks=blocks)
+
+    def _take_text(self, features: Tensor, counts: Tensor) -> None:
+        real = torch.arange(features.shape[1], device=features.device) < counts[:, None]
+        self.transformer.condition(PaddedTexts(features, real), self.attention, self.constants, self.static)
