@@ -1,7 +1,8 @@
 """The nodes. Each is a schema and a short `execute`; the work is done in `varedit_core`.
 
 Adapters between the two: `state` (weight files to ComfyUI's layers), `model`, `text_encoder` and `vae` (ComfyUI's native
-types), `pictures` (IMAGE and MASK) and `running` (memory, progress, previews). They are imported at first use.
+types), `pictures` (IMAGE and MASK), `keeping` (what stays between runs) and `running` (memory, progress, previews). They
+are imported at first use.
 """
 
 from ._api import ComfyExtension
@@ -12,11 +13,12 @@ from .files import add_demo_folders
 from .loaders import VAREditModelLoader, VAREditTextEncoderLoader, VAREditVAELoader
 from .sample_image import VAREditSampleImage
 from .sampler import VAREditMemoryPlan, VAREditSampler
+from .shortcuts import VAREditShortcuts
 
 NODES = [
     VAREditModelLoader, VAREditTextEncoderLoader, VAREditVAELoader, VAREditTextEncode, VAREditSourceEncode,
     VAREditSampler, VAREditDecode, VAREditScalePreview, VAREditMemoryPlan, VAREditFileInfo,
-    VAREditSampleImage,
+    VAREditSampleImage, VAREditShortcuts,
 ]  # fmt: skip
 
 

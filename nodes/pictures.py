@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..varedit_core.contact_sheet import Row, contact_sheet
-from ..varedit_core.images import Fitting, fit, load_image, unfit
+from ..varedit_core.images import Fitting, fit, fit_mask, load_image, unfit
 from ..varedit_core.preview import LEAST_DECODED, SIDE, ColourMap, at_own_size, enlarged
 from ..varedit_core.schedule import TOKEN_PIXELS, Schedule
 from .vae import VAREditVAE, checked_vae
@@ -29,12 +29,13 @@ KEY = "varedit"
 class Origin:
     """What a latent needs to become a picture again.
 
-    colours: None where no VAE was at hand. scales: how many running sums of each picture the latent holds.
+    colours: None where no VAE was at hand. scales: how many scales' sums of each picture the latent holds, one scale
+    after the other; 0: the result alone.
     """
 
     fitting: Fitting
     colours: ColourMap | None = None
-    scales: int = 1
+    scales: int = 0
 
 
 def to_pillow(image_HWC: Tensor) -> Image.Image:
@@ -78,15 +79,16 @@ def decode_edit(vae, latent: dict, image: Tensor | None, mask: Tensor | None, te
     edited = to_image([unfit(_levels(vae, one), fitting) for one in samples])
     if image is not None and image.shape[3] not in (1, 3, 4):
         raise ValueError(f"the image has {image.shape[3]} channels; connect one with 1, 3 or 4")
-    if image is not None and image.shape[0] not in (1, len(edited)):
-        raise ValueError(
-            f"there are {image.shape[0]} images for {len(edited)} edits; connect the same batch, or one image"
-        )
+    if image is not None:
+        if not len(image) or len(edited) % len(image):
+            raise ValueError(
+                f"there are {image.shape[0]} images for {len(edited)} edits; connect the same batch, or one image"
+            )
+        image = _for_each(image, edited)
     if mask is not None:
         edited = _composited(edited, image, mask, tell)
     if image is not None and image.shape[3] == 4:
-        alpha = image[..., 3:].to(edited).expand(len(edited), -1, -1, -1)
-        edited = torch.cat([edited[..., :3], alpha], dim=-1)
+        edited = torch.cat([edited[..., :3], image[..., 3:].to(edited)], dim=-1)
     return edited
 
 
@@ -94,10 +96,10 @@ def scale_pictures(vae, scales: dict, method: str) -> tuple[list[Tensor], Tensor
     """A picture (or batch) of every scale, and a contact sheet of the first picture's."""
     vae, samples = checked_vae(vae), _samples(vae, scales)
     origin = origin_of(scales, samples, vae)
-    if len(samples) % origin.scales or origin.scales != len(origin.fitting.schedule):
+    if not origin.scales or len(samples) % origin.scales:
         raise ValueError("these are not the sums of every scale; connect the sampler's scales, unchanged")
     sums = samples.unflatten(0, (origin.scales, -1))
-    grids = origin.fitting.schedule.grids
+    grids = origin.fitting.schedule.grids[: origin.scales]
     pictures = [
         [scale_picture(vae, one[None], grid, origin, method) for one in batch] for grid, batch in zip(grids, sums)
     ]
@@ -178,13 +180,30 @@ def _composited(edited: Tensor, image: Tensor | None, mask: Tensor, tell: Callab
         return edited
     if image is None:
         raise ValueError("a mask needs the picture that was edited; connect it to image")
-    if len(mask) not in (1, len(edited)):
+    if len(edited) % len(mask):
         raise ValueError(f"there are {len(mask)} masks for {len(edited)} pictures; connect one, or one for each")
+    mask = _for_each(mask, edited)
     weight = F.interpolate(mask.clamp(0, 1), edited.shape[1:3], mode="bilinear", align_corners=False).movedim(1, -1)
     weight = torch.where(weight > 1 - 1e-6, 1.0, weight)  # interpolation of ones gives almost one
     original = image[..., :3].to(edited)
     original = original.expand(*original.shape[:3], 3)  # grey
     return torch.where(weight == 0, original, edited * weight + original * (1 - weight))
+
+
+def fitted_mask(mask: Tensor, fitting: Fitting, images: int) -> Tensor | None:
+    """A MASK or a latent's noise_mask, of any size, beside the fitted pictures: [1 or B, y, x]; None for an empty one."""
+    masks = mask.reshape(-1, *mask.shape[-2:]).float().cpu()
+    if not masks.any():
+        return None
+    if len(masks) not in (1, images):
+        raise ValueError(f"there are {len(masks)} masks for {images} pictures; connect one, or one for each")
+    levels = (masks.clamp(0, 1) * 255).ceil().to(torch.uint8).numpy()
+    return torch.cat([fit_mask(Image.fromarray(one), fitting) for one in levels])
+
+
+def _for_each(x: Tensor, edited: Tensor) -> Tensor:
+    """One of x for every edit; several edits of one picture follow each other."""
+    return x.repeat_interleave(len(edited) // len(x), dim=0)
 
 
 def _defined(x: Tensor, name: str, advice: str) -> None:

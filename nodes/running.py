@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import comfy.ldm.modules.attention as attention
 import comfy.model_management as mm
@@ -14,15 +15,18 @@ from comfy.cli_args import LatentPreviewMethod, args
 from torch import Tensor
 
 from ..varedit_core.config import patch_size
-from ..varedit_core.defaults import DEFAULT_SETTINGS, SamplingSettings
+from ..varedit_core.defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, SamplingSettings, Shortcuts
+from ..varedit_core.drafting import draft_and_refine
+from ..varedit_core.memory import kept_bytes
 from ..varedit_core.operations import sdpa
 from ..varedit_core.planning import STORES, Job, Plan, described, gigabytes, plan, plans, too_large
 from ..varedit_core.sampling import Scale, sample
 from ..varedit_core.schedule import TOKEN_PIXELS, schedule_for
-from ..varedit_core.workspace import Workspace
-from .model import VAREditModel, checked_model
-from .pictures import KEY, Origin, fitting_of, scale_picture
-from .text_encoder import MARK
+from ..varedit_core.workspace import Shape, Workspace
+from .keeping import Keeper
+from .model import VAREditModel, checked_model, lies_still, unchanged
+from .pictures import KEY, Origin, fitted_mask, fitting_of, scale_picture
+from .text_encoder import Texts
 from .vae import VAREditVAE, checked_vae
 
 TICKS = 1000
@@ -34,62 +38,46 @@ def settings_of(seed: int, guidance: float, temperature: float, top_p: float | N
 
 
 @dataclass(frozen=True, eq=False)
-class Texts:
-    """Features [L, T] of the instructions and negative prompts; a negative is None for the model's own."""
+class Edit:
+    """What is asked of the sampler beside model and source.
 
-    positive: list[Tensor]
-    negative: list[Tensor | None]
+    variations: results of each picture, with one seed after the other. mask: [y, x] or [B, y, x] of any size, above 0
+    where the picture may change. drafter: a MODEL for `Shortcuts.drafted`.
+    """
 
-    @classmethod
-    def read(cls, positive: list, negative: list | None) -> Texts:
-        """From CONDITIONING. ValueError where it is empty or of another text encoder."""
-        wanted = _features(positive, "positive")
-        if any(_says_nothing(text) for text in wanted):
-            raise ValueError("the instruction is empty; say what to change in the picture")
-        unwanted = _features(negative, "negative") if negative is not None else [None]
-        return cls(wanted, [None if text is None or _says_nothing(text) else text for text in unwanted])
+    texts: Texts
+    settings: SamplingSettings
+    variations: int = 1
+    shortcuts: Shortcuts = NO_SHORTCUTS
+    mask: Tensor | None = None
+    drafter: Any = None
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest text."""
-        return max(len(text) for text in (*self.positive, *self.negative) if text is not None)
-
-    def of(self, image: int) -> tuple[Tensor, Tensor | None]:
-        """The pair of picture `image` of a batch; fewer texts than pictures start over."""
-        return self.positive[image % len(self.positive)], self.negative[image % len(self.negative)]
+    def guided(self, scales: int) -> list[bool]:
+        """Of each scale that runs whether it has guidance, and so twice the rows."""
+        return [guidance != 1 for guidance, *_ in self.shortcuts.planned(self.settings.per_scale(scales))]
 
 
-def _says_nothing(text: Tensor) -> bool:
-    """Whether features are those of the end token alone, or what ConditioningZeroOut leaves."""
-    return len(text) < 2 or not text.any()
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+    """`operations.sdpa`, which also asks whether the user cancelled."""
+    mm.throw_exception_if_processing_interrupted()
+    return sdpa(q, k, v, scale=scale, mask=mask)
 
 
-def _features(conditioning: list, name: str) -> list[Tensor]:
-    if not conditioning:
-        raise ValueError(f"the {name} conditioning is empty; connect VAREdit Text Encode")
-    if len(conditioning) > 1:
-        raise ValueError(
-            f"the {name} conditioning combines {len(conditioning)} texts, which this model cannot; write one instruction"
-        )
-    features, facts = conditioning[0]
-    if MARK not in facts:
-        raise ValueError(
-            f"the {name} conditioning is not of VAREdit's text encoder; use a clip from VAREdit Text Encoder Loader"
-        )
-    if not features.isfinite().all():
-        raise ValueError(f"the {name} conditioning holds undefined numbers; check the text encoder's weights")
-    return list(features)
+torch_attention.recordable = True
 
 
 def attention_of(transformer_options: dict, head_size: int, dtype: torch.dtype, device: torch.device):
     """ComfyUI's attention with the model's overrides, which also asks whether the user cancelled.
 
-    On the CPU it is torch's own, whose numbers are the library's, unless the user chose another at the start.
+    On the CPU it is torch's own, whose numbers are the library's, unless the user chose another at the start. Where
+    torch's it is, nothing of ComfyUI comes in between, so that passes may be recorded and kernels do its work.
     """
     chosen = args.use_split_cross_attention or args.use_quad_cross_attention
     function = attention.optimized_attention
     if not chosen and mm.is_device_cpu(device):
         function = attention.attention_pytorch
+    if function is attention.attention_pytorch and "optimized_attention_override" not in transformer_options:
+        return torch_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
         mm.throw_exception_if_processing_interrupted()
@@ -113,21 +101,25 @@ def _takes_scale(attend, head_size: int, dtype: torch.dtype, device: torch.devic
 
 
 class Watcher:
-    """Shows progress by the passes' real cost, and a picture of every scale where one is wanted."""
+    """Shows progress by the passes' real cost, and a picture of every scale where one is wanted.
 
-    def __init__(self, job: Job, images: int, origin: Origin, method: str, vae: VAREditVAE | None) -> None:
-        source, *scales = job.shares()
-        self.done = [sum(scales[: k + 1]) + source for k in range(len(scales))]
+    costs: of the source's pass and of every scale that runs.
+    """
+
+    def __init__(
+        self, costs: Sequence[float], results: int, origin: Origin, method: str, vae: VAREditVAE | None
+    ) -> None:
+        self.done = [sum(costs[: k + 1]) / sum(costs) for k in range(1, len(costs))]
         self.bar = comfy.utils.ProgressBar(TICKS)
-        self.origin, self.method, self.vae, self.images = origin, method, vae, images
+        self.origin, self.method, self.vae, self.results = origin, method, vae, results
 
     def passed(self, scale: Scale, first: int, count: int) -> None:
-        """A scale of the pictures `first` to `first + count` is drawn."""
+        """A scale of the results `first` to `first + count` is drawn."""
         preview = None
         if self.method != "off" and not first:
             picture = scale_picture(self.vae, scale.running_sum[:1], scale.grid, self.origin, self.method)
             preview = ("JPEG", picture, None)
-        share = (first + count * self.done[scale.index]) / self.images
+        share = (first + count * self.done[scale.index]) / self.results
         self.bar.update_absolute(round(TICKS * share), TICKS, preview)
 
 
@@ -143,7 +135,7 @@ def preview_method(choice: str, vae: VAREditVAE | None, origin: Origin) -> str:
 
 
 def sample_latent(
-    model, source: dict, texts: Texts, settings: SamplingSettings, preview: str, vae, tell: Callable[[str], None]
+    model, source: dict, edit: Edit, preview: str, vae, tell: Callable[[str], None]
 ) -> tuple[dict, dict]:
     """Edit a LATENT of sources; the LATENTs of the edits and of the sums after every scale, scale by scale.
 
@@ -154,24 +146,84 @@ def sample_latent(
     features = source["samples"]
     origin = _origin(network, source, vae)
     method = preview_method(preview, vae, origin)
-    transformer = network.diffusion_model
+    mask = _mask(edit, source, origin, len(features))
+    models = [model, *_drafter(edit)]
     schedule = origin.fitting.schedule
-    job = Job(transformer.config, schedule, len(features), settings.guided, transformer.dtype, texts.longest)
+    guided, results = edit.guided(len(schedule)), len(features) * edit.variations
+    networks = [checked_model(one).diffusion_model for one in models]
+    jobs = [Job(n.config, schedule, results, any(guided), n.dtype, edit.texts.longest) for n in networks]
+    job = max(jobs, key=lambda job: job.needed("exact"))  # the drafter is done when the refiner begins
     beside = vae.memory_used_decode(features.shape, vae.vae_dtype) if method == "own" else 0
-
-    def attempt(way: Plan) -> Tensor:
-        # In one call, so that the models do not push each other out.
-        mm.load_models_gpu([model, vae.patcher] if method == "own" else [model], memory_required=way.needed + beside)
-        watcher = Watcher(job, len(features), origin, method, vae)
-        return _run(model, features.to(model.load_device), texts, settings, way, watcher)
+    keeper = network.keeper(model.load_device)
 
     def free() -> int:
         return free_memory(model) - int(beside)
 
+    def attempt(way: Plan) -> Tensor:
+        (_, _, copies), *_ = batches(len(features), edit.variations, way.job.images)
+        stays = way.store == "exact" and not way.rows_at_once and unchanged(model) and _may_stay(model, way.job, free())
+        keeper.prepare(model.patches_uuid, _shape(way.job, copies, network) if stays else None)
+        # In one call, so that the models do not push each other out.
+        loaded = [*models, vae.patcher] if method == "own" else models
+        keeper.load(loaded, way.needed + beside + stays * kept_bytes(way.job), listed=stays)
+        work = keeper.workspace(lies_still(model)) if stays else _workspace(way)
+        watcher = Watcher(_costs(job, guided, edit.variations), results, origin, method, vae)
+        return _run(models, features.to(model.load_device), edit, mask, way, work, watcher)
+
     sums = _as_it_fits(job, free, attempt, tell).to(mm.intermediate_device())
-    rest = {key: value for key, value in source.items() if key not in ("samples", KEY)}
+    rest = {key: value for key, value in source.items() if key not in ("samples", "batch_index", KEY)}
     latent = {**rest, "samples": sums[-1].clone(), KEY: origin}  # a view would keep all scales
     return latent, {"samples": sums.flatten(0, 1), KEY: replace(origin, scales=len(sums))}
+
+
+def batches(images: int, variations: int, at_once: int) -> Iterator[tuple[slice, int, int]]:
+    """What runs together, at most `at_once` results: pictures, the index of the first result, variations of each."""
+    together, copies = max(1, at_once // variations), min(variations, at_once)
+    for image in range(0, images, together):
+        for first in range(0, variations, copies):
+            pictures = slice(image, min(image + together, images))
+            yield pictures, image * variations + first, min(copies, variations - first)
+
+
+def _mask(edit: Edit, source: dict, origin: Origin, images: int) -> Tensor | None:
+    """The mask beside the fitted sources, None for an empty one; the latent's own serves the shortcut alone."""
+    given = source.get("noise_mask") if edit.mask is None and edit.shortcuts.inside else edit.mask
+    mask = None if given is None else fitted_mask(given, origin.fitting, images)
+    if edit.shortcuts.inside and mask is None:
+        raise ValueError("the shortcut inside needs a mask that is not empty; connect one to mask, or set inside to 0")
+    return mask
+
+
+def _drafter(edit: Edit) -> list:
+    """The model that draws the first scales, where one does."""
+    if edit.shortcuts.drafted and edit.drafter is None:
+        raise ValueError("drafted scales need a second model; connect one to drafter, or set drafted to 0")
+    if edit.drafter is not None and not edit.shortcuts.drafted:
+        raise ValueError("a drafter needs scales to draw; set drafted in VAREdit Shortcuts, or disconnect it")
+    return [edit.drafter] if edit.shortcuts.drafted else []
+
+
+def _costs(job: Job, guided: Sequence[bool], variations: int) -> list[float]:
+    """What the source's pass and each scale cost, as shares of anything."""
+    source, *scales = job.shares()
+    return [source * (1 + any(guided)) / variations, *(cost * (1 + twice) for cost, twice in zip(scales, guided))]
+
+
+def _may_stay(model, job: Job, free: float) -> bool:
+    """Whether keys and values may stay when the edit is over: as much again must be free beside the whole model."""
+    weights = 0 if mm.is_device_cpu(model.load_device) or _weights_stay() else model.model_size()
+    return 2 * (job.stored("exact") + kept_bytes(job)) <= free - weights
+
+
+def _shape(job: Job, copies: int, network: VAREditModel) -> Shape:
+    """What a workspace is made for, by the longest text; of which device does not matter here."""
+    texts = [range(job.text_tokens)] * (job.rows // copies)
+    return Shape.of(job.schedule, texts, copies, network.diffusion_model.dtype, torch.device("cpu"))
+
+
+def _workspace(way: Plan) -> Workspace:
+    """One that is let go of after the edit."""
+    return Workspace(STORES[way.store], kept=False, rows_at_once=way.rows_at_once)
 
 
 def _as_it_fits(
@@ -208,7 +260,7 @@ def _origin(network: VAREditModel, source: dict, vae: VAREditVAE | None) -> Orig
             f"the source has the shape {list(samples.shape)} but the model predicts tokens of {config.token_bits} bits; "
             "encode it with VAREdit Source Encode and the VAE that belongs to the model"
         )
-    if origin is not None and origin.scales != 1:
+    if origin is not None and origin.scales:
         raise ValueError("these are the sums of all scales; connect the sampler's latent, or VAREdit Source Encode")
     if origin is not None:
         return origin
@@ -219,36 +271,51 @@ def _origin(network: VAREditModel, source: dict, vae: VAREditVAE | None) -> Orig
     return Origin(fitting_of(samples, vae.stride), vae.colours)
 
 
-def _run(model, features: Tensor, texts: Texts, settings: SamplingSettings, way: Plan, watcher: Watcher) -> Tensor:
-    """Sums [K, B, d, H, W] of all scales on the model's device."""
-    options = model.model_options["transformer_options"]
-    config = way.job.config
-    attend = attention_of(options, config.head_size, way.job.dtype, model.load_device)
-    work, size = Workspace(STORES[way.store], kept=False, rows_at_once=way.rows_at_once), way.job.images
-    schedule = way.job.schedule
+def _run(
+    models: Sequence, features: Tensor, edit: Edit, mask: Tensor | None, way: Plan, work: Workspace, watcher: Watcher
+) -> Tensor:
+    """Sums [K, results, d, H, W] of all scales on the model's device. models: the one that edits, and a drafter or none."""
+    model, config = models[0], checked_model(models[0]).diffusion_model.config
+    attend = attention_of(
+        model.model_options["transformer_options"], config.head_size, way.job.dtype, model.load_device
+    )
+    schedule, texts = way.job.schedule, [edit.texts.of(image) for image in range(len(features))]
 
-    def loop(transformer) -> Tensor:
+    def loop(*networks) -> Tensor:
         parts = []
-        for first in range(0, len(features), size):
-            part = features[first : first + size]
-            pairs = [texts.of(first + i) for i in range(len(part))]
-            seeded = replace(settings, seed=(settings.seed + first) % 2**64)
-            wanted, unwanted = map(list, zip(*pairs))
-            run = sample(transformer, part, wanted, schedule, seeded, unwanted, attend, work)
+        for images, first, copies in batches(len(features), edit.variations, way.job.images):
+            wanted, unwanted = map(list, zip(*texts[images]))
+            settings = replace(edit.settings, seed=(edit.settings.seed + first) % 2**64)
+            own = mask if mask is None or len(mask) == 1 else mask[images]
+            more = dict(attention=attend, copies=copies, mask=own)
+            given = (features[images], wanted, schedule)
+            if len(networks) > 1:
+                pair = (_workspace(way), work)
+                run = draft_and_refine(*reversed(networks), *given, edit.shortcuts, settings, unwanted, pair, **more)
+            else:
+                more |= dict(workspace=work, shortcuts=edit.shortcuts)
+                run = sample(*networks, *given, settings, unwanted, **more)
             sums = []
             with closing(run) as scales:
                 for scale in scales:
                     sums.append(scale.running_sum)
-                    watcher.passed(scale, first, len(part))
+                    watcher.passed(scale, first, len(wanted) * copies)
             parts.append(torch.stack(sums))
         return torch.cat(parts, dim=1)
 
+    # Sets the current one of several GPUs; ComfyUI has it since 0.23.
+    with getattr(mm, "cuda_device_context", nullcontext)(model.load_device):
+        return _inside(models, loop)
+
+
+def _inside(models: Sequence, loop: Callable[..., Tensor], *networks) -> Tensor:
+    """A loop over the networks of models, inside what nodes put around the calls of each."""
+    if not models:
+        return loop(*networks)
+    model, *rest = models
     model.pre_run()
     try:
-        # Sets the current one of several GPUs; ComfyUI has it since 0.23.
-        context = getattr(mm, "cuda_device_context", nullcontext)
-        with context(model.load_device):
-            return checked_model(model).run(loop, model)
+        return checked_model(model).run(lambda network: _inside(rest, loop, *networks, network), model)
     finally:
         model.cleanup()
 
@@ -256,11 +323,16 @@ def _run(model, features: Tensor, texts: Texts, settings: SamplingSettings, way:
 def free_memory(model) -> int:
     """Bytes an edit may take on a model's device when all models have made way as far as they can."""
     device = model.load_device
-    loaded = sum(other.model_loaded_memory() for other in mm.current_loaded_models if other.device == device)
-    if mm.is_device_cpu(device):
-        loaded = 0  # weights in host memory stay there
-    whole = mm.vram_state in (mm.VRAMState.HIGH_VRAM, mm.VRAMState.SHARED)  # its weights do not make way
-    return mm.get_free_memory(device) + loaded - mm.extra_reserved_memory() - whole * model.model_size()
+    loaded = [other for other in mm.current_loaded_models if other.device == device]
+    if mm.is_device_cpu(device):  # weights in host memory stay there
+        loaded = [other for other in loaded if isinstance(other.model, Keeper)]
+    movable = sum(other.model_loaded_memory() for other in loaded) - _weights_stay() * model.model_size()
+    return mm.get_free_memory(device) + movable - mm.extra_reserved_memory()
+
+
+def _weights_stay() -> bool:
+    """Whether weights do not make way for an edit."""
+    return mm.vram_state in (mm.VRAMState.HIGH_VRAM, mm.VRAMState.SHARED)
 
 
 def host_memory() -> int:

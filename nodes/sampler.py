@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..varedit_core.defaults import DEFAULT_SETTINGS, PREVIEWS, SIDE, SIZES
+from ..varedit_core.defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, PREVIEWS, SIDE, SIZES
 from ._api import io, tell, ui
+from .shortcuts import ShortcutsType
 
 
 class VAREditSampler(io.ComfyNode):
@@ -25,7 +26,7 @@ class VAREditSampler(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="The draw; picture i of a batch uses seed + i. In fp32 one seed is one picture on every device.",
+                    tooltip="The draw; result i of a batch or of variations uses seed + i. In fp32 one seed is one picture on every device.",
                 ),
                 io.Float.Input(
                     "guidance",
@@ -77,6 +78,29 @@ class VAREditSampler(io.ComfyNode):
                         "latents to colours, decoded runs the VAE at the scale's own size, off shows none."
                     ),
                 ),
+                io.Int.Input(
+                    "variations",
+                    default=1,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    tooltip="Results of each picture, one behind the other, with one seed after the other: the source is read once for all.",
+                ),
+                ShortcutsType.Input(
+                    "shortcuts",
+                    optional=True,
+                    tooltip="What to leave out to be faster, from VAREdit Shortcuts.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the edit may change anything (not 0); elsewhere every bit is the source's. Of any size; an empty one counts as none.",
+                ),
+                io.Model.Input(
+                    "drafter",
+                    optional=True,
+                    tooltip="A second model of the same VAE and text encoder, for the shortcut drafted.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -93,15 +117,29 @@ class VAREditSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, source, positive, seed, guidance, temperature, negative=None, vae=None, top_p=None, preview=None
+        cls,
+        model,
+        source,
+        positive,
+        seed,
+        guidance,
+        temperature,
+        negative=None,
+        vae=None,
+        top_p=None,
+        preview=None,
+        variations=1,
+        shortcuts=None,
+        mask=None,
+        drafter=None,
     ) -> io.NodeOutput:
-        from .running import Texts, sample_latent, settings_of
+        from .running import Edit, Texts, sample_latent, settings_of
 
         settings = settings_of(seed, guidance, temperature, top_p)
-        preview = preview or PREVIEWS[0]
-        texts = Texts.read(positive, negative)
-        edit = sample_latent(model, source, texts, settings, preview, vae, lambda text: tell(cls, text))
-        return io.NodeOutput(*edit)
+        edit = Edit(Texts.read(positive, negative), settings, variations, shortcuts or NO_SHORTCUTS, mask, drafter)
+        return io.NodeOutput(
+            *sample_latent(model, source, edit, preview or PREVIEWS[0], vae, lambda text: tell(cls, text))
+        )
 
 
 class VAREditMemoryPlan(io.ComfyNode):
@@ -121,7 +159,9 @@ class VAREditMemoryPlan(io.ComfyNode):
                     default=SIDE,
                     tooltip="The working size that VAREdit Source Encode will use.",
                 ),
-                io.Int.Input("images", default=1, min=1, max=4096, tooltip="Pictures in the batch."),
+                io.Int.Input(
+                    "images", default=1, min=1, max=4096, tooltip="Pictures in the batch, times their variations."
+                ),
                 io.Boolean.Input(
                     "guided", default=True, tooltip="Whether guidance differs from 1, which doubles the rows."
                 ),

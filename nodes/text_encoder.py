@@ -6,6 +6,7 @@ ComfyUI's own loader takes flan-t5-xl for another model of that size, with anoth
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -161,3 +162,51 @@ def encode(clip: comfy.sd.CLIP, text: str) -> tuple[list, str | None]:
             f"{unknown} of the text's {len(ids) - 1} tokens are unknown to the text encoder; write English",
         )
     return conditioning, None
+
+
+@dataclass(frozen=True, eq=False)
+class Texts:
+    """Features [L, T] of the instructions and negative prompts; a negative is None for the model's own."""
+
+    positive: list[Tensor]
+    negative: list[Tensor | None]
+
+    @classmethod
+    def read(cls, positive: list, negative: list | None) -> Texts:
+        """From CONDITIONING. ValueError where it is empty or of another text encoder."""
+        wanted = _features(positive, "positive")
+        if any(_says_nothing(text) for text in wanted):
+            raise ValueError("the instruction is empty; say what to change in the picture")
+        unwanted = _features(negative, "negative") if negative is not None else [None]
+        return cls(wanted, [None if text is None or _says_nothing(text) else text for text in unwanted])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max(len(text) for text in (*self.positive, *self.negative) if text is not None)
+
+    def of(self, image: int) -> tuple[Tensor, Tensor | None]:
+        """The pair of picture `image` of a batch; fewer texts than pictures start over."""
+        return self.positive[image % len(self.positive)], self.negative[image % len(self.negative)]
+
+
+def _says_nothing(text: Tensor) -> bool:
+    """Whether features are those of the end token alone, or what ConditioningZeroOut leaves."""
+    return len(text) < 2 or not text.any()
+
+
+def _features(conditioning: list, name: str) -> list[Tensor]:
+    if not conditioning:
+        raise ValueError(f"the {name} conditioning is empty; connect VAREdit Text Encode")
+    if len(conditioning) > 1:
+        raise ValueError(
+            f"the {name} conditioning combines {len(conditioning)} texts, which this model cannot; write one instruction"
+        )
+    features, facts = conditioning[0]
+    if MARK not in facts:
+        raise ValueError(
+            f"the {name} conditioning is not of VAREdit's text encoder; use a clip from VAREdit Text Encoder Loader"
+        )
+    if not features.isfinite().all():
+        raise ValueError(f"the {name} conditioning holds undefined numbers; check the text encoder's weights")
+    return list(features)

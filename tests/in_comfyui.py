@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import sys
 import traceback
+import weakref
 from pathlib import Path
 
 from support import ROOT
@@ -49,10 +51,10 @@ class Probe:
         """A node's first output."""
         return self.nodes[f"VAREdit{name}"].execute(*arguments, **kw).result[0]
 
-    def sample(self, model=None, source=None, text=None, seed=0, **kw):
+    def sample(self, model=None, source=None, text=None, seed=0, guidance=2.0, temperature=0.1, **kw):
         """The summed codes of an edit."""
         latent = self.run(
-            "Sampler", model or self.model, source or self.source, text or self.text, seed, 2.0, 0.1, **kw
+            "Sampler", model or self.model, source or self.source, text or self.text, seed, guidance, temperature, **kw
         )
         return latent["samples"]
 
@@ -297,6 +299,7 @@ class Probe:
 
     def ladder(self) -> dict:
         """Every way to run, as if it were planned, by a pretended budget, and by memory that runs out while running."""
+        import comfy.model_management as mm
         from varedit_pack.varedit_core.planning import plans
 
         def name(way) -> str:
@@ -305,8 +308,7 @@ class Probe:
         two = self.torch.cat([self.cat, self.cat])
         source = self.run("SourceEncode", self.vae, two, "256", "square")
         expected = self.sample(source=source)
-        config, schedule = self.model.model.diffusion_model.config, source["varedit"].fitting.schedule
-        job = self.running.Job(config, schedule, 2, True, self.torch.float32, self.text[0][0].shape[1])
+        job = self._job(source, 2)
         real, run, plan, found = self.running.free_memory, self.running._run, self.running.plan, {}
         sampler = sys.modules["varedit_pack.nodes.sampler"]
         ways = plans(job)
@@ -343,6 +345,7 @@ class Probe:
 
         said = []
         sampler.tell = lambda node, text: said.append(text)
+        mm.unload_all_models()
         self.running._run, self.running.attention_of = noting, scarce
         self.sample(source=source)
         self.running.attention_of = attention_of
@@ -356,7 +359,8 @@ class Probe:
         """Tensors that stores still hold; without a collection, which ComfyUI makes only now and then."""
         from varedit_pack.varedit_core.kv import KeyValueStore
 
-        return sum(len(store.keys) for store in gc.get_objects() if isinstance(store, KeyValueStore))
+        # By type: an instance check would ask weak references to what is gone.
+        return sum(len(store.keys) for store in gc.get_objects() if issubclass(type(store), KeyValueStore))
 
     def formats(self) -> dict:
         """The transformer's file in ComfyUI's quantised formats: layers, and share of bits that stay."""
@@ -441,9 +445,11 @@ class Probe:
         }  # fmt: skip
 
     def leftovers(self) -> dict:
-        """Stores and scales that are still alive after a success, an error and a cancellation."""
+        """Stores and scales that are still alive after an error and a cancellation of what may not stay, and the next."""
         import comfy.model_management as mm
 
+        mm.unload_all_models()
+        may_stay, self.running._may_stay = self.running._may_stay, lambda *_: False
         self.sample()
         found = {"success": self._stored()}
         kept, seen = self.running.attention_of, []
@@ -469,7 +475,7 @@ class Probe:
                 self.sample()
             except BaseException as caught:
                 found[name] = [type(caught).__name__, self._stored(), len(seen)]
-        self.running.attention_of = kept
+        self.running.attention_of, self.running._may_stay = kept, may_stay
         mm.interrupt_current_processing(True)
         try:
             self.sample()
@@ -479,13 +485,229 @@ class Probe:
         found["next"] = self.torch.equal(self.sample(), self.sepia)
         return found
 
+    def keeping(self) -> dict:
+        """What stays between runs: passes over the source by what was changed before a run, and how it is let go of."""
+        import comfy.model_management as mm
+        from varedit_pack.varedit_core.transformer import Transformer
+
+        torch, read, count, found = self.torch, Transformer.read_source, [], {"read": {}}
+        mask = torch.zeros(1, 50, 70)
+        mask[:, :20] = 1
+        lora = self.core.LoraLoaderModelOnly().load_lora_model_only
+        strengths = [lora(self.model, "varedit_demo_duotone.safetensors", s)[0] for s in (1.0, 0.5)]
+        overridden = self.model.clone()
+        options = overridden.model_options["transformer_options"]
+        options["optimized_attention_override"] = lambda function, *args, **kw: function(*args, **kw)
+        other = self.run("TextEncode", self.clip, "make it a duotone")
+        runs = {
+            "first": {}, "again": {}, "seed": {"seed": 5}, "guidance": {"guidance": 3.0}, "mask": {"mask": mask},
+            "temperature": {"temperature": 0.7}, "text": {"text": other}, "text again": {"text": other},
+            "variations": {"variations": 2}, "variations again": {"variations": 2, "seed": 9},
+            "lora": {"model": strengths[0]}, "lora again": {"model": strengths[0], "seed": 1},
+            "lora strength": {"model": strengths[1]}, "override": {"model": overridden}, "after override": {},
+        }  # fmt: skip
+
+        def counted(*args, **kw):
+            count.append(1)
+            return read(*args, **kw)
+
+        def keepers() -> list:
+            return [one for one in mm.loaded_models() if type(one).__name__ == "Keeper"]
+
+        mm.unload_all_models()
+        Transformer.read_source = counted
+        results = {}
+        for name, change in runs.items():
+            count.clear()
+            results[name] = self.sample(**change)
+            found["read"][name] = len(count)
+        Transformer.read_source = read
+        fresh = self.model.cached_patcher_init[0](*self.model.cached_patcher_init[1])
+        found["equal"] = {name: torch.equal(self.sample(**{"model": fresh, **runs[name]}), results[name])
+                          for name in ("again", "seed", "guidance", "mask", "temperature", "text again", "after override")}  # fmt: skip
+        found["listed"] = [len(keepers()), min(keeper.loaded_size() for keeper in keepers())]
+        free, taken = mm.get_free_memory, keepers()[0].loaded_size()
+        device = self.model.load_device
+        mm.get_free_memory = lambda *args, **kw: free(*args, **kw) if kw else 0
+        mm.free_memory(taken // 2, device)  # less than it has: it goes, the weights stay
+        mm.get_free_memory = free
+        found["pushed out"] = [sum(keeper.loaded_size() == 0 for keeper in keepers()), self.model.loaded_size() > 0]
+        self.sample()
+        mm.unload_all_models()
+        found["unloaded"] = [len(keepers()), self._stored()]
+        found["after"] = torch.equal(self.sample(), self.sepia) and len(keepers()) == 1
+        said, info = [], logging.info
+        self.sample(fresh)
+        network, store = weakref.ref(fresh.model), weakref.ref(fresh.model._keeper.work.store)
+        logging.info = logging.warning = lambda text, *args: said.append(text)
+        del fresh
+        mm.cleanup_models_gc()
+        logging.info = logging.warning = info
+        found["gone"] = [network() is None, store() is None, len(keepers()), [t for t in said if "leak" in t]]
+        real, self.running.free_memory = self.running.free_memory, lambda model: model.model_size() + 2 * taken
+        self.sample(seed=3)
+        found["scarce"] = self._stored()
+        self.running.free_memory = real
+        return found
+
+    def variations(self) -> dict:
+        """Several results of each picture: single runs, ways to run them, and their pictures."""
+        torch, decode = self.torch, self.nodes["VAREditDecode"].execute
+        two = torch.cat([self.cat, self.cat.flip(2)])
+        source = self.run("SourceEncode", self.vae, two, "256", "square")
+        noisy = {"seed": 2**64 - 2, "temperature": 1.0}
+        latent, scales = self._edit(source, variations=2, **noisy)
+        module = __import__("varedit_pack.nodes.pictures", fromlist=["pictures"])
+        images, _ = module.scale_pictures(self.vae, scales, "fast")
+        singles = []
+        for image in range(2):
+            one = self.run("SourceEncode", self.vae, two[image : image + 1], "256", "square")
+            for copy in range(2):
+                singles.append(self.sample(source=one, **{**noisy, "seed": (noisy["seed"] + 2 * image + copy) % 2**64}))
+        equal = [(a == b).float().mean().item() for a, b in zip(singles, latent["samples"])]
+        ways, plan = {}, self.running.plan
+        for way in [way for way in self.running.plans(self._job(source, 4)) if way.store != "8-bit"]:
+            self.running.plan = lambda *_, way=way: way
+            found = self._edit(source, variations=2, **noisy)[0]["samples"]
+            name = f"{way.job.images} {way.store}" + (" apart" if way.rows_at_once else "")
+            ways[name] = (found == latent["samples"]).float().mean().item()
+        self.running.plan = plan
+        mask = torch.zeros(2, 30, 45)
+        mask[0, :, 20:], mask[1, :, :20] = 1, 1
+        masked = decode(self.vae, latent, two, mask).result[0]
+        rows = [two[0], two[0], two[1], two[1]]
+        kept = [slice(0, 180), slice(0, 180), slice(220, None), slice(220, None)]
+        calls = self._progress(variations=3)
+        return {
+            "equal": equal, "different": (latent["samples"][0] != latent["samples"][1]).any().item(),
+            "ways": ways, "sums": list(scales["samples"].shape), "pictures": [list(image.shape) for image in images],
+            "batches": [list(self.running.batches(*sizes)) == wanted for sizes, wanted in (
+                ((2, 3, 6), [(slice(0, 2), 0, 3)]), ((3, 2, 5), [(slice(0, 2), 0, 2), (slice(2, 3), 4, 2)]),
+                ((2, 3, 2), [(slice(0, 1), 0, 2), (slice(0, 1), 2, 1), (slice(1, 2), 3, 2), (slice(1, 2), 5, 1)]),
+            )],
+            "decoded": list(masked.shape),
+            "kept": [torch.equal(x[:, part], y[:, part]) for x, y, part in zip(masked, rows, kept)],
+            "three images": self.error(decode, self.vae, latent, torch.cat([two, self.cat])),
+            "progress": [calls[-1][0], sum(size is not None for *_, size in calls)],
+        }  # fmt: skip
+
+    def shortcuts(self) -> dict:
+        """Work left out and masks: as the library does it, and what does not belong together."""
+        from varedit_core import SamplingSettings, load_transformer, sample, schedule_for
+        from varedit_core.defaults import Shortcuts
+        from varedit_core.drafting import draft_and_refine
+        from varedit_core.images import fit_mask, load_image
+        from PIL import Image
+
+        torch, files = self.torch, DEMO / "diffusion_models"
+        mask = torch.zeros(40, 60)
+        mask[:, 35:] = 1
+        fitting = self.source["varedit"].fitting
+        fitted = fit_mask(Image.fromarray((mask * 255).to(torch.uint8).numpy()), fitting)
+        made = {name: load_transformer(files / f"varedit_demo{name}.safetensors") for name in ("", "_refiner")}
+        args = (self.source["samples"], list(self.text[0][0]), schedule_for("0.06M"))
+        settings, refiner = SamplingSettings(2.0), self.run("ModelLoader", "varedit_demo_refiner.safetensors", "auto")
+        pair = (made[""], made["_refiner"])
+        wanted = {
+            "unguided": (dict(unguided=3), {}), "window": (dict(window=0.125), {}), "stop": (dict(stop=4), {}),
+            "inside": (dict(inside=3), dict(mask=mask)), "mask": ({}, dict(mask=mask[None])),
+            "drafted": (dict(drafted=5), dict(model=refiner, drafter=self.model)),
+        }  # fmt: skip
+        found = {}
+        for name, (values, more) in wanted.items():
+            values = {"unguided": 0, "inside": 0, "window": 0.0, "stop": 0, "drafted": 0} | values
+            chosen = self.run("Shortcuts", **values)
+            result = self.sample(shortcuts=chosen, **more)
+            kind, held = Shortcuts(**values), fitted if "mask" in more else None
+            run = draft_and_refine(*pair, *args, kind, settings) if kind.drafted else sample(
+                made[""], *args, settings, shortcuts=kind, mask=held)  # fmt: skip
+            *_, last = run
+            found[name] = [(result == last.running_sum).float().mean().item(), not torch.equal(result, self.sepia)]
+        inside, stop, drafted = (self.run("Shortcuts", 0, a, 0.0, b, c) for a, b, c in ((3, 0, 0), (0, 1, 0), (0, 0, 5)))
+        hidden = {**self.source, "noise_mask": mask[None, None]}
+        found["noise mask"] = [
+            torch.equal(self.sample(source=hidden, shortcuts=inside), self.sample(mask=mask, shortcuts=inside)),
+            torch.equal(self.sample(source=hidden), self.sepia),
+        ]
+        found["empty mask"] = torch.equal(self.sample(mask=torch.zeros(1, 64, 64)), self.sepia)
+        latent, scales = self._edit(self.source, shortcuts=stop)
+        module = __import__("varedit_pack.nodes.pictures", fromlist=["pictures"])
+        images, _ = module.scale_pictures(self.vae, scales, "own")
+        found["stopped"] = [len(images), list(scales["samples"].shape), [v for v, *_ in self._progress(shortcuts=stop)]]
+        two = self.run("SourceEncode", self.vae, torch.cat([self.cat, self.cat]), "256", "square")
+        pair = torch.stack([mask, 1 - mask])
+        masked = self.sample(source=two, mask=pair, variations=2)
+        singles = [self.sample(mask=pair[i], seed=2 * i)[0] for i in range(2)]
+        found["masks"] = [(masked[2 * i] == singles[i]).float().mean().item() for i in range(2)]
+        found["errors"] = {
+            "inside without mask": self.error(self.sample, shortcuts=inside),
+            "inside with an empty mask": self.error(self.sample, shortcuts=inside, mask=mask * 0),
+            "three masks": self.error(self.sample, source=two, mask=torch.ones(3, 8, 8)),
+            "no drafter": self.error(self.sample, shortcuts=drafted),
+            "idle drafter": self.error(self.sample, drafter=refiner),
+            "drafted too many": self.error(self.sample, shortcuts=self.run("Shortcuts", 0, 0, 0.0, 0, 9), drafter=refiner),
+            "inside and window": self.error(self.run, "Shortcuts", 0, 2, 0.1, 0, 0),
+            "latent as scales": self.error(module.scale_pictures, self.vae, latent, "fast"),
+        }  # fmt: skip
+        return found
+
+    def layers(self) -> dict:
+        """What our casting layers add to ComfyUI's."""
+        from varedit_pack.nodes.state import Casting
+        from varedit_pack.varedit_core import operations
+
+        torch = self.torch
+        torch.manual_seed(0)
+        layer = Casting.Linear(8, 6, dtype=torch.bfloat16)
+        torch.nn.init.normal_(layer.weight), torch.nn.init.normal_(layer.bias)
+        x, run = torch.randn(2, 3, 8), {}
+        expected = torch.nn.functional.gelu(layer(x), approximate="tanh")
+        run["gelu"] = torch.equal(operations.gelu(layer, x), expected)
+        fused = sys.modules["varedit_pack.nodes.state"]
+        real = fused.fuses_gelu, fused.linear_gelu
+        fused.fuses_gelu = lambda *_: True
+        fused.linear_gelu = lambda x, w, b: torch.nn.functional.gelu(torch.nn.functional.linear(x, w, b), approximate="tanh")
+        run["fused"] = torch.equal(operations.gelu(layer, x), expected)
+        layer.weight_function = [lambda weight: weight * 2]
+        run["patched"] = torch.equal(operations.gelu(layer, x), torch.nn.functional.gelu(layer(x), approximate="tanh"))
+        fused.fuses_gelu, fused.linear_gelu = real
+        shown = [operations.matrix(layer, torch.bfloat16)]
+        layer.weight_function = []
+        shown += [operations.matrix(layer, torch.bfloat16), operations.matrix(layer, torch.float32)]
+        layer.prev_comfy_cast_weights = False  # as ComfyUI marks a layer that it moves at every call
+        shown.append(operations.matrix(layer, torch.bfloat16))
+        run["matrix"] = [m is layer.weight for m in shown]
+        linears = [m for m in self.model.model.modules() if isinstance(m, torch.nn.Linear)]
+        run["ours"] = all(isinstance(m, Casting.Linear) for m in linears) and len(linears) > 56
+        return run
+
+    def _edit(self, source, seed=0, temperature=0.1, **kw):
+        """Both outputs of the sampler."""
+        return self.nodes["VAREditSampler"].execute(self.model, source, self.text, seed, 2.0, temperature, **kw).result
+
+    def _job(self, source, results: int):
+        config, schedule = self.model.model.diffusion_model.config, source["varedit"].fitting.schedule
+        return self.running.Job(config, schedule, results, True, self.torch.float32, self.text[0][0].shape[1])
+
+    def _progress(self, **kw) -> list:
+        """What the progress bar is told of an edit: value, total, size of the picture."""
+        import comfy.utils
+
+        calls = []
+        comfy.utils.PROGRESS_BAR_HOOK = lambda value, total, preview, node_id=None: calls.append(
+            [value, total, list(preview[1].size) if preview else None]
+        )
+        self.sample(preview="fast", **kw)
+        comfy.utils.PROGRESS_BAR_HOOK = None
+        return calls
+
     def plan(self) -> str:
         return self.run("MemoryPlan", self.model, "256", 2, True)
 
 
 PARTS = (
     "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text", "ladder", "formats",
-    "partial", "leftovers", "plan",
+    "partial", "leftovers", "keeping", "variations", "shortcuts", "layers", "plan",
 )  # fmt: skip
 
 

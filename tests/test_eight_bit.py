@@ -18,14 +18,17 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from support import GOLDEN, ROOT
+from typer.testing import CliRunner
 
 from varedit_core import Editor, SamplingSettings, load_transformer, memory, pipeline, sample, schedule_for, stores
+from varedit_core.cli import app
 from varedit_core.convert import convert
 from varedit_core.eight_bit import eight_bit, names, quantise_weight
 from varedit_core.kernels import linear_eight_bit, plain
 from varedit_core.kv import KeyValueStore
 from varedit_core.lora import apply_lora
 from varedit_core.operations import EightBitLinear, sdpa
+from varedit_core.options import load_editor
 from varedit_core.planning import STORES, Job, Plan
 from varedit_core.stores import EightBitStore, HostStore, exact_heads, query_scales
 from varedit_core.workspace import Workspace
@@ -88,7 +91,7 @@ def test_kernels_are_their_plain_forms():
     run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
-    assert found and not any(found.values()), found
+    assert found and max(found.values()) <= (2e-6 if torch.cuda.is_available() else 0), found
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -118,8 +121,8 @@ def test_an_eight_bit_layer_is_close(layer):
     wanted, found, half = layer(x), rounded(layer)(x), rounded(layer, inputs=False)(x)
     ordinary = [row for row in range(64) if row != 3]  # a large channel has a scale of its own
     assert found.shape == wanted.shape
-    assert 0 < relative(half[..., ordinary], wanted[..., ordinary]) < relative(found[..., ordinary], wanted[..., ordinary])
-    assert relative(found[..., ordinary], wanted[..., ordinary]) < 0.05
+    both, weights = (relative(x[..., ordinary], wanted[..., ordinary]) for x in (found, half))
+    assert 0 < weights < both < 0.05
     one = linear_eight_bit(x[0, :1], *quantise_weight(layer.weight), layer.bias)
     torch.testing.assert_close(one, found[0, :1], msg="a token's numbers depend on no other's")
 
@@ -151,7 +154,7 @@ def network():
 def test_which_layers_are_eight_bit(patchify, network):
     layers = {name for name, module in network.named_modules() if isinstance(module, EightBitLinear)}
     assert layers == set(names(patchify.transformer)) and len(layers) == 6 * patchify.transformer.config.depth
-    assert all(network.get_submodule(name).inputs != name.endswith("fc2") for name in layers)
+    assert all(network.get_submodule(name).inputs for name in layers)
     assert not any("mat_kv" in name or "head" in name for name in layers)
     kept = {n for n, t in network.state_dict().items() if t.dtype == torch.float8_e4m3fn}
     assert kept == {f"{name}.weight" for name in layers}
@@ -199,6 +202,18 @@ def test_what_loading_refuses(network, tmp_path):
     apply_lora(before, lora)
     eight_bit(before)
     assert not torch.equal(before.blocks[0].sa.proj.weight.float(), network.blocks[0].sa.proj.weight.float())
+    editor = load_editor((RECORD, RECORD), [(lora, 1.0)], "8-bit", device="cpu")
+    for key, tensor in editor.transformer.state_dict().items():
+        assert torch.equal(tensor.float(), before.state_dict()[key].float())
+
+
+def test_the_command_takes_them(tmp_path):
+    cat, out = str(ROOT / "samples" / "cat.jpg"), str(tmp_path / "out.png")
+    arguments = ["edit", cat, "make it sepia", "--device", "cpu", "--output", out, "--json", "--linears"]
+    done = CliRunner().invoke(app, [*arguments, "8-bit"])
+    assert done.exit_code == 0 and json.loads(done.stdout.splitlines()[-1])["linears"] == "8-bit", done.output
+    refused = CliRunner().invoke(app, [*arguments, "4-bit", "--overwrite"])
+    assert "unknown linear layers '4-bit'" in str(refused.exception)
 
 
 class Run:
@@ -327,7 +342,7 @@ def test_what_a_workspace_has_ready_is_used(patchify, monkeypatch):
 
 
 def test_an_editor_follows_its_plan(patchify, monkeypatch):
-    text, pictures = patchify["in.text.0"], [Image.open(ROOT / "samples" / "cat.jpg"), Image.new("RGB", (64, 64), "red")]
+    text, pictures = patchify["in.text.0"], [Image.new("RGB", (64, 64), colour) for colour in ("blue", "red")]
     editor, settings = Editor.load(RECORD, RECORD, device="cpu"), SamplingSettings(temperature=0.5, seed=3)
     features = patchify["ref.vae_features"].float()
     monkeypatch.setattr(editor, "encode_source", lambda images: torch.cat([features, features.flip(-1)])[: len(images)])

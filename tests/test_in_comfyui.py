@@ -192,6 +192,82 @@ def test_keys_and_values_are_freed_however_a_run_ends(found):
     assert result["flag"] == "obeyed" and result["next"]
 
 
+def test_only_what_changes_the_sources_pass_reads_it_again(found):
+    result = facts(found, "keeping")
+    read = result["read"]
+    assert set(read.values()) == {0, 1} and [name for name, count in read.items() if count] == [
+        "first", "text", "variations", "lora", "lora strength", "override", "after override"
+    ]  # fmt: skip
+    assert all(result["equal"].values()), "the same as from a fresh model"
+
+
+def test_what_stays_is_in_comfyuis_hands(found):
+    result = facts(found, "keeping")
+    count, size = result["listed"]
+    assert count == 2 and size > 10e6, "listed with its size, one for each loaded model"
+    assert result["pushed out"] == [2, True], "it goes before weights do"
+    assert result["unloaded"] == [0, 0] and result["after"]
+    assert result["gone"] == [True, True, 1, []], "with its model, and without a collection"
+    assert result["scarce"] == 0, "nothing stays where memory is short"
+
+
+def test_variations_are_edits_with_the_next_seeds(found):
+    result = facts(found, "variations")
+    assert min(result["equal"]) > 0.98 and result["different"]
+    assert all(result["batches"])
+    assert all(share > 0.97 for share in result["ways"].values()), result["ways"]
+    assert {"4 exact", "3 exact", "1 exact", "1 host"} <= set(result["ways"])
+
+
+def test_pictures_of_variations(found):
+    result = facts(found, "variations")
+    assert result["sums"] == [28, 16, 32, 32] and [shape[0] for shape in result["pictures"]] == [4] * 7
+    assert result["decoded"] == [4, 300, 451, 3] and all(result["kept"]), "each on its own picture"
+    assert result["three images"].startswith(SENTENCE + "there are 3 images for 4 edits")
+    assert result["progress"] == [1000, 7]
+
+
+@pytest.mark.parametrize("name", ["unguided", "window", "stop", "inside", "mask", "drafted"])
+def test_shortcuts_and_masks_are_the_librarys(found, name):
+    same, changed = facts(found, "shortcuts")[name]
+    assert same == 1.0 and changed == (name != "window"), "at 256 pixels a window sees everything"
+
+
+def test_masks_of_all_kinds_reach_the_loop(found):
+    result = facts(found, "shortcuts")
+    assert result["noise mask"] == [True, True] and result["empty mask"]
+    assert min(result["masks"]) > 0.98, "each picture of a batch by its own"
+
+
+def test_a_stopped_edit_shows_the_scales_that_ran(found):
+    count, sums, progress = facts(found, "shortcuts")["stopped"]
+    assert count == 1 and sums == [1, 16, 32, 32] and progress[-1] == 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("inside without mask", "connect one to mask, or set inside to 0"),
+        ("inside with an empty mask", "connect one to mask, or set inside to 0"),
+        ("three masks", "there are 3 masks for 2 pictures"),
+        ("no drafter", "connect one to drafter, or set drafted to 0"),
+        ("idle drafter", "set drafted in VAREdit Shortcuts"),
+        ("drafted too many", "the drafter's scales must be from 1 to 6, got 9"),
+        ("inside and window", "do not go together"),
+        ("latent as scales", "connect the sampler's scales"),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(found, name, message):
+    error = facts(found, "shortcuts")["errors"][name]
+    assert error.startswith(SENTENCE) and message in error and "\n" not in error
+
+
+def test_layers_with_the_activation_behind_them(found):
+    result = facts(found, "layers")
+    assert result["gelu"] and result["fused"] and result["patched"] and result["ours"]
+    assert result["matrix"] == [False, True, False, False], "only as it is multiplied with"
+
+
 def test_the_plan_states_gigabytes(found):
     lines = facts(found, "plan").splitlines()
     assert lines[0] == "256x256, pictures: 2, with guidance, float32 on cpu"

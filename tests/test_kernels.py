@@ -1,20 +1,35 @@
 """Fused kernels against plain PyTorch, on the CPU through Triton's interpreter.
 
-In fp32, where the interpreter is exact; what depends on the type (rounding once at the end) is checked in bf16 where no
+Triton decides whether to interpret when it is imported, so one test here runs the others in a process of its own. In
+fp32, where the interpreter is exact; what depends on the type (rounding once at the end) is checked in bf16 where no
 product is involved, which the interpreter cannot do.
 """
 
 import os
+import subprocess
+import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support import ROOT
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
-pytest.importorskip("triton", reason="Triton is not installed here")
+from varedit_core.kernels import fusable, matmul_fp32, plain
 
-from varedit_core.kernels import fusable, matmul_fp32, plain  # noqa: E402
-from varedit_core.kernels import transformer as kernels  # noqa: E402
+INTERPRETED = os.environ.get("VAREDIT_KERNEL_TESTS") == "1"
+inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that another test here starts")
+if INTERPRETED:
+    from varedit_core.kernels import transformer as kernels
+
+
+@pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="Triton is not installed here")
+def test_kernels_in_a_process_of_their_own():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "VAREDIT_KERNEL_TESTS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
+
 
 EPS = 1e-6
 
@@ -24,6 +39,7 @@ def seeded():
     torch.manual_seed(0)
 
 
+@inside
 @pytest.mark.parametrize("width", [128, 200])
 @pytest.mark.parametrize("case", ["gated", "plain", "first", "shared"])
 def test_add_norm(width, case):
@@ -43,6 +59,7 @@ def test_add_norm(width, case):
     assert torch.equal(x, before), "the input stays"
 
 
+@inside
 def test_add_norm_rounds_once():
     x, y = torch.randn(1, 5, 64), torch.randn(1, 5, 64).bfloat16()
     ones, zeros = torch.ones(1, 64), torch.zeros(1, 64)
@@ -52,6 +69,7 @@ def test_add_norm_rounds_once():
     assert h.dtype == torch.bfloat16 and (h.float() - exact).abs().max() < 2**-7 * exact.abs().max()
 
 
+@inside
 @pytest.mark.parametrize("n", [1, 16, 37])
 def test_heads_are_normalised_rotated_and_put_in_their_place(n):
     rows, heads, size = 2, 3, 32
@@ -66,12 +84,14 @@ def test_heads_are_normalised_rotated_and_put_in_their_place(n):
     assert q.transpose(1, 2).is_contiguous(), "attention's output is then [R, n, C] without a copy"
 
 
+@inside
 def test_a_head_of_zeros_is_no_division_by_zero():
     keys, values = torch.empty(1, 1, 4, 16), torch.empty(1, 1, 4, 16)
     q = kernels.heads_into(torch.zeros(1, 4, 48), torch.ones(1), torch.ones(2, 4, 8), keys, values)
     assert not q.any() and not keys.any() and not values.any()
 
 
+@inside
 @pytest.mark.parametrize("n", [1, 50])
 def test_text_attention_reads_real_tokens_only(n):
     rows, heads, size = 2, 2, 32
@@ -87,6 +107,7 @@ def test_text_attention_reads_real_tokens_only(n):
         torch.testing.assert_close(found[row], wanted, atol=3e-6, rtol=0)
 
 
+@inside
 def test_weights_of_the_text_are_a_softmax_a_head():
     scores, bias = torch.randn(2, 7, 3 * 16) * 4, torch.randn(2, 3 * 16)
     counts = torch.tensor([16, 3], dtype=torch.int32)
@@ -95,6 +116,21 @@ def test_weights_of_the_text_are_a_softmax_a_head():
     parts = found.unflatten(-1, (3, 16))
     torch.testing.assert_close(parts.sum(-1), torch.ones(2, 7, 3), atol=1e-5, rtol=0)
     assert not parts[1, ..., 3:].any()
+
+
+@inside
+def test_banded_attention_sees_its_pieces_only():
+    rows, heads, size, n = 2, 2, 32, 150
+    q = torch.randn(rows, n, heads, size).transpose(1, 2)
+    keys, values = torch.randn(2, rows, heads, 400, size)
+    listed = [[(0, 70), (390, 400)], [(100, 164), (0, 0)]]
+    pieces = torch.tensor(listed, dtype=torch.int32)
+    found = kernels.banded_attention(q, keys, values, pieces, 128, 0.5)
+    for band, own in enumerate(q.split(128, dim=2)):
+        seen = torch.cat([torch.arange(begin, end) for begin, end in listed[band]])
+        wanted = F.scaled_dot_product_attention(own, keys[:, :, seen], values[:, :, seen], scale=0.5)
+        part = found[:, band * 128 : band * 128 + own.shape[2]]
+        torch.testing.assert_close(part, wanted.transpose(1, 2).flatten(2), atol=3e-6, rtol=0)
 
 
 def test_products_in_fp32_of_bf16_matrices():

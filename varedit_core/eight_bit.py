@@ -1,8 +1,9 @@
 """A transformer's linear layers in 8 bits: half the memory of bf16 and, from Ada and Hopper on, faster products.
 
 An approximation. In 8 bits are the blocks' self-attention projections, the query and projection of cross-attention and
-the feed-forward network. Of that, outliers sit in what the down-projection (fc2) reads, so that its inputs stay as they
-are and only its weight is rounded. All else (head, embeddings, modulation, the text's keys and values) is exact.
+the feed-forward network. All else (head, embeddings, modulation, the text's keys and values) is exact. Outliers sit in
+what the down-projection (fc2) reads; numbers of 8 bits that have an exponent bear them, as small ones keep their
+precision beside large ones (figures: docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from .operations import EightBitLinear
 LINEARS = ("exact", "8-bit")
 """What `load_transformer` makes of the blocks' linear layers."""
 _LAYER = re.compile(r"blocks\.\d+\.(sa\.mat_qkv|sa\.proj|ca\.mat_q|ca\.proj|ffn\.fc1|ffn\.fc2)")
+EXACT_INPUTS: tuple[str, ...] = ()
+"""Layers of which only the weight is rounded."""
 _ROWS = 1024  # of a weight rounded at a time: what is made meanwhile is small beside the weight
 
 
@@ -71,9 +74,8 @@ def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _empty(name: str, layer: nn.Module) -> EightBitLinear:
-    return EightBitLinear(
-        layer.in_features, layer.out_features, layer.bias is not None, inputs=not name.endswith("fc2")
-    )
+    inputs = not name.endswith(EXACT_INPUTS)
+    return EightBitLinear(layer.in_features, layer.out_features, layer.bias is not None, inputs)
 
 
 def _put(network: nn.Module, name: str, layer: nn.Module) -> None:

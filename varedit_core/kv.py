@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .kernels import heads_into
+from .kernels import banded_attention, heads_into
 from .kernels.plain import split_heads
 from .operations import Attention
 from .quantizer import area_resize
@@ -22,12 +22,14 @@ SOURCE = -1
 """Index of the source's pass among the passes of an edit; the scales count from 0."""
 
 
-@dataclass(frozen=True)
-class Band:
-    """Queries of a pass that see only some keys: pieces of what `KeyValueStore.seen` gives."""
+@dataclass(frozen=True, eq=False)
+class Bands:
+    """Queries that see only some keys: each `tokens` consecutive ones their own pieces of what `KeyValueStore.seen`
+    gives. pieces: int32 [bands, P, 2], begin and end of each; empty ones fill up; listed: the same on the host."""
 
-    queries: slice
-    keys: tuple[slice, ...]
+    tokens: int
+    pieces: Tensor
+    listed: tuple[tuple[slice, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Pass:
     rotary: Tensor
     begin: int
     tokens: Tensor | None = None
-    bands: tuple[tuple[Band, ...], tuple[Band, ...]] | None = None
+    bands: tuple[Bands, Bands] | None = None
 
     @property
     def end(self) -> int:
@@ -86,8 +88,11 @@ class KeyValueStore:
         self.joined: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, transformer: nn.Module, rows_at_once: int | None, *sizes, copies: int = 1) -> KeyValueStore:
-        """The store for edits with a transformer. sizes: of the constructor, up to `device`."""
+    def of(
+        cls, transformer: nn.Module, rows_at_once: int | None, *sizes, copies: int = 1, memory=None
+    ) -> KeyValueStore:
+        """The store for edits with a transformer. sizes: of the constructor, up to `device`. memory: host memory of a
+        store before it, for one that has a use for it."""
         return cls(*sizes, copies=copies)
 
     @staticmethod
@@ -134,7 +139,7 @@ class KeyValueStore:
         self.joined = None
         if step.bands is None:
             return attention(q, keys, values, scale=1.0)
-        return torch.cat([_banded(q, keys, values, band, attention) for band in step.bands[first]], dim=1)
+        return _banded(q, keys, values, step.bands[first], attention)
 
     def keep(self, block: int, first: bool, qkv: Tensor, query_scale: Tensor, step: Pass) -> Tensor:
         """Normalise and rotate a pass's q and k, put k and v where they belong; returns q [R, H, n, D]."""
@@ -212,9 +217,16 @@ class KeyValueStore:
         return self.source - self.schedule.tokens[step.index] if first and step.index != SOURCE else 0
 
 
-def _banded(q: Tensor, keys: Tensor, values: Tensor, band: Band, attention: Attention) -> Tensor:
-    k, v = (torch.cat([x[:, :, piece] for piece in band.keys], dim=2) for x in (keys, values))
-    return attention(q[:, :, band.queries], k, v, scale=1.0)
+def _banded(q: Tensor, keys: Tensor, values: Tensor, bands: Bands, attention: Attention) -> Tensor:
+    if getattr(attention, "recordable", False):
+        found = banded_attention(q, keys, values, bands.pieces, bands.tokens, scale=1.0)
+        if found is not None:
+            return found
+    parts = []
+    for own, pieces in zip(q.split(bands.tokens, dim=2), bands.listed):
+        k, v = (torch.cat([x[:, :, piece] for piece in pieces], dim=2) for x in (keys, values))
+        parts.append(attention(own, k, v, scale=1.0))
+    return torch.cat(parts, dim=1)
 
 
 def pooled(k: Tensor, v: Tensor, schedule: Schedule, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

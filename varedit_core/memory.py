@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .capture import State
 from .planning import STORES, Job, Plan, described, plan
 from .stores import exact_heads, query_scales
 from .tiling import free_memory
@@ -44,7 +46,7 @@ def planned(
         return best, workspace
     if holds(workspace, job) and job.activations() <= free_memory(device) - SPARE:
         return best, workspace
-    workspace.forget()
+    workspace.forget(host=False)
     budget = free_memory(device) - SPARE
     if best.fits(budget, math.inf):
         return best, workspace_for(best, workspace, kept=best.needed + kept_bytes(job) <= budget)
@@ -59,7 +61,8 @@ def holds(workspace: Workspace, job: Job) -> bool:
     shape = workspace.shape
     if shape is None or workspace.kind is not STORES["exact"] or workspace.rows_at_once:
         return False
-    return shape == Shape.of(job.schedule, [range(job.text_tokens)] * job.rows, 1, job.dtype, shape.device)
+    wanted = Shape.of(job.schedule, [range(job.text_tokens)] * job.rows, 1, job.dtype, shape.device)
+    return replace(shape, copies=1) == wanted
 
 
 def kept_bytes(job: Job) -> int:
@@ -80,24 +83,55 @@ def workspace_for(way: Plan, present: Workspace, kept: bool) -> Workspace:
 def make_room(workspace: Workspace, device: torch.device, needed: float) -> None:
     """Forget what a workspace keeps between edits where a device has not so many bytes free."""
     if workspace.shape is not None and free_memory(device) < needed:
-        workspace.forget()
+        workspace.forget(host=False)
 
 
-@contextmanager
-def elsewhere(networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Networks in host memory for a while; they come back to `device` however it ends."""
-    try:
-        for network in networks:
-            network.to("cpu")
-        yield
-    finally:
-        for network in networks:
-            network.to(device)
+class Elsewhere:
+    """Networks that make way for a while. Their weights stay in host memory as well from then on, locked in place, so
+    that making way costs nothing and coming back one fast copy."""
+
+    def __init__(self) -> None:
+        self.copies: dict[nn.Module, tuple[Hashable, list[Tensor]]] = {}
+        self.state = State()
+
+    @contextmanager
+    def __call__(self, networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+        """Networks in host memory within; they come back to `device` however it ends."""
+        try:
+            for network in networks:
+                self._put(network, self._copies(network))
+            yield
+        finally:
+            for network in networks:
+                here = [copy.to(device, non_blocking=True) for copy in self.copies[network][1]]
+                self._put(network, here)
+                self.copies[network] = self.state(network), self.copies[network][1]
+
+    def forget(self) -> None:
+        """Give host memory back."""
+        self.copies = {}
+
+    def _copies(self, network: nn.Module) -> list[Tensor]:
+        state = self.state(network)
+        if self.copies.get(network, (None,))[0] != state:
+            locked = torch.cuda.is_available()
+            copies = [t.detach().to("cpu") for t in _weights(network)]
+            self.copies[network] = state, [t.pin_memory() if locked else t for t in copies]
+        return self.copies[network][1]
+
+    @staticmethod
+    def _put(network: nn.Module, tensors: Sequence[Tensor]) -> None:
+        for weight, tensor in zip(_weights(network), tensors, strict=True):
+            weight.data = tensor
+
+
+def _weights(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
 
 
 def nbytes(network: nn.Module) -> int:
     """Bytes of a network's weights."""
-    return sum(tensor.nbytes for part in (network.parameters(), network.buffers()) for tensor in part)
+    return sum(tensor.nbytes for tensor in _weights(network))
 
 
 def free_host_memory() -> float:
@@ -114,8 +148,8 @@ def _left_in_container() -> float:
     """What a container's own limit leaves, counting what it keeps of files as free; infinite without one."""
     folder = Path("/sys/fs/cgroup")
     try:
-        files = next(line for line in (folder / "memory.stat").read_text().splitlines() if line.startswith("inactive_file"))
-        used = int((folder / "memory.current").read_text()) - int(files.split()[1])
+        files = re.search(r"^inactive_file (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+        used = int((folder / "memory.current").read_text()) - int(files[1])
         return int((folder / "memory.max").read_text()) - used
-    except (OSError, ValueError, StopIteration):  # "max" is no number
+    except (OSError, ValueError, TypeError):  # "max" is no number
         return math.inf

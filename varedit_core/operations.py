@@ -95,6 +95,15 @@ class EightBitLinear(nn.Linear):
             return F.linear(x, self.matrix(x.dtype), bias)
         return linear_eight_bit(x.flatten(0, -2), self.weight, self.weight_scale, bias).unflatten(0, x.shape[:-1])
 
+    def after_gelu(self, x: Tensor) -> Tensor:
+        """The layer behind GELU(tanh) of x, which is rounded only once."""
+        if not self.inputs:
+            return self(F.gelu(x, approximate="tanh"))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return linear_eight_bit(x.flatten(0, -2), self.weight, self.weight_scale, bias, gelu=True).unflatten(
+            0, x.shape[:-1]
+        )
+
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in a type, scales applied."""
         return dequantise_rows(self.weight, self.weight_scale, dtype)
@@ -149,8 +158,14 @@ def affine(norm: nn.Module, width: int, eps: float, device: torch.device) -> Ten
 
 def gelu(layer: nn.Module, x: Tensor) -> Tensor:
     """GELU(tanh) of a linear layer's result, in one kernel where the layer can."""
-    fused = getattr(layer, "gelu", None)
-    return fused(x) if fused else F.gelu(layer(x), approximate="tanh")
+    return layer.gelu(x) if hasattr(layer, "gelu") else F.gelu(layer(x), approximate="tanh")
+
+
+def feed_forward(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:
+    """Two linear layers with GELU(tanh) between them, in one kernel with one of them where that layer can."""
+    if hasattr(second, "after_gelu"):
+        return second.after_gelu(first(x))
+    return second(gelu(first, x))
 
 
 def matrix(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:

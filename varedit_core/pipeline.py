@@ -19,7 +19,7 @@ from .defaults import DEFAULT_SETTINGS, FIT, NO_SHORTCUTS, SIZE, SamplingSetting
 from .drafting import draft_and_refine
 from .eight_bit import LINEARS
 from .images import FittedImage, SourceImage, fit, fit_mask, load_image, restore
-from .memory import elsewhere, make_room, planned
+from .memory import Elsewhere, make_room, planned
 from .planning import Job, Plan
 from .sampling import Scale, sample
 from .schedule import Schedule
@@ -27,8 +27,8 @@ from .text import TextEncoder, load_text_encoder
 from .transformer import Transformer
 from .workspace import Workspace
 
-RECORDED_PIXELS = 3 * 640 * 640
-"""Pictures of up to so many numbers are encoded and decoded by recorded graphs: smaller ones wait for launches."""
+RECORDED_SIDE = 640
+"""Squares of up to so many pixels a side are encoded and decoded by recorded graphs: smaller ones wait for launches."""
 
 Picture = str | Path | Image.Image | SourceImage
 
@@ -50,15 +50,21 @@ class Editor:
         self.workspace = self._planned = Workspace()
         self.exact = False
         self.drafter: Transformer | None = None
-        self._drafts = Workspace()
+        self._drafts, self._elsewhere = Workspace(), Elsewhere()
         self._beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._encoder = Recorder(autoencoder, autoencoder.encode, RECORDED_PIXELS)
-        self._decoder = Recorder(autoencoder, autoencoder.decode, RECORDED_PIXELS)
+        most, stride = RECORDED_SIDE**2, autoencoder.config.stride
+        self._encoder = Recorder(autoencoder, autoencoder.encode, 3 * most)
+        self._decoder = Recorder(autoencoder, autoencoder.decode, autoencoder.config.bits * most // stride**2)
 
     def forget(self) -> None:
         """Give back all memory that is kept from edit to edit."""
-        for kept in (self.workspace, self._drafts, self._encoder, self._decoder, *([self.text] if self.text else [])):
+        for kept in (self.workspace, self._drafts, self._elsewhere, *self._recordings):
             kept.forget()
+
+    @property
+    def _recordings(self) -> list:
+        """What keeps recorded work of other networks than the transformer."""
+        return [self._encoder, self._decoder, *([self.text] if self.text else [])]
 
     @classmethod
     def load(
@@ -217,8 +223,10 @@ class Editor:
             step, copies = way.job.images, 1
         else:
             step, copies = len(fitted), variations
+        for kept in self._recordings if way.movable else ():
+            kept.forget()
         sums, mask = [], more["mask"]
-        with elsewhere(others if way.movable else (), self.device):
+        with self._elsewhere(others if way.movable else (), self.device):
             for first in range(0, len(features), step):
                 part = slice(first, first + step)
                 seeded = replace(settings, seed=(settings.seed + first) % 2**64)

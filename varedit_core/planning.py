@@ -55,9 +55,7 @@ class Job:
 
     def stored(self, store: str, at_once: int | None = None) -> int:
         """Bytes of keys and values on the device with a store of STORES; at_once: rows of a pass, if not all."""
-        return STORES[store].nbytes(
-            *self._sizes, heads=self.config.heads, at_once=at_once, exact_keys=self.exact_keys
-        )
+        return STORES[store].nbytes(*self._sizes, heads=self.config.heads, at_once=at_once, exact_keys=self.exact_keys)
 
     def activations(self, at_once: int | None = None) -> int:
         """Bytes of everything else beside the weights: what a pass makes, and the text's keys and values."""
@@ -174,9 +172,7 @@ def described(way: Plan) -> str:
     return f"{images}{apart} with {_WORDS[way.store]}{others}"
 
 
-def too_large(
-    job: Job, budget: float, host_budget: float = math.inf, movable: int = 0, exact: bool = False
-) -> str:
+def too_large(job: Job, budget: float, host_budget: float = math.inf, movable: int = 0, exact: bool = False) -> str:
     """What to say where a job does not fit in any way."""
 
     def ways(job: Job) -> list[Plan]:

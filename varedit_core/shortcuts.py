@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .defaults import Shortcuts
-from .kv import Band, Pass
+from .kv import Bands, Pass
 from .quantizer import area_resize
 from .schedule import Grid, Schedule
 
-BANDS = 8
-"""Windowed attention works on so many bands of rows at a time."""
+BAND = 128
+"""Queries that share a window."""
 WHOLE = 16
 """Coarser scales than so many rows are seen whole."""
 WINDOWED = 3
@@ -51,32 +51,34 @@ def passes(given: Sequence[Pass], schedule: Schedule, shortcuts: Shortcuts, mask
             if len(kept) < step.rotary.shape[1]:
                 step = replace(step, rotary=step.rotary[:, kept], tokens=kept)
         if shortcuts.window and late <= WINDOWED:
-            pair = (bands(schedule, step.index, shortcuts.window, first) for first in (False, True))
+            pair = (bands(schedule, step.index, shortcuts.window, first, step.rotary.device) for first in (False, True))
             step = replace(step, bands=tuple(pair))
         made.append(step if step.begin == begin else replace(step, begin=begin))
         begin = made[-1].end
     return made
 
 
-def bands(schedule: Schedule, index: int, window: float, first: bool) -> tuple[Band, ...]:
-    """The queries of each band of rows of a scale, and the keys they see: rows within `window` of the height, of the
-    source, earlier scales and their own, as pieces of what `KeyValueStore.seen` gives. first: of the first block."""
+def bands(schedule: Schedule, index: int, window: float, first: bool, device="cpu") -> Bands:
+    """The keys that each band of a scale's queries sees: rows within `window` of the height, of the source, earlier
+    scales and their own; coarse scales whole. first: of the first block, whose source is pooled to the scale's grid."""
     height, width = schedule.grids[index]
     source = schedule.grids[index] if first else schedule.grids[-1]
-    step, found = math.ceil(height / BANDS), []
-    for top in range(0, height, step):
-        bottom, begin, keys = min(top + step, height), 0, []
+    listed = []
+    for start in range(0, height * width, BAND):
+        top, bottom = start // width, -(-min(start + BAND, height * width) // width)
+        begin, pieces = 0, []
         for rows, columns in (source, *schedule.grids[: index + 1]):
-            if rows <= WHOLE:
-                low, high = 0, rows
-            else:
+            low, high = 0, rows
+            if rows > WHOLE:
                 low = max(0, math.floor((top / height - window) * rows))
                 high = min(rows, math.ceil((bottom / height + window) * rows))
             piece = slice(begin + low * columns, begin + high * columns)
-            if keys and keys[-1].stop == piece.start:
-                keys[-1] = slice(keys[-1].start, piece.stop)
+            if pieces and pieces[-1].stop == piece.start:
+                pieces[-1] = slice(pieces[-1].start, piece.stop)
             else:
-                keys.append(piece)
+                pieces.append(piece)
             begin += rows * columns
-        found.append(Band(slice(top * width, bottom * width), tuple(keys)))
-    return tuple(found)
+        listed.append(tuple(pieces))
+    most = max(map(len, listed))
+    table = [[[p.start, p.stop] for p in pieces] + [[0, 0]] * (most - len(pieces)) for pieces in listed]
+    return Bands(BAND, torch.tensor(table, dtype=torch.int32).to(device), tuple(listed))

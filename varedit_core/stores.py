@@ -7,6 +7,7 @@ are put away from there. Shape suffixes as in `kv`: R rows, H heads, n tokens of
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -96,7 +97,9 @@ class EightBitStore(_Elsewhere):
         ]
 
     @classmethod
-    def of(cls, transformer: nn.Module, rows_at_once: int | None, *sizes, copies: int = 1) -> EightBitStore:
+    def of(
+        cls, transformer: nn.Module, rows_at_once: int | None, *sizes, copies: int = 1, memory=None
+    ) -> EightBitStore:
         return cls(*sizes, copies=copies, query_scales=query_scales(transformer, sizes[-1]), at_once=rows_at_once)
 
     @classmethod
@@ -164,22 +167,24 @@ class HostStore(_Elsewhere):
         device,
         copies: int = 1,
         at_once: int | None = None,
+        memory: HostMemory | None = None,
     ) -> None:
         super().__init__(schedule, depth, rows, heads, head_size, dtype, device, copies)
         whole = self.length + schedule.tokens[-1]
         staged = (min(at_once or rows, rows), whole, 2, heads, head_size)
         self.slots = [_Slot(torch.empty(staged, dtype=dtype, device=device)) for _ in range(2)]
-        kept = torch.empty(depth - 1, rows, self.length, 2, heads, head_size, dtype=dtype)
-        self.host = [kept[block] for block in range(depth - 1)]
+        size = (depth - 1, rows, self.length, 2, heads, head_size)
+        count = math.prod(size) * dtype.itemsize
+        self.memory = memory if memory and len(memory.bytes) == count else HostMemory(count, torch.device(device))
+        self.host = list(self.memory.bytes.view(dtype).view(size))
         self.moved = {"to device": 0, "to host": 0}
         """Bytes of keys and values copied so far."""
         device = torch.device(device)
         self.inward, self.outward, self.here = _Lane(device), _Lane(device), _Lane(device, current=True)
-        self.unlock = _locked(self, kept, (self.inward, self.outward)) if device.type == "cuda" else lambda: None
 
     @classmethod
-    def of(cls, transformer: nn.Module, rows_at_once: int | None, *sizes, copies: int = 1) -> HostStore:
-        return cls(*sizes, copies=copies, at_once=rows_at_once)
+    def of(cls, transformer: nn.Module, rows_at_once: int | None, *sizes, copies: int = 1, memory=None) -> HostStore:
+        return cls(*sizes, copies=copies, at_once=rows_at_once, memory=memory)
 
     @classmethod
     def nbytes(
@@ -187,8 +192,8 @@ class HostStore(_Elsewhere):
         at_once: int | None = None, **more: int,
     ) -> int:  # fmt: skip
         """Also at_once: most rows of a pass."""
-        staged = 2 * 2 * min(at_once or rows, rows) * width * (sum(schedule.tokens) + schedule.tokens[-1]) * dtype.itemsize
-        return super().nbytes(schedule, depth, rows, width, dtype) + staged
+        staged = 2 * 2 * min(at_once or rows, rows) * width * (sum(schedule.tokens) + schedule.tokens[-1])
+        return super().nbytes(schedule, depth, rows, width, dtype) + staged * dtype.itemsize
 
     @classmethod
     def host_nbytes(cls, schedule: Schedule, depth: int, rows: int, width: int, dtype: torch.dtype) -> int:
@@ -222,7 +227,8 @@ class HostStore(_Elsewhere):
 
     def release(self) -> None:
         super().release()
-        self.unlock()
+        for lane in (self.inward, self.outward):
+            lane.wait()
         self.slots, self.host = [], []
 
     def _fetch(self, block: int, step: Pass) -> None:
@@ -290,29 +296,30 @@ class _Lane:
         with torch.cuda.stream(stream) if stream else nullcontext():
             yield
 
+    def wait(self) -> None:
+        """Until all that was asked for here is done."""
+        if self.own:
+            self.own.synchronize()
+
     def mark(self) -> torch.cuda.Event | None:
         """The end of all that was asked for here so far."""
         return self.stream and self.stream.record_event()
 
 
-def _locked(store: HostStore, memory: Tensor, lanes: Sequence[_Lane]) -> weakref.finalize:
-    """Lock memory in place for as long as a store lives; returns what unlocks it, once.
+class HostMemory:
+    """Host memory for a store; for one on CUDA locked in place, which takes seconds: the next store may take it over.
 
-    Not by torch's own allocator, which takes up to twice as much: it rounds sizes up to powers of two.
+    Not locked by torch's own allocator, which takes up to twice as much: it rounds sizes up to powers of two.
     """
-    runtime, address = torch.cuda.cudart(), memory.data_ptr()
-    locked = int(runtime.cudaHostRegister(address, memory.nbytes, 0)) == 0
-    if not locked:
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.bytes = torch.empty(count, dtype=torch.uint8)
+        if device.type != "cuda":
+            return
+        runtime, address = torch.cuda.cudart(), self.bytes.data_ptr()
+        if int(runtime.cudaHostRegister(address, count, 0)) == 0:
+            weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
+            return
         logger.warning("host memory cannot be locked, so that keys and values are copied more slowly")
         with suppress(RuntimeError):  # the next call of the device raises what has failed here
-            torch.ones(1, device=lanes[0].device).neg_()
-
-    def unlock() -> None:
-        for lane in lanes:
-            lane.own.synchronize()
-        if locked:
-            runtime.cudaHostUnregister(address)
-
-    unlocking = weakref.finalize(store, unlock)
-    unlocking.atexit = False
-    return unlocking
+            torch.ones(1, device=device).neg_()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .config import TransformerConfig
 from .kernels import add_norm, can_attend_to_text, matmul_fp32, text_attention, text_weights
 from .kv import KeyValueStore, Pass
-from .operations import Attention, Operations, affine, gelu, matrix, rows, sdpa
+from .operations import Attention, Operations, affine, feed_forward, matrix, rows, sdpa
 
 EPS = 1e-6
 
@@ -228,7 +228,7 @@ class FeedForward(nn.Module):
         self.fc2 = ops.Linear(config.hidden, config.width, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu(self.fc1, x))
+        return feed_forward(self.fc1, self.fc2, x)
 
 
 class Block(nn.Module):

@@ -67,15 +67,22 @@ class Workspace:
     ) -> None:
         self.kind, self.kept, self.rows_at_once, self.fold = store, kept, rows_at_once, fold
         self.state, self.record = state or State(), record
+        self.store: KeyValueStore | None = None
+        self.memory = None
+        self.moved: dict[str, int] = {}
+        """Bytes copied between host and device by the last store that was let go of."""
         self.forget()
 
-    def forget(self) -> None:
-        """Give all memory back."""
-        if getattr(self, "store", None) is not None:
+    def forget(self, host: bool = True) -> None:
+        """Give all memory back; host: that of the host, too, else the next store may have it."""
+        if self.store is not None:
+            self.memory, self.moved = getattr(self.store, "memory", None), dict(getattr(self.store, "moved", {}))
             self.store.release()
+        if host:
+            self.memory = None
         self.shape: Shape | None = None
         self.weights: Hashable = None
-        self.store: KeyValueStore | None = None
+        self.store = None
         self.passes: list[Pass] = []
         self.constants: tuple[BlockConstants, ...] = ()
         self.static: Condition | None = None
@@ -94,11 +101,12 @@ class Workspace:
         """Make room for an edit and take its text in. texts: features [L_i, T] of every row of the source's pass."""
         weights = self.state(transformer)
         if (shape, weights) != (self.shape, self.weights):
-            self.forget()
+            self.forget(host=False)
         if self.store is None:
             size = transformer.config
             sizes = (size.depth, shape.rows, size.heads, size.head_size, shape.dtype, shape.device)
-            self.store = self.kind.of(transformer, self.rows_at_once, shape.schedule, *sizes, copies=shape.copies)
+            more = {"copies": shape.copies, "memory": self.memory}
+            self.store, self.memory = self.kind.of(transformer, self.rows_at_once, shape.schedule, *sizes, **more), None
             self.passes = self.store.passes(shape.device)
             self.constants = transformer.constants(shape.device)
             self.shape, self.weights = shape, weights
@@ -144,7 +152,7 @@ class Workspace:
         """An edit is over, in whichever way. Unless kept, everything is let go of."""
         self.transformer = self.attention = None
         if not self.kept:
-            self.forget()
+            self.forget(host=False)
 
     @property
     def _recording(self) -> bool:

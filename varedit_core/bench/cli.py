@@ -49,8 +49,17 @@ def bench(
     targets = _targets(report, save, device_name(place))
     facts = run(chosen, place, repeats, published)
     for target in targets:
-        target.write_text(json.dumps(facts, indent=1) + "\n")
+        target.write_text(json.dumps(merged(target, facts), indent=1) + "\n")
     print(json.dumps(facts))
+
+
+def merged(target: Path, facts: dict) -> dict:
+    """The facts with the cases that a file of the same device and PyTorch has beside them."""
+    before = json.loads(target.read_text()) if target.is_file() else {}
+    if any(before.get(name) != facts[name] for name in ("benchmark", "device", "torch")):
+        return facts
+    new = {row["name"] for row in facts["cases"]}
+    return {**facts, "cases": [row for row in before["cases"] if row["name"] not in new] + facts["cases"]}
 
 
 def _targets(report: Path | None, save: bool, device: str) -> list[Path]:

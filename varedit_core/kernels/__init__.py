@@ -19,6 +19,9 @@ from . import plain
 
 logger = logging.getLogger(__name__)
 
+LEAST_ROWS = 64
+"""Rows of an 8-bit product."""
+
 
 @lru_cache(maxsize=1)
 def has_triton() -> bool:
@@ -88,6 +91,20 @@ def text_attention(q_RnC: Tensor, keys: Tensor, values: Tensor, lengths: Tensor,
     return _triton("transformer").text_attention(q_RnC, keys, values, lengths, scale)
 
 
+def banded_attention(
+    q: Tensor, keys: Tensor, values: Tensor, pieces: Tensor, tokens: int, scale: float
+) -> Tensor | None:
+    """Attention of q [R, H, n, D], each band of `tokens` queries to pieces of the keys and values [R, H, m, D] only.
+
+    pieces: int32 [bands, P, 2] on the device, begin and end of each. Returns [R, n, H * D], or None where it does not
+    run: an attention that is called band by band does its work there.
+    """
+    size = q.shape[3]
+    if not fusable(q) or size < 16 or size & (size - 1):
+        return None
+    return _triton("transformer").banded_attention(q, keys, values, pieces, tokens, scale)
+
+
 def matmul_fp32(x_Rnk: Tensor, y_Rkm: Tensor) -> Tensor:
     """Products [R, n, m] in fp32 of matrices in any type."""
     if x_Rnk.dtype != torch.float32 and x_Rnk.is_cuda and not torch.compiler.is_compiling():
@@ -150,9 +167,12 @@ def multiplies_eight_bit(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= ((8, 9) if version >= (2, 7) else (9, 0))
 
 
-def quantise_rows(x_nC: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (float8_e4m3fn [n, C]) of rows and their scales (fp32 [n]): a row's largest number becomes 448."""
-    return _rows_form(x_nC).quantise_rows(x_nC)
+def quantise_rows(x_nC: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes (float8_e4m3fn [n, C]) of rows and their scales (fp32 [n]): a row's largest number becomes 448.
+
+    gelu: of GELU(tanh) of the rows.
+    """
+    return _rows_form(x_nC).quantise_rows(x_nC, gelu)
 
 
 def dequantise_rows(codes_nC: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,17 +184,23 @@ def _rows_form(x: Tensor):
     return _triton("eight_bit") if fusable(x) and multiplies_eight_bit(x.device) else plain
 
 
-def linear_eight_bit(x_nC: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias -> [n, N], both factors in 8 bits; in x's type.
+def linear_eight_bit(
+    x_nC: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, gelu: bool = False
+) -> Tensor:
+    """x @ weight.T + bias -> [n, N], both factors in 8 bits; in x's type. gelu: GELU(tanh) of x in its place.
 
     weight, scales: codes and scales of N rows (see `quantise_rows`); x is rounded the same way, token by token. Where
     the device cannot multiply in 8 bits, and in other types than bf16, the rounded factors are multiplied in x's type.
     """
-    codes, own = quantise_rows(x_nC)
     sixteenths = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
     if x_nC.dtype == torch.bfloat16 and sixteenths and multiplies_eight_bit(x_nC.device):
+        count = len(x_nC)
+        if count < LEAST_ROWS:  # cuBLAS has no product of few long rows
+            x_nC = F.pad(x_nC, (0, 0, 0, LEAST_ROWS - count))
+        codes, own = quantise_rows(x_nC, gelu)
         return torch._scaled_mm(
             codes, weight.t(), own[:, None], scales[None], bias, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
+        )[:count]
+    codes, own = quantise_rows(x_nC, gelu)
     x, weight = (dequantise_rows(*pair, x_nC.dtype) for pair in ((codes, own), (weight, scales)))
     return F.linear(x, weight, bias)

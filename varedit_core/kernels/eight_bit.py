@@ -104,24 +104,29 @@ def _launch(staged: Tensor, packed: PackedHeads, rows: slice, count: int) -> tup
 
 
 @triton.jit
-def _quantise_rows(x_ptr, codes_ptr, scales_ptr, width, MOST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise_rows(
+    x_ptr, codes_ptr, scales_ptr, width,
+    GELU: tl.constexpr, MOST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * width + at, at < width, other=0.0).to(tl.float32)
+    if GELU:  # (1 + tanh(u)) / 2 is the sigmoid of 2 u
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 0), LEAST), MOST)
     codes = tl.div_rn(x, scale).to(codes_ptr.dtype.element_ty)
     tl.store(codes_ptr + row * width + at, codes, at < width)
     tl.store(scales_ptr + row, scale)
 
 
-def quantise_rows(x_nC: Tensor) -> tuple[Tensor, Tensor]:
+def quantise_rows(x_nC: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
     x = x_nC.contiguous()
     count, width = x.shape
     codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(count, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _quantise_rows[(count,)](
-            x, codes, scales, width, MOST=FLOAT8_MOST, LEAST=LEAST, BLOCK=triton.next_power_of_2(width),
+            x, codes, scales, width, GELU=gelu, MOST=FLOAT8_MOST, LEAST=LEAST, BLOCK=triton.next_power_of_2(width),
             num_warps=8 if width > 1024 else 4,
         )  # fmt: skip
     return codes, scales

@@ -87,9 +87,10 @@ def unpack_heads(packed: PackedHeads, rows: slice, end: int, staged: Tensor) -> 
     values.copy_(x[:, coded:])
 
 
-def quantise_rows(x_nC: Tensor) -> tuple[Tensor, Tensor]:
-    scales = x_nC.float().abs().amax(-1).clamp_min(LEAST) / FLOAT8_MOST
-    return (x_nC.float() / scales[:, None]).to(torch.float8_e4m3fn), scales
+def quantise_rows(x_nC: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    x = F.gelu(x_nC.float(), approximate="tanh") if gelu else x_nC.float()
+    scales = x.abs().amax(-1).clamp_min(LEAST) / FLOAT8_MOST
+    return (x / scales[:, None]).to(torch.float8_e4m3fn), scales
 
 
 def dequantise_rows(codes_nC: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

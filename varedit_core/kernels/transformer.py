@@ -192,3 +192,57 @@ def text_weights(scores_RnS: Tensor, bias_RS: Tensor, counts: Tensor, heads: int
         HEADS=triton.next_power_of_2(heads), TEXT=length // heads, num_warps=4,
     )  # fmt: skip
     return out
+
+
+@triton.jit(do_not_specialize=["n"])
+def _banded_attention(
+    q_ptr, k_ptr, v_ptr, pieces_ptr, out_ptr, n, scale, pieces,
+    q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, out_row, out_token,
+    D: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    band = tl.program_id(0)
+    head = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    token = band * TOKENS + tl.arange(0, TOKENS)
+    there = token[:, None] < n
+    whole = tl.arange(0, D)
+    q = tl.load(q_ptr + row * q_row + head * q_head + token[:, None] * q_token + whole, there, other=0.0)
+    k_ptr += row * k_row + head.to(tl.int64) * k_head
+    v_ptr += row * v_row + head.to(tl.int64) * v_head
+    most = tl.full((TOKENS,), float("-inf"), tl.float32)
+    total = tl.zeros((TOKENS,), tl.float32)
+    out = tl.zeros((TOKENS, D), tl.float32)
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    scale *= 1.4426950408889634  # powers of 2 are cheaper than of e
+    for piece in range(pieces):
+        begin = tl.load(pieces_ptr + (band * pieces + piece) * 2)
+        end = tl.load(pieces_ptr + (band * pieces + piece) * 2 + 1)
+        for first in range(begin, end, KEYS):
+            key = first + tl.arange(0, KEYS)
+            real = key < end
+            at = key[:, None].to(tl.int64)
+            k = tl.load(k_ptr + at * k_token + whole, real[:, None], other=0.0)
+            score = tl.dot(q, tl.trans(k), input_precision=precision) * scale
+            score = tl.where(real[None], score, float("-inf"))
+            larger = tl.maximum(most, tl.max(score, 1))
+            weight = tl.exp2(score - larger[:, None])
+            shrink = tl.exp2(most - larger)
+            total = total * shrink + tl.sum(weight, 1)
+            v = tl.load(v_ptr + at * v_token + whole, real[:, None], other=0.0)
+            out = out * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=precision)
+            most = larger
+    out = out / total[:, None]
+    to = out_ptr + row * out_row + token[:, None].to(tl.int64) * out_token + head * D + whole
+    tl.store(to, out.to(out_ptr.dtype.element_ty), there)
+
+
+def banded_attention(q: Tensor, keys: Tensor, values: Tensor, pieces: Tensor, tokens: int, scale: float) -> Tensor:
+    rows, heads, n, size = q.shape
+    out = torch.empty(rows, n, heads * size, dtype=q.dtype, device=q.device)
+    _banded_attention[(triton.cdiv(n, tokens), heads, rows)](
+        q, keys, values, pieces, out, n, scale, pieces.shape[1],
+        *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *out.stride()[:2],
+        D=size, TOKENS=tokens, KEYS=64, EXACT=q.dtype == torch.float32, num_warps=8 if tokens >= 128 else 4,
+        num_stages=3,
+    )  # fmt: skip
+    return out

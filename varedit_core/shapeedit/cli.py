@@ -116,8 +116,8 @@ def evaluate_command(
     if gallery:
         gallery.save()
     if report:
-        facts = {"seed": seed, "count": count, "style": style, "linears": linears, "loras": [[str(f), strength] for f, strength in loras]}
-        named = dict(zip(("model", "vae", "text_encoder"), (path.name for path in files)))
+        facts = {"seed": seed, "count": count, "style": style, "loras": [[str(f), strength] for f, strength in loras]}
+        named = {"linears": linears, **dict(zip(("model", "vae", "text_encoder"), (path.name for path in files)))}
         report.write_text(
             json.dumps({**facts, **named, **hardware(editor), **figures.to_json(samples=True)}, indent=1) + "\n"
         )
