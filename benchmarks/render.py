@@ -56,9 +56,6 @@ def real_size() -> str:
         step = facts[key]
         gpu = f"{step['gpu_peak_gb']:.1f} GB" if step.get("gpu_peak_gb") else "-"
         rows.append([name, f"{step.get('load_seconds', step['seconds']):.1f} s", f"{step['host_peak_gb']:.1f} GB", gpu])
-    for name, key in (("edit loop, 512", "agreement_0.25M"), ("edit loop, 1024", "agreement_1M")):
-        step = facts[key]["bf16"]
-        rows.append([name, f"{step['seconds']:.2f} s", "-", f"{step['peak_gb']:.1f} GB"])
     return table([f"8B, {facts['device']}", "time", "host peak", "GPU peak"], rows)
 
 
@@ -115,16 +112,18 @@ def comfyui() -> str:
 
 
 def speed(file: Path = SPEED) -> str:
-    """What `varedit bench --save` measured."""
+    """What `varedit bench --save` measured of exact edits."""
     facts = json.loads(file.read_text())
     rows = []
     for case in facts["cases"]:
+        if case["kind"] not in EXACT:
+            continue
         published, phases = case.get("published"), {name: f"{s:.3f}" for name, s in case["phases"].items()}
         rows.append(
             [
                 case["name"],
                 f"{_spread(case['seconds'])} s",
-                f"{phases['loop']} s",
+                f"{phases['loop']} s" + (f" ({case['share']:.0%})" if case["share"] else ""),
                 f"{phases['encode']} / {phases['decode']} s" if "encode" in phases else f"- / {phases['decode']} s",
                 f"{phases['text']} s" if "text" in phases else "-",
                 f"{case['peak_gib']:.1f} GiB" if case["peak_gib"] else "-",
@@ -136,13 +135,61 @@ def speed(file: Path = SPEED) -> str:
     return table([facts["device"], *head], rows)
 
 
+EXACT = ("edit", "reroll", "variations")
+SHORTCUTS = {
+    "edit": "exact",
+    "unguided-3": "unguided 3",
+    "window": "window",
+    "inside": "inside 3",
+    "draft": "draft",
+    "drafted": "drafted 5",
+    "8-bit": "8-bit linears",
+    "8-bit-kv": "8-bit keys and values",
+    "8-bit-all": "8-bit all",
+    "fast": "unguided 3, 8-bit linears",
+    "fast-inside": "unguided 3, 8-bit linears, inside 3",
+}
+"""A kind of case of `varedit bench` -> the run of `shortcuts.py` that does the same to the demo model."""
+
+
+def shortcuts() -> str:
+    """Seconds at the published size beside what ShapeEdit says of the demo model."""
+    cases = {case["name"]: case for case in json.loads(SPEED.read_text())["cases"]}
+    runs, rows = json.loads((FOLDER / "shortcuts.json").read_text())["runs"], []
+    for kind, name in SHORTCUTS.items():
+        case, run = cases["8B 1024" + ("" if kind == "edit" else f" {kind}")], runs[name]
+        figures = [f"{run['success']:.2f}", f"{run['s']:.3f}", f"{run['psnr']:.1f} dB"]
+        rows.append([name, f"{case['seconds']['median']:.2f} s", f"{case['peak_gib']:.1f} GiB", *figures])
+    return table(["what is left out", "8B 1024", "GPU peak", "success", "S", "background"], rows)
+
+
+def library_memory() -> str:
+    facts = json.loads((FOLDER / "library_memory_h100.json").read_text())
+    stores = {"KeyValueStore": "on the GPU", "HostStore": "in host memory", "EightBitStore": "in 8 bits"}
+    rows = []
+    for case in facts["cases"]:
+        moved = case["moved_gb"]
+        rows.append(
+            [
+                f"{case['limit_gib']:.0f} GiB" if case["limit_gib"] else "all",
+                case["linears"],
+                stores[case["store"]],
+                f"{case['seconds'][-1]:.2f} s",
+                f"{case['seconds'][0]:.1f} s",
+                f"{case['peak_gib']:.1f} GiB",
+                f"{moved['to device']:.0f} / {moved['to host']:.0f} GB" if moved else "-",
+            ]
+        )
+    head = ["linear layers", "keys and values", "edit", "first edit", "GPU peak", "copied to / from the GPU"]
+    return table([f"8B 1024, {facts['device']}, free", *head], rows)
+
+
 def _spread(seconds: dict) -> str:
     return f"{seconds['median']:.2f} ({seconds['min']:.2f}-{seconds['max']:.2f})"
 
 
 TABLES = {"comfyui": comfyui, "demo": demo, "shapeedit": shapeedit, "parity": parity, "real size": real_size}
-if SPEED.exists():
-    TABLES["speed"] = speed
+TABLES |= {"speed": speed, "shortcuts": shortcuts, "library memory": library_memory}
 
 
 def rendered(text: str) -> str:

@@ -26,11 +26,11 @@ class VAREditShortcuts(io.ComfyNode):
             inputs=[
                 _scales(
                     "unguided",
-                    "So many last scales run without guidance, with half the work. Fine detail follows the instruction a little less.",
+                    "So many last scales run without guidance, with half the work; little is lost.",
                 ),
                 _scales(
                     "inside",
-                    "At so many last scales only the masked part is computed; saves most with a small mask. The rest keeps the source's bits, as with any mask.",
+                    "At so many last scales only the masked part is computed: the smaller it is, the faster, and hardly anything is lost. Needs a mask.",
                 ),
                 io.Float.Input(
                     "window",
@@ -43,11 +43,11 @@ class VAREditShortcuts(io.ComfyNode):
                 ),
                 _scales(
                     "stop",
-                    "Only so many first scales run, 0 is all, and the picture is decoded as it is then: a draft that lacks fine detail.",
+                    "Only so many first scales run, 0 is all: a draft without fine detail, in which small edits are missing.",
                 ),
                 _scales(
                     "drafted",
-                    "So many first scales are drawn by the sampler's drafter, a second model: layout is its own, detail the first model's.",
+                    "So many first scales are drawn by the sampler's drafter, a second model; the first draws the rest, and its quality shows.",
                 ),
             ],
             outputs=[

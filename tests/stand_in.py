@@ -53,6 +53,14 @@ def _kind(name: str) -> SimpleNamespace:
     )
 
 
+def custom(io_type: str) -> SimpleNamespace:
+    """A pack's own kind of link."""
+    return SimpleNamespace(
+        Input=lambda id, **given: Slot(io_type, _INPUT, id, given),
+        Output=lambda id, **given: Slot(io_type, _OUTPUT, id, given),
+    )
+
+
 class Hidden(str, Enum):
     unique_id = "UNIQUE_ID"
     prompt = "PROMPT"
@@ -157,7 +165,8 @@ def modules(models, version: str = "0.33.0") -> dict[str, ModuleType]:
         "comfy_api.latest": {
             "ComfyExtension": ComfyExtension,
             "io": SimpleNamespace(
-                ComfyNode=ComfyNode, Schema=Schema, NodeOutput=NodeOutput, Hidden=Hidden, **{k: _kind(k) for k in KINDS}
+                ComfyNode=ComfyNode, Schema=Schema, NodeOutput=NodeOutput, Hidden=Hidden, Custom=custom,
+                **{k: _kind(k) for k in KINDS},
             ),
             "ui": SimpleNamespace(PreviewText=PreviewText, PreviewImage=PreviewImage),
         },

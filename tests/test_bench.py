@@ -123,7 +123,7 @@ def test_the_published_seconds_and_the_rendered_table(run, cases):
     edit, reroll, _ = cases
     assert edit["published"]["ratio"] == pytest.approx(4 / edit["seconds"]["median"], abs=0.01)
     assert "published" not in reroll
-    head, _, first, second, _ = render.speed(run[1]).splitlines()
+    head, _, first, second = render.speed(run[1]).splitlines()  # shortcuts have a table of their own
     assert head.startswith("| NVIDIA H100 80GB HBM3 | whole edit | loop |")
     assert "| 4.00 (3.50-4.50) s |" in first and first.startswith("| tiny 256 |")
     assert second.endswith("| - | - | - | - |") and first.count("|") == head.count("|") == second.count("|")
@@ -217,3 +217,11 @@ def test_the_published_code_runs():
     assert case == cases[0] and timing.seconds.median > 0 and sys.path == path
     left = {name.split(".")[0] for name in set(sys.modules) - before}
     assert not left & {"infinity", "tools", "flash_attn", "timm"}
+
+
+def test_a_file_keeps_the_cases_that_were_not_measured_again(tmp_path):
+    file, facts = tmp_path / "h100.json", {"benchmark": "b", "device": "d", "torch": "2", "cases": [{"name": "x", "n": 1}]}
+    assert cli.merged(file, facts) == facts
+    file.write_text(json.dumps(facts | {"cases": [{"name": "x", "n": 0}, {"name": "y"}]}))
+    assert cli.merged(file, facts)["cases"] == [{"name": "y"}, {"name": "x", "n": 1}]
+    assert cli.merged(file, facts | {"torch": "3"})["cases"] == facts["cases"]

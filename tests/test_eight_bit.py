@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from varedit_core import Editor, SamplingSettings, load_transformer, memory, pipeline, sample, schedule_for, stores
 from varedit_core.cli import app
 from varedit_core.convert import convert
+from varedit_core.defaults import NO_SHORTCUTS
 from varedit_core.eight_bit import eight_bit, names, quantise_weight
 from varedit_core.kernels import linear_eight_bit, plain
 from varedit_core.kv import KeyValueStore
@@ -353,8 +354,17 @@ def test_an_editor_follows_its_plan(patchify, monkeypatch):
         seen.append(job)
         return Plan(replace(job, images=1), "host", movable=1), Workspace(HostStore, kept=False)
 
+    masks = torch.zeros(2, 64, 64)
+    masks[0, :32], masks[1, :, 40:] = 1, 1
+    more = {"shortcuts": NO_SHORTCUTS, "mask": masks}
+    fitted = [editor.fit(picture, "0.06M") for picture in pictures]
+    variations = (editor.encode_source(fitted), [text, text], None, fitted, settings, None, 2, more)
+    masked = editor._latents(*variations)
+
     seen = []
     monkeypatch.setattr(pipeline, "planned", one_by_one)
+    assert torch.equal(editor._latents(*variations), masked), "each with its own mask"
+    seen.clear()
     found = editor.edit(pictures, [text, text], size="0.06M", settings=settings)
     assert torch.equal(found, wanted)
     assert seen[0].images == 2 and seen[0].text_tokens == len(text) and editor.workspace.kind is HostStore

@@ -28,7 +28,7 @@ LANGUAGES = ("en", "zh")
 NODES = [
     "VAREditModelLoader", "VAREditTextEncoderLoader", "VAREditVAELoader", "VAREditTextEncode", "VAREditSourceEncode",
     "VAREditSampler", "VAREditDecode", "VAREditScalePreview", "VAREditMemoryPlan", "VAREditFileInfo",
-    "VAREditSampleImage",
+    "VAREditSampleImage", "VAREditShortcuts",
 ]  # fmt: skip
 LOADERS = {
     "VAREditModelLoader": "diffusion_models",
@@ -184,6 +184,7 @@ print(json.dumps({
         kind: [getattr(io, kind).io_type, names(getattr(io, kind).Input.__init__), names(getattr(io, kind).Output.__init__)]
         for kind in sys.argv[1:]
     },
+    "custom": [io.Custom("X").io_type, names(io.Custom("X").Input.__init__), names(io.Custom("X").Output.__init__)],
     "io.Schema": names(io.Schema), "io.NodeOutput": names(io.NodeOutput), "io.Hidden": [one.name for one in io.Hidden],
     "ui.PreviewText": names(ui.PreviewText), "ui.PreviewImage": names(ui.PreviewImage),
     "ComfyExtension": [name for name in vars(ComfyExtension) if not name.startswith("_")],
@@ -197,6 +198,10 @@ print(json.dumps({
 def test_the_stand_in_has_nothing_that_comfyui_has_not(comfyui, comfy):
     real = comfyui.run("-c", _ASK_COMFYUI, *KINDS)
     api, folder_paths = comfy["comfy_api.latest"], comfy["folder_paths"]
+    made, (kind, *arguments) = api.io.Custom("X"), real["custom"]
+    assert kind == made.Input("x").kind == "X"
+    for slot, known in zip((made.Input("x"), made.Output("x")), arguments):
+        assert vars(slot).keys() - {"kind"} <= set(known)
     for kind, (type_name, input_names, output_names) in real["kinds"].items():
         assert KINDS[kind][0] == type_name
         assert {"id", *KINDS[kind][1]} <= set(input_names), kind
@@ -284,11 +289,13 @@ def test_the_defaults_are_those_of_the_library(schemas):
         ("VAREditSampler", "temperature"): (settings.temperature, None),
         ("VAREditSampler", "top_p"): (settings.top_p, None),
         ("VAREditSampler", "preview"): (defaults.PREVIEWS[0], defaults.PREVIEWS),
+        ("VAREditSampler", "variations"): (1, None),
         ("VAREditScalePreview", "pictures"): (defaults.SCALE_PICTURES[0], defaults.SCALE_PICTURES),
         ("VAREditMemoryPlan", "size"): (side, tuple(defaults.SIZES)),
         ("VAREditMemoryPlan", "images"): (1, None),
         ("VAREditMemoryPlan", "guided"): (settings.guided, None),
         ("VAREditSampleImage", "picture"): ("scene.png", ("scene.png", "cat.jpg")),
+        **{("VAREditShortcuts", name): (value, None) for name, value in vars(defaults.NO_SHORTCUTS).items()},
     }
     found = {
         (name, slot.id): (slot.default, tuple(slot.options) if slot.kind == "COMBO" else None)
@@ -305,6 +312,16 @@ def test_the_library_takes_all_that_the_sampler_offers(schemas):
     for field in dataclasses.fields(defaults.SamplingSettings):
         for value in (slots[field.name].min, slots[field.name].max):
             defaults.SamplingSettings(**{field.name: value})
+
+
+def test_the_library_takes_all_shortcuts_that_the_node_offers(nodes, schemas):
+    slots = {slot.id: slot for slot in schemas["VAREditShortcuts"].inputs}
+    assert list(slots) == [field.name for field in dataclasses.fields(defaults.Shortcuts)]
+    execute = nodes["VAREditShortcuts"].execute
+    assert vars(execute(*(slot.default for slot in slots.values())).result[0]) == vars(defaults.NO_SHORTCUTS)
+    for name, slot in slots.items():
+        (chosen,) = execute(**{**vars(defaults.NO_SHORTCUTS), name: slot.max}).result
+        assert vars(chosen)[name] == slot.max >= 1
 
 
 def test_every_node_has_a_help_page(pack, schemas):
@@ -633,7 +650,7 @@ print(json.dumps(list(sys.modules)))
     assert {name for name in own if name.startswith("varedit_core")} == {"varedit_core", "varedit_core.defaults"}
     assert {name for name in own if name.startswith("nodes.")} == {
         f"nodes.{name}"
-        for name in ("_api", "decode", "encode", "file_info", "files", "loaders", "sample_image", "sampler")
+        for name in ("_api", "decode", "encode", "file_info", "files", "loaders", "sample_image", "sampler", "shortcuts")
     }
 
 

@@ -7,12 +7,15 @@ import torch
 
 from varedit_core.defaults import SamplingSettings, Shortcuts
 from varedit_core.drafting import draft_and_refine
+from varedit_core.kv import KeyValueStore
 from varedit_core.operations import sdpa
 from varedit_core.quantizer import area_resize
 from varedit_core.sampling import sample
 from varedit_core.schedule import schedule_for
 from varedit_core.shortcuts import BAND, bands, token_masks
+from varedit_core.stores import EightBitStore
 from varedit_core.transformer import Transformer
+from varedit_core.workspace import Workspace
 
 GREEDY = SamplingSettings(temperature=0.0)
 
@@ -107,6 +110,19 @@ def test_a_mask_of_everything_changes_nothing(patchify):
     whole = run(patchify)
     masked = run(patchify, shortcuts=Shortcuts(inside=3), mask=torch.ones(1, 5, 5))
     assert all(torch.equal(a, b) for a, b in zip(bits(whole), bits(masked)))
+
+
+@pytest.mark.parametrize("store", [KeyValueStore, EightBitStore])
+def test_every_copy_has_its_pictures_mask(patchify, store):
+    features = patchify["ref.vae_features"].float().repeat(2, 1, 1, 1)
+    mask = torch.zeros(2, 16, 16)
+    mask[0, :4], mask[1, 12:] = 1, 1
+    *_, last = sample(
+        patchify.transformer, features, patchify.texts("text") * 2, patchify.schedule, GREEDY,
+        workspace=Workspace(store, kept=False), copies=2, mask=mask,
+    )  # fmt: skip
+    free = token_masks(mask, patchify.schedule)[-1].repeat_interleave(2, dim=0)
+    assert torch.equal(last.locked[0][..., ::2, ::2], free) and len(last.bits) == 4
 
 
 def test_assigned_bits_do_not_leave_the_mask(patchify):

@@ -18,9 +18,10 @@ from rich.table import Table
 
 from . import options
 from .bench.cli import bench
+from .checkpoints import load_transformer
 from .contact_sheet import contact_sheet
 from .convert import PRECISIONS, convert
-from .defaults import DEFAULT_SETTINGS, FIT, FITS, NEGATIVE_PROMPT, SIZE, SamplingSettings
+from .defaults import DEFAULT_SETTINGS, FIT, FITS, NEGATIVE_PROMPT, NO_SHORTCUTS, SIZE, SamplingSettings, Shortcuts
 from .defaults import SIZES as SIDES
 from .demo import NOTICE, demo_files
 from .demo import SIZE as DEMO_SIZE
@@ -101,16 +102,30 @@ def edit(
     device: options.Device = None,
     dtype: options.Dtype = None,
     linears: options.Linears = LINEARS[0],
+    variations: options.Variations = 1,
+    mask: options.Mask = None,
+    unguided: options.Unguided = NO_SHORTCUTS.unguided,
+    inside: options.Inside = NO_SHORTCUTS.inside,
+    window: options.Window = NO_SHORTCUTS.window,
+    stop: options.Stop = NO_SHORTCUTS.stop,
+    drafter: options.Drafter = None,
+    drafted: options.Drafted = NO_SHORTCUTS.drafted,
     preview_dir: Annotated[Optional[Path], typer.Option(help="Write every scale's picture into this folder.")] = None,
     sheet: Annotated[
         Optional[Path], typer.Option("--contact-sheet", help="Write source, every scale and result as one picture.")
     ] = None,
     report: options.JsonReport = False,
 ) -> None:
-    """Edit a picture by an instruction; the result has exactly its size."""
+    """Edit a picture by an instruction; the result has exactly its size.
+
+    Shortcuts save time and are not exact; README and docs/LOG.md say what each costs.
+    """
     if model is None and (vae or text_encoder or tokenizer):
         raise ValueError("--vae, --text-encoder and --tokenizer belong to a model of yours; name it with --model")
     settings = SamplingSettings(guidance_or_default(guidance, model), per_scale(temperature), per_scale(top_p), seed)
+    shortcuts = Shortcuts(unguided, inside, window, stop, drafted)
+    if bool(drafter) != bool(drafted):
+        raise ValueError("--drafter and --drafted go together: a second transformer, and how many scales it draws")
     area = choice(size or (SIZE if model else DEMO_SIZE), SIZES, "size")
     choice(fit, dict.fromkeys(FITS), "fit")
     kind = choice(dtype, DTYPES, "dtype") if dtype else None
@@ -118,7 +133,10 @@ def edit(
     fitted = fit_image(load_image(image), area, fit)
     settings.per_scale(len(fitted.schedule))
     source, target = fitted.source, output or image.with_name(f"{image.stem}-edited.png")
-    _check_targets(image, target, not source.opaque, sheet, preview_dir, overwrite)
+    targets = [target.with_stem(f"{target.stem}-{i + 1}") for i in range(variations)] if variations > 1 else [target]
+    for path in targets:
+        _check_targets(image, path, not source.opaque, sheet, preview_dir, overwrite)
+    more = dict(variations=variations, shortcuts=shortcuts, mask=load_image(mask).rgb if mask else None)
     prompt = _features(features) if features else instruction
     loras = checked_loras(files[0], lora)
 
@@ -126,23 +144,27 @@ def edit(
         console.print(NOTICE, soft_wrap=True)
     begin = time.perf_counter()
     editor = load_editor(files, loras, linears, tokenizer, device, kind)
+    if drafter:
+        editor.drafter = load_transformer(drafter, dtype=editor.transformer.dtype, device=editor.device)
     loaded = time.perf_counter()
     with progress() as bar:
         watcher = Watcher(editor, bar, sheet is not None, preview_dir, target.stem)
-        (result,) = editor.edit([source], [prompt], [negative], area, fit, settings, watcher)
-        watcher.take(result)
+        results = editor.edit([source], [prompt], [negative], area, fit, settings, watcher, **more)
+        watcher.take(results[0])
     edited = time.perf_counter()
-    save_image(result, target, overwrite, source.icc_profile)
+    for result, path in zip(results, targets):
+        save_image(result, path, overwrite, source.icc_profile)
     if sheet:
         row = watcher.row(instruction or features, source)
         save_image(contact_sheet([row], watcher.columns), sheet, overwrite)
     console.print(
-        f"{target} ({result.width}x{result.height}) in {edited - loaded:.1f} s after {loaded - begin:.1f} s of loading",
+        f"{', '.join(map(str, targets))} ({result.width}x{result.height}) in {edited - loaded:.1f} s after {loaded - begin:.1f} s of loading",
         soft_wrap=True,
         highlight=False,
     )
     if report:
-        facts = _facts(target, sheet, fitted, fit, loras, settings) | {"linears": linears}
+        facts = _facts(targets[0], sheet, fitted, fit, loras, settings) | {"linears": linears}
+        facts |= {"outputs": [str(path) for path in targets], "shortcuts": asdict(shortcuts)}
         times = {"load_seconds": round(loaded - begin, 4), "edit_seconds": round(edited - loaded, 4)}
         print(json.dumps({**facts, **times, "device": str(editor.device), "scales": watcher.scales}))
 

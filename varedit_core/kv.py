@@ -8,6 +8,7 @@ n tokens of the pass, D head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,8 @@ class KeyValueStore:
         self.values = [torch.empty(size, **kw) for _ in range(self.plain_blocks(depth))]
         # The first block's source, pooled for every scale.
         pooled = torch.empty(2, rows // copies, heads, sum(schedule.tokens), head_size, **kw)
-        self.references = list(pooled.split(schedule.tokens, dim=3))
+        ends = accumulate(schedule.tokens)
+        self.references = [pooled[:, :, :, end - count : end] for count, end in zip(schedule.tokens, ends)]
         self.joined: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -147,7 +149,9 @@ class KeyValueStore:
         if not (first and step.index == SOURCE):
             q = heads_into(qkv, query_scale, step.rotary, keys, values)
         else:
-            q = torch.cat([self._refer(*rows, query_scale, step) for rows in zip(qkv, keys, values, range(len(qkv)))])
+            # Row by row, as all that is made in fp32 on the way takes memory.
+            rows = range(len(qkv))
+            q = torch.cat([self._refer(qkv[r], keys[r], values[r], r, query_scale, step) for r in rows])
         if step.index == SOURCE and self.copies > 1:
             for kept in (self.keys[block], self.values[block]):
                 others = kept[:, :, : self.source].unflatten(0, (-1, self.copies))
@@ -160,8 +164,8 @@ class KeyValueStore:
         keys.copy_(k[0])
         values.copy_(v[0])
         for reference, grid in zip(self.references, self.schedule.grids):
-            for part, x in zip(reference, pooled(k, v, self.schedule, grid)):
-                part[self.rows.start // self.copies + row].copy_(x[0])
+            for kind, x in enumerate(pooled(k, v, self.schedule, grid)):
+                reference[kind, self.rows.start // self.copies + row].copy_(x[0])
         return q.to(qkv.dtype)
 
     def room(self, block: int, first: bool, step: Pass) -> tuple[Tensor, Tensor]:

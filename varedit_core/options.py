@@ -42,6 +42,21 @@ Dtype = Annotated[Optional[str], typer.Option(help=f"Of the transformer's blocks
 Linears = Annotated[
     str, typer.Option(help="Of the transformer's blocks: exact, or 8-bit (half the memory, faster, an approximation).")
 ]
+Variations = Annotated[int, typer.Option(min=1, help="Results of so many seeds, from one pass over the picture.")]
+Mask = Annotated[
+    Optional[Path],
+    typer.Option(help="Picture that is white where the edit may change something; elsewhere nothing changes."),
+]
+Unguided = Annotated[int, typer.Option(min=0, help="Shortcut: so many last scales without guidance.")]
+Inside = Annotated[int, typer.Option(min=0, help="Shortcut: compute the last N scales inside the mask only.")]
+Window = Annotated[
+    float, typer.Option(help="Shortcut: the last three scales see rows within this share of the height; 0: all.")
+]
+Stop = Annotated[int, typer.Option(min=0, help="Shortcut: a draft after so many scales; 0: all.")]
+Drafter = Annotated[
+    Optional[Path], typer.Option(help="A second transformer, of the same tokenizer, for the first --drafted scales.")
+]
+Drafted = Annotated[int, typer.Option(min=0, help="Shortcut: scales that --drafter draws.")]
 JsonReport = Annotated[bool, typer.Option("--json", help="Print a JSON report on standard output.")]
 
 # Texts, as one number and one a scale are the same option.

@@ -217,15 +217,16 @@ class Editor:
         if self.workspace is self._planned:
             way, self._planned = planned(job, self.transformer, self.device, self.workspace, others, self.exact)
             self.workspace = self._planned
+        sums, mask = [], more["mask"]
         if way.job.images < count:  # every result a picture of its own; those of one source still share its pass
             features, fitted = features.repeat_interleave(variations, 0), repeated(fitted, variations)
             texts, negatives = repeated(texts, variations), negatives and repeated(negatives, variations)
+            mask = mask if mask is None or len(mask) == 1 else mask.repeat_interleave(variations, 0)
             step, copies = way.job.images, 1
         else:
             step, copies = len(fitted), variations
         for kept in self._recordings if way.movable else ():
             kept.forget()
-        sums, mask = [], more["mask"]
         with self._elsewhere(others if way.movable else (), self.device):
             for first in range(0, len(features), step):
                 part = slice(first, first + step)

@@ -26,7 +26,7 @@ from .workspace import Shape, Workspace
 class Scale:
     """One scale of an edit, between its logits and the running sum.
 
-    index, count: which of how many. grid: its token grid. logits: [rows, tokens, token bits, 2] of the head,
+    index, count: which of how many that run. grid: its token grid. logits: [rows, tokens, token bits, 2] of the head,
     before temperature and guidance; the unconditional rows follow the conditional ones where guidance is on.
     log_odds: fp32 [B, d, h, w] of each bit being 1, after both; change it before reading `bits` to steer
     the draw. `bits` are drawn when first read; assign to force them. Leave the loop to cancel.
@@ -176,6 +176,7 @@ def sample(
             if temperature:
                 log_odds = log_odds / temperature
             scale = Scale(k, schedule, logits, log_odds, uniform if temperature else None, top_p, total)
+            scale.count = len(plan)
             if masks:
                 scale.locked = (_on_latents(masks[k], patch), outside(features, total, grids[k]))
             yield scale

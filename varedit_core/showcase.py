@@ -35,7 +35,7 @@ SETTINGS = SamplingSettings(guidance=GUIDANCE)
 
 
 class Watcher:
-    """Follows the edit of one picture scale by scale: progress bar, seconds, and on request its pictures.
+    """Follows the edit of one picture (the first of its variations) scale by scale: progress bar, seconds, and on request its pictures.
 
     Pictures are decoded from the scale's running sum, but for the last one: that is the result, which whoever edits
     gives to `take`. keep: hold them in `pictures`. folder: write them there, as STEM-scale-NN-HxW.png.
@@ -67,7 +67,7 @@ class Watcher:
             completed=sum(tokens[: scale.index + 1]),
         )
         if (self.keep or self.folder) and scale.index + 1 < scale.count:
-            self.take(*self.editor.decode(scale.running_sum, fitted))
+            self.take(*self.editor.decode(scale.running_sum[:1], fitted[:1]))
         self.begin = time.perf_counter()
 
     def take(self, picture: Image.Image) -> None:

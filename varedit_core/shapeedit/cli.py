@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import options
-from ..defaults import SamplingSettings
+from ..defaults import NO_SHORTCUTS, SamplingSettings, Shortcuts
 from ..demo import demo_files
 from ..eight_bit import LINEARS
 from ..files import check_free, make_folder
@@ -85,6 +86,11 @@ def evaluate_command(
     device: options.Device = None,
     dtype: options.Dtype = None,
     linears: options.Linears = LINEARS[0],
+    masked: Annotated[bool, typer.Option(help="Give every edit its true region as a mask.")] = False,
+    unguided: options.Unguided = NO_SHORTCUTS.unguided,
+    inside: options.Inside = NO_SHORTCUTS.inside,
+    window: options.Window = NO_SHORTCUTS.window,
+    stop: options.Stop = NO_SHORTCUTS.stop,
     report: Annotated[Optional[Path], typer.Option("--json", help="Write figures, every sample's too, here.")] = None,
     pictures: Annotated[
         Optional[Path], typer.Option(help="Write source, edit and target of some samples here, a PNG a family.")
@@ -94,6 +100,9 @@ def evaluate_command(
 ) -> None:
     """Edit test samples and judge them by their exact answers (see docs/SHAPEEDIT.md)."""
     settings = SamplingSettings(guidance_or_default(guidance, model), per_scale(temperature), per_scale(top_p), seed)
+    shortcuts = Shortcuts(unguided, inside, window, stop)
+    if inside and not masked:
+        raise ValueError("--inside computes inside a mask only; add --masked")
     kind = choice(dtype, DTYPES, "dtype") if dtype else None
     samples = draw(seed, count, family, style)
     gallery = Gallery(pictures, show, overwrite, [s.family for s in samples]) if pictures else None
@@ -112,12 +121,12 @@ def evaluate_command(
             if gallery:
                 gallery.add(done)
 
-        figures = evaluate(editor, samples, settings, batch, follow)
+        figures = evaluate(editor, samples, settings, batch, follow, shortcuts, masked)
     if gallery:
         gallery.save()
     if report:
         facts = {"seed": seed, "count": count, "style": style, "loras": [[str(f), strength] for f, strength in loras]}
-        named = {"linears": linears, **dict(zip(("model", "vae", "text_encoder"), (path.name for path in files)))}
+        named = {"linears": linears, "masked": masked, "shortcuts": asdict(shortcuts), **dict(zip(("model", "vae", "text_encoder"), (path.name for path in files)))}
         report.write_text(
             json.dumps({**facts, **named, **hardware(editor), **figures.to_json(samples=True)}, indent=1) + "\n"
         )
