@@ -681,6 +681,39 @@ class Probe:
         run["ours"] = all(isinstance(m, Casting.Linear) for m in linears) and len(linears) > 56
         return run
 
+    def recording(self) -> dict:
+        """When passes may be recorded, and an edit in the form that it has then, only that nothing is recorded here."""
+        from varedit_pack.nodes.model import lies_still, load_model, unchanged
+        from varedit_pack.varedit_core.transformer import FoldedText
+        from varedit_pack.varedit_core.workspace import Workspace
+
+        torch, file = self.torch, DEMO / "diffusion_models" / "varedit_demo.safetensors"
+        self.sample()
+        found = {"still": [lies_still(self.model)]}
+        for share in (1.0, 0.5):
+            model = load_model(file)
+            model.load_device = torch.device("meta")
+            model.patch_model(model.load_device, lowvram_model_memory=int(model.model_size() * share) if share < 1 else 0)
+            found["still"].append(lies_still(model))
+        wrapped, injected, overridden, plain = (self.model.clone() for _ in range(4))
+        wrapped.add_wrapper_with_key("apply_model", "x", lambda executor, *args: executor(*args))
+        injected.set_injections("x", [])
+        overridden.model_options["transformer_options"]["optimized_attention_override"] = None
+        found["unchanged"] = [unchanged(model) for model in (wrapped, injected, overridden, plain)]
+        narrow = self.run("ModelLoader", file.name, "bf16")
+        expected, recording, run = self.sample(narrow), Workspace._recording, Workspace._run
+        narrow.model.keeper(narrow.load_device).work.forget()
+        Workspace._recording = property(lambda work: work.kept and work.record)
+        Workspace._run = lambda work, name, step, function, *inputs: function(*inputs)
+        result = self.sample(narrow)
+        work = narrow.model.keeper(narrow.load_device).work
+        found["folded"] = isinstance(work.static.blocks[0].text, FoldedText)
+        found["again"] = torch.equal(self.sample(narrow), result)
+        several = self.sample(narrow, variations=2)
+        Workspace._recording, Workspace._run = recording, run
+        found["equal"] = [(x == expected[0]).float().mean().item() for x in (result[0], several[0])]
+        return found
+
     def _edit(self, source, seed=0, temperature=0.1, **kw):
         """Both outputs of the sampler."""
         return self.nodes["VAREditSampler"].execute(self.model, source, self.text, seed, 2.0, temperature, **kw).result
@@ -707,7 +740,7 @@ class Probe:
 
 PARTS = (
     "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text", "ladder", "formats",
-    "partial", "leftovers", "keeping", "variations", "shortcuts", "layers", "plan",
+    "partial", "leftovers", "keeping", "variations", "shortcuts", "layers", "recording", "plan",
 )  # fmt: skip
 
 

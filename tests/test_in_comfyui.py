@@ -41,8 +41,9 @@ def test_a_stock_lora_loader_does_what_the_library_does(found):
 def test_compilation_attention_and_device_nodes_work(found):
     result = facts(found, "wrappers")
     assert result["equal"] == [True, True, True] and result["again"]
-    # Self- and cross-attention of eight blocks in eight passes, the text's pooling, and a question before.
-    assert result["attention calls"] == 8 * 8 * 2 + 1 + 1
+    # Self- and cross-attention of eight blocks in seven scales, of seven in the source's pass, which asks no more of the
+    # last, the text's pooling, and a question before.
+    assert result["attention calls"] == 7 * 8 * 2 + 7 * 2 + 1 + 1
     assert result["without scale"] < 0.01, "an attention that ignores its scale is given queries that carry it"
     assert result["restored"] == "Transformer"
     assert result["graphs"] and result["nodes"] > 8, "the compiler was really asked"
@@ -266,6 +267,18 @@ def test_layers_with_the_activation_behind_them(found):
     result = facts(found, "layers")
     assert result["gelu"] and result["fused"] and result["patched"] and result["ours"]
     assert result["matrix"] == [False, True, False, False], "only as it is multiplied with"
+
+
+def test_passes_may_be_recorded_only_while_all_lies_still(found):
+    result = facts(found, "recording")
+    assert result["still"] == [True, True, False], "on the device, wholly loaded, loaded in part"
+    assert result["unchanged"] == [False, False, False, True]
+
+
+def test_the_form_of_recorded_passes_edits_alike(found):
+    result = facts(found, "recording")
+    assert result["folded"] and result["again"]
+    assert min(result["equal"]) > 0.8, "bf16 rounds differently where projections are folded into the text"
 
 
 def test_the_plan_states_gigabytes(found):
