@@ -8,7 +8,7 @@ SENTENCE = "builtins.ValueError: "
 
 @pytest.fixture(scope="module")
 def found(comfyui, tmp_path_factory) -> dict:
-    return comfyui.run(ROOT / "tests" / "in_comfyui.py", tmp_path_factory.mktemp("in_comfyui"), seconds=900)
+    return comfyui.run(ROOT / "tests" / "in_comfyui.py", tmp_path_factory.mktemp("in_comfyui"), seconds=2400)
 
 
 def facts(found: dict, name: str):
