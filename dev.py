@@ -63,8 +63,13 @@ def prepare(extra: str) -> int:
             f"Installing the packages of constraints.txt into {VENV}; PyTorch makes the first time slow.",
             file=sys.stderr,
         )
-        code = step(python, "pip", "--python", str(PYTHON), "install", "-c", "constraints.txt", "-e", f".[{extra}]")
+        options = ["--no-compile", "-c", "constraints.txt", "-e", f".[{extra}]"]
+        code = step(python, "pip", "--python", str(PYTHON), "install", *options)
     if not code:
+        # pip would compile with one core, and more files: packages' own tests, and hundreds of models of transformers.
+        # Of some packages a file is no Python, which does not matter.
+        skipped = r"[/\\](tests|transformers[/\\]models)[/\\]"
+        step(str(PYTHON), "compileall", "-q", "-q", "-j", "0", "-x", skipped, str(VENV / "lib"))
         stamp.write_text(f"{extra} {wanted}")
     return code
 

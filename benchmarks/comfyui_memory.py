@@ -3,9 +3,10 @@
     python benchmarks/comfyui_memory.py --comfyui ~/comfy/ComfyUI --folder /scratch --output benchmarks/comfyui_memory_<gpu>.json
 
 Run it with the Python that runs ComfyUI. Writes a transformer, a tokenizer and a T5 encoder of the published sizes and
-random weights, then makes the same edit through the pack's nodes in a fresh process a case: with all of the device, and
-with all but a limit of it taken by another tensor; with ComfyUI's two kinds of memory management. Prints a table and
-one JSON line last. `--depth 2 --width 256 --text 256` and `--limits 0` run on anything.
+random weights, then edits the same pictures through the pack's nodes in a fresh process a case: with all of the device,
+and with all but a limit of it taken by another tensor; with ComfyUI's two kinds of memory management. Prints a table and
+one JSON line last. `--depth 2 --width 256 --text 256` and `--limits 0` run on anything. PYTORCH_CUDA_ALLOC_CONF says
+which of torch's allocators is used, `backend:native` or `backend:cudaMallocAsync`; ComfyUI's choice without it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ FILES = {
     "text_encoders": "t5-random.safetensors",
 }
 
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+"""The environment variable in which ComfyUI chooses torch's allocator."""
 KINDS = ("static", "dynamic", "lowvram", "novram", "deterministic")
 """ComfyUI's ways to manage memory: layers moved before the run, layers streamed as they come, and its flags;
 deterministic is static with convolutions that cannot choose their algorithm by free memory."""
@@ -103,8 +106,12 @@ def start_comfyui(folder: Path, comfyui: Path, kind: str = "static"):
         str(comfyui),
         *(path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "benchmarks")),
     ]
-    import torch
     from comfy.cli_args import args
+
+    if ALLOCATOR not in os.environ:
+        import cuda_malloc  # noqa: F401  sets the variable as main.py does, in time if torch was not imported before
+    args.cuda_malloc = "cudaMallocAsync" in os.environ.get(ALLOCATOR, "")
+    import torch
 
     args.cpu = not torch.cuda.is_available()
     args.lowvram, args.novram = kind == "lowvram", kind == "novram"
@@ -149,24 +156,25 @@ def compared(folder: Path, size: str, **tensors) -> dict:
 
 
 def one_case(folder: Path, comfyui: Path, limit: float, kind: str, file: str, size: str, runs: int) -> dict:
-    """Edit one picture `runs` times; the times of each, and what the last took.
+    """Edit `runs` pictures; the times of each, and what the last took. Then the last one with another seed.
 
-    file: of the transformer; two with a + between them are both loaded and edit in turns.
+    Only two, and no other seed, where nothing stays between edits: more would be as the second. file: of the
+    transformer; two with a + between them are both loaded and edit in turns.
     """
+    nodes = start_comfyui(folder, comfyui, kind)
+    import comfy.model_management as mm
     import torch
 
     torch.backends.cudnn.deterministic = kind == "deterministic"
-    nodes = start_comfyui(folder, comfyui, kind)
-    import comfy.model_management as mm
-
     cuda = torch.cuda.is_available()
     ballast = None
     if cuda and limit:
         ballast = torch.empty(int(torch.cuda.mem_get_info()[0] - limit * GB), dtype=torch.uint8, device="cuda")
     before = torch.cuda.mem_get_info()[0] if cuda else 0
     torch.manual_seed(2)
-    image = torch.rand(1, 700, 1000, 3)
+    images = [torch.rand(1, 700, 1000, 3) for _ in range(runs)]
     facts: dict = {"limit_gb": limit, "kind": kind, "file": file, "size": size, "seconds": []}
+    facts["allocator"] = torch.cuda.get_allocator_backend() if cuda else None
     said: list[str] = []
     sys.modules["varedit_pack.nodes.sampler"].tell = lambda node, text: said.append(text)
 
@@ -191,8 +199,10 @@ def one_case(folder: Path, comfyui: Path, limit: float, kind: str, file: str, si
         facts["load_seconds"] = times
         facts["plan"] = nodes["VAREditMemoryPlan"].execute(model, size, 1, True).result[0].splitlines()
         peak = Peak() if cuda else None
-        for turn in range(runs * len(models)):
-            model = models[turn % len(models)]
+        left = runs * len(models)
+        while left:
+            model, image = models[-left % len(models)], images[(left - 1) // len(models)]
+            left -= 1
             times, said[:] = {}, []
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
@@ -206,13 +216,20 @@ def one_case(folder: Path, comfyui: Path, limit: float, kind: str, file: str, si
                 facts["sampler_allocated_gb"] = round(torch.cuda.max_memory_allocated() / GB, 2)
             timed("decode", nodes["VAREditDecode"].execute, vae, latent)
             facts["seconds"].append({**times, "all": round(sum(times.values()), 3)})
+            if left % len(models) == 0 and model.model.keeper(model.load_device).work.shape is None:
+                left = min(left, len(models))
         facts["said"] = said
         if cuda:
             facts["peak_gb"] = round((before - peak.stop()) / GB, 2)
             facts["weights_gb"] = round(model.model_size() / GB, 2)
             facts["ballast_gb"] = round(ballast.nbytes / GB, 2) if ballast is not None else 0
+        work = model.model.keeper(model.load_device).work
+        facts["recorded"] = len(work.recorded)
+        if work.shape is not None:
+            timed("sampler, other seed", nodes["VAREditSampler"].execute, model, source, text, 1, 3.0, 0.1)
+            facts["other_seed"] = times["sampler, other seed"]
     facts |= compared(folder, size, text=text[0][0], source=source["samples"], edit=latent["samples"])
-    del model, models, clip, vae, latent
+    del model, models, clip, vae, latent, work
     gc.collect()
     mm.cleanup_models_gc()
     mm.soft_empty_cache()
@@ -232,7 +249,8 @@ def main() -> None:
         "--file", default=FILES["diffusion_models"], help="the transformer, or two with a + between them"
     )
     options.add_argument("--size", default="1024")
-    options.add_argument("--runs", type=int, default=2)
+    options.add_argument("--runs", type=int, default=3)
+    options.add_argument("--seconds", type=float, help="the longest that a case may take")
     options.add_argument("--depth", type=int, default=40)
     options.add_argument("--width", type=int, default=3584)
     options.add_argument("--text", type=int, default=2048)
@@ -249,16 +267,24 @@ def main() -> None:
     for kind in args.kinds:
         for limit in args.limits:
             command = [sys.executable, __file__, *sys.argv[1:], "--case", f"{limit},{kind}"]
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
-            )
-            found = done.stdout.splitlines()[-1] if done.stdout.strip() else "{}"
-            cases.append(
-                json.loads(found) if done.returncode == 0 else {"limit_gb": limit, "kind": kind, "failed": True}
-            )
+            try:
+                done = subprocess.run(
+                    command,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    timeout=args.seconds,
+                    env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                )
+                cases.append(json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {})
+            except subprocess.TimeoutExpired:
+                cases.append({})
+            if not cases[-1]:
+                cases[-1] = {"limit_gb": limit, "kind": kind, "failed": True}
+                print(kind, limit, "failed", flush=True)
             facts = cases[-1]
             if "failed" not in facts:
-                last = facts["seconds"][-1]
+                again = {"first": facts["seconds"][0]["all"], "other seed": facts.get("other_seed")}
+                last = {**facts["seconds"][-1], **again}
                 equal = [facts[f"equal_{name}"] for name in ("text", "source", "edit")]
                 print(kind, limit, facts.get("peak_gb"), last, "equal", *equal, *facts["said"], flush=True)
     import torch

@@ -30,15 +30,17 @@ RUNS: dict[str, dict] = {
     **{f"unguided {count}": {"shortcuts": Shortcuts(unguided=count)} for count in (1, 2, 3, 4)},
     "window": {"shortcuts": Shortcuts(window=0.125)},
     "masked": {"masked": True},
-    "inside 3": {"masked": True, "shortcuts": Shortcuts(inside=3)},
+    **{f"inside {count}": {"masked": True, "shortcuts": Shortcuts(inside=count)} for count in (3, 6)},
     "draft": {"shortcuts": Shortcuts(stop=5)},
     "drafted 5": {"shortcuts": Shortcuts(drafted=5)},
     "8-bit linears": {"linears": "8-bit"},
     "8-bit keys and values": {"store": EightBitStore},
     "8-bit all": {"linears": "8-bit", "store": EightBitStore},
     "unguided 3, 8-bit linears": {"linears": "8-bit", "shortcuts": Shortcuts(unguided=3)},
-    "unguided 3, 8-bit linears, inside 3": {
-        "linears": "8-bit", "masked": True, "shortcuts": Shortcuts(unguided=3, inside=3),
+    **{
+        f"unguided 3, 8-bit linears, inside {count}": {
+            "linears": "8-bit", "masked": True, "shortcuts": Shortcuts(unguided=3, inside=count),
+        } for count in (3, 6)
     },
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..varedit_core.autoencoder import Autoencoder
 from ..varedit_core.checkpoints import TOKENIZER, blank, canonical
-from ..varedit_core.kernels import group_norm_silu
+from ..varedit_core.kernels import fuses_pictures, group_norm_silu
 from ..varedit_core.preview import ColourMap, fit_colours
 from ..varedit_core.weights import WeightError
 from .state import fill, open_file, patcher_of, plain
@@ -22,14 +22,25 @@ _ENCODE, _DECODE, _STEM = 1767, 2178, 128
 
 
 class Layers(comfy.ops.manual_cast):
-    """ComfyUI's layers, of which a group norm can take the activation behind it along."""
+    """ComfyUI's layers; a group norm can take the activation behind it along, a convolution leave its bias to it."""
 
-    class GroupNorm(comfy.ops.manual_cast.GroupNorm):
-        def silu(self, x: Tensor) -> Tensor:
-            """SiLU of the norm of [B, C, H, W]."""
+    class Conv2d(comfy.ops.manual_cast.Conv2d):
+        def apart(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            """The convolution without its bias, and the bias, where kernels run that add it in passing; else with it."""
+            if not fuses_pictures(x):
+                return self(x), None
             comfy.ops.run_every_op()
             weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
-            y = group_norm_silu(x, self.num_groups, weight, bias, self.eps)
+            y, kept = self._conv_forward(x, weight, None), bias.clone()  # its own memory is lent
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+            return y, kept
+
+    class GroupNorm(comfy.ops.manual_cast.GroupNorm):
+        def silu(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
+            """SiLU of the norm of [B, C, H, W] + offset [C]."""
+            comfy.ops.run_every_op()
+            weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
+            y = group_norm_silu(x, self.num_groups, weight, bias, self.eps, offset)
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
             return y
 

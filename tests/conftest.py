@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Before torch is imported, and for all processes that tests start: threads of OpenMP otherwise spin while they wait, and
+# two such processes on two cores slow each other down by several times.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from comfyui import ComfyUI, NotFound
@@ -50,9 +54,12 @@ def published_file(published_state, tmp_path_factory) -> Path:
     return path
 
 
-SLOW = ("test_server", "test_in_comfyui", "test_workflows", "test_browser", "test_training", "test_comfyui")
+SLOW = (
+    "test_server", "test_in_comfyui", "test_training", "test_workflows", "test_browser", "test_cli", "test_comfyui",
+    "test_lora", "test_parity", "test_demo",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """Files that take minutes first, so that of two processes neither is left with one at the end."""
+    """Files that take long first, so that of two processes neither is left with one at the end."""
     items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))

@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 import weakref
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from support import ROOT
@@ -63,6 +64,22 @@ class Probe:
         from PIL import Image
 
         return self.torch.from_numpy(np.array(Image.open(path).convert("RGB"), dtype=np.float32) / 255)[None]
+
+    @contextmanager
+    def decoding_once(self):
+        """The VAE decodes the same latent only once: for parts that make many pictures of one edit."""
+        known, decode = [], self.vae.decode
+
+        def remembered(latent):
+            if not any(self.torch.equal(latent, one) for one, _ in known):
+                known.append((latent.clone(), decode(latent)))
+            return next(pixels.clone() for one, pixels in known if self.torch.equal(latent, one))
+
+        self.vae.decode = remembered
+        try:
+            yield
+        finally:
+            del self.vae.decode
 
     def error(self, function, *arguments, **kw) -> str:
         """The error of a call, as ComfyUI shows it; "" for none."""
@@ -311,16 +328,15 @@ class Probe:
         job = self._job(source, 2)
         real, run, plan, found = self.running.free_memory, self.running._run, self.running.plan, {}
         sampler = sys.modules["varedit_pack.nodes.sampler"]
-        ways = plans(job)
-        for way in ways:
-            self.running.plan = lambda *_, way=way: way
-            found[name(way)] = (self.sample(source=source) == expected).float().mean().item()
-        self.running.plan = plan
-        for way in ways[:2]:
+        for index, way in enumerate(plans(job)):
             said = found[f"said of {name(way)}"] = []
             sampler.tell = lambda node, text, said=said: said.append(text)
-            self.running.free_memory = lambda model, need=way.needed: need
-            self.sample(source=source)
+            if index < 2:  # chosen by what is free
+                self.running.free_memory = lambda model, need=way.needed: need
+            else:
+                self.running.free_memory, self.running.plan = real, lambda *_, way=way: way
+            found[name(way)] = (self.sample(source=source) == expected).float().mean().item()
+        self.running.plan = plan
         self.running.free_memory = lambda model: 1000
         found["nothing fits"] = self.error(self.sample, source=source)
         self.running.free_memory = real
@@ -566,7 +582,9 @@ class Probe:
                 singles.append(self.sample(source=one, **{**noisy, "seed": (noisy["seed"] + 2 * image + copy) % 2**64}))
         equal = [(a == b).float().mean().item() for a, b in zip(singles, latent["samples"])]
         ways, plan = {}, self.running.plan
-        for way in [way for way in self.running.plans(self._job(source, 4)) if way.store != "8-bit"]:
+        for way in self.running.plans(self._job(source, 4)):
+            if way.store == "8-bit" or way.job.images == 2:  # two at once are the batches of three: a whole picture's
+                continue
             self.running.plan = lambda *_, way=way: way
             found = self._edit(source, variations=2, **noisy)[0]["samples"]
             name = f"{way.job.images} {way.store}" + (" apart" if way.rows_at_once else "")
@@ -593,11 +611,12 @@ class Probe:
 
     def shortcuts(self) -> dict:
         """Work left out and masks: as the library does it, and what does not belong together."""
+        from PIL import Image
+
         from varedit_core import SamplingSettings, load_transformer, sample, schedule_for
         from varedit_core.defaults import Shortcuts
         from varedit_core.drafting import draft_and_refine
-        from varedit_core.images import fit_mask, load_image
-        from PIL import Image
+        from varedit_core.images import fit_mask
 
         torch, files = self.torch, DEMO / "diffusion_models"
         mask = torch.zeros(40, 60)
@@ -742,6 +761,7 @@ PARTS = (
     "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text", "ladder", "formats",
     "partial", "leftovers", "keeping", "variations", "shortcuts", "layers", "recording", "plan",
 )  # fmt: skip
+ONE_EDIT = ("pictures", "formats", "variations")  # parts that decode one edit again and again
 
 
 def probe(scratch: Path, names=PARTS) -> dict:
@@ -755,7 +775,8 @@ def probe(scratch: Path, names=PARTS) -> dict:
         run = Probe(scratch)
         for name in names:
             try:
-                found[name] = getattr(run, name)()
+                with run.decoding_once() if name in ONE_EDIT else nullcontext():
+                    found[name] = getattr(run, name)()
             except Exception:
                 found[name] = {"failed": traceback.format_exc()}
     return found

@@ -148,7 +148,7 @@ def test_unknown_choices_name_the_known_ones(arguments, message):
 def test_info(tmp_path):
     facts = json.loads(command("info", RECORD, "--json").stdout)
     assert facts["is"] == "a VAREdit transformer, 4 blocks of width 128 with its tokenizer"
-    assert "4 blocks of width 128" in " ".join(command("info", RECORD).stdout.split())
+    assert "4 blocks of width 128" in " ".join(CliRunner().invoke(app, ["info", str(RECORD)]).output.split())
 
 
 def test_convert_then_edit(tmp_path):
@@ -177,8 +177,8 @@ def test_parity_passes_and_fails(tmp_path):
     tensors["ref.logits_cond_uncond.3"] = tensors["ref.logits_cond_uncond.3"] + 2e-4
     tensors["ref.bits.5"] = 255 - tensors["ref.bits.5"]
     save_file(tensors, tmp_path / "wrong.safetensors", metadata)
-    done = command("parity", tmp_path / "wrong.safetensors", "--json")
-    assert done.returncode == 1
+    done = CliRunner().invoke(app, ["parity", str(tmp_path / "wrong.safetensors"), "--json"])
+    assert done.exit_code == 1
     failures = json.loads(done.stdout)[0]["failures"]
     assert any(f.startswith("scale 4: logits are off by 0.0002") for f in failures) and any(
         "scale 6: bits beyond the margin" in f for f in failures

@@ -70,6 +70,20 @@ def run_kernels() -> dict[str, float]:
     y = convolution.group_norm_silu(x, 24, weight, bias, 1e-6)
     alone = [convolution.group_norm_silu(row, 24, weight, bias, 1e-6) for row in x.split(1)]
     found["batch against single pictures"] = (torch.cat(alone) - y).abs().max().item()
+    x, weight, bias = example((2, 96, 9, 7), 3, torch.float32, device)
+    offset = torch.linspace(-4, 4, 96, device=device)
+    moved = F.silu(F.group_norm((x + offset[:, None, None]).double(), 32, weight.double(), bias.double(), 1e-6))
+    y = convolution.group_norm_silu(x, 32, weight, bias, 1e-6, offset)
+    found["offset before the norm"] = (y.double() - moved).abs().max().item()
+    other, before = x.flip(0).contiguous(memory_format=torch.channels_last), x.clone()
+    y = convolution.add_pictures(x, other, offset)
+    assert y is x
+    found["sum"] = (y - (before + other + offset[:, None, None])).abs().max().item()
+    for kind in DTYPES.values():
+        small = before.to(kind, memory_format=torch.channels_last)
+        y = convolution.double_picture(small)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(y, F.interpolate(small, scale_factor=2.0, mode="nearest")), kind
     return found
 
 
@@ -95,6 +109,10 @@ def test_a_picture_of_a_batch_is_that_picture(errors):
     assert errors["batch against single pictures"] == 0
 
 
+def test_offsets_are_added_before_the_norm_and_to_the_sum(errors):
+    assert errors["offset before the norm"] < 5e-6 and errors["sum"] < 2e-6
+
+
 def layer(x):
     from varedit_core.operations import Operations
 
@@ -111,6 +129,22 @@ def test_on_the_cpu_it_is_torchs_own(layout, dtype):
     before, norm = x.clone(), layer(x).to(dtype)
     with torch.no_grad():
         assert torch.equal(norm.silu(x), F.silu(norm(x))) and torch.equal(x, before)
+
+
+def test_what_stands_in_for_the_kernels_adds_the_same():
+    from varedit_core.kernels import add_pictures, double_picture
+    from varedit_core.operations import Operations
+
+    x, y, offset = torch.randn(2, 64, 3, 5), torch.randn(2, 64, 3, 5), torch.randn(64)
+    norm, moved = layer(x), x + offset[:, None, None]
+    with torch.no_grad():
+        assert torch.equal(norm.silu(x, offset), F.silu(norm(moved)))
+        torch.testing.assert_close(add_pictures(x.clone(), y, offset), moved + y)
+        assert torch.equal(add_pictures(x.clone(), y, None), x + y)
+        assert torch.equal(double_picture(x)[..., 1::2, ::2], x)
+        convolution = Operations.Conv2d(64, 8, 3, padding=1)
+        result, bias = convolution.apart(x)
+        assert bias is None and torch.equal(result, convolution(x)), "nothing would add it"
 
 
 def test_gradients_are_torchs_own():

@@ -192,10 +192,11 @@ def test_log_odds_can_be_steered_before_the_draw(patchify):
 def test_the_store_never_holds_the_last_scale():
     schedule = schedule_for("0.25M")
     store = KeyValueStore(schedule, depth=2, rows=2, heads=4, head_size=8, dtype=torch.bfloat16, device="cpu")
-    assert {tuple(t.shape) for t in (*store.keys, *store.values)} == {(2, 4, 1024 + 2521 - 1024, 8)}
+    assert {tuple(t.shape) for t in (*store.keys, *store.values)} == {(2, 4, 1024 + 1024 + 2521 - 1024, 8)}
+    assert store.keys[1].data_ptr() - store.keys[0].data_ptr() == (1024 + 2521 - 1024) * 8 * 2, "they share the 1024"
     assert {t.dtype for t in (*store.keys, *store.values)} == {torch.bfloat16}
     steps = store.passes("cpu")
-    assert [s.index for s in steps] == [SOURCE, *range(10)] and steps[-1].begin == store.keys[0].shape[2]
+    assert [s.index for s in steps] == [SOURCE, *range(10)] and steps[-1].begin == store.length
     for step in steps:
         x = torch.randn(2, 4, step.end - step.begin, 8)
         for block in range(2):
@@ -203,8 +204,8 @@ def test_the_store_never_holds_the_last_scale():
             store.keep(block, block == 0, qkv, torch.ones(4), step)
             keys, _ = store.seen(block, block == 0, step)
     assert keys.shape[2] == 1024 + 2521
-    held = sum(t.nbytes for t in (*store.keys, *store.values)) + sum(pair.nbytes for pair in store.references)
-    assert held == KeyValueStore.nbytes(schedule, depth=2, rows=2, width=32, dtype=torch.bfloat16)
+    storages = {t.data_ptr(): t for t in (x.untyped_storage() for x in (*store.keys, *store.values, *store.references))}
+    assert sum(storage.nbytes() for storage in storages.values()) == KeyValueStore.nbytes(schedule, depth=2, rows=2, width=32, dtype=torch.bfloat16)
 
 
 def test_attention_is_the_injected_one_everywhere(patchify, monkeypatch):
@@ -288,3 +289,18 @@ def test_steering_after_the_draw_is_refused(patchify):
 def test_undefined_numbers_are_an_error(patchify):
     with pytest.raises(ValueError, match="undefined numbers"):
         run(patchify, [patchify.texts("text")[0] * float("nan")])
+
+
+@pytest.mark.parametrize("ratio", [1.0, 3.0])
+def test_the_last_scale_leaves_the_source_of_every_block_as_it_is(ratio):
+    """It borrows memory of the block before, from which a re-roll reads the source again."""
+    schedule = schedule_for("0.06M", ratio)
+    store = KeyValueStore(schedule, depth=3, rows=1, heads=1, head_size=8, dtype=torch.float32, device="cpu")
+    source, *_, last = store.passes("cpu")
+    for block in range(3):
+        store.keep(block, block == 0, torch.randn(1, store.source, 24), torch.ones(1), source)
+    before = [x[:, :, store.source : 2 * store.source].clone() for x in (*store.keys[1:], *store.values[1:])]
+    for block in range(3):
+        store.keep(block, block == 0, torch.randn(1, schedule.tokens[-1], 24), torch.ones(1), last)
+    after = [x[:, :, store.source : 2 * store.source] for x in (*store.keys[1:], *store.values[1:])]
+    assert all(map(torch.equal, before, after)) and all(x.any() for x in before)

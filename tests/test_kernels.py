@@ -70,6 +70,33 @@ def test_add_norm_rounds_once():
 
 
 @inside
+def test_add_norm_rounds_to_eight_bits():
+    x, y, modulation = torch.randn(2, 7, 200), torch.randn(2, 7, 200), torch.randn(2, 6, 200)
+    arguments = (x, y, modulation[:, 1], modulation[:, 3], modulation[:, 5], EPS, torch.float32, True)
+    (total, found), (wanted_total, wanted) = kernels.add_norm(*arguments), plain.add_norm(*arguments)
+    torch.testing.assert_close(total, wanted_total, atol=5e-6, rtol=0)
+    torch.testing.assert_close(found.scales, wanted.scales, atol=1e-7, rtol=0)
+    assert found.dtype == wanted.dtype == torch.float32
+    # Numbers between two codes may go either way; the interpreter forgets the carry to a power of two.
+    carried = wanted.codes.float().abs().log2().frac() == 0
+    off = (found.codes.float() - wanted.codes.float()).abs() > 0
+    assert off[~carried].float().mean() < 0.01
+
+
+@inside
+@pytest.mark.parametrize(("n", "seen", "parts"), [(1, 70, 4), (16, 300, 3), (37, 200, 8), (64, 129, 2)])
+def test_attention_in_parts_is_attention(n, seen, parts):
+    rows, heads, size = 2, 3, 32
+    q = torch.randn(rows, n, heads, size).transpose(1, 2)
+    store = torch.randn(2, rows, heads, seen + 7, size)
+    store[..., seen + 3 :, :] = float("nan")
+    keys, values = store[:, :, :, 3 : 3 + seen]
+    found = kernels.split_attention(q, keys, values, parts, 0.5)
+    wanted = F.scaled_dot_product_attention(q, keys, values, scale=0.5).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(found, wanted, atol=3e-6, rtol=0)
+
+
+@inside
 @pytest.mark.parametrize("n", [1, 16, 37])
 def test_heads_are_normalised_rotated_and_put_in_their_place(n):
     rows, heads, size = 2, 3, 32

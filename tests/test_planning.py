@@ -62,7 +62,8 @@ def test_a_store_holds_what_it_says(patchify, name, monkeypatch):
     parts += [(p.codes, p.scales, p.exact, p.order) for p in getattr(store, "packed", ())]
     size = patchify.transformer.config
     job = Job(size, patchify.schedule, 1, True, torch.float32, exact_keys=0)
-    assert sum(tensor.nbytes for part in parts for tensor in part) == job.stored(name)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for part in parts for t in part if t.numel()}
+    assert sum(storage.nbytes() for storage in storages.values()) == job.stored(name)
     assert sum(tensor.nbytes for tensor in getattr(store, "host", ())) == job.needed_on_host(name)
 
 
@@ -90,7 +91,7 @@ def test_figures_of_the_8b_model_at_1024():
     job = replace(JOB, images=1)
     assert job.stored("exact") == pytest.approx(12.37e9, rel=0.01)
     coded = replace(job, exact_keys=0).stored("8-bit")
-    assert 0.5 < coded / job.stored("exact") < 0.65 and job.stored("host") < 1.5e9
+    assert 0.5 < coded / job.stored("exact") < 0.65 and job.stored("host") < 1.6e9
     assert coded < replace(job, exact_keys=100).stored("8-bit") < job.stored("8-bit"), "unknown: as if of all heads"
     assert job.needed("exact") == job.stored("exact") + job.activations()
     assert replace(job, guided=False).stored("exact") * 2 == job.stored("exact")

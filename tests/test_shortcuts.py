@@ -79,6 +79,8 @@ def test_bands_cover_every_query_once_and_stay_within_their_window():
             for band, (pieces, table) in enumerate(zip(found.listed, found.pieces.tolist(), strict=True)):
                 assert [[p.start, p.stop] for p in pieces] == [pair for pair in table if pair != [0, 0]]
                 keys = torch.cat([torch.arange(own + height * width)[piece] for piece in pieces])
+                if index == 12:  # the last scale's own come first
+                    keys = (keys - height * width) % (own + height * width)
                 assert len(keys.unique()) == len(keys)
                 rows = (keys[keys >= own] - own) // width
                 top = band * BAND // width

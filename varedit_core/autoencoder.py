@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import AutoencoderConfig
-from .kernels import fusable
+from .kernels import add_pictures, double_picture, fusable
 from .operations import Operations
 from .tiling import decode_fitted
 
@@ -27,8 +27,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # In one expression, so that nothing is kept that is not read again; the sum is made in place for that too.
-        h = self.conv2(_activated(self.norm2, self.conv1(_activated(self.norm1, x))))
-        return h.add_(self.nin_shortcut(x))
+        h, bias = _apart(self.conv2, _activated(self.norm2, *_apart(self.conv1, _activated(self.norm1, x))))
+        y, own = _apart(self.nin_shortcut, x)
+        return add_pictures(h, y, own if bias is None else bias if own is None else bias + own)
 
 
 class Resample(nn.Module):
@@ -40,7 +41,7 @@ class Resample(nn.Module):
         self.conv = ops.Conv2d(width, width, 3, stride=2 if down else 1, padding=0 if down else 1, **kw)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else double_picture(x))
 
 
 class Level(nn.Module):
@@ -49,11 +50,6 @@ class Level(nn.Module):
         self.block = nn.ModuleList(
             ResidualBlock(width_in if i == 0 else width, width, ops, **kw) for i in range(blocks)
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return x
 
 
 class Middle(nn.Module):
@@ -84,7 +80,8 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
-            x = level(x)
+            for block in level.block:  # here, so that nobody keeps the level's input meanwhile
+                x = block(x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
         return self.conv_out(_activated(self.norm_out, self.mid(x)))
@@ -108,7 +105,8 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.conv_in(x))
         for level in reversed(self.up):
-            x = level(x)
+            for block in level.block:
+                x = block(x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
         return self.conv_out(_activated(self.norm_out, x))
@@ -160,9 +158,16 @@ class Autoencoder(nn.Module):
         return round(numbers * stride**2 * self.decode_dtype.itemsize)
 
 
-def _activated(norm: nn.Module, x: Tensor) -> Tensor:
-    """SiLU of a norm, at once where the layer can."""
-    return norm.silu(x) if hasattr(norm, "silu") else F.silu(norm(x))
+def _activated(norm: nn.Module, x: Tensor, offset: Tensor | None = None) -> Tensor:
+    """SiLU of a norm of x + offset, at once where the layer can."""
+    if hasattr(norm, "silu"):
+        return norm.silu(x, offset)
+    return F.silu(norm(x if offset is None else x + offset[:, None, None]))
+
+
+def _apart(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A layer's result without its bias, and the bias, where the layer can leave it to what follows."""
+    return layer.apart(x) if hasattr(layer, "apart") else (layer(x), None)
 
 
 def _laid_out(x: Tensor, dtype: torch.dtype, norm: nn.Module) -> Tensor:

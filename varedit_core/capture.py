@@ -7,6 +7,7 @@ compares `State` before every replay and records anew where something has moved.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -16,29 +17,61 @@ class Captured:
     """A function of tensors as a CUDA graph.
 
     function: called with static copies of `inputs`, once before it is recorded (kernels are compiled and chosen then);
-    it must not wait for the device and must find everything else in place. pool: memory shared with other graphs, of
-    which never two run at once.
+    it must not wait for the device and must find everything else in place. first: the result of that call; it stands,
+    as a second one may find changed what the first has read. pool: memory shared with other graphs, of which never two
+    run at once.
     """
 
     def __init__(self, function: Callable[..., Tensor | None], inputs: tuple[Tensor, ...], pool=None) -> None:
         self.inputs = tuple(x.clone() for x in inputs)
         self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        here, stream = torch.cuda.current_stream(), _recording_stream(torch.cuda.current_device())
+        stream.wait_stream(here)
         with torch.cuda.stream(stream):
-            function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+            self.first = function(*self.inputs)
+        here.wait_stream(stream)
+        if self.first is not None:
+            self.first.record_stream(here)
         # Other threads of the process may use the device meanwhile.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self.output = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor | None:
         """The function's result for other inputs of the same shapes; it holds until the next call of any graph of the
         pool."""
+        self.first = None
         for static, x in zip(self.inputs, inputs):
             static.copy_(x)
         self.graph.replay()
         return self.output
+
+
+@lru_cache(maxsize=1)
+def can_record() -> bool:
+    """Whether functions can be recorded: Triton refuses memory of a graph that CUDA's own allocator made."""
+    return torch.cuda.is_available() and torch.cuda.get_allocator_backend() == "native"
+
+
+@lru_cache(maxsize=None)
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """The device's stream for recording. Always the same: cuBLAS keeps 32 MiB for every stream that it ever worked on."""
+    return torch.cuda.Stream(device)
+
+
+class Answer:
+    """A yes or no of the device, on its way to the host behind all that was asked of the device so far."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value, self.moment = value, None
+        if value.is_cuda:
+            self.value = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(value, non_blocking=True)
+            self.moment = torch.cuda.current_stream(value.device).record_event()
+
+    def __call__(self) -> bool:
+        """Wait for it, but not for what was asked of the device since."""
+        if self.moment is not None:
+            self.moment.synchronize()
+        return bool(self.value)
 
 
 class State:
@@ -86,7 +119,7 @@ class Recorder:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The function's result, in memory of its own."""
-        if not inputs[0].is_cuda or sum(x.numel() for x in inputs) > self.most:
+        if not inputs[0].is_cuda or not can_record() or sum(x.numel() for x in inputs) > self.most:
             return self.function(*inputs)
         state, key = self.state(self.network), tuple(tuple(x.shape) for x in inputs)
         if state != self.held:
@@ -97,4 +130,5 @@ class Recorder:
             return self.function(*inputs)
         if key not in self.recorded:
             self.recorded[key] = Captured(self.function, inputs)
+            return self.recorded[key].first
         return self.recorded[key](*inputs).clone()

@@ -45,7 +45,8 @@ def draft_and_refine(
     drafted = []
     first = replace(shortcuts, stop=switch)
     args = (features_BdHW, texts, schedule, settings, negatives)
-    with closing(sample(drafter, *args, workspace=workspaces[0], shortcuts=first, **more)) as scales:
+    checked = more | {"unchecked": False}  # nobody else looks at the drafter's logits
+    with closing(sample(drafter, *args, workspace=workspaces[0], shortcuts=first, **checked)) as scales:
         for scale in scales:
             yield scale
             drafted.append(scale.bits)

@@ -19,8 +19,6 @@ from .operations import EightBitLinear
 LINEARS = ("exact", "8-bit")
 """What `load_transformer` makes of the blocks' linear layers."""
 _LAYER = re.compile(r"blocks\.\d+\.(sa\.mat_qkv|sa\.proj|ca\.mat_q|ca\.proj|ffn\.fc1|ffn\.fc2)")
-EXACT_INPUTS: tuple[str, ...] = ()
-"""Layers of which only the weight is rounded."""
 _ROWS = 1024  # of a weight rounded at a time: what is made meanwhile is small beside the weight
 
 
@@ -39,7 +37,7 @@ def prepare(network: nn.Module) -> None:
     """Put empty 8-bit layers, on the meta device, in the place of a transformer's, for weights to be loaded."""
     for name in names(network):
         layer = network.get_submodule(name)
-        _put(network, name, _empty(name, layer))
+        _put(network, name, _empty(layer))
 
 
 @torch.no_grad()
@@ -52,7 +50,7 @@ def eight_bit(transformer: nn.Module) -> None:
         layer = transformer.get_submodule(name)
         if isinstance(layer, EightBitLinear):
             continue
-        rounded = _empty(name, layer)
+        rounded = _empty(layer)
         scale = getattr(layer, "weight_scale", None)
         if scale is not None and layer.weight.dtype == torch.float8_e4m3fn:
             codes, scales = layer.weight, scale.float().expand(layer.out_features).contiguous()
@@ -73,9 +71,8 @@ def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def _empty(name: str, layer: nn.Module) -> EightBitLinear:
-    inputs = not name.endswith(EXACT_INPUTS)
-    return EightBitLinear(layer.in_features, layer.out_features, layer.bias is not None, inputs)
+def _empty(layer: nn.Module) -> EightBitLinear:
+    return EightBitLinear(layer.in_features, layer.out_features, layer.bias is not None)
 
 
 def _put(network: nn.Module, name: str, layer: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """The keys and values of one edit: preallocated, explicit, and never holding the last scale.
 
-Each block keeps [source][scale 1]...[scale K-1]. Nobody reads the last scale's keys and values after it, so
-its pass only borrows them. Shape suffixes: R rows (images, then their unconditional twins), H heads,
+Each block keeps [source][scale 1]...[scale K-1], one block behind the other in one piece of memory. Nobody reads the
+last scale's keys and values after it, so its pass leaves them in front of the block's source, where the block before
+keeps its scales, which nobody needs then. Shape suffixes: R rows (images, then their unconditional twins), H heads,
 n tokens of the pass, D head size.
 """
 
@@ -13,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from .kernels import banded_attention, heads_into
+from .kernels import banded_attention, heads_into, split_attention
 from .kernels.plain import split_heads
 from .operations import Attention
 from .quantizer import area_resize
@@ -33,9 +34,9 @@ class Bands:
     listed: tuple[tuple[slice, ...], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pass:
-    """The tokens of one pass through the blocks: the source (index SOURCE) or one scale.
+    """The tokens of one pass through the blocks: the source (index SOURCE) or one scale. Equal to itself only.
 
     rotary: [2, n, D / 2]. begin: where its tokens lie in the store. tokens: which of the scale's tokens [n] they are;
     None: all. bands: what they see, in all blocks but the first, and in that; None: everything.
@@ -80,14 +81,17 @@ class KeyValueStore:
         self.source = schedule.tokens[-1]
         self.length = self.source + sum(schedule.tokens[:-1])
         kw = dict(dtype=dtype, device=device)
-        size = (rows, heads, self.length, head_size)
-        self.keys = [torch.empty(size, **kw) for _ in range(self.plain_blocks(depth))]
-        self.values = [torch.empty(size, **kw) for _ in range(self.plain_blocks(depth))]
+        blocks, step = self.plain_blocks(depth), self.step(schedule)
+        all_blocks = torch.empty(2, rows, heads, self.source + blocks * step, head_size, **kw)
+        self.nbytes_kept = all_blocks.nbytes
+        """Bytes of keys and values on the device, without the pooled references."""
+        # Of every block: room for the last scale in front, then what is kept.
+        parts = [slice(block * step, block * step + self.source + self.length) for block in range(blocks)]
+        self.keys, self.values = ([x[:, :, part] for part in parts] for x in all_blocks)
         # The first block's source, pooled for every scale.
         pooled = torch.empty(2, rows // copies, heads, sum(schedule.tokens), head_size, **kw)
         ends = accumulate(schedule.tokens)
         self.references = [pooled[:, :, :, end - count : end] for count, end in zip(schedule.tokens, ends)]
-        self.joined: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(
@@ -102,14 +106,18 @@ class KeyValueStore:
         """How many blocks, from the first on, are kept in the compute dtype on the device."""
         return depth
 
+    @staticmethod
+    def step(schedule: Schedule) -> int:
+        """Tokens from one block to the next: source and scales, and at least room for the last scale after the source."""
+        return schedule.tokens[-1] + max(sum(schedule.tokens[:-1]), schedule.tokens[-1])
+
     @classmethod
     def nbytes(cls, schedule: Schedule, depth: int, rows: int, width: int, dtype: torch.dtype, **more: int) -> int:
         """Bytes on the device with the pooled references of the first block; width = heads * head_size.
 
         more: what only stores of `stores` are asked.
         """
-        length = schedule.tokens[-1] + sum(schedule.tokens[:-1])
-        stored = cls.plain_blocks(depth) * length + sum(schedule.tokens)
+        stored = schedule.tokens[-1] + cls.plain_blocks(depth) * cls.step(schedule) + sum(schedule.tokens)
         return 2 * rows * width * stored * dtype.itemsize
 
     @classmethod
@@ -138,10 +146,10 @@ class KeyValueStore:
         """
         q = self.keep(block, first, qkv, query_scale, step)
         keys, values = self.seen(block, first, step)
-        self.joined = None
-        if step.bands is None:
-            return attention(q, keys, values, scale=1.0)
-        return _banded(q, keys, values, step.bands[first], attention)
+        if step.bands is not None:
+            return _banded(q, keys, values, step.bands[first], attention)
+        found = split_attention(q, keys, values, scale=1.0) if getattr(attention, "recordable", False) else None
+        return attention(q, keys, values, scale=1.0) if found is None else found
 
     def keep(self, block: int, first: bool, qkv: Tensor, query_scale: Tensor, step: Pass) -> Tensor:
         """Normalise and rotate a pass's q and k, put k and v where they belong; returns q [R, H, n, D]."""
@@ -154,7 +162,7 @@ class KeyValueStore:
             q = torch.cat([self._refer(qkv[r], keys[r], values[r], r, query_scale, step) for r in rows])
         if step.index == SOURCE and self.copies > 1:
             for kept in (self.keys[block], self.values[block]):
-                others = kept[:, :, : self.source].unflatten(0, (-1, self.copies))
+                others = self._from(kept, 0, self.source).unflatten(0, (-1, self.copies))
                 others[:, 1:] = others[:, :1]
         return q
 
@@ -179,22 +187,25 @@ class KeyValueStore:
         kept = self._kept(block, step)
         if first and step.index != SOURCE:
             for part, reference in zip(kept, self.references[step.index]):
-                begin, rows = self._start(first, step), slice(self.rows.start // self.copies, None)
-                staged = part[:, :, begin : self.source].unflatten(0, (-1, self.copies))
+                rows = slice(self.rows.start // self.copies, None)
+                staged = self._from(part, self._start(first, step), self.source).unflatten(0, (-1, self.copies))
                 staged.copy_(reference[rows][: len(staged), None].expand_as(staged))
-        if self.is_last(step):
-            start, count = self._start(first, step), step.end - step.begin
-            self.joined = tuple(_lengthened(part[:, :, start : step.begin], count) for part in kept)
-            return tuple(part[:, :, step.begin - start :] for part in self.joined)
-        return tuple(part[:, :, step.begin : step.end] for part in kept)
+        return tuple(self._from(part, *self.span(first, step)[0]) for part in kept)
 
     def seen(self, block: int, first: bool, step: Pass) -> tuple[Tensor, Tensor]:
-        """All keys and values of a block that the pass may attend to: source, earlier scales, itself."""
+        """All keys and values of a block that the pass may attend to: source, earlier scales, itself; the last scale's
+        own come first."""
         if not first and block >= len(self.keys):
             return self.seen_elsewhere(block, step)
+        return tuple(self._from(part, *self.span(first, step)[1]) for part in self._kept(block, step))
+
+    def span(self, first: bool, step: Pass) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Begin and end of a pass's own tokens, and of all that it sees; those of the last scale lie before the start."""
+        start = self._start(first, step)
         if self.is_last(step):
-            return self.joined
-        return tuple(part[:, :, self._start(first, step) : step.end] for part in self._kept(block, step))
+            before = start - (step.end - step.begin)
+            return (before, start), (before, step.begin)
+        return (step.begin, step.end), (start, step.end)
 
     def room_elsewhere(self, block: int, step: Pass) -> tuple[Tensor, Tensor]:
         """`room` for a block beyond the plain ones."""
@@ -210,11 +221,15 @@ class KeyValueStore:
 
     def release(self) -> None:
         """Let go of everything; of use where an exception still holds the frame that holds the store."""
-        self.keys, self.values, self.references, self.joined = [], [], [], None
+        self.keys, self.values, self.references, self.nbytes_kept = [], [], [], 0
 
     def _kept(self, block: int, step: Pass) -> tuple[Tensor, Tensor]:
         rows = slice(None, None, self.copies) if step.index == SOURCE and self.copies > 1 else self.rows
         return self.keys[block][rows], self.values[block][rows]
+
+    def _from(self, kept: Tensor, begin: int, end: int) -> Tensor:
+        """Tokens begin to end of what a block keeps, with room for the last scale in front."""
+        return kept[:, :, self.source + begin : self.source + end]
 
     def _start(self, first: bool, step: Pass) -> int:
         """Where what a pass sees begins."""
@@ -245,10 +260,3 @@ def pooled(k: Tensor, v: Tensor, schedule: Schedule, grid: tuple[int, int]) -> t
 
     return pool(k), pool(v)
 
-
-def _lengthened(kept: Tensor, count: int) -> Tensor:
-    """A copy of [R, H, m, D] with room for `count` tokens more."""
-    rows, heads, length, size = kept.shape
-    joined = kept.new_empty(rows, heads, length + count, size)
-    joined[:, :, :length] = kept
-    return joined

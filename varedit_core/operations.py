@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import dequantise_rows, group_norm_silu, linear_eight_bit
+from .kernels import Rounded, dequantise_rows, fuses_pictures, group_norm_silu, linear_eight_bit
 
 
 class Attention(Protocol):
@@ -77,32 +77,24 @@ class ScaledLinear(nn.Linear):
 class EightBitLinear(nn.Linear):
     """Linear layer with a weight in 8 bits (float8_e4m3fn) and one fp32 scale an output channel: weight_scale [out].
 
-    inputs: whether what comes in is rounded to 8 bits too, token by token, so that the device multiplies in 8 bits;
-    else the weight is brought back to x's type at every call. Makes no weights of its own: see `eight_bit`.
+    What comes in is rounded to 8 bits too, token by token, so that the device multiplies in 8 bits. Makes no weights of
+    its own: see `eight_bit`.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, inputs: bool = True) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(in_features, out_features, bias, "meta", torch.float8_e4m3fn)
-        self.inputs = inputs
         self.register_buffer("weight_scale", torch.empty(out_features, device="meta"))
 
     def reset_parameters(self) -> None:
         """Nothing: torch cannot fill 8-bit weights."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Rounded, gelu: bool = False) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if not self.inputs:
-            return F.linear(x, self.matrix(x.dtype), bias)
-        return linear_eight_bit(x.flatten(0, -2), self.weight, self.weight_scale, bias).unflatten(0, x.shape[:-1])
+        return linear_eight_bit(x, self.weight, self.weight_scale, bias, gelu)
 
     def after_gelu(self, x: Tensor) -> Tensor:
         """The layer behind GELU(tanh) of x, which is rounded only once."""
-        if not self.inputs:
-            return self(F.gelu(x, approximate="tanh"))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear_eight_bit(x.flatten(0, -2), self.weight, self.weight_scale, bias, gelu=True).unflatten(
-            0, x.shape[:-1]
-        )
+        return self(x, gelu=True)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] in a type, scales applied."""
@@ -125,16 +117,26 @@ class CastRMSNorm(nn.RMSNorm):
 class GroupNorm(nn.GroupNorm):
     """Group norm that can take the activation behind it along."""
 
-    def silu(self, x: Tensor) -> Tensor:
-        """SiLU of the norm of [B, C, H, W]."""
-        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps)
+    def silu(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
+        """SiLU of the norm of [B, C, H, W] + offset [C]."""
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, offset)
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution that can leave its bias to what reads the result."""
+
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The convolution without its bias, and the bias, where kernels run that add it in passing; else with it."""
+        if not fuses_pictures(x):
+            return self(x), None
+        return self._conv_forward(x, self.weight, None), self.bias
 
 
 class Operations:
     """torch.nn's layers; linear layers also read 8-bit scaled weights, RMS norms weights of another precision."""
 
     Linear = ScaledLinear
-    Conv2d = nn.Conv2d
+    Conv2d = Conv2d
     GroupNorm = GroupNorm
     LayerNorm = nn.LayerNorm
     RMSNorm = CastRMSNorm
@@ -159,6 +161,11 @@ def affine(norm: nn.Module, width: int, eps: float, device: torch.device) -> Ten
 def gelu(layer: nn.Module, x: Tensor) -> Tensor:
     """GELU(tanh) of a linear layer's result, in one kernel where the layer can."""
     return layer.gelu(x) if hasattr(layer, "gelu") else F.gelu(layer(x), approximate="tanh")
+
+
+def reads_rounded(layer: nn.Module) -> bool:
+    """Whether a linear layer reads what is rounded to 8 bits."""
+    return isinstance(layer, EightBitLinear)
 
 
 def feed_forward(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:

@@ -147,12 +147,13 @@ class Editor:
         variations: int = 1,
         shortcuts: Shortcuts = NO_SHORTCUTS,
         mask: Tensor | None = None,
+        unchecked: bool = False,
     ) -> Iterator[Scale]:
         """`sampling.sample` with the editor's transformer and workspace; `drafting` where scales are drafted.
 
         variations: edits of each image with one seed after the other. ValueError where there is no drafter.
         """
-        args, more = (features_BdHW, texts, schedule), dict(copies=variations, mask=mask)
+        args, more = (features_BdHW, texts, schedule), dict(copies=variations, mask=mask, unchecked=unchecked)
         if not shortcuts.drafted:
             more |= dict(workspace=self.workspace, shortcuts=shortcuts)
             return sample(self.transformer, *args, settings, negatives, **more)
@@ -201,13 +202,16 @@ class Editor:
         more = dict(shortcuts=shortcuts, mask=masks)
         self._make_room(fitted[0], 2)
         features, texts = self.encode(fitted, prompts)
-        latents = self._latents(features, texts, unwanted, fitted, settings, on_scale, variations, more)
+        latents, last = self._latents(features, texts, unwanted, fitted, settings, on_scale, variations, more)
         self._make_room(fitted[0])
         results = self.decode(latents, repeated(fitted, variations))
+        for scale in last:
+            scale.check()
         return [masked(*pair, mask) for pair in zip(results, repeated(fitted, variations))] if mask else results
 
-    def _latents(self, features, texts, negatives, fitted, settings, on_scale, variations, more) -> Tensor:
-        """Running sums [B, d, H, W] of all pictures, of as many at a time as memory lasts for."""
+    def _latents(self, features, texts, negatives, fitted, settings, on_scale, variations, more) -> tuple[Tensor, list[Scale]]:
+        """Running sums [B, d, H, W] of all pictures, of as many at a time as memory lasts for, and their last scales,
+        which are not checked yet."""
         schedule, others = fitted[0].schedule, [self.text.model] if self.text else []
         others += [] if on_scale else [self.autoencoder]  # who watches may decode
         longest = max(len(text) for text in (*texts, *(negatives or ())) if text is not None)
@@ -217,7 +221,7 @@ class Editor:
         if self.workspace is self._planned:
             way, self._planned = planned(job, self.transformer, self.device, self.workspace, others, self.exact)
             self.workspace = self._planned
-        sums, mask = [], more["mask"]
+        sums, ends, mask = [], [], more["mask"]
         if way.job.images < count:  # every result a picture of its own; those of one source still share its pass
             features, fitted = features.repeat_interleave(variations, 0), repeated(fitted, variations)
             texts, negatives = repeated(texts, variations), negatives and repeated(negatives, variations)
@@ -233,14 +237,16 @@ class Editor:
                 seeded = replace(settings, seed=(settings.seed + first) % 2**64)
                 own = more | {"mask": mask if mask is None or len(mask) == 1 else mask[part]}
                 run = self.sample(
-                    features[part], texts[part], schedule, seeded, negatives and negatives[part], copies, **own
-                )
+                    features[part], texts[part], schedule, seeded, negatives and negatives[part], copies,
+                    unchecked=True, **own,
+                )  # fmt: skip
                 with closing(run) as scales:
                     for scale in scales:
                         if on_scale:
                             on_scale(scale, repeated(fitted[part], copies))
                 sums.append(scale.running_sum)
-        return torch.cat(sums)
+                ends.append(scale)
+        return torch.cat(sums), ends
 
     def _make_room(self, image: FittedImage, times: float = 1) -> None:
         """Forget what is kept between edits where it leaves too little to decode a picture, or that several times."""

@@ -61,9 +61,8 @@ class Job:
         """Bytes of everything else beside the weights: what a pass makes, and the text's keys and values."""
         last, width, size = self.schedule.tokens[-1], self.config.width, self.dtype.itemsize
         block = self.pass_bytes(self.config, self.dtype, last)
-        joined = 2 * width * (last + sum(self.schedule.tokens)) * size
         text = 2 * self.config.depth * width * (self.text_tokens or self.config.text_length) * size
-        return (at_once or self.rows) * (block + joined) + self.rows * text
+        return (at_once or self.rows) * block + self.rows * text
 
     @staticmethod
     def pass_bytes(config: TransformerConfig, dtype: torch.dtype, tokens: int) -> int:

@@ -32,7 +32,8 @@ def linear_resize(x: Tensor, grid: Grid) -> Tensor:
 
 def codes(bits_BdHW: Tensor) -> Tensor:
     """Unit vectors (2 bit - 1) / sqrt(d) of boolean bits [B, d, h, w]."""
-    return (bits_BdHW.float() * 2 - 1) * bits_BdHW.shape[1] ** -0.5
+    length = bits_BdHW.shape[1] ** -0.5
+    return torch.where(bits_BdHW, length, -length)
 
 
 def encode(features_BdHW: Tensor, grids: Sequence[Grid]) -> tuple[list[Tensor], Tensor]:

@@ -9,6 +9,7 @@ Shape suffixes: B images, d bits a latent position, (H, W) latent grid of the la
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ from .defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, SIZES, SamplingSettings, S
 from .kv import Pass
 from .operations import Attention, sdpa
 from .quantizer import area_resize, codes, from_tokens, latent_grids, linear_resize, to_tokens
-from .schedule import AREAS, Schedule
+from .schedule import AREAS, Grid, Schedule
 from .shortcuts import outside, passes, token_masks
-from .transformer import Transformer
+from .transformer import Condition, Transformer
 from .workspace import Shape, Workspace
 
 
@@ -48,8 +49,17 @@ class Scale:
         self.locked: tuple[Tensor, Tensor] | None = None
         """Where bits are free, boolean [B or 1, 1, h, w], and the bits [B, d, h, w] that stand elsewhere, whatever is
         drawn or assigned; None: free everywhere."""
+        self.finite: Tensor | None = None
+        """Whether the logits of all scales so far are numbers: one boolean on the device."""
         self._bits: Tensor | None = None
         self._sum: Tensor | None = None
+
+    def check(self) -> None:
+        """Raise ValueError where the logits up to and with this scale were undefined numbers; waits for the device."""
+        if not (self.finite is None or self.finite.is_meta or self.finite):  # a dry run on `meta` has no answer
+            raise ValueError(
+                "the network's logits are undefined numbers; use bf16 or fp32, and check the weights and the text"
+            )
 
     @property
     def log_odds(self) -> Tensor:
@@ -71,8 +81,9 @@ class Scale:
     @property
     def probability(self) -> Tensor:
         """Probability [B, d, h, w] that the draw gives 1, after top-p."""
-        p = self.log_odds.sigmoid()
-        cut = 1 - self._top_p
+        p, cut = self.log_odds.sigmoid(), 1 - self._top_p
+        if not cut:
+            return p
         return p.masked_fill(p <= cut, 0.0).masked_fill(torch.sigmoid(-self.log_odds) <= cut, 1.0)
 
     @property
@@ -117,6 +128,7 @@ def sample(
     copies: int = 1,
     shortcuts: Shortcuts = NO_SHORTCUTS,
     mask: Tensor | None = None,
+    unchecked: bool = False,
 ) -> Iterator[Scale]:
     """Edit B images; yields every `Scale` before its bits are drawn. The last `running_sum` is the result.
 
@@ -125,8 +137,9 @@ def sample(
     unconditional ones. workspace: where keys and values are kept (see `workspace`); by default memory of this edit
     alone, let go of however the loop ends. copies: edits of each image, from one pass over it; those of an image
     follow each other, B then counts them all. shortcuts: work to leave out. mask: [B or 1, y, x] of any size, above 0
-    where the picture may change; bits of tokens that do not touch it are the source's. Raises ValueError, at the first step, where the inputs do not belong
-    together, and at the end where the logits were undefined numbers.
+    where the picture may change; bits of tokens that do not touch it are the source's. unchecked: leave `Scale.check`
+    to the caller, who has other work for the device before it is to wait. Raises ValueError, at the first step, where
+    the inputs do not belong together, and at the end where the logits were undefined numbers.
     """
     if shortcuts.drafted:
         raise ValueError("drafted scales need a second transformer; use drafting.draft_and_refine")
@@ -142,52 +155,65 @@ def sample(
         features_BdHW = features_BdHW.repeat_interleave(copies, dim=0)
         texts, copies = [text for text in texts for _ in range(copies)], 1
     work = workspace or Workspace(kept=False)
+    work.expect((features_BdHW, *texts))
     work.begin(transformer, texts, Shape.of(schedule, texts, copies, transformer.dtype, device), attention)
+    rows = len(texts) * copies
+
+    def source(features: Tensor) -> Tensor:
+        tokens = to_tokens(area_resize(features.float(), grids[-1]), patch)
+        return _all_rows(transformer.embed(tokens, len(schedule) - 1), len(texts))
+
     try:
-        work.read_source(
-            lambda: _all_rows(
-                transformer.embed(to_tokens(area_resize(features_BdHW.float(), grids[-1]), patch), len(schedule) - 1),
-                len(texts),
-            ),
-            (features_BdHW, *texts),
-        )
-        total = torch.zeros_like(features_BdHW, dtype=torch.float32).repeat_interleave(copies, dim=0)
-        batch, rows = len(total), len(texts) * copies
+        work.read_source(source, features_BdHW)
         features = features_BdHW.float()
         features = features.repeat_interleave(copies, dim=0) if copies > 1 else features
+        total, batch = torch.zeros_like(features), len(features)
         masks = _masks(mask, schedule, features, shortcuts)
-        steps = passes(work.passes, schedule, shortcuts, masks)[1:]
+        steps = work.scale_passes(lambda: passes(work.passes, schedule, shortcuts, masks), shortcuts, mask)[1:]
         generators = [torch.Generator().manual_seed((settings.seed + i) % 2**64) for i in range(batch)]
-        finite = torch.ones((), dtype=torch.bool, device=device)
         for k, (guidance, temperature, top_p) in enumerate(plan):
             if k == guided and rows > batch:
                 work.store.keep_rows(rows := batch)
-            if k:
-                tokens = _selected(to_tokens(linear_resize(total, grids[k]), patch), steps[k])
-                x = _all_rows(transformer.embed(tokens, k), rows)
-            else:
-                x = transformer.start(work.condition)[:rows]
-            logits = work.run(x, steps[k], rows if guidance != 1 else batch)
+            tokens = _Tokens(transformer, work.condition, grids[k], patch, k, steps[k].tokens, rows)
+            logits = work.run(tokens, steps[k], rows, rows if guidance != 1 else batch, *[total] * (k > 0))
             odds = _everywhere(_guided_log_odds(logits, batch, guidance), steps[k], schedule.tokens[k])
             log_odds = from_tokens(odds, schedule.grids[k], patch)
-            finite = finite & log_odds.isfinite().all()
             # Drawn on the CPU, also where a greedy scale ignores them: one seed, one image, on every device.
             uniform = _uniform(log_odds, generators)
             if temperature:
                 log_odds = log_odds / temperature
             scale = Scale(k, schedule, logits, log_odds, uniform if temperature else None, top_p, total)
             scale.count = len(plan)
+            scale.finite = work.finite if k + 1 < len(plan) else work.finite.clone()  # the next edit begins anew
             if masks:
                 scale.locked = (_on_latents(masks[k], patch), outside(features, total, grids[k]))
             yield scale
             total = scale.running_sum
-        # Asked once, after the loop, as every answer makes the device wait; a dry run on `meta` has none.
-        if not finite.is_meta and not finite:
-            raise ValueError(
-                "the network's logits are undefined numbers; use bf16 or fp32, and check the weights and the text"
-            )
+        if not unchecked:
+            scale.check()
     finally:
         work.end()
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What makes a scale's input of the running sum: the first scale's of none. No tensor of an edit is held in it but
+    those that stay in place."""
+
+    transformer: Transformer
+    condition: Condition
+    grid: Grid
+    patch: int
+    index: int
+    which: Tensor | None
+    rows: int
+
+    def __call__(self, *total_BdHW: Tensor) -> Tensor:
+        if not total_BdHW:
+            return self.transformer.start(self.condition)[: self.rows]
+        tokens = to_tokens(linear_resize(*total_BdHW, self.grid), self.patch)
+        tokens = tokens if self.which is None else tokens[:, self.which]
+        return _all_rows(self.transformer.embed(tokens, self.index), self.rows)
 
 
 def _uniform(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
@@ -216,10 +242,6 @@ def _masks(mask: Tensor | None, schedule: Schedule, features: Tensor, shortcuts:
 def _on_latents(mask_B1hw: Tensor, patch: int) -> Tensor:
     """A mask of tokens as one of latent positions."""
     return mask_B1hw.repeat_interleave(patch, -1).repeat_interleave(patch, -2)
-
-
-def _selected(tokens_BlD: Tensor, step: Pass) -> Tensor:
-    return tokens_BlD if step.tokens is None else tokens_BlD[:, step.tokens]
 
 
 def _everywhere(odds_BnD: Tensor, step: Pass, count: int) -> Tensor:

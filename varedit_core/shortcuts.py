@@ -62,12 +62,14 @@ def bands(schedule: Schedule, index: int, window: float, first: bool, device="cp
     """The keys that each band of a scale's queries sees: rows within `window` of the height, of the source, earlier
     scales and their own; coarse scales whole. first: of the first block, whose source is pooled to the scale's grid."""
     height, width = schedule.grids[index]
-    source = schedule.grids[index] if first else schedule.grids[-1]
+    seen = [schedule.grids[index] if first else schedule.grids[-1], *schedule.grids[: index + 1]]
+    if index == len(schedule) - 1:  # as `KeyValueStore.seen` has them
+        seen = [seen[-1], *seen[:-1]]
     listed = []
     for start in range(0, height * width, BAND):
         top, bottom = start // width, -(-min(start + BAND, height * width) // width)
         begin, pieces = 0, []
-        for rows, columns in (source, *schedule.grids[: index + 1]):
+        for rows, columns in seen:
             low, high = 0, rows
             if rows > WHOLE:
                 low = max(0, math.floor((top / height - window) * rows))

@@ -117,22 +117,27 @@ class EightBitStore(_Elsewhere):
         return super().nbytes(schedule, depth, rows, width, dtype) + rows * length * head + staged + 4 * blocks * heads
 
     def room_elsewhere(self, block: int, step: Pass) -> tuple[Tensor, Tensor]:
-        return self._staged(step.begin, step.end)
+        return self._staged(*self.span(False, step)[0])
 
     def seen_elsewhere(self, block: int, step: Pass) -> tuple[Tensor, Tensor]:
-        unpack_heads(self.packed[block - 1], self.rows, step.begin, self.staged[0])
-        return self._staged(0, step.end)
+        unpack_heads(self.packed[block - 1], self.rows, step.begin, self._kept_part)
+        return self._staged(*self.span(False, step)[1])
 
     def put_away(self, block: int, step: Pass) -> None:
-        pack_heads(self.staged[0], self.packed[block - 1], self.rows, step.begin, step.end)
+        pack_heads(self._kept_part, self.packed[block - 1], self.rows, step.begin, step.end)
 
     def release(self) -> None:
         super().release()
         self.staged, self.packed = [], []
 
+    @property
+    def _kept_part(self) -> Tensor:
+        """Staging memory without the room for the last scale in front."""
+        return self.staged[0][:, :, :, self.source :]
+
     def _staged(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        own = self.staged[0][:, : self.rows.stop - self.rows.start, :, begin:end]
-        return own[0], own[1]
+        keys, values = self.staged[0][:, : self.rows.stop - self.rows.start]
+        return self._from(keys, begin, end), self._from(values, begin, end)
 
 
 def _packed(size: tuple[int, int, int, int], exact: Sequence[int], dtype: torch.dtype, device) -> PackedHeads:
@@ -172,7 +177,7 @@ class HostStore(_Elsewhere):
         super().__init__(schedule, depth, rows, heads, head_size, dtype, device, copies)
         whole = self.length + schedule.tokens[-1]
         staged = (min(at_once or rows, rows), whole, 2, heads, head_size)
-        self.slots = [_Slot(torch.empty(staged, dtype=dtype, device=device)) for _ in range(2)]
+        self.slots = [_Slot(torch.empty(staged, dtype=dtype, device=device), self.source) for _ in range(2)]
         size = (depth - 1, rows, self.length, 2, heads, head_size)
         count = math.prod(size) * dtype.itemsize
         self.memory = memory if memory and len(memory.bytes) == count else HostMemory(count, torch.device(device))
@@ -213,16 +218,16 @@ class HostStore(_Elsewhere):
             self._fetch(block, step)
         self._fetch(block + 1, step)
         with self.here.after(slot.fetched, slot.saved):
-            return slot.parts(self._count, step.begin, step.end)
+            return self._parts(slot, *self.span(False, step)[0])
 
     def seen_elsewhere(self, block: int, step: Pass) -> tuple[Tensor, Tensor]:
-        return self._slot(block).parts(self._count, 0, step.end)
+        return self._parts(self._slot(block), *self.span(False, step)[1])
 
     def put_away(self, block: int, step: Pass) -> None:
         slot, own = self._slot(block), slice(step.begin, step.end)
         with self.outward.after(self.here.mark()):
             for place, row in enumerate(range(self.rows.start, self.rows.stop)):
-                self._copy(self.host[block - 1][row, own], slot.staged[place, own], "to host")
+                self._copy(self.host[block - 1][row, own], slot.kept[place, own], "to host")
         slot.saved = self.outward.mark()
 
     def release(self) -> None:
@@ -240,7 +245,7 @@ class HostStore(_Elsewhere):
         if step.begin:
             with self.inward.after(self.here.mark(), self.outward.mark()):
                 for place, row in enumerate(range(self.rows.start, self.rows.stop)):
-                    self._copy(slot.staged[place, history], self.host[block - 1][row, history], "to device")
+                    self._copy(slot.kept[place, history], self.host[block - 1][row, history], "to device")
             slot.fetched = self.inward.mark()
         slot.holds = self._name(block, step)
 
@@ -248,31 +253,32 @@ class HostStore(_Elsewhere):
         to.copy_(what, non_blocking=True)
         self.moved[way] += what.nbytes
 
+    def _parts(self, slot: _Slot, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [r, H, n, D] of the tokens begin to end."""
+        keys, values = slot.staged[: self.rows.stop - self.rows.start].permute(2, 0, 3, 1, 4)
+        return self._from(keys, begin, end), self._from(values, begin, end)
+
     def _slot(self, block: int) -> _Slot:
         return self.slots[block % 2]
 
     def _name(self, block: int, step: Pass) -> tuple:
         return block, step.index, self.rows.start, self.rows.stop
 
-    @property
-    def _count(self) -> int:
-        return self.rows.stop - self.rows.start
-
 
 @dataclass(eq=False)
 class _Slot:
-    """Staging memory [r, m, 2, H, D] of one block at a time. holds: whose history. fetched, saved: marks of the last
-    copies to it and from it."""
+    """Staging memory [r, front + m, 2, H, D] of one block at a time. front: room for the last scale, before what is
+    kept. holds: whose history. fetched, saved: marks of the last copies to it and from it."""
 
     staged: Tensor
+    front: int
     holds: tuple | None = None
     fetched: torch.cuda.Event | None = None
     saved: torch.cuda.Event | None = None
 
-    def parts(self, rows: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [r, H, n, D]."""
-        own = self.staged[:rows, begin:end].transpose(1, 3)
-        return own[:, :, 0], own[:, :, 1]
+    @property
+    def kept(self) -> Tensor:
+        return self.staged[:, self.front :]
 
 
 class _Lane:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .config import TransformerConfig
 from .kernels import add_norm, can_attend_to_text, matmul_fp32, text_attention, text_weights
 from .kv import KeyValueStore, Pass
-from .operations import Attention, Operations, affine, feed_forward, matrix, rows, sdpa
+from .operations import Attention, Operations, affine, feed_forward, matrix, reads_rounded, rows, sdpa
 
 EPS = 1e-6
 
@@ -266,7 +266,7 @@ class Block(nn.Module):
         y = self.sa(h, condition.constants.query_scale, step, store, attention)
         x, h = add_norm(x, y, gain1, scale, shift, EPS, self.dtype)
         y = self.ca(h, condition.text, attention)
-        x, h = add_norm(x, y, None, scale2, shift2, EPS, self.dtype)
+        x, h = add_norm(x, y, None, scale2, shift2, EPS, self.dtype, reads_rounded(self.ffn.fc1))
         return x, (self.ffn(h), gain2)
 
     def remember(self, x_RnC: Tensor, pending, condition: BlockCondition, step: Pass, store: KeyValueStore) -> None:
@@ -276,7 +276,8 @@ class Block(nn.Module):
 
     def _first_norm(self, x: Tensor, pending, condition: BlockCondition) -> tuple[Tensor, Tensor]:
         y, gate = pending or (None, None)
-        return add_norm(x, y, gate, condition.modulation[:, 2], condition.modulation[:, 4], EPS, self.dtype)
+        scale, shift = condition.modulation[:, 2], condition.modulation[:, 4]
+        return add_norm(x, y, gate, scale, shift, EPS, self.dtype, reads_rounded(self.sa.mat_qkv))
 
 
 class TextPool(nn.Module):

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .capture import Captured, State
-from .kv import SOURCE, KeyValueStore, Pass
+from .capture import Answer, Captured, State, can_record
+from .kv import KeyValueStore, Pass
 from .operations import Attention
 from .schedule import Schedule
 from .transformer import BlockConstants, Condition, PaddedTexts, Transformer
@@ -84,10 +84,13 @@ class Workspace:
         self.weights: Hashable = None
         self.store = None
         self.passes: list[Pass] = []
+        self.changed: list[Pass] = []
+        self._depends: tuple = ()
         self.constants: tuple[BlockConstants, ...] = ()
         self.static: Condition | None = None
         self.condition: Condition | None = None
         self.source: tuple[Tensor, ...] = ()
+        self._unchanged: Answer | None = None
         self.seen: set[tuple] = set()
         self.recorded: dict[tuple, Captured] = {}
         self.pool = None
@@ -95,7 +98,7 @@ class Workspace:
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values on the device."""
-        return sum(t.nbytes for part in (self.store.keys, self.store.values) for t in part) if self.store else 0
+        return self.store.nbytes_kept if self.store else 0
 
     def begin(self, transformer: Transformer, texts: Sequence[Tensor], shape: Shape, attention: Attention) -> None:
         """Make room for an edit and take its text in. texts: features [L_i, T] of every row of the source's pass."""
@@ -110,43 +113,72 @@ class Workspace:
             self.passes = self.store.passes(shape.device)
             self.constants = transformer.constants(shape.device)
             self.shape, self.weights = shape, weights
+            self.finite = torch.ones((), dtype=torch.bool, device=shape.device)
             self.foldable = all(block.ca.foldable(shape.dtype) for block in transformer.blocks)
         self.transformer, self.attention = transformer, attention
+        self.finite.fill_(True)
         self.store.keep_rows(shape.rows)
         self.condition = self._condition(texts)
 
-    def read_source(self, x_RnC: Callable[[], Tensor], identity: Sequence[Tensor]) -> None:
-        """The source's pass, unless it was the last one here. x: makes its tokens [R / copies, n, C].
+    def expect(self, identity: Sequence[Tensor]) -> None:
+        """Say what the next source's pass depends on beside weights: features and texts.
 
-        identity: what the pass depends on beside weights: features and texts.
+        Whether that is what the last one here depended on is asked of the device now and heard in `read_source`, so
+        that it need not wait for what is asked of it in between.
         """
-        if len(self.source) == len(identity) and all(a.shape == b.shape for a, b in zip(self.source, identity)):
-            if all(torch.equal(a, b) for a, b in zip(self.source, identity)):
-                return
+        self._expected, alike = tuple(identity), [a.shape == b.shape for a, b in zip(self.source, identity)]
+        self._unchanged = None
+        if len(self.source) == len(self._expected) and all(alike):
+            self._unchanged = Answer(torch.stack([(a == b).all() for a, b in zip(self.source, identity)]).all())
+
+    def read_source(self, tokens: Callable[[Tensor], Tensor], features: Tensor) -> None:
+        """The source's pass, unless it was the last one here. tokens: makes its input [R / copies, n, C] of features."""
+        if self.source and self._unchanged is not None and self._unchanged():
+            return
         self.source = ()
         copies = self.shape.copies
 
         def read(x: Tensor, condition: Condition) -> None:
             self.transformer.read_source(x, condition, self.passes[0], self.store, self.attention)
 
-        def run(x: Tensor) -> None:
+        def run(given: Tensor) -> None:
+            x = tokens(given)
             if copies > 1:
                 read(x, self.condition.rows(slice(None, None, copies)))
             else:
                 self._in_turn(x, read)
 
-        self._run((SOURCE,), self.passes[0], run, x_RnC())
+        self._run(("source",), self.passes[0].rotary.shape[1] * (self.shape.rows // copies), run, features)
         if self.kept:
-            self.source = tuple(x.clone() for x in identity)
+            self.source = tuple(x.clone() for x in self._expected)
 
-    def run(self, x_RnC: Tensor, step: Pass, rows: int) -> Tensor:
-        """Logits [rows, n, D, 2] of one scale's pass over x, for the first `rows` of its rows."""
+    def scale_passes(self, made: Callable[[], list[Pass]], *depends: object) -> list[Pass]:
+        """Passes that differ from `passes`, kept, with what was recorded of them, while what they depend on stays.
 
-        def run(x: Tensor) -> Tensor:
+        depends: comparable things, and tensors or None.
+        """
+        if len(depends) != len(self._depends) or not all(map(_same, depends, self._depends)):
+            self.changed = made()
+            self._depends = tuple(x.clone() if isinstance(x, Tensor) else x for x in depends)
+            present = {"text", "source", *self.passes, *self.changed}
+            self.recorded = {name: graph for name, graph in self.recorded.items() if name[0] in present}
+            self.seen = {name for name in self.seen if name[0] in present}
+        return self.changed
+
+    def run(self, tokens: Callable[..., Tensor], step: Pass, rows: int, asked: int, *inputs: Tensor) -> Tensor:
+        """Logits [asked, n, D, 2] of the first rows of a scale's pass, of `rows` in all.
+
+        tokens: makes its input [rows, n, C] of `inputs`.
+        """
+
+        def run(*given: Tensor) -> Tensor:
+            x = tokens(*given)
             x = self._in_turn(x, lambda x, condition: self.transformer(x, condition, step, self.store, self.attention))
-            return self.transformer.logits(x[:rows], self.condition)
+            logits = self.transformer.logits(x[:asked], self.condition)
+            self.finite.logical_and_(logits.isfinite().all())
+            return logits
 
-        return self._run((step.index, rows), step, run, x_RnC)
+        return self._run((step, rows, asked), rows * step.rotary.shape[1], run, *inputs)
 
     def end(self) -> None:
         """An edit is over, in whichever way. Unless kept, everything is let go of."""
@@ -158,7 +190,7 @@ class Workspace:
     def _recording(self) -> bool:
         """Whether passes of this edit may be recorded."""
         plain = self.store.recordable and getattr(self.attention, "recordable", False)
-        return self.kept and self.record and plain and self.shape.device.type == "cuda"
+        return self.kept and self.record and plain and self.shape.device.type == "cuda" and can_record()
 
     @property
     def _folding(self) -> bool:
@@ -176,19 +208,19 @@ class Workspace:
         return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
     def _run(
-        self, name: tuple, step: Pass | None, function: Callable[..., Tensor | None], x: Tensor, *more: Tensor
+        self, name: tuple, tokens: int, function: Callable[..., Tensor | None], *inputs: Tensor
     ) -> Tensor | None:
-        key = (*name, len(x))
-        usual = step is None or any(step is own for own in self.passes)
-        if not usual or not self._recording or x.shape[0] * x.shape[1] > RECORDED_TOKENS:
-            return function(x, *more)
-        if key not in self.recorded and key not in self.seen:
-            self.seen.add(key)
-            return function(x, *more)
-        if key not in self.recorded:
+        """The result of a function, recorded if it may be and was run before. tokens: of its pass, all rows together."""
+        if not self._recording or tokens > RECORDED_TOKENS:
+            return function(*inputs)
+        if name not in self.recorded and name not in self.seen:
+            self.seen.add(name)
+            return function(*inputs)
+        if name not in self.recorded:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.recorded[key] = Captured(function, (x, *more), self.pool)
-        result = self.recorded[key](x, *more)
+            self.recorded[name] = Captured(function, inputs, self.pool)
+            return self.recorded[name].first
+        result = self.recorded[name](*inputs)
         return None if result is None else result.clone()  # the next edit's replay writes there again
 
     def _condition(self, texts: Sequence[Tensor]) -> Condition:
@@ -204,7 +236,7 @@ class Workspace:
             row[: len(text)] = text
         lengths = [len(text) for text in texts]
         counts = torch.tensor(lengths, pin_memory=features.is_cuda).to(features.device, non_blocking=True)
-        self._run(("text",), None, self._take_text, features, counts)
+        self._run(("text",), 0, self._take_text, features, counts)
         if self._folding:
             return self.static
         repeated = tuple(length for length in lengths for _ in range(shape.copies))
@@ -214,3 +246,9 @@ class Workspace:
     def _take_text(self, features: Tensor, counts: Tensor) -> None:
         real = torch.arange(features.shape[1], device=features.device) < counts[:, None]
         self.transformer.condition(PaddedTexts(features, real), self.attention, self.constants, self.static)
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+    return a == b if not (isinstance(a, Tensor) or isinstance(b, Tensor)) else False

@@ -99,6 +99,7 @@ KINDS: dict[str, dict] = {
     "8-bit-all": {"linears": "8-bit", "editor": {"workspace": lambda editor: Workspace(EightBitStore, fold=False)}},
     "fast": _FAST,
     "fast-inside": {**_FAST, "shortcuts": Shortcuts(unguided=3, inside=3), "masked": 0.25},
+    "fast-inside-6": {**_FAST, "shortcuts": Shortcuts(unguided=3, inside=6), "masked": 0.25},
 }
 """Name -> what differs from the plain edit. A new kind of case is one line here.
 

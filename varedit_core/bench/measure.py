@@ -109,7 +109,7 @@ class Runs:
             features, texts = self._encoded(source, phase)
         moment()
         settings = replace(self.case.settings, seed=self.count)
-        for scale in self.editor.sample(features, texts, self.case.schedule, settings, **self.options):
+        for scale in self.editor.sample(features, texts, self.case.schedule, settings, unchecked=True, **self.options):
             moment()
             last = scale
         latents = last.running_sum
@@ -117,6 +117,7 @@ class Runs:
         phase("loop")
         pixels = [self.editor.decode_pixels(latent[None]) for latent in latents]
         phase("decode")
+        last.check()
         return pixels
 
     def _encoded(self, source: FittedImage, phase: Callable[[str], None]) -> tuple[Tensor, list[Tensor]]:

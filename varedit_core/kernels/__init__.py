@@ -16,11 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import plain
+from .plain import Rounded
 
 logger = logging.getLogger(__name__)
 
-LEAST_ROWS = 64
-"""Rows of an 8-bit product."""
+FEW_QUERIES = 64
+"""So many queries do not keep a GPU busy with one program a head."""
+_LEAST_SEEN = 512  # fewer keys are not worth two kernels
+FEW_ROWS, _NARROW_ROWS, _NARROW = 64, 128, 4096
+"""8-bit products of so many rows, or of more but few columns, are bound by reading the weight: cuBLAS is slow at it."""
 
 
 @lru_cache(maxsize=1)
@@ -52,14 +56,17 @@ def fusable(x: Tensor) -> bool:
 
 
 def add_norm(
-    x_RnC: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    x_RnC: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype,
+    rounded: bool = False,
+) -> tuple[Tensor, Tensor | Rounded]:  # fmt: skip
     """A gated residual and the norm that reads it: x + gate * y, and norm(x + gate * y) * scale + shift in `dtype`.
 
     x: fp32. y: [R, n, C] in any type; None: nothing is added. gate, scale, shift: fp32 [R or 1, C]; gate None: 1.
+    rounded: the second in 8 bits, for layers that read those and answer in `dtype`.
     """
-    form = _triton("transformer") if fusable(x_RnC) else plain
-    return form.add_norm(x_RnC, y, gate, scale, shift, eps, dtype)
+    fused = fusable(x_RnC) and (not rounded or multiplies_eight_bit(x_RnC.device))
+    form = _triton("transformer") if fused else plain
+    return form.add_norm(x_RnC, y, gate, scale, shift, eps, dtype, rounded)
 
 
 def heads_into(qkv_RnC: Tensor, query_scale: Tensor, rotary: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -105,6 +112,24 @@ def banded_attention(
     return _triton("transformer").banded_attention(q, keys, values, pieces, tokens, scale)
 
 
+def split_attention(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor | None:
+    """Attention of few queries q [R, H, n, D], the keys and values [R, H, m, D] of each head in several parts at once.
+
+    Returns [R, n, H * D], or None where the usual attention does as well.
+    """
+    rows, heads, n, size = q.shape
+    few = n <= FEW_QUERIES and keys.shape[2] >= _LEAST_SEEN and q.dtype != torch.float32
+    if not few or not fusable(q) or size < 16 or size & (size - 1):
+        return None
+    parts = _processors(q.device) // (rows * heads)
+    return _triton("transformer").split_attention(q, keys, values, parts, scale) if parts > 1 else None
+
+
+@lru_cache(maxsize=8)
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def matmul_fp32(x_Rnk: Tensor, y_Rkm: Tensor) -> Tensor:
     """Products [R, n, m] in fp32 of matrices in any type."""
     if x_Rnk.dtype != torch.float32 and x_Rnk.is_cuda and not torch.compiler.is_compiling():
@@ -125,18 +150,45 @@ def _triton(name: str):
     return import_module(f".{name}", __name__)
 
 
-def group_norm_silu(x_BCHW: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """SiLU of the group norm of [B, C, H, W], in x's type and layout; fused where x lies channels-last.
+def fuses_pictures(x_BCHW: Tensor) -> bool:
+    """Whether kernels run for pictures like this one: on a GPU, channels-last."""
+    # Asked first: what is being compiled must not look for Triton.
+    return (
+        not torch.compiler.is_compiling() and fusable(x_BCHW) and x_BCHW.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def group_norm_silu(
+    x_BCHW: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, offset: Tensor | None = None
+) -> Tensor:
+    """SiLU of the group norm of [B, C, H, W] + offset [C], in x's type and layout; fused where x lies channels-last.
 
     weight, bias: [C], of x's type unless the kernel runs. The kernel rounds once, the plain form after the norm too.
     """
     trained = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
-    # Asked first: what is being compiled must not look for Triton.
-    fused = not torch.compiler.is_compiling() and not trained and fusable(x_BCHW)
-    if fused and x_BCHW.is_contiguous(memory_format=torch.channels_last):
-        return _triton("convolution").group_norm_silu(x_BCHW, groups, weight, bias, eps)
-    normed = F.group_norm(x_BCHW, groups, weight, bias, eps)
+    if not trained and fuses_pictures(x_BCHW):
+        return _triton("convolution").group_norm_silu(x_BCHW, groups, weight, bias, eps, offset)
+    normed = F.group_norm(_offset(x_BCHW, offset), groups, weight, bias, eps)
     return F.silu(normed, inplace=not torch.is_grad_enabled())
+
+
+def add_pictures(x_BCHW: Tensor, y_BCHW: Tensor, offset: Tensor | None) -> Tensor:
+    """x + y + offset [C], in the memory of x [B, C, H, W]."""
+    alike = y_BCHW.shape == x_BCHW.shape and y_BCHW.dtype == x_BCHW.dtype
+    if offset is not None and alike and fuses_pictures(x_BCHW) and fuses_pictures(y_BCHW):
+        return _triton("convolution").add_pictures(x_BCHW, y_BCHW, offset)
+    return _offset(x_BCHW.add_(y_BCHW), offset)
+
+
+def double_picture(x_BCHW: Tensor) -> Tensor:
+    """Every pixel of [B, C, H, W] as a square of four."""
+    if fuses_pictures(x_BCHW):
+        return _triton("convolution").double_picture(x_BCHW)
+    return F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
+
+
+def _offset(x_BCHW: Tensor, offset: Tensor | None) -> Tensor:
+    return x_BCHW if offset is None else x_BCHW + offset[:, None, None]
 
 
 def pack_heads(staged: Tensor, packed: plain.PackedHeads, rows: slice, begin: int, end: int) -> None:
@@ -185,22 +237,25 @@ def _rows_form(x: Tensor):
 
 
 def linear_eight_bit(
-    x_nC: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, gelu: bool = False
+    x: Tensor | Rounded, weight: Tensor, scales: Tensor, bias: Tensor | None, gelu: bool = False
 ) -> Tensor:
-    """x @ weight.T + bias -> [n, N], both factors in 8 bits; in x's type. gelu: GELU(tanh) of x in its place.
+    """x @ weight.T + bias: [..., C] -> [..., N], both factors in 8 bits. gelu: GELU(tanh) of x in its place.
 
-    weight, scales: codes and scales of N rows (see `quantise_rows`); x is rounded the same way, token by token. Where
-    the device cannot multiply in 8 bits, and in other types than bf16, the rounded factors are multiplied in x's type.
+    weight, scales: codes and scales of N rows (see `quantise_rows`); x is rounded the same way, token by token, unless
+    it is already. Where the device cannot multiply in 8 bits, and in other types than bf16, the rounded factors are
+    multiplied in the result's type.
     """
+    dtype = x.dtype
+    if isinstance(x, Rounded):
+        shape, codes, own = x.codes.shape[:-1], x.codes.flatten(0, -2), x.scales.flatten()
+    else:
+        shape, (codes, own) = x.shape[:-1], quantise_rows(x.flatten(0, -2), gelu)
     sixteenths = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
-    if x_nC.dtype == torch.bfloat16 and sixteenths and multiplies_eight_bit(x_nC.device):
-        count = len(x_nC)
-        if count < LEAST_ROWS:  # cuBLAS has no product of few long rows
-            x_nC = F.pad(x_nC, (0, 0, 0, LEAST_ROWS - count))
-        codes, own = quantise_rows(x_nC, gelu)
-        return torch._scaled_mm(
-            codes, weight.t(), own[:, None], scales[None], bias, out_dtype=torch.bfloat16, use_fast_accum=True
-        )[:count]
-    codes, own = quantise_rows(x_nC, gelu)
-    x, weight = (dequantise_rows(*pair, x_nC.dtype) for pair in ((codes, own), (weight, scales)))
-    return F.linear(x, weight, bias)
+    if not (dtype == torch.bfloat16 and sixteenths and multiplies_eight_bit(codes.device)):
+        y = F.linear(dequantise_rows(codes, own, dtype), dequantise_rows(weight, scales, dtype), bias)
+    elif len(codes) <= FEW_ROWS or (len(codes) <= _NARROW_ROWS and len(weight) <= _NARROW):
+        y = _triton("eight_bit").few_rows(codes, own, weight, scales, bias, dtype)
+    else:
+        own = own[:, None]
+        y = torch._scaled_mm(codes, weight.t(), own, scales[None], bias, out_dtype=dtype, use_fast_accum=True)
+    return y.unflatten(0, shape)

@@ -1,4 +1,4 @@
-"""Group norm and SiLU of channels-last pictures as Triton kernels; `__init__` has their meaning and chooses.
+"""What lies between the convolutions of channels-last pictures as Triton kernels; `__init__` has their meaning and chooses.
 
 Shape suffixes: B images, C channels, P positions of a picture, G groups of channels, N chunks of positions.
 
@@ -27,7 +27,10 @@ def _tile(x_ptr, position, channel, positions, channels):
 
 
 @triton.jit(do_not_specialize=["positions", "tiles"])
-def _moments(x_ptr, mean_ptr, squares_ptr, positions, channels, tiles, TILE_P: tl.constexpr, TILE_C: tl.constexpr):
+def _moments(
+    x_ptr, offset_ptr, mean_ptr, squares_ptr, positions, channels, tiles,
+    OFFSET: tl.constexpr, TILE_P: tl.constexpr, TILE_C: tl.constexpr,
+):  # fmt: skip
     """One chunk of `tiles` tiles: mean and sum of squared deviations of its channels, into [B, N, C]."""
     image = tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
@@ -49,6 +52,8 @@ def _moments(x_ptr, mean_ptr, squares_ptr, positions, channels, tiles, TILE_P: t
     count = count.to(tl.float32)
     mean = tl.sum(total, 0) / count
     to = (image * tl.num_programs(0) + tl.program_id(0)) * channels + channel
+    if OFFSET:
+        near += tl.load(offset_ptr + channel, channel < channels, other=0.0).to(tl.float32)
     tl.store(mean_ptr + to, near + mean, channel < channels)
     tl.store(squares_ptr + to, tl.sum(squares, 0) - count * mean * mean, channel < channels)
 
@@ -86,14 +91,16 @@ def _groups(
 
 @triton.jit(do_not_specialize=["positions", "groups", "width"])
 def _activated(
-    x_ptr, y_ptr, group_ptr, weight_ptr, bias_ptr, positions, channels, groups, width,
-    TILE_P: tl.constexpr, TILE_C: tl.constexpr,
+    x_ptr, offset_ptr, y_ptr, group_ptr, weight_ptr, bias_ptr, positions, channels, groups, width,
+    OFFSET: tl.constexpr, TILE_P: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
     inside = channel < channels
     group = group_ptr + (image * groups + channel // width) * 2
     mean = tl.load(group, inside, other=0.0)
+    if OFFSET:
+        mean -= tl.load(offset_ptr + channel, inside, other=0.0).to(tl.float32)
     gain = tl.load(group + 1, inside, other=0.0) * tl.load(weight_ptr + channel, inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + channel, inside, other=0.0).to(tl.float32)
     position = tl.program_id(0) * TILE_P + tl.arange(0, TILE_P)
@@ -105,7 +112,9 @@ def _activated(
     tl.store(to, y.to(y_ptr.dtype.element_ty), there)
 
 
-def group_norm_silu(x_BCHW: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def group_norm_silu(
+    x_BCHW: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, offset: Tensor | None = None
+) -> Tensor:
     images, channels, height, side = x_BCHW.shape
     positions, width = height * side, channels // groups
     tile_c = min(_CHANNELS, triton.next_power_of_2(channels))
@@ -117,15 +126,69 @@ def group_norm_silu(x_BCHW: Tensor, groups: int, weight: Tensor, bias: Tensor, e
     group = torch.empty(images, groups, 2, dtype=torch.float32, device=x_BCHW.device)
     y = torch.empty_like(x_BCHW, memory_format=torch.channels_last)
     tile_w = triton.next_power_of_2(width)
+    given = dict(OFFSET=offset is not None, TILE_P=tile_p, TILE_C=tile_c)
+    offset = bias if offset is None else offset
     with torch.cuda.device_of(x_BCHW):
         _moments[(chunks, columns, images)](
-            x_BCHW, moments[0], moments[1], positions, channels, tiles, TILE_P=tile_p, TILE_C=tile_c
+            x_BCHW, offset, moments[0], moments[1], positions, channels, tiles, **given
         )
         _groups[(groups, images)](
             moments[0], moments[1], group, positions, channels, width, chunks, tiles * tile_p, eps,
             TILE_N=max(1, _TILE // 2 // tile_w), TILE_W=tile_w,
         )  # fmt: skip
         _activated[(triton.cdiv(positions, tile_p), columns, images)](
-            x_BCHW, y, group, weight, bias, positions, channels, groups, width, TILE_P=tile_p, TILE_C=tile_c
+            x_BCHW, offset, y, group, weight, bias, positions, channels, groups, width, **given
+        )
+    return y
+
+
+@triton.jit(do_not_specialize=["positions"])
+def _sum(x_ptr, y_ptr, offset_ptr, positions, channels, TILE_P: tl.constexpr, TILE_C: tl.constexpr):
+    channel = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
+    offset = tl.load(offset_ptr + channel, channel < channels, other=0.0).to(tl.float32)
+    position = tl.program_id(0) * TILE_P + tl.arange(0, TILE_P)
+    at, there = _tile(x_ptr, position, channel, positions, channels)
+    x = tl.load(at, there, other=0.0).to(tl.float32)
+    beside, _ = _tile(y_ptr, position, channel, positions, channels)
+    x += tl.load(beside, there, other=0.0).to(tl.float32) + offset[None, :]
+    tl.store(at, x.to(x_ptr.dtype.element_ty), there)
+
+
+def add_pictures(x_BCHW: Tensor, y_BCHW: Tensor, offset: Tensor) -> Tensor:
+    positions, channels = x_BCHW.numel() // x_BCHW.shape[1], x_BCHW.shape[1]
+    tile_c = min(_CHANNELS, triton.next_power_of_2(channels))
+    tile_p = _TILE // tile_c
+    with torch.cuda.device_of(x_BCHW):
+        _sum[(triton.cdiv(positions, tile_p), triton.cdiv(channels, tile_c))](
+            x_BCHW, y_BCHW, offset, positions, channels, TILE_P=tile_p, TILE_C=tile_c
+        )
+    return x_BCHW
+
+
+@triton.jit(do_not_specialize=["positions", "side"])
+def _doubled(x_ptr, y_ptr, positions, side, channels, TILE_P: tl.constexpr, TILE_C: tl.constexpr):
+    """positions, side: of x, all pictures' rows one below the other."""
+    channel = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
+    position = tl.program_id(0) * TILE_P + tl.arange(0, TILE_P)
+    at, there = _tile(x_ptr, position, channel, positions, channels)
+    x = tl.load(at, there)
+    corner = (position // side) * 4 * side + (position % side) * 2
+    for half in tl.static_range(4):
+        to = corner + (half // 2) * 2 * side + half % 2
+        tl.store(y_ptr + to.to(tl.int64)[:, None] * channels + channel[None, :], x, there)
+
+
+def double_picture(x_BCHW: Tensor) -> Tensor:
+    images, channels, height, side = x_BCHW.shape
+    y = torch.empty(
+        images, channels, 2 * height, 2 * side, dtype=x_BCHW.dtype, device=x_BCHW.device,
+        memory_format=torch.channels_last,
+    )  # fmt: skip
+    positions = images * height * side
+    tile_c = min(_CHANNELS, triton.next_power_of_2(channels))
+    tile_p = _TILE // tile_c
+    with torch.cuda.device_of(x_BCHW):
+        _doubled[(triton.cdiv(positions, tile_p), triton.cdiv(channels, tile_c))](
+            x_BCHW, y, positions, side, channels, TILE_P=tile_p, TILE_C=tile_c
         )
     return y

@@ -146,3 +146,41 @@ def dequantise_rows(codes_nC: Tensor, scales: Tensor, dtype: torch.dtype) -> Ten
     with torch.cuda.device_of(x):
         _dequantise_rows[(triton.cdiv(width, _TILE), count)](codes_nC, scales, x, width, BLOCK=_TILE, num_warps=4)
     return x
+
+
+@triton.jit(do_not_specialize=["n"])
+def _few_rows(
+    codes_ptr, own_ptr, weight_ptr, scales_ptr, bias_ptr, out_ptr, n, width, columns,
+    BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    there, real = row < n, column < columns
+    x_ptr = codes_ptr + row[:, None].to(tl.int64) * width
+    w_ptr = weight_ptr + column[None].to(tl.int64) * width
+    out = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, width, STEP):
+        at = first + tl.arange(0, STEP)
+        x = tl.load(x_ptr + at[None], there[:, None] & (at < width)[None], other=0.0)
+        w = tl.load(w_ptr + at[:, None], real[None] & (at < width)[:, None], other=0.0)
+        out = tl.dot(x, w, out)
+    out *= tl.load(own_ptr + row, there, other=0.0)[:, None] * tl.load(scales_ptr + column, real, other=0.0)[None]
+    if BIAS:
+        out += tl.load(bias_ptr + column, real, other=0.0).to(tl.float32)[None]
+    to = out_ptr + row[:, None].to(tl.int64) * columns + column[None]
+    tl.store(to, out.to(out_ptr.dtype.element_ty), there[:, None] & real[None])
+
+
+def few_rows(
+    codes_nC: Tensor, own: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`linear_eight_bit` of rows that are rounded already: as many programs as the weight's rows can feed."""
+    count, width = codes_nC.shape
+    out = torch.empty(count, len(weight), dtype=dtype, device=codes_nC.device)
+    rows, columns = 16 if count <= 16 else 64, 32
+    with torch.cuda.device_of(out):
+        _few_rows[(triton.cdiv(len(weight), columns), triton.cdiv(count, rows))](
+            codes_nC, own, weight, scales, scales if bias is None else bias, out, count, width, len(weight),
+            BIAS=bias is not None, ROWS=rows, COLUMNS=columns, STEP=256, num_warps=4, num_stages=4,
+        )  # fmt: skip
+    return out

@@ -12,14 +12,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+LEAST = 1e-12  # scales of all-zero rows are made of it
+FLOAT8_MOST = 448.0  # the largest number of float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Rows of numbers in 8 bits: codes (float8_e4m3fn [..., C]) times a scale a row (fp32 [...]).
+
+    dtype: what a layer that reads them answers in.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+
 def add_norm(
-    x_RnC: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    x_RnC: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype,
+    rounded: bool = False,
+) -> tuple[Tensor, Tensor | Rounded]:  # fmt: skip
     x = x_RnC
     if y is not None:
         x = x + (y if gate is None else gate[:, None] * y)
-    normed = F.layer_norm(x, x.shape[-1:], eps=eps)
-    return x, (normed * scale[:, None] + shift[:, None]).to(dtype)
+    normed = F.layer_norm(x, x.shape[-1:], eps=eps) * scale[:, None] + shift[:, None]
+    return x, Rounded(*quantise_rows(normed), dtype) if rounded else normed.to(dtype)
 
 
 def split_heads(qkv_RnC: Tensor, query_scale: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,10 +59,6 @@ def text_weights(
     scores = (scores_RnS + bias_RS[:, None]).unflatten(-1, (heads, -1))
     real = torch.arange(scores.shape[-1], device=scores.device) < counts[:, None]
     return scores.masked_fill(~real[:, None, None], float("-inf")).softmax(-1).flatten(2).to(dtype)
-
-
-LEAST = 1e-12  # scales of all-zero rows are made of it
-FLOAT8_MOST = 448.0  # the largest number of float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -90,8 +103,8 @@ def unpack_heads(packed: PackedHeads, rows: slice, end: int, staged: Tensor) -> 
 def quantise_rows(x_nC: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
     x = F.gelu(x_nC.float(), approximate="tanh") if gelu else x_nC.float()
     scales = x.abs().amax(-1).clamp_min(LEAST) / FLOAT8_MOST
-    return (x / scales[:, None]).to(torch.float8_e4m3fn), scales
+    return (x / scales[..., None]).to(torch.float8_e4m3fn), scales
 
 
 def dequantise_rows(codes_nC: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return (codes_nC.float() * scales[:, None]).to(dtype)
+    return (codes_nC.float() * scales[..., None]).to(dtype)

@@ -10,12 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .plain import FLOAT8_MOST, LEAST, Rounded
+
 
 @triton.jit(do_not_specialize=["n"])
 def _add_norm(
-    x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, sum_ptr, h_ptr, n, width, eps,
+    x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, sum_ptr, h_ptr, own_ptr, n, width, eps,
     gate_stride, scale_stride, shift_stride,
-    HAS_Y: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_Y: tl.constexpr, HAS_GATE: tl.constexpr, ROUNDED: tl.constexpr, MOST: tl.constexpr, LEAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     row = token // n
@@ -34,24 +37,30 @@ def _add_norm(
     scale = tl.load(scale_ptr + row * scale_stride + at, inside, other=0.0)
     shift = tl.load(shift_ptr + row * shift_stride + at, inside, other=0.0)
     h = centred * deviation * scale + shift
+    if ROUNDED:
+        own = tl.div_rn(tl.maximum(tl.max(tl.abs(h), 0), LEAST), MOST)
+        h = tl.div_rn(h, own)
+        tl.store(own_ptr + token, own)
     tl.store(h_ptr + token * width + at, h.to(h_ptr.dtype.element_ty), inside)
 
 
 def add_norm(
-    x_RnC: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    x_RnC: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype,
+    rounded: bool = False,
+) -> tuple[Tensor, Tensor | Rounded]:  # fmt: skip
     rows, n, width = x_RnC.shape
     x = x_RnC.contiguous()
     y = None if y is None else y.contiguous()
     total = x if y is None else torch.empty_like(x)
-    h = torch.empty(x.shape, dtype=dtype, device=x.device)
+    h = torch.empty(x.shape, dtype=torch.float8_e4m3fn if rounded else dtype, device=x.device)
+    own = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) if rounded else scale
     _add_norm[(rows * n,)](
-        x, x if y is None else y, scale if gate is None else gate, scale, shift, total, h, n, width, eps,
+        x, x if y is None else y, scale if gate is None else gate, scale, shift, total, h, own, n, width, eps,
         0 if gate is None else _row_stride(gate), _row_stride(scale), _row_stride(shift),
-        HAS_Y=y is not None, HAS_GATE=gate is not None, BLOCK=triton.next_power_of_2(width),
-        num_warps=8 if width > 1024 else 4,
+        HAS_Y=y is not None, HAS_GATE=gate is not None, ROUNDED=rounded, MOST=FLOAT8_MOST, LEAST=LEAST,
+        BLOCK=triton.next_power_of_2(width), num_warps=8 if width > 1024 else 4,
     )  # fmt: skip
-    return total, h
+    return total, Rounded(h, own, dtype) if rounded else h
 
 
 def _row_stride(x_RC: Tensor) -> int:
@@ -114,6 +123,35 @@ def heads_into(qkv_RnC: Tensor, query_scale: Tensor, rotary: Tensor, keys: Tenso
     return q
 
 
+@triton.jit
+def _see(
+    q, k_ptr, v_ptr, k_token, v_token, begin, end, scale, most, total, out,
+    D: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Softmax attention of queries to the tokens begin to end, joined to what they have seen: largest score, total weight
+    and weighted sum. scale: of scores whose power of 2 is a weight."""
+    whole = tl.arange(0, D)
+    precision: tl.constexpr = "ieee" if EXACT else "tf32"
+    for first in range(begin, end, KEYS):
+        key = first + tl.arange(0, KEYS)
+        real = key < end
+        at = key[:, None].to(tl.int64)
+        k = tl.load(k_ptr + at * k_token + whole, real[:, None], other=0.0)
+        v = tl.load(v_ptr + at * v_token + whole, real[:, None], other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision=precision) * scale
+        score = tl.where(real[None], score, float("-inf"))
+        larger = tl.maximum(most, tl.max(score, 1))
+        weight = tl.exp2(score - larger[:, None])
+        shrink = tl.exp2(most - larger)
+        total = total * shrink + tl.sum(weight, 1)
+        out = out * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=precision)
+        most = larger
+    return most, total, out
+
+
+_LOG2E = tl.constexpr(1.4426950408889634)  # powers of 2 are cheaper than of e
+
+
 @triton.jit(do_not_specialize=["n"])
 def _text_attention(
     q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, n, scale,
@@ -130,20 +168,11 @@ def _text_attention(
     most = tl.full((TOKENS,), float("-inf"), tl.float32)
     total = tl.zeros((TOKENS,), tl.float32)
     out = tl.zeros((TOKENS, D), tl.float32)
-    precision: tl.constexpr = "ieee" if EXACT else "tf32"
-    for begin in range(0, length, TEXT):
-        text = begin + tl.arange(0, TEXT)
-        real = text < length
-        k = tl.load(k_ptr + row * k_row + head * k_head + text[:, None] * k_token + whole, real[:, None], other=0.0)
-        v = tl.load(v_ptr + row * v_row + head * v_head + text[:, None] * v_token + whole, real[:, None], other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision=precision) * scale
-        score = tl.where(real[None], score, float("-inf"))
-        larger = tl.maximum(most, tl.max(score, 1))
-        weight = tl.exp(score - larger[:, None])
-        shrink = tl.exp(most - larger)
-        total = total * shrink + tl.sum(weight, 1)
-        out = out * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=precision)
-        most = larger
+    k_ptr += row * k_row + head * k_head
+    v_ptr += row * v_row + head * v_head
+    most, total, out = _see(
+        q, k_ptr, v_ptr, k_token, v_token, 0, length, scale * _LOG2E, most, total, out, D, TEXT, EXACT
+    )
     out = out / total[:, None]
     to = out_ptr + row * out_row + token[:, None].to(tl.int64) * out_token + head * D + whole
     tl.store(to, out.to(out_ptr.dtype.element_ty), there)
@@ -212,25 +241,12 @@ def _banded_attention(
     most = tl.full((TOKENS,), float("-inf"), tl.float32)
     total = tl.zeros((TOKENS,), tl.float32)
     out = tl.zeros((TOKENS, D), tl.float32)
-    precision: tl.constexpr = "ieee" if EXACT else "tf32"
-    scale *= 1.4426950408889634  # powers of 2 are cheaper than of e
     for piece in range(pieces):
         begin = tl.load(pieces_ptr + (band * pieces + piece) * 2)
         end = tl.load(pieces_ptr + (band * pieces + piece) * 2 + 1)
-        for first in range(begin, end, KEYS):
-            key = first + tl.arange(0, KEYS)
-            real = key < end
-            at = key[:, None].to(tl.int64)
-            k = tl.load(k_ptr + at * k_token + whole, real[:, None], other=0.0)
-            score = tl.dot(q, tl.trans(k), input_precision=precision) * scale
-            score = tl.where(real[None], score, float("-inf"))
-            larger = tl.maximum(most, tl.max(score, 1))
-            weight = tl.exp2(score - larger[:, None])
-            shrink = tl.exp2(most - larger)
-            total = total * shrink + tl.sum(weight, 1)
-            v = tl.load(v_ptr + at * v_token + whole, real[:, None], other=0.0)
-            out = out * shrink[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=precision)
-            most = larger
+        most, total, out = _see(
+            q, k_ptr, v_ptr, k_token, v_token, begin, end, scale * _LOG2E, most, total, out, D, KEYS, EXACT
+        )
     out = out / total[:, None]
     to = out_ptr + row * out_row + token[:, None].to(tl.int64) * out_token + head * D + whole
     tl.store(to, out.to(out_ptr.dtype.element_ty), there)
@@ -244,5 +260,79 @@ def banded_attention(q: Tensor, keys: Tensor, values: Tensor, pieces: Tensor, to
         *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *out.stride()[:2],
         D=size, TOKENS=tokens, KEYS=64, EXACT=q.dtype == torch.float32, num_warps=8 if tokens >= 128 else 4,
         num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["n", "seen", "share"])
+def _part_attention(
+    q_ptr, k_ptr, v_ptr, part_ptr, most_ptr, total_ptr, n, seen, share, scale, heads,
+    q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,
+    D: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    tile, tiles = tl.program_id(1), tl.num_programs(1)
+    row = (tl.program_id(2) // heads).to(tl.int64)
+    head = tl.program_id(2) % heads
+    lane = tl.arange(0, TOKENS)
+    token = tile * TOKENS + lane
+    there = token[:, None] < n
+    whole = tl.arange(0, D)
+    q = tl.load(q_ptr + row * q_row + head * q_head + token[:, None] * q_token + whole, there, other=0.0)
+    k_ptr += row * k_row + head.to(tl.int64) * k_head
+    v_ptr += row * v_row + head.to(tl.int64) * v_head
+    most = tl.full((TOKENS,), float("-inf"), tl.float32)
+    total = tl.zeros((TOKENS,), tl.float32)
+    out = tl.zeros((TOKENS, D), tl.float32)
+    end = tl.minimum(seen, (part + 1) * share)
+    most, total, out = _see(
+        q, k_ptr, v_ptr, k_token, v_token, part * share, end, scale * _LOG2E, most, total, out, D, KEYS, EXACT
+    )
+    slot = (tl.program_id(2) * tiles + tile) * TOKENS + lane  # of the query, among all; parts of one lie side by side
+    slot = slot.to(tl.int64) * parts + part
+    tl.store(part_ptr + slot[:, None] * D + whole, out)
+    tl.store(most_ptr + slot, most)
+    tl.store(total_ptr + slot, total)
+
+
+@triton.jit(do_not_specialize=["n", "parts"])
+def _join_parts(
+    part_ptr, most_ptr, total_ptr, out_ptr, n, room, parts, heads, out_row, out_token,
+    D: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0)
+    row = (tl.program_id(1) // heads).to(tl.int64)
+    head = tl.program_id(1) % heads
+    part = tl.arange(0, PARTS)
+    real = part < parts
+    whole = tl.arange(0, D)
+    slot = (tl.program_id(1).to(tl.int64) * room + token) * parts + part
+    most = tl.load(most_ptr + slot, real, other=float("-inf"))
+    weight = tl.exp2(most - tl.max(most, 0))
+    total = tl.sum(tl.load(total_ptr + slot, real, other=0.0) * weight, 0)
+    out = tl.load(part_ptr + slot[:, None] * D + whole, real[:, None], other=0.0)
+    out = tl.sum(out * weight[:, None], 0) / total
+    tl.store(out_ptr + row * out_row + token * out_token + head * D + whole, out.to(out_ptr.dtype.element_ty))
+
+
+def split_attention(q: Tensor, keys: Tensor, values: Tensor, parts: int, scale: float) -> Tensor:
+    rows, heads, n, size = q.shape
+    seen, step = keys.shape[2], 64
+    tokens = 16 if n <= 16 else 64
+    share = triton.cdiv(triton.cdiv(seen, parts), step) * step
+    parts = triton.cdiv(seen, share)
+    tiles = triton.cdiv(n, tokens)
+    kw = dict(dtype=torch.float32, device=q.device)
+    part = torch.empty(rows * heads, tiles * tokens, parts, size, **kw)
+    most, total = torch.empty(2, rows * heads, tiles * tokens, parts, **kw)
+    out = torch.empty(rows, n, heads * size, dtype=q.dtype, device=q.device)
+    _part_attention[(parts, tiles, rows * heads)](
+        q, keys, values, part, most, total, n, seen, share, scale, heads,
+        *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+        D=size, TOKENS=tokens, KEYS=step, EXACT=q.dtype == torch.float32, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    _join_parts[(n, rows * heads)](
+        part, most, total, out, n, tiles * tokens, parts, heads, *out.stride()[:2],
+        D=size, PARTS=triton.next_power_of_2(parts), num_warps=1,
     )  # fmt: skip
     return out
