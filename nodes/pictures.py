@@ -76,15 +76,14 @@ def decode_edit(vae, latent: dict, image: Tensor | None, mask: Tensor | None, te
             f"the image is {image.shape[2]}x{image.shape[1]} but the edit is of one of {fitting.size[0]}x{fitting.size[1]}; "
             "connect the picture that was encoded"
         )
-    edited = to_image([unfit(_levels(vae, one), fitting) for one in samples])
     if image is not None and image.shape[3] not in (1, 3, 4):
         raise ValueError(f"the image has {image.shape[3]} channels; connect one with 1, 3 or 4")
-    if image is not None:
-        if not len(image) or len(edited) % len(image):
-            raise ValueError(
-                f"there are {image.shape[0]} images for {len(edited)} edits; connect the same batch, or one image"
-            )
-        image = _for_each(image, edited)
+    if image is not None and (not len(image) or len(samples) % len(image)):
+        raise ValueError(
+            f"there are {image.shape[0]} images for {len(samples)} edits; connect the same batch, or one image"
+        )
+    edited = to_image([unfit(_levels(vae, one), fitting) for one in samples])
+    image = image if image is None else _for_each(image, edited)
     if mask is not None:
         edited = _composited(edited, image, mask, tell)
     if image is not None and image.shape[3] == 4:

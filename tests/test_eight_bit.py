@@ -24,13 +24,14 @@ from varedit_core import Editor, SamplingSettings, load_transformer, memory, pip
 from varedit_core.cli import app
 from varedit_core.convert import convert
 from varedit_core.defaults import NO_SHORTCUTS
-from varedit_core.eight_bit import eight_bit, names, quantise_weight
+from varedit_core.eight_bit import EightBitLinear, eight_bit, names, quantise_weight
 from varedit_core.kernels import linear_eight_bit, plain
 from varedit_core.kv import KeyValueStore
 from varedit_core.lora import apply_lora
-from varedit_core.operations import EightBitLinear, sdpa
+from varedit_core.operations import sdpa
 from varedit_core.options import load_editor
 from varedit_core.planning import STORES, Job, Plan
+from varedit_core.sampling import NO_PROMISES
 from varedit_core.stores import EightBitStore, HostStore, exact_heads, query_scales
 from varedit_core.workspace import Workspace
 
@@ -354,14 +355,14 @@ def test_an_editor_follows_its_plan(patchify, monkeypatch):
 
     masks = torch.zeros(2, 64, 64)
     masks[0, :32], masks[1, :, 40:] = 1, 1
-    more = {"shortcuts": NO_SHORTCUTS, "mask": masks}
+    more = {"shortcuts": NO_SHORTCUTS, "mask": masks, "promises": NO_PROMISES}
     fitted = [editor.fit(picture, "0.06M") for picture in pictures]
     variations = (editor.encode_source(fitted), [text, text], None, fitted, settings, None, 2, more)
-    masked = editor._latents(*variations)
+    masked, _ = editor._latents(*variations)
 
     seen = []
     monkeypatch.setattr(pipeline, "planned", one_by_one)
-    assert torch.equal(editor._latents(*variations), masked), "each with its own mask"
+    assert torch.equal(editor._latents(*variations)[0], masked), "each with its own mask"
     seen.clear()
     found = editor.edit(pictures, [text, text], size="0.06M", settings=settings)
     assert torch.equal(found, wanted)

@@ -7,6 +7,7 @@ compares `State` before every replay and records anew where something has moved.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -56,6 +57,11 @@ def can_record() -> bool:
 def _recording_stream(device: int) -> torch.cuda.Stream:
     """The device's stream for recording. Always the same: cuBLAS keeps 32 MiB for every stream that it ever worked on."""
     return torch.cuda.Stream(device)
+
+
+def on(stream: torch.cuda.Stream | None) -> AbstractContextManager:
+    """What is asked of the device within goes to the stream; None: to the present one."""
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 class Answer:

@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from .autoencoder import Autoencoder
 from .config import AutoencoderConfig, TransformerConfig
-from .eight_bit import LINEARS, check_linears, prepare, quantise_weight
+from .eight_bit import LINEARS, EightBitLinear, check_linears, prepare, quantise_weight
 from .kernels import has_triton
-from .operations import EightBitLinear, Operations
+from .operations import Operations
 from .transformer import Transformer
 from .weights import WeightError, Weights, open_weights, under
 

@@ -13,13 +13,47 @@ import re
 import torch
 from torch import Tensor, nn
 
-from .kernels import quantise_rows
-from .operations import EightBitLinear
+from .kernels import Rounded, dequantise_rows, linear_eight_bit, quantise_rows
 
 LINEARS = ("exact", "8-bit")
 """What `load_transformer` makes of the blocks' linear layers."""
 _LAYER = re.compile(r"blocks\.\d+\.(sa\.mat_qkv|sa\.proj|ca\.mat_q|ca\.proj|ffn\.fc1|ffn\.fc2)")
 _ROWS = 1024  # of a weight rounded at a time: what is made meanwhile is small beside the weight
+
+
+class EightBitLinear(nn.Linear):
+    """Linear layer with a weight in 8 bits (float8_e4m3fn) and one fp32 scale an output channel: weight_scale [out].
+
+    What comes in is rounded to 8 bits too, token by token, so that the device multiplies in 8 bits. Makes no weights of
+    its own: see `eight_bit`.
+    """
+
+    reads_rounded = True
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, bias, "meta", torch.float8_e4m3fn)
+        self.register_buffer("weight_scale", torch.empty(out_features, device="meta"))
+
+    def reset_parameters(self) -> None:
+        """Nothing: torch cannot fill 8-bit weights."""
+
+    def forward(self, x: Tensor | Rounded, gelu: bool = False) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return linear_eight_bit(x, self.weight, self.weight_scale, bias, gelu)
+
+    def after_gelu(self, x: Tensor) -> Tensor:
+        """The layer behind GELU(tanh) of x, which is rounded only once."""
+        return self(x, gelu=True)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] in a type, scales applied."""
+        return dequantise_rows(self.weight, self.weight_scale, dtype)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        name = prefix + "weight_scale"
+        if name in state_dict:  # files of `convert` have one scale for all channels
+            state_dict[name] = state_dict[name].float().expand(self.out_features).contiguous()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def check_linears(linears: str) -> None:

@@ -82,12 +82,13 @@ class KeyValueStore:
         self.length = self.source + sum(schedule.tokens[:-1])
         kw = dict(dtype=dtype, device=device)
         blocks, step = self.plain_blocks(depth), self.step(schedule)
-        all_blocks = torch.empty(2, rows, heads, self.source + blocks * step, head_size, **kw)
-        self.nbytes_kept = all_blocks.nbytes
+        size = (rows, heads, self.source + blocks * step, head_size)
+        keys, values = torch.empty(size, **kw), torch.empty(size, **kw)
+        self.nbytes_kept = keys.nbytes + values.nbytes
         """Bytes of keys and values on the device, without the pooled references."""
         # Of every block: room for the last scale in front, then what is kept.
         parts = [slice(block * step, block * step + self.source + self.length) for block in range(blocks)]
-        self.keys, self.values = ([x[:, :, part] for part in parts] for x in all_blocks)
+        self.keys, self.values = ([x[:, :, part] for part in parts] for x in (keys, values))
         # The first block's source, pooled for every scale.
         pooled = torch.empty(2, rows // copies, heads, sum(schedule.tokens), head_size, **kw)
         ends = accumulate(schedule.tokens)

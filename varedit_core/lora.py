@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .checkpoints import TOKENIZER, TRANSFORMER, blank, canonical, describe, holds
 from .convert import ARCHITECTURES, Entry, check_result, check_space, write
-from .operations import EightBitLinear
+from .eight_bit import EightBitLinear
 from .transformer import Transformer
 from .weights import WeightError, Weights, open_weights
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import Rounded, dequantise_rows, fuses_pictures, group_norm_silu, linear_eight_bit
+from .kernels import fuses_pictures, group_norm_silu
 
 
 class Attention(Protocol):
@@ -71,39 +71,6 @@ class ScaledLinear(nn.Linear):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         scale = state_dict.get(prefix + "weight_scale")
         self.weight_scale = None if scale is None else torch.empty_like(scale, device=self.weight.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class EightBitLinear(nn.Linear):
-    """Linear layer with a weight in 8 bits (float8_e4m3fn) and one fp32 scale an output channel: weight_scale [out].
-
-    What comes in is rounded to 8 bits too, token by token, so that the device multiplies in 8 bits. Makes no weights of
-    its own: see `eight_bit`.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
-        super().__init__(in_features, out_features, bias, "meta", torch.float8_e4m3fn)
-        self.register_buffer("weight_scale", torch.empty(out_features, device="meta"))
-
-    def reset_parameters(self) -> None:
-        """Nothing: torch cannot fill 8-bit weights."""
-
-    def forward(self, x: Tensor | Rounded, gelu: bool = False) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear_eight_bit(x, self.weight, self.weight_scale, bias, gelu)
-
-    def after_gelu(self, x: Tensor) -> Tensor:
-        """The layer behind GELU(tanh) of x, which is rounded only once."""
-        return self(x, gelu=True)
-
-    def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] in a type, scales applied."""
-        return dequantise_rows(self.weight, self.weight_scale, dtype)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        name = prefix + "weight_scale"
-        if name in state_dict:  # files of `convert` have one scale for all channels
-            state_dict[name] = state_dict[name].float().expand(self.out_features).contiguous()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -165,7 +132,7 @@ def gelu(layer: nn.Module, x: Tensor) -> Tensor:
 
 def reads_rounded(layer: nn.Module) -> bool:
     """Whether a linear layer reads what is rounded to 8 bits."""
-    return isinstance(layer, EightBitLinear)
+    return getattr(layer, "reads_rounded", False)
 
 
 def feed_forward(first: nn.Module, second: nn.Module, x: Tensor) -> Tensor:

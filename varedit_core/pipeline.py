@@ -21,7 +21,7 @@ from .eight_bit import LINEARS
 from .images import FittedImage, SourceImage, fit, fit_mask, load_image, restore
 from .memory import Elsewhere, make_room, planned
 from .planning import Job, Plan
-from .sampling import Scale, sample
+from .sampling import NO_PROMISES, Promises, Scale, sample
 from .schedule import Schedule
 from .text import TextEncoder, load_text_encoder
 from .transformer import Transformer
@@ -51,6 +51,7 @@ class Editor:
         self.exact = False
         self.drafter: Transformer | None = None
         self._drafts, self._elsewhere = Workspace(), Elsewhere()
+        self._last: tuple[list[Tensor], list[str | Tensor]] = [], []
         self._beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         most, stride = RECORDED_SIDE**2, autoencoder.config.stride
         self._encoder = Recorder(autoencoder, autoencoder.encode, 3 * most)
@@ -58,6 +59,7 @@ class Editor:
 
     def forget(self) -> None:
         """Give back all memory that is kept from edit to edit."""
+        self._last = [], []
         for kept in (self.workspace, self._drafts, self._elsewhere, *self._recordings):
             kept.forget()
 
@@ -115,17 +117,27 @@ class Editor:
 
     def encode(self, images: Sequence[FittedImage], prompts: Sequence[str | Tensor]) -> tuple[Tensor, list[Tensor]]:
         """`encode_source` of pictures and the text features of prompts, side by side where the device can."""
+        features, texts, promises = self.begin(images, prompts)
+        promises.settled()
+        return features, texts
+
+    def begin(
+        self, images: Sequence[FittedImage], prompts: Sequence[str | Tensor]
+    ) -> tuple[Tensor, list[Tensor], Promises]:
+        """`encode` for an edit that follows at once: with what is promised to `sample`, which the device works on while
+        it still encodes the picture."""
+        given = [image.pixels for image in images], list(prompts)
+        fresh, self._last = not _alike(given, self._last), given
         if self.device.type != "cuda":
-            return self.encode_source(images), [self._features(prompt) for prompt in prompts]
+            return self.encode_source(images), [self._features(prompt) for prompt in prompts], Promises(True, fresh)
         here, beside = torch.cuda.current_stream(self.device), self._beside
         beside.wait_stream(here)
         with torch.cuda.stream(beside):  # the text's kernels are too small to keep the device busy
             texts = [self._features(prompt) for prompt in prompts]
         features = self.encode_source(images)
-        here.wait_stream(beside)
         for text in texts:
             text.record_stream(here)
-        return features, texts
+        return features, texts, Promises(True, fresh, beside)
 
     @torch.no_grad()
     def decode(self, latents_BdHW: Tensor, images: Sequence[FittedImage]) -> list[Image.Image]:
@@ -147,13 +159,13 @@ class Editor:
         variations: int = 1,
         shortcuts: Shortcuts = NO_SHORTCUTS,
         mask: Tensor | None = None,
-        unchecked: bool = False,
+        promises: Promises = NO_PROMISES,
     ) -> Iterator[Scale]:
         """`sampling.sample` with the editor's transformer and workspace; `drafting` where scales are drafted.
 
         variations: edits of each image with one seed after the other. ValueError where there is no drafter.
         """
-        args, more = (features_BdHW, texts, schedule), dict(copies=variations, mask=mask, unchecked=unchecked)
+        args, more = (features_BdHW, texts, schedule), dict(copies=variations, mask=mask, promises=promises)
         if not shortcuts.drafted:
             more |= dict(workspace=self.workspace, shortcuts=shortcuts)
             return sample(self.transformer, *args, settings, negatives, **more)
@@ -201,7 +213,8 @@ class Editor:
         masks = None if mask is None else torch.cat([fit_mask(mask, image.fitting) for image in fitted])
         more = dict(shortcuts=shortcuts, mask=masks)
         self._make_room(fitted[0], 2)
-        features, texts = self.encode(fitted, prompts)
+        features, texts, promises = self.begin(fitted, prompts)
+        more["promises"] = promises
         latents, last = self._latents(features, texts, unwanted, fitted, settings, on_scale, variations, more)
         self._make_room(fitted[0])
         results = self.decode(latents, repeated(fitted, variations))
@@ -229,6 +242,8 @@ class Editor:
             step, copies = way.job.images, 1
         else:
             step, copies = len(fitted), variations
+        if way.movable or step < len(features):
+            more |= {"promises": more["promises"].settled()}
         for kept in self._recordings if way.movable else ():
             kept.forget()
         with self._elsewhere(others if way.movable else (), self.device):
@@ -237,9 +252,8 @@ class Editor:
                 seeded = replace(settings, seed=(settings.seed + first) % 2**64)
                 own = more | {"mask": mask if mask is None or len(mask) == 1 else mask[part]}
                 run = self.sample(
-                    features[part], texts[part], schedule, seeded, negatives and negatives[part], copies,
-                    unchecked=True, **own,
-                )  # fmt: skip
+                    features[part], texts[part], schedule, seeded, negatives and negatives[part], copies, **own
+                )
                 with closing(run) as scales:
                     for scale in scales:
                         if on_scale:
@@ -252,6 +266,14 @@ class Editor:
         """Forget what is kept between edits where it leaves too little to decode a picture, or that several times."""
         tokens = image.schedule.tokens[-1] * patch_size(self.transformer.config, self.autoencoder.config) ** 2
         make_room(self.workspace, self.device, times * tokens * self.autoencoder.bytes_to_decode)
+
+
+def _alike(given: tuple[list, list], last: tuple[list, list]) -> bool:
+    """Whether pictures and prompts may be the last ones: pictures by some of their pixels."""
+    if any(len(a) != len(b) for a, b in zip(given, last)):
+        return False
+    pictures = (a.shape == b.shape and torch.equal(a[..., ::31, ::31], b[..., ::31, ::31]) for a, b in zip(given[0], last[0]))
+    return all(pictures) and all(a is b or (isinstance(a, str) and a == b) for a, b in zip(given[1], last[1]))
 
 
 def repeated(items: Sequence, count: int) -> list:

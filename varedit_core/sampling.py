@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .capture import on
 from .defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, SIZES, SamplingSettings, Shortcuts
 from .kv import Pass
 from .operations import Attention, sdpa
@@ -22,6 +23,29 @@ from .schedule import AREAS, Grid, Schedule
 from .shortcuts import outside, passes, token_masks
 from .transformer import Condition, Transformer
 from .workspace import Shape, Workspace
+
+
+@dataclass(frozen=True)
+class Promises:
+    """What a caller vouches for, so that the loop asks and waits less.
+
+    checks: it calls `Scale.check` of the last scale itself, when it has given the device other work. fresh: picture or
+    texts are others than those of the workspace's last edit. beside: the stream on which it has the texts made, of which
+    the present one knows nothing yet.
+    """
+
+    checks: bool = False
+    fresh: bool = False
+    beside: torch.cuda.Stream | None = None
+
+    def settled(self) -> Promises:
+        """The same for several edits: the texts are there, and nothing is known of the picture."""
+        if self.beside is not None:
+            torch.cuda.current_stream(self.beside.device).wait_stream(self.beside)
+        return Promises(self.checks)
+
+
+NO_PROMISES = Promises()
 
 
 class Scale:
@@ -84,7 +108,7 @@ class Scale:
         p, cut = self.log_odds.sigmoid(), 1 - self._top_p
         if not cut:
             return p
-        return p.masked_fill(p <= cut, 0.0).masked_fill(torch.sigmoid(-self.log_odds) <= cut, 1.0)
+        return torch.where(torch.sigmoid(-self.log_odds) <= cut, 1.0, torch.where(p <= cut, 0.0, p))
 
     @property
     def bits(self) -> Tensor:
@@ -128,7 +152,7 @@ def sample(
     copies: int = 1,
     shortcuts: Shortcuts = NO_SHORTCUTS,
     mask: Tensor | None = None,
-    unchecked: bool = False,
+    promises: Promises = NO_PROMISES,
 ) -> Iterator[Scale]:
     """Edit B images; yields every `Scale` before its bits are drawn. The last `running_sum` is the result.
 
@@ -137,9 +161,8 @@ def sample(
     unconditional ones. workspace: where keys and values are kept (see `workspace`); by default memory of this edit
     alone, let go of however the loop ends. copies: edits of each image, from one pass over it; those of an image
     follow each other, B then counts them all. shortcuts: work to leave out. mask: [B or 1, y, x] of any size, above 0
-    where the picture may change; bits of tokens that do not touch it are the source's. unchecked: leave `Scale.check`
-    to the caller, who has other work for the device before it is to wait. Raises ValueError, at the first step, where
-    the inputs do not belong together, and at the end where the logits were undefined numbers.
+    where the picture may change; bits of tokens that do not touch it are the source's. Raises ValueError, at the
+    first step, where the inputs do not belong together, and at the end where the logits were undefined numbers.
     """
     if shortcuts.drafted:
         raise ValueError("drafted scales need a second transformer; use drafting.draft_and_refine")
@@ -148,15 +171,17 @@ def sample(
     plan = shortcuts.planned(settings.per_scale(len(schedule)))
     guided = max((k + 1 for k, (guidance, _, _) in enumerate(plan) if guidance != 1), default=0)
     negatives = negatives or [None] * len(features_BdHW)
-    texts = _texts(transformer, texts, negatives, len(features_BdHW), guided > 0, device)
+    with on(promises.beside):
+        texts = _texts(transformer, texts, negatives, len(features_BdHW), guided > 0, device)
     if mask is not None and len(mask) == len(features_BdHW):
         mask = mask.repeat_interleave(copies, dim=0)
     if copies > 1 and workspace is not None and not workspace.kind.shares_source:
-        features_BdHW = features_BdHW.repeat_interleave(copies, dim=0)
+        features_BdHW, promises = features_BdHW.repeat_interleave(copies, dim=0), promises.settled()
         texts, copies = [text for text in texts for _ in range(copies)], 1
     work = workspace or Workspace(kept=False)
-    work.expect((features_BdHW, *texts))
-    work.begin(transformer, texts, Shape.of(schedule, texts, copies, transformer.dtype, device), attention)
+    shape = Shape.of(schedule, texts, copies, transformer.dtype, device)
+    work.begin(transformer, texts, shape, attention, promises.beside)
+    work.expect((features_BdHW, *texts), promises.fresh)
     rows = len(texts) * copies
 
     def source(features: Tensor) -> Tensor:
@@ -189,7 +214,7 @@ def sample(
                 scale.locked = (_on_latents(masks[k], patch), outside(features, total, grids[k]))
             yield scale
             total = scale.running_sum
-        if not unchecked:
+        if not promises.checks:
             scale.check()
     finally:
         work.end()

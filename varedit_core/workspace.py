@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .capture import Answer, Captured, State, can_record
+from .capture import Answer, Captured, State, can_record, on
 from .kv import KeyValueStore, Pass
 from .operations import Attention
 from .schedule import Schedule
@@ -100,8 +100,18 @@ class Workspace:
         """Bytes of keys and values on the device."""
         return self.store.nbytes_kept if self.store else 0
 
-    def begin(self, transformer: Transformer, texts: Sequence[Tensor], shape: Shape, attention: Attention) -> None:
-        """Make room for an edit and take its text in. texts: features [L_i, T] of every row of the source's pass."""
+    def begin(
+        self,
+        transformer: Transformer,
+        texts: Sequence[Tensor],
+        shape: Shape,
+        attention: Attention,
+        beside: torch.cuda.Stream | None = None,
+    ) -> None:
+        """Make room for an edit and take its text in. texts: features [L_i, T] of every row of the source's pass.
+
+        beside: the stream on which they are made, of which the present one knows nothing yet; it does afterwards.
+        """
         weights = self.state(transformer)
         if (shape, weights) != (self.shape, self.weights):
             self.forget(host=False)
@@ -118,17 +128,16 @@ class Workspace:
         self.transformer, self.attention = transformer, attention
         self.finite.fill_(True)
         self.store.keep_rows(shape.rows)
-        self.condition = self._condition(texts)
+        self.condition = self._condition(texts, beside)
 
-    def expect(self, identity: Sequence[Tensor]) -> None:
+    def expect(self, identity: Sequence[Tensor], fresh: bool = False) -> None:
         """Say what the next source's pass depends on beside weights: features and texts.
 
-        Whether that is what the last one here depended on is asked of the device now and heard in `read_source`, so
-        that it need not wait for what is asked of it in between.
+        Whether that is what the last one here depended on is asked of the device. fresh: it is known not to be.
         """
         self._expected, alike = tuple(identity), [a.shape == b.shape for a, b in zip(self.source, identity)]
         self._unchanged = None
-        if len(self.source) == len(self._expected) and all(alike):
+        if not fresh and len(self.source) == len(self._expected) and all(alike):
             self._unchanged = Answer(torch.stack([(a == b).all() for a, b in zip(self.source, identity)]).all())
 
     def read_source(self, tokens: Callable[[Tensor], Tensor], features: Tensor) -> None:
@@ -223,20 +232,27 @@ class Workspace:
         result = self.recorded[name](*inputs)
         return None if result is None else result.clone()  # the next edit's replay writes there again
 
-    def _condition(self, texts: Sequence[Tensor]) -> Condition:
+    def _condition(self, texts: Sequence[Tensor], beside: torch.cuda.Stream | None) -> Condition:
         """What depends on the text alone, its rows repeated for every copy; where recorded passes find it."""
-        shape = self.shape
+        shape, here = self.shape, beside and torch.cuda.current_stream(self.shape.device)
         if not self._recording and shape.copies == 1:
+            if beside:
+                here.wait_stream(beside)
             return self.transformer.condition(texts, self.attention, self.constants)
         if self.static is None:
             sizes = (shape.rows, shape.copies, shape.text, self._folding, shape.dtype)
             self.static = Condition.room(self.transformer.config, self.constants, *sizes)
-        features = texts[0].new_zeros(len(texts), shape.text, texts[0].shape[1])
-        for row, text in zip(features, texts):
-            row[: len(text)] = text
+            if beside:
+                beside.wait_stream(here)
         lengths = [len(text) for text in texts]
-        counts = torch.tensor(lengths, pin_memory=features.is_cuda).to(features.device, non_blocking=True)
-        self._run(("text",), 0, self._take_text, features, counts)
+        with on(beside):
+            features = texts[0].new_zeros(len(texts), shape.text, texts[0].shape[1])
+            for row, text in zip(features, texts):
+                row[: len(text)] = text
+            counts = torch.tensor(lengths, pin_memory=features.is_cuda).to(features.device, non_blocking=True)
+            self._run(("text",), 0, self._take_text, features, counts)
+        if beside:
+            here.wait_stream(beside)
         if self._folding:
             return self.static
         repeated = tuple(length for length in lengths for _ in range(shape.copies))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..images import FittedImage, SourceImage, fit
 from ..pipeline import Editor
+from ..sampling import Promises
 from .cases import Case, Work, work
 from .ceilings import Ceilings
 from .clock import Marks, Timed, synchronize, timed
@@ -101,15 +102,16 @@ class Runs:
         phase, moment = phase or _nothing, moment or _nothing
         self.count += 1
         source = self.pictures[self.count % PICTURES]
+        promises = Promises(checks=True)
         if self.kept:
             features, texts = self.kept
         elif phase is _nothing:
-            features, texts = self.editor.encode([source], [PROMPT])
+            features, texts, promises = self.editor.begin([source], [PROMPT])
         else:
             features, texts = self._encoded(source, phase)
         moment()
         settings = replace(self.case.settings, seed=self.count)
-        for scale in self.editor.sample(features, texts, self.case.schedule, settings, unchecked=True, **self.options):
+        for scale in self.editor.sample(features, texts, self.case.schedule, settings, promises=promises, **self.options):
             moment()
             last = scale
         latents = last.running_sum
