@@ -90,6 +90,9 @@ def shapeedit() -> str:
     return table(["family", "samples", "success", "S", "balance", "background PSNR", "background SSIM"], rows)
 
 
+STORED = {"in 8 bits": "8 bits", "in host memory": "exact, in host memory"}
+
+
 def comfyui() -> str:
     facts = json.loads((FOLDER / "comfyui_memory_h100.json").read_text())
     names = {"static": "static", "dynamic": "dynamic", "lowvram": "`--lowvram`", "novram": "`--novram`"}
@@ -98,7 +101,8 @@ def comfyui() -> str:
         first, last = case["seconds"][0], case["seconds"][-1]
         again = f"{last['all']:.1f} s" if len(case["seconds"]) > 1 else "-"
         limit = f"{case['limit_gb']:.0f} GB" if case["limit_gb"] else "all"
-        stored = "8 bits" if case["said"] else "exact"
+        way = " ".join(case["said"]).rpartition("running")[2]
+        stored = next((text for words, text in STORED.items() if f"keys and values {words}" in way), "exact")
         rows.append([names[case["kind"]], limit, f"{case['peak_gb']:.1f} GB", stored, f"{first['all']:.1f} s", again])
     head = [
         f"8B bf16 at 1024, {facts['device']}",
@@ -148,6 +152,7 @@ SHORTCUTS = {
     "8-bit-all": "8-bit all",
     "fast": "unguided 3, 8-bit linears",
     "fast-inside": "unguided 3, 8-bit linears, inside 3",
+    "fast-inside-6": "unguided 3, 8-bit linears, inside 6",
 }
 """A kind of case of `varedit bench` -> the run of `shortcuts.py` that does the same to the demo model."""
 
@@ -185,7 +190,8 @@ def library_memory() -> str:
 
 
 def _spread(seconds: dict) -> str:
-    return f"{seconds['median']:.2f} ({seconds['min']:.2f}-{seconds['max']:.2f})"
+    digits = 3 if seconds["median"] < 0.3 else 2
+    return f"{seconds['median']:.{digits}f} ({seconds['min']:.{digits}f}-{seconds['max']:.{digits}f})"
 
 
 TABLES = {"comfyui": comfyui, "demo": demo, "shapeedit": shapeedit, "parity": parity, "real size": real_size}

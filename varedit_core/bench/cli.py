@@ -91,12 +91,12 @@ def run(chosen: Sequence[Case], device: torch.device, repeats: int, published: P
         results = _ours(cases, device, repeats)
         theirs = _published(published, cases, device, repeats) if published else {}
         for result in results:
-            rows.append(_row(result, ceilings, theirs))
+            rows.append({**_row(result, ceilings, theirs), "repeats": repeats})
             print_case(rows[-1])
     print_summary(rows, ceilings)
     return {
         "benchmark": "edits with models of random weights", "device": device_name(device), "torch": torch.__version__,
-        "repeats": repeats, "ceilings": asdict(ceilings), "cases": rows,
+        "ceilings": asdict(ceilings), "cases": rows,
     }  # fmt: skip
 
 
