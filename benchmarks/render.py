@@ -130,12 +130,13 @@ def speed(file: Path = SPEED) -> str:
                 f"{phases['loop']} s" + (f" ({case['share']:.0%})" if case["share"] else ""),
                 f"{phases['encode']} / {phases['decode']} s" if "encode" in phases else f"- / {phases['decode']} s",
                 f"{phases['text']} s" if "text" in phases else "-",
-                f"{case['peak_gib']:.1f} GiB" if case["peak_gib"] else "-",
+                _memory(case),
                 f"{_spread(published['seconds'])} s" if published else "-",
+                _memory(published) if published else "-",
                 f"{published['ratio']:.1f} x" if published else "-",
             ]
         )
-    head = ["whole edit", "loop", "VAE encode / decode", "text", "GPU peak", "published", "ratio"]
+    head = ["whole edit", "loop", "VAE encode / decode", "text", "GPU peak", "published", "its peak", "ratio"]
     return table([facts["device"], *head], rows)
 
 
@@ -153,6 +154,7 @@ SHORTCUTS = {
     "fast": "unguided 3, 8-bit linears",
     "fast-inside": "unguided 3, 8-bit linears, inside 3",
     "fast-inside-6": "unguided 3, 8-bit linears, inside 6",
+    "fast-inside-6-new": "the same, a new mask every time",
 }
 """A kind of case of `varedit bench` -> the run of `shortcuts.py` that does the same to the demo model."""
 
@@ -162,8 +164,8 @@ def shortcuts() -> str:
     cases = {case["name"]: case for case in json.loads(SPEED.read_text())["cases"]}
     runs, rows = json.loads((FOLDER / "shortcuts.json").read_text())["runs"], []
     for kind, name in SHORTCUTS.items():
-        case, run = cases["8B 1024" + ("" if kind == "edit" else f" {kind}")], runs[name]
-        figures = [f"{run['success']:.2f}", f"{run['s']:.3f}", f"{run['psnr']:.1f} dB"]
+        case, run = cases["8B 1024" + ("" if kind == "edit" else f" {kind}")], runs.get(name)
+        figures = [f"{run['success']:.2f}", f"{run['s']:.3f}", f"{run['psnr']:.1f} dB"] if run else ["", "", ""]
         rows.append([name, f"{case['seconds']['median']:.2f} s", f"{case['peak_gib']:.1f} GiB", *figures])
     return table(["what is left out", "8B 1024", "GPU peak", "success", "S", "background"], rows)
 
@@ -187,6 +189,14 @@ def library_memory() -> str:
         )
     head = ["linear layers", "keys and values", "edit", "first edit", "GPU peak", "copied to / from the GPU"]
     return table([f"8B 1024, {facts['device']}, free", *head], rows)
+
+
+def _memory(row: dict) -> str:
+    """Of live tensors, and what was taken from the device for all."""
+    if not row["peak_gib"]:
+        return "-"
+    reserved = row.get("reserved_gib")
+    return f"{row['peak_gib']:.1f}" + (f" / {reserved:.1f}" if reserved else "") + " GiB"
 
 
 def _spread(seconds: dict) -> str:

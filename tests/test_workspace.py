@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from varedit_core import workspace
 from varedit_core.capture import State
 from varedit_core.defaults import SamplingSettings
 from varedit_core.kv import KeyValueStore
@@ -224,3 +225,34 @@ def test_a_store_of_another_kind(patchify):
     same(edit(patchify, work), edit(patchify))
     edit(patchify, work)
     assert Counted.made == 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_recorded_pass_serves_other_lengths_only_where_a_kernel_reads_them(patchify, monkeypatch, fused):
+    """Torch's attention to the text is recorded with the lengths of that edit; the kernel looks at the device's."""
+    names = set()
+    monkeypatch.setattr(Workspace, "_recording", property(lambda self: self.kept))
+    monkeypatch.setattr(workspace, "can_attend_to_text", lambda q, keys: fused)
+    monkeypatch.setattr(
+        Workspace, "_run", lambda self, name, tokens, function, *inputs: (names.add(name), function(*inputs))[1]
+    )
+    work, text = Workspace(), patchify.texts("text")[0].repeat(20, 1)
+    found = [edit(patchify, work, texts=[text[:count]]) for count in (90, 70)]
+    passes = len(patchify.schedule) + 1
+    assert len(names) == 1 + (passes if fused else 2 * passes)
+    assert not isinstance(work.static.blocks[0].text, FoldedText)
+    for own, count in zip(found, (90, 70)):
+        same(own, edit(patchify, None, texts=[text[:count]]), atol=2e-5)
+
+
+def test_copies_of_a_source_are_not_taken_apart(patchify):
+    found, wanted = (edit(patchify, Workspace(rows_at_once=rows), copies=2) for rows in (1, None))
+    same(found, wanted, atol=2e-5)
+
+
+def test_an_edit_that_cannot_begin_leaves_nothing(patchify, monkeypatch):
+    work = Workspace(kept=False)
+    monkeypatch.setattr(type(patchify.transformer), "condition", lambda *args, **kw: (_ for _ in ()).throw(RuntimeError("stop")))
+    with pytest.raises(RuntimeError, match="stop"):
+        edit(patchify, work)
+    assert work.store is None and work.transformer is None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +20,35 @@ class Captured:
 
     function: called with static copies of `inputs`, once before it is recorded (kernels are compiled and chosen then);
     it must not wait for the device and must find everything else in place. first: the result of that call; it stands,
-    as a second one may find changed what the first has read. pool: memory shared with other graphs, of which never two
-    run at once.
+    as a second one may find changed what the first has read. device: of all that it touches. pool: memory shared with
+    other graphs, of which never two run at once. complete: whether it could be recorded; not where memory ran out.
     """
 
-    def __init__(self, function: Callable[..., Tensor | None], inputs: tuple[Tensor, ...], pool=None) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor | None], inputs: tuple[Tensor, ...], device: torch.device, pool=None
+    ) -> None:
         self.inputs = tuple(x.clone() for x in inputs)
         self.graph = torch.cuda.CUDAGraph()
-        here, stream = torch.cuda.current_stream(), _recording_stream(torch.cuda.current_device())
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            self.first = function(*self.inputs)
-        here.wait_stream(stream)
-        if self.first is not None:
-            self.first.record_stream(here)
-        # Other threads of the process may use the device meanwhile.
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self.output = function(*self.inputs)
+        with torch.cuda.device(device):
+            here, stream = torch.cuda.current_stream(), _recording_stream(torch.cuda.current_device())
+            stream.wait_stream(here)
+            try:
+                with torch.cuda.stream(stream):
+                    self.first = function(*self.inputs)
+            finally:  # what was asked of the stream still runs
+                here.wait_stream(stream)
+            if self.first is not None:
+                self.first.record_stream(here)
+            before = torch.cuda.memory_reserved()
+            try:
+                # Other threads of the process may use the device meanwhile.
+                with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    self.output = function(*self.inputs)
+                self.complete = True
+            except torch.cuda.OutOfMemoryError:
+                self.complete = False
+            self.device, self.nbytes = here.device, max(0, torch.cuda.memory_reserved() - before)
+        _living.add(self)
 
     def __call__(self, *inputs: Tensor) -> Tensor | None:
         """The function's result for other inputs of the same shapes; it holds until the next call of any graph of the
@@ -45,6 +58,15 @@ class Captured:
             static.copy_(x)
         self.graph.replay()
         return self.output
+
+
+_living: WeakSet[Captured] = WeakSet()
+
+
+def recorded_bytes(device: torch.device) -> int:
+    """Memory that torch holds for recorded functions of a device, about: nobody else can have it."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return sum(graph.nbytes for graph in _living if graph.device.index == index)
 
 
 @lru_cache(maxsize=1)
@@ -109,8 +131,10 @@ class Recorder:
     """A function of a network, recorded for every shape of input that comes a second time; CUDA only, else just called.
 
     function: of tensors of one device, to a tensor. most: inputs of more numbers, together, are never recorded, as they
-    keep the device busy without.
+    keep the device busy without. With more than SHAPES shapes it begins anew.
     """
+
+    SHAPES = 8
 
     def __init__(self, network: nn.Module, function: Callable[..., Tensor], most: float = float("inf")) -> None:
         self.network, self.function, self.most = network, function, most
@@ -122,19 +146,23 @@ class Recorder:
         self.held: Hashable = None
         self.seen: set[tuple] = set()
         self.recorded: dict[tuple, Captured] = {}
+        self.pool = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The function's result, in memory of its own."""
         if not inputs[0].is_cuda or not can_record() or sum(x.numel() for x in inputs) > self.most:
             return self.function(*inputs)
         state, key = self.state(self.network), tuple(tuple(x.shape) for x in inputs)
-        if state != self.held:
+        if state != self.held or (key not in self.recorded and len(self.recorded) == self.SHAPES):
             self.forget()
             self.held = state
         if key not in self.seen:
             self.seen.add(key)
             return self.function(*inputs)
         if key not in self.recorded:
-            self.recorded[key] = Captured(self.function, inputs)
-            return self.recorded[key].first
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            made = Captured(self.function, inputs, inputs[0].device, self.pool)
+            if made.complete:
+                self.recorded[key] = made
+            return made.first
         return self.recorded[key](*inputs).clone()

@@ -101,6 +101,8 @@ class Editor:
         """Text features [L_i, channels] of the prompts. ValueError without a text encoder."""
         if self.text is None:
             raise ValueError("no text encoder is loaded; give one, or give text features instead of an instruction")
+        if self._beside is not None:  # where it may be at work
+            torch.cuda.current_stream(self.device).wait_stream(self._beside)
         return self.text.encode(prompts)
 
     def _features(self, prompt: str | Tensor) -> Tensor:

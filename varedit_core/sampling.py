@@ -180,8 +180,6 @@ def sample(
         texts, copies = [text for text in texts for _ in range(copies)], 1
     work = workspace or Workspace(kept=False)
     shape = Shape.of(schedule, texts, copies, transformer.dtype, device)
-    work.begin(transformer, texts, shape, attention, promises.beside)
-    work.expect((features_BdHW, *texts), promises.fresh)
     rows = len(texts) * copies
 
     def source(features: Tensor) -> Tensor:
@@ -189,6 +187,8 @@ def sample(
         return _all_rows(transformer.embed(tokens, len(schedule) - 1), len(texts))
 
     try:
+        work.begin(transformer, texts, shape, attention, promises.beside)
+        work.expect((features_BdHW, *texts), promises.fresh)
         work.read_source(source, features_BdHW)
         features = features_BdHW.float()
         features = features.repeat_interleave(copies, dim=0) if copies > 1 else features

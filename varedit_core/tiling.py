@@ -15,6 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .capture import recorded_bytes
+
 logger = logging.getLogger(__name__)
 
 LEAST_TILE = 32
@@ -95,14 +97,15 @@ def _ramp(length: int, overlap: int, like: Tensor) -> Tensor:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that can still be taken on a CUDA device: the free ones, and those torch holds without using them.
+    """Bytes that can still be taken on a CUDA device: the free ones, and those torch holds without using them, but for
+    recorded functions.
 
     Infinite on others, which do not tell.
     """
     if device.type != "cuda":
         return math.inf
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - recorded_bytes(device)
+    return torch.cuda.mem_get_info(device)[0] + max(0, held)
 
 
 def _attempted(decode: Decode, latents: Tensor) -> Tensor | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .capture import Answer, Captured, State, can_record, on
+from .kernels import can_attend_to_text
 from .kv import KeyValueStore, Pass
 from .operations import Attention
 from .schedule import Schedule
@@ -91,6 +92,7 @@ class Workspace:
         self.condition: Condition | None = None
         self.source: tuple[Tensor, ...] = ()
         self._unchanged: Answer | None = None
+        self.lengths: tuple[int, ...] = ()
         self.seen: set[tuple] = set()
         self.recorded: dict[tuple, Captured] = {}
         self.pool = None
@@ -112,7 +114,8 @@ class Workspace:
 
         beside: the stream on which they are made, of which the present one knows nothing yet; it does afterwards.
         """
-        weights = self.state(transformer)
+        # Another attention of the same kind is taken for the same.
+        weights = self.state(transformer), getattr(attention, "recordable", False)
         if (shape, weights) != (self.shape, self.weights):
             self.forget(host=False)
         if self.store is None:
@@ -122,9 +125,9 @@ class Workspace:
             self.store, self.memory = self.kind.of(transformer, self.rows_at_once, shape.schedule, *sizes, **more), None
             self.passes = self.store.passes(shape.device)
             self.constants = transformer.constants(shape.device)
-            self.shape, self.weights = shape, weights
             self.finite = torch.ones((), dtype=torch.bool, device=shape.device)
             self.foldable = all(block.ca.foldable(shape.dtype) for block in transformer.blocks)
+            self.shape, self.weights = shape, weights
         self.transformer, self.attention = transformer, attention
         self.finite.fill_(True)
         self.store.keep_rows(shape.rows)
@@ -157,7 +160,7 @@ class Workspace:
             else:
                 self._in_turn(x, read)
 
-        self._run(("source",), self.passes[0].rotary.shape[1] * (self.shape.rows // copies), run, features)
+        self._run(("source", self.lengths), self.passes[0].rotary.shape[1] * (self.shape.rows // copies), run, features)
         if self.kept:
             self.source = tuple(x.clone() for x in self._expected)
 
@@ -187,7 +190,7 @@ class Workspace:
             self.finite.logical_and_(logits.isfinite().all())
             return logits
 
-        return self._run((step, rows, asked), rows * step.rotary.shape[1], run, *inputs)
+        return self._run((step, rows, asked, self.lengths), rows * step.rotary.shape[1], run, *inputs)
 
     def end(self) -> None:
         """An edit is over, in whichever way. Unless kept, everything is let go of."""
@@ -208,7 +211,8 @@ class Workspace:
 
     def _in_turn(self, x_RnC: Tensor, function: Callable[[Tensor, Condition], Tensor | None]) -> Tensor | None:
         """A pass over all rows, or over some after the other."""
-        rows, step = len(x_RnC), self.rows_at_once or len(x_RnC)
+        rows, copies = len(x_RnC), self.shape.copies
+        step = -(-(self.rows_at_once or rows) // copies) * copies  # copies of a source stay together
         parts = []
         for begin in range(0, rows, step):
             self.store.rows = own = slice(begin, min(begin + step, rows))
@@ -227,8 +231,12 @@ class Workspace:
             return function(*inputs)
         if name not in self.recorded:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.recorded[name] = Captured(function, inputs, self.pool)
-            return self.recorded[name].first
+            made = Captured(function, inputs, self.shape.device, self.pool)
+            if not made.complete:  # memory is short
+                self.record = False
+                return made.first
+            self.recorded[name] = made
+            return made.first
         result = self.recorded[name](*inputs)
         return None if result is None else result.clone()  # the next edit's replay writes there again
 
@@ -255,6 +263,9 @@ class Workspace:
             here.wait_stream(beside)
         if self._folding:
             return self.static
+        keys = self.static.blocks[0].text.keys
+        # Where attention to the text is torch's, a recorded call is one of these lengths.
+        self.lengths = () if can_attend_to_text(keys, keys) else tuple(lengths)
         repeated = tuple(length for length in lengths for _ in range(shape.copies))
         blocks = tuple(replace(b, text=replace(b.text, lengths=repeated)) for b in self.static.blocks)
         return replace(self.static, blocks=blocks)

@@ -26,7 +26,7 @@ class Case:
     run has a seed of its own. variations, shortcuts: arguments of `Editor.sample`. masked: share of the picture that a
     square mask covers; 0: no mask. linears: of the transformer, see `eight_bit.LINEARS`. editor: attributes that the
     editor has while the case runs, each made of the editor as it was. reroll: picture and instruction stay, only the
-    seed is new.
+    seed is new. new_masks: every edit has another mask.
     """
 
     kind: str
@@ -39,6 +39,7 @@ class Case:
     linears: str = LINEARS[0]
     editor: Mapping[str, Callable[[Editor], object]] = field(default_factory=dict)
     reroll: bool = False
+    new_masks: bool = False
 
     @property
     def name(self) -> str:
@@ -99,6 +100,9 @@ KINDS: dict[str, dict] = {
     "8-bit-all": {"linears": "8-bit", "editor": {"workspace": lambda editor: Workspace(EightBitStore, fold=False)}},
     "fast": _FAST,
     "fast-inside": {**_FAST, "shortcuts": Shortcuts(unguided=3, inside=3), "masked": 0.25},
+    "fast-inside-6-new": {
+        **_FAST, "shortcuts": Shortcuts(unguided=3, inside=6), "masked": 0.25, "new_masks": True,
+    },
     "fast-inside-6": {**_FAST, "shortcuts": Shortcuts(unguided=3, inside=6), "masked": 0.25},
 }
 """Name -> what differs from the plain edit. A new kind of case is one line here.
@@ -107,7 +111,8 @@ reroll: another seed for the same picture and instruction. variations: four seed
 or without it at so many last scales. 8-bit-kv, host-kv: keys and values in 8 bits, or in host memory. window: the last
 three scales see an eighth of the height each way. inside: they compute only a square of a quarter of the picture.
 draft: ten scales. drafted: nine scales by this model, the rest by one of the 2B size. 8-bit: linear layers; 8-bit-all:
-keys and values too. fast: 8-bit and unguided-3; fast-inside: with inside as well.
+keys and values too. fast: 8-bit and unguided-3; fast-inside: with inside as well, for three scales or six, with the
+same mask every time or a new one.
 """
 
 

@@ -91,7 +91,7 @@ def run(chosen: Sequence[Case], device: torch.device, repeats: int, published: P
         results = _ours(cases, device, repeats)
         theirs = _published(published, cases, device, repeats) if published else {}
         for result in results:
-            rows.append({**_row(result, ceilings, theirs), "repeats": repeats})
+            rows.append({**_row(result, ceilings, theirs), "repeats": repeats, "matmul_tflops": ceilings.matmul_tflops})
             print_case(rows[-1])
     print_summary(rows, ceilings)
     return {
@@ -131,7 +131,9 @@ def _published(folder: Path, cases: Sequence[Case], device: torch.device, repeat
     plain, found = [case for case in cases if case.kind == PLAIN], {}
     try:
         for case, timing in measure_published(folder, plain, device, repeats) if plain else ():
-            found[case.name] = {"seconds": asdict(timing.seconds), "peak_gib": timing.peak_gib}
+            found[case.name] = {
+                "seconds": asdict(timing.seconds), "peak_gib": timing.peak_gib, "reserved_gib": timing.reserved_gib,
+            }  # fmt: skip
             console.print(f"{case.name}, published: {timing.seconds.median:.3f} s")
     except Exception as error:  # others' code: whatever it fails with, our own figures are worth keeping
         reason = (str(error).strip() or "no reason given").splitlines()[0]

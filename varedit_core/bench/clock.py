@@ -66,12 +66,14 @@ class Timed:
     """Seconds of the calls after the warm-ups.
 
     extra: what the warm-ups took beyond as many of these: compilation, recording. peak_gib: most memory that torch
-    had allocated in the timed calls, GiB; None where the device does not say.
+    had allocated in the timed calls, GiB; reserved_gib: most that it took from the device in a call more, memory of
+    recorded graphs included; None where the device does not say.
     """
 
     seconds: Spread
     extra: float
     peak_gib: float | None
+    reserved_gib: float | None = None
 
 
 def timed(function: Callable[[], object], device: torch.device, repeats: int, warmups: int) -> Timed:
@@ -82,5 +84,11 @@ def timed(function: Callable[[], object], device: torch.device, repeats: int, wa
         torch.cuda.reset_peak_memory_stats(device)
     values = [seconds(function, device) for _ in range(repeats)]
     peak = round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if cuda else None
+    reserved = None
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        reserved = round(torch.cuda.max_memory_reserved(device) / 2**30, 2)
     spread = Spread.of(values)
-    return Timed(spread, round(sum(before) - warmups * spread.median, 3), peak)
+    return Timed(spread, round(sum(before) - warmups * spread.median, 3), peak, reserved)

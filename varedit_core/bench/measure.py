@@ -19,7 +19,7 @@ from torch import Tensor
 from ..images import FittedImage, SourceImage, fit
 from ..pipeline import Editor
 from ..sampling import Promises
-from .cases import Case, Work, work
+from .cases import MASK_SIDE, Case, Work, work
 from .ceilings import Ceilings
 from .clock import Marks, Timed, synchronize, timed
 from .models import nbytes
@@ -74,6 +74,7 @@ class Result:
             "floor_seconds": round(sum(floors), 5),
             "weights_gib": self.weights_gib,
             "peak_gib": self.whole.peak_gib,
+            "reserved_gib": self.whole.reserved_gib,
         }  # fmt: skip
 
 
@@ -110,8 +111,10 @@ class Runs:
         else:
             features, texts = self._encoded(source, phase)
         moment()
-        settings = replace(self.case.settings, seed=self.count)
-        for scale in self.editor.sample(features, texts, self.case.schedule, settings, promises=promises, **self.options):
+        settings, options = replace(self.case.settings, seed=self.count), dict(self.options)
+        if self.case.new_masks:
+            options["mask"] = options["mask"].roll(self.count % MASK_SIDE, -1)
+        for scale in self.editor.sample(features, texts, self.case.schedule, settings, promises=promises, **options):
             moment()
             last = scale
         latents = last.running_sum

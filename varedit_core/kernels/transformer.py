@@ -54,12 +54,13 @@ def add_norm(
     total = x if y is None else torch.empty_like(x)
     h = torch.empty(x.shape, dtype=torch.float8_e4m3fn if rounded else dtype, device=x.device)
     own = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) if rounded else scale
-    _add_norm[(rows * n,)](
-        x, x if y is None else y, scale if gate is None else gate, scale, shift, total, h, own, n, width, eps,
-        0 if gate is None else _row_stride(gate), _row_stride(scale), _row_stride(shift),
-        HAS_Y=y is not None, HAS_GATE=gate is not None, ROUNDED=rounded, MOST=FLOAT8_MOST, LEAST=LEAST,
-        BLOCK=triton.next_power_of_2(width), num_warps=8 if width > 1024 else 4,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _add_norm[(rows * n,)](
+            x, x if y is None else y, scale if gate is None else gate, scale, shift, total, h, own, n, width, eps,
+            0 if gate is None else _row_stride(gate), _row_stride(scale), _row_stride(shift),
+            HAS_Y=y is not None, HAS_GATE=gate is not None, ROUNDED=rounded, MOST=FLOAT8_MOST, LEAST=LEAST,
+            BLOCK=triton.next_power_of_2(width), num_warps=8 if width > 1024 else 4,
+        )  # fmt: skip
     return total, Rounded(h, own, dtype) if rounded else h
 
 
@@ -112,14 +113,15 @@ def heads_into(qkv_RnC: Tensor, query_scale: Tensor, rotary: Tensor, keys: Tenso
     # Token by token, so that attention's output, which takes the same layout, is [R, n, C] without a copy.
     q = torch.empty(rows, n, heads, size, dtype=qkv_RnC.dtype, device=qkv_RnC.device).transpose(1, 2)
     tokens = 16  # always: another number would be compiled anew
-    _heads[(triton.cdiv(n, tokens), heads, rows)](
-        qkv_RnC, query_scale, rotary, q, keys, values, n, heads, rotary.stride(0),
-        qkv_RnC.stride(0), qkv_RnC.stride(1),
-        q.stride(0), q.stride(2), q.stride(1),
-        keys.stride(0), keys.stride(2), keys.stride(1),
-        values.stride(0), values.stride(2), values.stride(1),
-        D=size, TOKENS=tokens, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(qkv_RnC):
+        _heads[(triton.cdiv(n, tokens), heads, rows)](
+            qkv_RnC, query_scale, rotary, q, keys, values, n, heads, rotary.stride(0),
+            qkv_RnC.stride(0), qkv_RnC.stride(1),
+            q.stride(0), q.stride(2), q.stride(1),
+            keys.stride(0), keys.stride(2), keys.stride(1),
+            values.stride(0), values.stride(2), values.stride(1),
+            D=size, TOKENS=tokens, num_warps=4,
+        )  # fmt: skip
     return q
 
 
@@ -183,13 +185,14 @@ def text_attention(q_RnC: Tensor, keys: Tensor, values: Tensor, lengths: Tensor,
     out = torch.empty_like(q_RnC)
     heads, size = keys.shape[1], keys.shape[3]
     tokens = 64 if n > 32 else 16
-    _text_attention[(triton.cdiv(n, tokens), heads, rows)](
-        q_RnC, keys, values, lengths, out, n, scale,
-        q_RnC.stride(0), q_RnC.stride(1),
-        keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
-        out.stride(0), out.stride(1),
-        D=size, TOKENS=tokens, TEXT=32, EXACT=q_RnC.dtype == torch.float32, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(q_RnC):
+        _text_attention[(triton.cdiv(n, tokens), heads, rows)](
+            q_RnC, keys, values, lengths, out, n, scale,
+            q_RnC.stride(0), q_RnC.stride(1),
+            keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
+            out.stride(0), out.stride(1),
+            D=size, TOKENS=tokens, TEXT=32, EXACT=q_RnC.dtype == torch.float32, num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -216,10 +219,11 @@ def _text_weights(
 def text_weights(scores_RnS: Tensor, bias_RS: Tensor, counts: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     rows, n, length = scores_RnS.shape
     out = torch.empty(scores_RnS.shape, dtype=dtype, device=scores_RnS.device)
-    _text_weights[(rows * n,)](
-        scores_RnS, bias_RS, counts, out, n, heads, counts.stride(0),
-        HEADS=triton.next_power_of_2(heads), TEXT=length // heads, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(scores_RnS):
+        _text_weights[(rows * n,)](
+            scores_RnS, bias_RS, counts, out, n, heads, counts.stride(0),
+            HEADS=triton.next_power_of_2(heads), TEXT=length // heads, num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -255,12 +259,13 @@ def _banded_attention(
 def banded_attention(q: Tensor, keys: Tensor, values: Tensor, pieces: Tensor, tokens: int, scale: float) -> Tensor:
     rows, heads, n, size = q.shape
     out = torch.empty(rows, n, heads * size, dtype=q.dtype, device=q.device)
-    _banded_attention[(triton.cdiv(n, tokens), heads, rows)](
-        q, keys, values, pieces, out, n, scale, pieces.shape[1],
-        *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *out.stride()[:2],
-        D=size, TOKENS=tokens, KEYS=64, EXACT=q.dtype == torch.float32, num_warps=8 if tokens >= 128 else 4,
-        num_stages=3,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _banded_attention[(triton.cdiv(n, tokens), heads, rows)](
+            q, keys, values, pieces, out, n, scale, pieces.shape[1],
+            *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *out.stride()[:2],
+            D=size, TOKENS=tokens, KEYS=64, EXACT=q.dtype == torch.float32, num_warps=8 if tokens >= 128 else 4,
+            num_stages=3,
+        )  # fmt: skip
     return out
 
 
@@ -326,13 +331,15 @@ def split_attention(q: Tensor, keys: Tensor, values: Tensor, parts: int, scale: 
     part = torch.empty(rows * heads, tiles * tokens, parts, size, **kw)
     most, total = torch.empty(2, rows * heads, tiles * tokens, parts, **kw)
     out = torch.empty(rows, n, heads * size, dtype=q.dtype, device=q.device)
-    _part_attention[(parts, tiles, rows * heads)](
-        q, keys, values, part, most, total, n, seen, share, scale, heads,
-        *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-        D=size, TOKENS=tokens, KEYS=step, EXACT=q.dtype == torch.float32, num_warps=4, num_stages=3,
-    )  # fmt: skip
-    _join_parts[(n, rows * heads)](
-        part, most, total, out, n, tiles * tokens, parts, heads, *out.stride()[:2],
-        D=size, PARTS=triton.next_power_of_2(parts), num_warps=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _part_attention[(parts, tiles, rows * heads)](
+            q, keys, values, part, most, total, n, seen, share, scale, heads,
+            *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+            D=size, TOKENS=tokens, KEYS=step, EXACT=q.dtype == torch.float32, num_warps=4, num_stages=3,
+        )  # fmt: skip
+    with torch.cuda.device_of(part):
+        _join_parts[(n, rows * heads)](
+            part, most, total, out, n, tiles * tokens, parts, heads, *out.stride()[:2],
+            D=size, PARTS=triton.next_power_of_2(parts), num_warps=1,
+        )  # fmt: skip
     return out
