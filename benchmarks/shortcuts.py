@@ -54,6 +54,7 @@ def measure(run: dict, samples, batch: int, device: torch.device) -> tuple[dict,
         editor.drafter = editor.transformer
         editor.transformer = load_transformer(REFINER, dtype=editor.transformer.dtype, device=editor.device)
     settings = SamplingSettings(guidance=GUIDANCE)
+    batch = 1 if shortcuts.inside else batch  # a batch computes what any of its masks covers
     report = evaluate(editor, samples, settings, batch, shortcuts=shortcuts, masked=run.get("masked", False))
     return report.table()[-1], editor
 

@@ -30,7 +30,7 @@ class VAREditShortcuts(io.ComfyNode):
                 ),
                 _scales(
                     "inside",
-                    "At so many last scales only the masked part is computed: the smaller it is, the faster, and hardly anything is lost. Needs a mask.",
+                    "At so many last scales only the masked part is computed: the smaller it is, the faster. The part no longer sees the rest, so shapes at its edge may suffer; paint a wide mask. Needs a mask.",
                 ),
                 io.Float.Input(
                     "window",
@@ -39,7 +39,7 @@ class VAREditShortcuts(io.ComfyNode):
                     max=1.0,
                     step=0.025,
                     round=0.001,
-                    tooltip="The last three scales see only rows within this share of the height, such as 0.125; 0 is all. What is far apart may match less. Not together with inside.",
+                    tooltip="The last three scales see only rows within this share of the height, such as 0.125; 0 is all. What is far apart may match less. Grids of up to 16 rows are always whole, so nothing changes at 256. Not together with inside.",
                 ),
                 _scales(
                     "stop",

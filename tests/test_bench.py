@@ -126,7 +126,7 @@ def test_the_published_seconds_and_the_rendered_table(run, cases):
     head, _, first, second = render.speed(run[1]).splitlines()  # shortcuts have a table of their own
     assert head.startswith("| NVIDIA H100 80GB HBM3 | whole edit | loop |")
     assert "| 4.00 (3.50-4.50) s |" in first and first.startswith("| tiny 256 |")
-    assert second.endswith("| - | - | - | - |") and first.count("|") == head.count("|") == second.count("|")
+    assert second.endswith("| - | 1 | - | - | - |") and first.count("|") == head.count("|") == second.count("|")
 
 
 def test_a_published_copy_that_fails_costs_one_sentence(tmp_path, capsys):

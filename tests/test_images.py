@@ -533,3 +533,14 @@ def test_an_opaque_alpha_does_not_hinder_jpeg(tmp_path):
     assert not load_image(picture).opaque
     with pytest.raises(ValueError, match="JPEG cannot hold the transparency of b.jpg"):
         save_image(picture, tmp_path / "b.jpg")
+
+
+def test_a_mask_is_the_alpha_where_something_shines_through():
+    from varedit_core.images import load_mask
+
+    grey = Image.linear_gradient("L")
+    assert load_mask(grey).tobytes() == grey.tobytes()
+    opaque = Image.merge("RGBA", [grey, grey, grey, Image.new("L", grey.size, 255)])
+    assert load_mask(opaque).tobytes() == grey.tobytes()
+    white = Image.new("L", grey.size, 255)
+    assert load_mask(Image.merge("RGBA", [white, white, white, grey])).tobytes() == grey.tobytes()

@@ -5,13 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from varedit_core import Editor, sampling, shortcuts
 from varedit_core.defaults import SamplingSettings, Shortcuts
+from varedit_core.demo import demo_files
 from varedit_core.drafting import draft_and_refine
 from varedit_core.kv import KeyValueStore
 from varedit_core.operations import sdpa
 from varedit_core.quantizer import area_resize
 from varedit_core.sampling import sample
 from varedit_core.schedule import schedule_for
+from varedit_core.shapeedit.evaluate import draw, evaluate
 from varedit_core.shortcuts import BAND, bands, token_masks
 from varedit_core.stores import EightBitStore
 from varedit_core.transformer import Transformer
@@ -106,6 +109,26 @@ def test_outside_a_mask_stands_the_source(patchify, inside):
     tokens = [scale.logits.shape[1] for scale in scales]
     skipped = [count < whole for count, whole in zip(tokens, patchify.schedule.tokens)]
     assert skipped == [False] * (7 - inside) + [True] * inside
+    if inside:
+        wide = torch.nn.functional.max_pool2d(token_masks(mask, patchify.schedule)[-1].float(), 5, stride=1, padding=2)
+        assert tokens[-1] == wide.sum(), "what is computed sees two tokens more than may change"
+
+
+def test_shapeedit_of_single_pictures_skips_what_a_batch_computes(monkeypatch):
+    """The union of many masks covers everything, so what skipping costs shows in batches of one only."""
+    counts, original = [], shortcuts.passes
+
+    def counted(*args):
+        made = original(*args)
+        counts.append(sum(step.tokens is not None for step in made))
+        return made
+
+    monkeypatch.setattr(sampling, "passes", counted)
+    editor = Editor.load(*demo_files())
+    samples = draw(77, 6, families=["recolour"])
+    for batch in (1, 6):
+        evaluate(editor, samples, SamplingSettings(guidance=1.0), batch, shortcuts=Shortcuts(inside=3, stop=5), masked=True)
+    assert sum(counts[:6]) > counts[6]
 
 
 def test_a_mask_of_everything_changes_nothing(patchify):

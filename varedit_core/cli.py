@@ -26,7 +26,7 @@ from .defaults import SIZES as SIDES
 from .demo import NOTICE, demo_files
 from .demo import SIZE as DEMO_SIZE
 from .eight_bit import LINEARS
-from .images import FittedImage, check_target, load_image, save_image
+from .images import FittedImage, check_target, load_image, load_mask, save_image
 from .images import fit as fit_image
 from .info import inspect
 from .lora import merge_lora
@@ -136,7 +136,7 @@ def edit(
     targets = [target.with_stem(f"{target.stem}-{i + 1}") for i in range(variations)] if variations > 1 else [target]
     for path in targets:
         _check_targets(image, path, not source.opaque, sheet, preview_dir, overwrite)
-    more = dict(variations=variations, shortcuts=shortcuts, mask=load_image(mask).rgb if mask else None)
+    more = dict(variations=variations, shortcuts=shortcuts, mask=load_mask(mask) if mask else None)
     prompt = _features(features) if features else instruction
     loras = checked_loras(files[0], lora)
 

@@ -84,7 +84,7 @@ class Shortcuts:
     """What an edit leaves out to be faster. All off by default: none is exact (costs: README, docs/LOG.md).
 
     unguided: so many last scales run without guidance, with half the rows. inside: at so many last scales only tokens
-    that touch the mask, and their neighbours, are computed. window: tokens of the last three scales see only rows
+    that touch the mask, and those near it, are computed. window: tokens of the last three scales see only rows
     within this share of the height; 0: all. stop: scales to run, then the picture is decoded as it is; 0: all. drafted:
     so many first scales are drawn by a second transformer (see `drafting`).
     """

@@ -96,6 +96,13 @@ def load_image(image: str | os.PathLike[str] | Image.Image) -> SourceImage:
     return SourceImage(rgb, alpha[0] if alpha else None, profile if kept else None)
 
 
+def load_mask(image: str | os.PathLike[str] | Image.Image) -> Image.Image:
+    """A mask [mode L] from a picture: its alpha where anything shines through, else how bright it is. Raises as
+    `load_image`."""
+    source = load_image(image)
+    return source.rgb.convert("L") if source.opaque else source.alpha
+
+
 def fit(source: SourceImage, area: str, method: str) -> FittedImage:
     """Pad the source with white at the right and bottom, then resize it (Lanczos) to the model's size.
 

@@ -45,16 +45,17 @@ Linears = Annotated[
 Variations = Annotated[int, typer.Option(min=1, help="Results of so many seeds, from one pass over the picture.")]
 Mask = Annotated[
     Optional[Path],
-    typer.Option(help="Picture that is white where the edit may change something; elsewhere nothing changes."),
+    typer.Option(help="Picture that is white (or, with alpha, opaque) where the edit may change something; elsewhere nothing "
+        "changes. Of any size: it is stretched over the picture."),
 ]
-Unguided = Annotated[int, typer.Option(min=0, help="Shortcut: so many last scales without guidance.")]
-Inside = Annotated[int, typer.Option(min=0, help="Shortcut: compute the last N scales inside the mask only.")]
+Unguided = Annotated[int, typer.Option(min=0, help="Shortcut: so many last scales without guidance; more than there are means all.")]
+Inside = Annotated[int, typer.Option(min=0, help="Shortcut: compute the last N scales inside the mask only. A wide mask loses less.")]
 Window = Annotated[
-    float, typer.Option(help="Shortcut: the last three scales see rows within this share of the height; 0: all.")
+    float, typer.Option(help="Shortcut: the last three scales see rows within this share of the height (grids of more than 16 rows only); 0: all.")
 ]
 Stop = Annotated[int, typer.Option(min=0, help="Shortcut: a draft after so many scales; 0: all.")]
 Drafter = Annotated[
-    Optional[Path], typer.Option(help="A second transformer, of the same tokenizer, for the first --drafted scales.")
+    Optional[Path], typer.Option(help="A second, larger transformer of the same tokenizer, which draws the first --drafted scales.")
 ]
 Drafted = Annotated[int, typer.Option(min=0, help="Shortcut: scales that --drafter draws.")]
 JsonReport = Annotated[bool, typer.Option("--json", help="Print a JSON report on standard output.")]

@@ -25,6 +25,9 @@ WHOLE = 16
 """Coarser scales than so many rows are seen whole."""
 WINDOWED = 3
 """Windows are for the last scales, this many."""
+SEAM = 2
+"""Locked tokens around a mask that are computed too, this far, so that the mask's own are not alone: without them a
+quarter of the demo model's edits fail (docs/LOG.md)."""
 
 
 def token_masks(mask_Byx: Tensor, schedule: Schedule) -> list[Tensor]:
@@ -47,7 +50,8 @@ def passes(given: Sequence[Pass], schedule: Schedule, shortcuts: Shortcuts, mask
     for step in given[1:]:
         late = len(schedule) - step.index
         if late <= shortcuts.inside:
-            kept = masks[step.index].any(0).flatten().nonzero().flatten()
+            wide = F.max_pool2d(masks[step.index].any(0, keepdim=True).float(), 2 * SEAM + 1, stride=1, padding=SEAM)
+            kept = wide.flatten().nonzero().flatten()
             if len(kept) < step.rotary.shape[1]:
                 step = replace(step, rotary=step.rotary[:, kept], tokens=kept)
         if shortcuts.window and late <= WINDOWED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,8 @@ from ..stores import EightBitStore, HostStore
 from ..transformer import Transformer
 from ..workspace import Workspace
 from .models import MODELS, random_transformer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class Case:
             begin = (MASK_SIDE - side) // 2
             mask[:, begin : begin + side, begin : begin + side] = 1
         return {"variations": self.variations, "shortcuts": self.shortcuts, "mask": mask}
+
+    @property
+    def possible(self) -> bool:
+        """Whether its size has the scales that its shortcuts name."""
+        return max(self.shortcuts.stop, self.shortcuts.drafted) < len(self.schedule)
 
     @property
     def whole(self) -> bool:
@@ -123,7 +131,10 @@ def choose(models: Sequence[str], sizes: Sequence[str], kinds: Sequence[str]) ->
             if name not in table:
                 raise ValueError(f"there is no {what} {name!r} to measure; choose of {', '.join(table)}")
     chosen = [Case(kind, model, size, **KINDS[kind]) for model in models for size in sizes for kind in kinds]
-    return [case for case in chosen if max(case.shortcuts.stop, case.shortcuts.drafted) < len(case.schedule)]
+    for case in chosen:
+        if not case.possible:
+            logger.warning("%s is left out: this size has only %d scales", case.name, len(case.schedule))
+    return [case for case in chosen if case.possible]
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,9 @@ def evaluate(
 ) -> Report:
     """Edit and judge every sample, `batch` at a time.
 
-    shortcuts: work to leave out. masked: give every edit its true region as a mask. Samples run in the order of their text's length, which is fastest; the n-th in that order draws from the settings'
-    seed + n, whatever the batch. on_batch: called with every `Batch`; raise in it to cancel. ValueError where the
+    shortcuts: work to leave out; `inside` leaves out what no mask of a batch covers, so give it batches of one. masked:
+    give every edit its true region as a mask. Samples run in the order of their text's length, which is fastest; the
+    n-th in that order draws from the settings' seed + n, whatever the batch. on_batch: called with every `Batch`; raise in it to cancel. ValueError where the
     editor has no text encoder or cannot edit 256 x 256 pixels, and where scikit-image is missing.
     """
     texts = editor.encode_text([s.instruction for s in samples])
