@@ -27,7 +27,7 @@ WINDOWED = 3
 """Windows are for the last scales, this many."""
 SEAM = 2
 """Locked tokens around a mask that are computed too, this far, so that the mask's own are not alone: without them a
-quarter of the demo model's edits fail (docs/LOG.md)."""
+quarter of the demo model's edits fail, with them a tenth (docs/LOG.md)."""
 
 
 def token_masks(mask_Byx: Tensor, schedule: Schedule) -> list[Tensor]:
