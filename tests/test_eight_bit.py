@@ -31,7 +31,7 @@ from varedit_core.lora import apply_lora
 from varedit_core.operations import sdpa
 from varedit_core.options import load_editor
 from varedit_core.planning import STORES, Job, Plan
-from varedit_core.sampling import NO_PROMISES
+from varedit_core.sampling import Promises
 from varedit_core.stores import EightBitStore, HostStore, exact_heads, query_scales
 from varedit_core.workspace import Workspace
 
@@ -355,7 +355,7 @@ def test_an_editor_follows_its_plan(patchify, monkeypatch):
 
     masks = torch.zeros(2, 64, 64)
     masks[0, :32], masks[1, :, 40:] = 1, 1
-    more = {"shortcuts": NO_SHORTCUTS, "mask": masks, "promises": NO_PROMISES}
+    more = {"shortcuts": NO_SHORTCUTS, "mask": masks, "promises": Promises()}
     fitted = [editor.fit(picture, "0.06M") for picture in pictures]
     variations = (editor.encode_source(fitted), [text, text], None, fitted, settings, None, 2, more)
     masked, _ = editor._latents(*variations)

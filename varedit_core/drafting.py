@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from .defaults import DEFAULT_SETTINGS, SamplingSettings, Shortcuts
-from .sampling import NO_PROMISES, Scale, sample
+from .sampling import Promises, Scale, sample
 from .schedule import Schedule
 from .transformer import Transformer
 from .workspace import Workspace
@@ -45,7 +45,7 @@ def draft_and_refine(
     drafted = []
     first = replace(shortcuts, stop=switch)
     args = (features_BdHW, texts, schedule, settings, negatives)
-    more["promises"] = later = more.get("promises", NO_PROMISES).settled()
+    more["promises"] = later = more.get("promises", Promises()).settled()
     checked = more | {"promises": replace(later, checks=False)}  # nobody else looks at the drafter's logits
     with closing(sample(drafter, *args, workspace=workspaces[0], shortcuts=first, **checked)) as scales:
         for scale in scales:

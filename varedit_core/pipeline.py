@@ -21,7 +21,7 @@ from .eight_bit import LINEARS
 from .images import FittedImage, SourceImage, fit, fit_mask, load_image, restore
 from .memory import Elsewhere, make_room, planned
 from .planning import Job, Plan
-from .sampling import NO_PROMISES, Promises, Scale, sample
+from .sampling import Promises, Scale, sample
 from .schedule import Schedule
 from .text import TextEncoder, load_text_encoder
 from .transformer import Transformer
@@ -161,7 +161,7 @@ class Editor:
         variations: int = 1,
         shortcuts: Shortcuts = NO_SHORTCUTS,
         mask: Tensor | None = None,
-        promises: Promises = NO_PROMISES,
+        promises: Promises = Promises(),
     ) -> Iterator[Scale]:
         """`sampling.sample` with the editor's transformer and workspace; `drafting` where scales are drafted.
 
@@ -253,9 +253,8 @@ class Editor:
                 part = slice(first, first + step)
                 seeded = replace(settings, seed=(settings.seed + first) % 2**64)
                 own = more | {"mask": mask if mask is None or len(mask) == 1 else mask[part]}
-                run = self.sample(
-                    features[part], texts[part], schedule, seeded, negatives and negatives[part], copies, **own
-                )
+                args = features[part], texts[part], schedule, seeded, negatives and negatives[part], copies
+                run = self.sample(*args, **own)
                 with closing(run) as scales:
                     for scale in scales:
                         if on_scale:
@@ -272,10 +271,9 @@ class Editor:
 
 def _alike(given: tuple[list, list], last: tuple[list, list]) -> bool:
     """Whether pictures and prompts may be the last ones: pictures by some of their pixels."""
-    if any(len(a) != len(b) for a, b in zip(given, last)):
-        return False
+    counts = (len(a) == len(b) for a, b in zip(given, last))
     pictures = (a.shape == b.shape and torch.equal(a[..., ::31, ::31], b[..., ::31, ::31]) for a, b in zip(given[0], last[0]))
-    return all(pictures) and all(a is b or (isinstance(a, str) and a == b) for a, b in zip(given[1], last[1]))
+    return all(counts) and all(pictures) and all(a is b or (isinstance(a, str) and a == b) for a, b in zip(given[1], last[1]))
 
 
 def repeated(items: Sequence, count: int) -> list:

@@ -45,9 +45,6 @@ class Promises:
         return Promises(self.checks)
 
 
-NO_PROMISES = Promises()
-
-
 class Scale:
     """One scale of an edit, between its logits and the running sum.
 
@@ -152,7 +149,7 @@ def sample(
     copies: int = 1,
     shortcuts: Shortcuts = NO_SHORTCUTS,
     mask: Tensor | None = None,
-    promises: Promises = NO_PROMISES,
+    promises: Promises = Promises(),
 ) -> Iterator[Scale]:
     """Edit B images; yields every `Scale` before its bits are drawn. The last `running_sum` is the result.
 
