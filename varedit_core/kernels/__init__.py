@@ -55,6 +55,11 @@ def fusable(x: Tensor) -> bool:
     )
 
 
+def _fits(x: Tensor, size: int) -> bool:
+    """Whether kernels run for this tensor and heads of this size."""
+    return fusable(x) and size >= 16 and size & (size - 1) == 0
+
+
 def add_norm(
     x_RnC: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype,
     rounded: bool = False,
@@ -75,8 +80,7 @@ def heads_into(qkv_RnC: Tensor, query_scale: Tensor, rotary: Tensor, keys: Tenso
     qkv: [R, n, 3 * H * D], thirds q, k, v. q and k get unit length in fp32, q is multiplied by query_scale (fp32 [H]),
     both are rotated by rotary (fp32 [2, n, D / 2]); all is rounded once.
     """
-    size = keys.shape[3]
-    if fusable(qkv_RnC) and size >= 16 and size & (size - 1) == 0 and qkv_RnC.stride(2) == 1:
+    if _fits(qkv_RnC, keys.shape[3]) and qkv_RnC.stride(2) == 1:
         return _triton("transformer").heads_into(qkv_RnC, query_scale, rotary, keys, values)
     q, k, v = plain.split_heads(qkv_RnC, query_scale, rotary)
     keys.copy_(k)
@@ -86,8 +90,7 @@ def heads_into(qkv_RnC: Tensor, query_scale: Tensor, rotary: Tensor, keys: Tenso
 
 def can_attend_to_text(q_RnC: Tensor, keys: Tensor) -> bool:
     """Whether `text_attention` runs here; it has no plain form, since an injected attention does its work."""
-    size = keys.shape[3]
-    return fusable(q_RnC) and size >= 16 and size & (size - 1) == 0
+    return _fits(q_RnC, keys.shape[3])
 
 
 def text_attention(q_RnC: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float) -> Tensor:
@@ -106,8 +109,7 @@ def banded_attention(
     pieces: int32 [bands, P, 2] on the device, begin and end of each. Returns [R, n, H * D], or None where it does not
     run: an attention that is called band by band does its work there.
     """
-    size = q.shape[3]
-    if not fusable(q) or size < 16 or size & (size - 1):
+    if not _fits(q, q.shape[3]):
         return None
     return _triton("transformer").banded_attention(q, keys, values, pieces, tokens, scale)
 
@@ -119,7 +121,7 @@ def split_attention(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Te
     """
     rows, heads, n, size = q.shape
     few = n <= FEW_QUERIES and keys.shape[2] >= _LEAST_SEEN and q.dtype != torch.float32
-    if not few or not fusable(q) or size < 16 or size & (size - 1):
+    if not few or not _fits(q, size):
         return None
     parts = _processors(q.device) // (rows * heads)
     return _triton("transformer").split_attention(q, keys, values, parts, scale) if parts > 1 else None
@@ -206,8 +208,7 @@ def unpack_heads(packed: plain.PackedHeads, rows: slice, end: int, staged: Tenso
 
 
 def _heads_form(staged: Tensor):
-    size = staged.shape[4]
-    return _triton("eight_bit") if fusable(staged) and size >= 16 and size & (size - 1) == 0 else plain
+    return _triton("eight_bit") if _fits(staged, staged.shape[4]) else plain
 
 
 @lru_cache(maxsize=8)

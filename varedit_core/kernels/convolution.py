@@ -26,6 +26,12 @@ def _tile(x_ptr, position, channel, positions, channels):
     return x_ptr + position.to(tl.int64)[:, None] * channels + channel[None, :], there
 
 
+def _tiles(channels: int) -> tuple[int, int, int]:
+    """Positions and channels of a tile, and how many tiles lie side by side."""
+    tile_c = min(_CHANNELS, triton.next_power_of_2(channels))
+    return _TILE // tile_c, tile_c, triton.cdiv(channels, tile_c)
+
+
 @triton.jit(do_not_specialize=["positions", "tiles"])
 def _moments(
     x_ptr, offset_ptr, mean_ptr, squares_ptr, positions, channels, tiles,
@@ -117,9 +123,7 @@ def group_norm_silu(
 ) -> Tensor:
     images, channels, height, side = x_BCHW.shape
     positions, width = height * side, channels // groups
-    tile_c = min(_CHANNELS, triton.next_power_of_2(channels))
-    tile_p = _TILE // tile_c
-    columns = triton.cdiv(channels, tile_c)
+    tile_p, tile_c, columns = _tiles(channels)
     tiles = triton.cdiv(positions * columns, _PROGRAMS * tile_p)
     chunks = triton.cdiv(positions, tiles * tile_p)
     moments = torch.empty(2, images, chunks, channels, dtype=torch.float32, device=x_BCHW.device)
@@ -156,10 +160,9 @@ def _sum(x_ptr, y_ptr, offset_ptr, positions, channels, TILE_P: tl.constexpr, TI
 
 def add_pictures(x_BCHW: Tensor, y_BCHW: Tensor, offset: Tensor) -> Tensor:
     positions, channels = x_BCHW.numel() // x_BCHW.shape[1], x_BCHW.shape[1]
-    tile_c = min(_CHANNELS, triton.next_power_of_2(channels))
-    tile_p = _TILE // tile_c
+    tile_p, tile_c, columns = _tiles(channels)
     with torch.cuda.device_of(x_BCHW):
-        _sum[(triton.cdiv(positions, tile_p), triton.cdiv(channels, tile_c))](
+        _sum[(triton.cdiv(positions, tile_p), columns)](
             x_BCHW, y_BCHW, offset, positions, channels, TILE_P=tile_p, TILE_C=tile_c
         )
     return x_BCHW
@@ -185,10 +188,9 @@ def double_picture(x_BCHW: Tensor) -> Tensor:
         memory_format=torch.channels_last,
     )  # fmt: skip
     positions = images * height * side
-    tile_c = min(_CHANNELS, triton.next_power_of_2(channels))
-    tile_p = _TILE // tile_c
+    tile_p, tile_c, columns = _tiles(channels)
     with torch.cuda.device_of(x_BCHW):
-        _doubled[(triton.cdiv(positions, tile_p), triton.cdiv(channels, tile_c))](
+        _doubled[(triton.cdiv(positions, tile_p), columns)](
             x_BCHW, y, positions, side, channels, TILE_P=tile_p, TILE_C=tile_c
         )
     return y
