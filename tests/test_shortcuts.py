@@ -147,7 +147,7 @@ def test_every_copy_has_its_pictures_mask(patchify, store):
         workspace=Workspace(store, kept=False), copies=2, mask=mask,
     )  # fmt: skip
     free = token_masks(mask, patchify.schedule)[-1].repeat_interleave(2, dim=0)
-    assert torch.equal(last.locked[0][..., ::2, ::2], free) and len(last.bits) == 4
+    assert torch.equal(last.free[..., ::2, ::2], free) and len(last.bits) == 4
 
 
 def test_assigned_bits_do_not_leave_the_mask(patchify):
@@ -158,8 +158,8 @@ def test_assigned_bits_do_not_leave_the_mask(patchify):
         patchify.transformer, features, patchify.texts("text"), patchify.schedule, GREEDY, mask=mask
     ):
         scale.bits = torch.zeros_like(scale.bits)
-        free = scale.locked[0].expand_as(scale.bits)
-        assert not scale.bits[free].any() and torch.equal(scale.bits[~free], scale.locked[1][~free])
+        free = scale.free.expand_as(scale.bits)
+        assert not scale.bits[free].any() and torch.equal(scale.bits[~free], scale.source_bits[~free])
 
 
 def test_a_refiner_goes_on_from_the_drafters_bits(patchify):

@@ -4,10 +4,30 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-PerScale = float | Sequence[float]
+
+@dataclass(frozen=True)
+class Curve:
+    """A number a scale: from `start` at the first to `end` at the last, in equal steps."""
+
+    start: float
+    end: float
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Iterator[float]:
+        return iter((self.start, self.end))
+
+    def over(self, count: int) -> tuple[float, ...]:
+        """Its values at `count` scales."""
+        steps = max(1, count - 1)
+        return tuple(self.start + (self.end - self.start) * k / steps for k in range(count))
+
+
+PerScale = float | Sequence[float] | Curve
 
 SIZES = {"256": "0.06M", "512": "0.25M", "768": "0.60M", "1024": "1M"}
 """Side of a square picture in pixels -> its named size (see `schedule.AREAS`)."""
@@ -27,7 +47,7 @@ SCALE_PICTURES = ("full", "own", "fast")
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How the bits of an edit are drawn. Each of the first three is one number or one a scale.
+    """How the bits of an edit are drawn. Each of the first three is one number, one a scale, or a `Curve`.
 
     guidance: classifier-free guidance; 1 = off. temperature: divides the logits; 0 = greedy. top_p: a bit
     value of probability <= 1 - top_p is never drawn. seed: image i of a batch draws from seed + i.
@@ -46,6 +66,8 @@ class SamplingSettings:
             if not all(low <= value <= high and math.isfinite(value) for value in values):
                 bounds = {"guidance": "", "temperature": " of at least 0", "top_p": " from 0.5 to 1"}[name]
                 raise ValueError(f"{name} must be a finite number{bounds}, got {getattr(self, name)}")
+            if isinstance(getattr(self, name), Curve):
+                values = Curve(*values)
             object.__setattr__(self, name, values if len(values) > 1 else values[0])
         try:
             object.__setattr__(self, "seed", operator.index(self.seed))
@@ -58,13 +80,30 @@ class SamplingSettings:
         """(guidance, temperature, top_p) of each of `count` scales. ValueError where a list has another length."""
         return list(zip(*(self._expand(name, count) for name in ("guidance", "temperature", "top_p"))))
 
+    def preset(self, name: str) -> SamplingSettings:
+        """These with the curves of PRESETS over them. ValueError for an unknown name, and where guidance or temperature
+        are not one number."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+        guided, warmth = PRESETS[name]
+        if guided == warmth == FLAT:
+            return self
+        for what, value in (("guidance", self.guidance), ("temperature", self.temperature)):
+            if not isinstance(value, float):
+                raise ValueError(f"the preset {name} bends one {what} over the scales; give one number, or no preset")
+        guidance = Curve(*(1 + (self.guidance - 1) * factor for factor in guided))
+        return replace(self, guidance=guidance, temperature=Curve(*(self.temperature * factor for factor in warmth)))
+
     @property
     def guided(self) -> bool:
         """Whether any scale has guidance, and so a second row a picture."""
         return any(value != 1 for value in _values("guidance", self.guidance))
 
     def _expand(self, name: str, count: int) -> tuple[float, ...]:
-        values = _values(name, getattr(self, name))
+        given = getattr(self, name)
+        if isinstance(given, Curve):
+            return given.over(count)
+        values = _values(name, given)
         if len(values) not in (1, count):
             raise ValueError(f"{name} has {len(values)} values but the edit runs {count} scales; give one or {count}")
         return values * (count // len(values))
@@ -112,5 +151,55 @@ class Shortcuts:
         return plan[: self.stop or None]
 
 
+@dataclass(frozen=True)
+class Controls:
+    """How an edit is held to its source, and chosen. All neutral by default: the same edit, bit for bit.
+
+    strength: 1 is the free edit; below it so many of the scales' bits, coarse ones first, are the source's own; 0 is
+    the source through the tokenizer. preserve: pulls every bit towards the source's; 1 is the source again.
+    source_attention: what the source's keys weigh in self-attention; 0: the source is not seen. feather: tokens around
+    a mask that may change, too. auto_mask: above 0 the edit finds its own mask, and nothing outside of it changes; the
+    larger, the more of what changed is inside. best_of: so many candidates are begun, and after `best_at` scales the
+    one that `score` likes best goes on alone.
+    """
+
+    strength: float = 1.0
+    preserve: float = 0.0
+    source_attention: float = 1.0
+    feather: int = 1
+    auto_mask: float = 0.0
+    best_of: int = 1
+    best_at: int = 4
+    score: str = "likelihood"
+
+    def __post_init__(self) -> None:
+        for name in ("strength", "preserve", "source_attention", "auto_mask"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+        for name, low, high in (("feather", 0, FEATHER), ("best_of", 1, BEST_OF), ("best_at", 1, math.inf)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                most = "" if high == math.inf else f" to {high}"
+                raise ValueError(f"{name} must be a whole number from {low}{most}, got {value!r}")
+        if self.score not in SCORES:
+            raise ValueError(f"unknown score {self.score!r}; choose one of {', '.join(SCORES)}")
+
+
+FEATHER, BEST_OF = 4, 64
+"""Most tokens of a mask's feather, most candidates."""
+SCORES = ("likelihood", "instruction", "near", "far")
+"""What picks the best of several beginnings: the most probable one, the one that the instruction explains best, the
+one nearest to the source, and the one farthest from it (see `controls.Candidates`)."""
+FLAT = Curve(1.0, 1.0)
+PRESETS = {
+    "balanced": (FLAT, FLAT),
+    "faithful": (Curve(1.0, 0.0), Curve(0.5, 0.5)),
+    "creative": (Curve(1.25, 1.0), Curve(8.0, 1.0)),
+}
+"""Names of curves: factors on what guidance is above 1, and on temperature, from the first to the last scale."""
+PRESET = "balanced"
+
 DEFAULT_SETTINGS = SamplingSettings()
+NEUTRAL = Controls()
 NO_SHORTCUTS = Shortcuts()

@@ -157,6 +157,12 @@ def unfit(levels_3HW: Tensor, fitting: Fitting) -> Image.Image:
     return padded.crop((0, 0, *fitting.size))
 
 
+def unfit_mask(mask_HW: Tensor, fitting: Fitting) -> Image.Image:
+    """The source's part of a mask [H, W] from 0 to 1 of the whole canvas, mode L, at exactly the source's size."""
+    levels = (mask_HW.float() * 255).round().to(torch.uint8).cpu().numpy()
+    return Image.fromarray(levels).resize(fitting.padded_size, Image.Resampling.BILINEAR).crop((0, 0, *fitting.size))
+
+
 def to_uint8(pixels: Tensor, rounding: str = PUBLISHED_ROUNDING) -> Tensor:
     """Pixels of any shape in [-1, 1] (others are clamped) as uint8 levels; rounding is one of ROUNDINGS.
 

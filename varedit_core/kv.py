@@ -39,7 +39,8 @@ class Pass:
     """The tokens of one pass through the blocks: the source (index SOURCE) or one scale. Equal to itself only.
 
     rotary: [2, n, D / 2]. begin: where its tokens lie in the store. tokens: which of the scale's tokens [n] they are;
-    None: all. bands: what they see, in all blocks but the first, and in that; None: everything.
+    None: all. bands: what they see, in all blocks but the first, and in that; None: everything. source_bias: what is
+    added to the logits of the source's keys.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Pass:
     begin: int
     tokens: Tensor | None = None
     bands: tuple[Bands, Bands] | None = None
+    source_bias: float = 0.0
 
     @property
     def end(self) -> int:
@@ -78,6 +80,8 @@ class KeyValueStore:
         self.schedule, self.head_size, self.copies = schedule, head_size, copies
         self.rows = slice(0, rows)
         """Those of the pass at work."""
+        self.shared = 1
+        """How many consecutive rows share the scale's pass at work."""
         self.source = schedule.tokens[-1]
         self.length = self.source + sum(schedule.tokens[:-1])
         kw = dict(dtype=dtype, device=device)
@@ -148,7 +152,11 @@ class KeyValueStore:
         q = self.keep(block, first, qkv, query_scale, step)
         keys, values = self.seen(block, first, step)
         if step.bands is not None:
+            if step.source_bias:
+                raise ValueError("window and source_attention do not go together; set window to 0, or source_attention to 1")
             return _banded(q, keys, values, step.bands[first], attention)
+        if step.source_bias:
+            return attention(q, keys, values, scale=1.0, mask=self._bias(first, step, q))
         found = split_attention(q, keys, values, scale=1.0) if getattr(attention, "recordable", False) else None
         return attention(q, keys, values, scale=1.0) if found is None else found
 
@@ -161,11 +169,20 @@ class KeyValueStore:
             # Row by row, as all that is made in fp32 on the way takes memory.
             rows = range(len(qkv))
             q = torch.cat([self._refer(qkv[r], keys[r], values[r], r, query_scale, step) for r in rows])
-        if step.index == SOURCE and self.copies > 1:
+        if self._once(step) > 1:
+            begin, end = self.span(first, step)[0]
             for kept in (self.keys[block], self.values[block]):
-                others = self._from(kept, 0, self.source).unflatten(0, (-1, self.copies))
+                others = self._from(kept[self.rows], begin, end).unflatten(0, (-1, self.copies))
                 others[:, 1:] = others[:, :1]
         return q
+
+    def _bias(self, first: bool, step: Pass, q: Tensor) -> Tensor:
+        """What is added to the logits of all that `seen` gives, [1, 1, 1, keys]: one row serves every query."""
+        (own, _), (begin, end) = self.span(first, step)
+        start = self._start(first, step)
+        bias = q.new_zeros(1, 1, 1, end - begin)
+        bias[..., start - begin : self.source - begin] = step.source_bias
+        return bias
 
     def _refer(self, qkv: Tensor, keys: Tensor, values: Tensor, row: int, query_scale: Tensor, step: Pass) -> Tensor:
         """`keep` for one row of the first block's source, pooled for every scale from keys not rounded yet."""
@@ -189,7 +206,8 @@ class KeyValueStore:
         if first and step.index != SOURCE:
             for part, reference in zip(kept, self.references[step.index]):
                 rows = slice(self.rows.start // self.copies, None)
-                staged = self._from(part, self._start(first, step), self.source).unflatten(0, (-1, self.copies))
+                staged = self._from(part, self._start(first, step), self.source)
+                staged = staged.unflatten(0, (-1, self.copies // self.shared))
                 staged.copy_(reference[rows][: len(staged), None].expand_as(staged))
         return tuple(self._from(part, *self.span(first, step)[0]) for part in kept)
 
@@ -220,13 +238,21 @@ class KeyValueStore:
         """From now on passes have the first `count` rows only."""
         self.rows = slice(0, count)
 
+    def share(self, count: int) -> None:
+        """From now on so many consecutive rows share a scale's pass: 1, or all copies of a source."""
+        self.shared = count
+
     def release(self) -> None:
         """Let go of everything; of use where an exception still holds the frame that holds the store."""
         self.keys, self.values, self.references, self.nbytes_kept = [], [], [], 0
 
     def _kept(self, block: int, step: Pass) -> tuple[Tensor, Tensor]:
-        rows = slice(None, None, self.copies) if step.index == SOURCE and self.copies > 1 else self.rows
+        rows = slice(self.rows.start, self.rows.stop, self._once(step))
         return self.keys[block][rows], self.values[block][rows]
+
+    def _once(self, step: Pass) -> int:
+        """How many consecutive rows a pass serves."""
+        return self.copies if step.index == SOURCE else self.shared
 
     def _from(self, kept: Tensor, begin: int, end: int) -> Tensor:
         """Tokens begin to end of what a block keeps, with room for the last scale in front."""

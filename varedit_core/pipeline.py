@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from .autoencoder import Autoencoder
 from .capture import Recorder
 from .checkpoints import load_autoencoder, load_transformer
 from .config import patch_size
-from .defaults import DEFAULT_SETTINGS, FIT, NO_SHORTCUTS, SIZE, SamplingSettings, Shortcuts
+from .controls import Certainty, changed, controlled
+from .defaults import DEFAULT_SETTINGS, FIT, NEUTRAL, NO_SHORTCUTS, SIZE, Controls, SamplingSettings, Shortcuts
 from .drafting import draft_and_refine
 from .eight_bit import LINEARS
-from .images import FittedImage, SourceImage, fit, fit_mask, load_image, restore
+from .images import FittedImage, Fitting, SourceImage, fit, fit_mask, load_image, restore, to_uint8, unfit, unfit_mask
 from .memory import Elsewhere, make_room, planned
 from .planning import Job, Plan
-from .sampling import Promises, Scale, sample
+from .request import Request
+from .sampling import Control, Promises, Scale, sample
 from .schedule import Schedule
 from .text import TextEncoder, load_text_encoder
+from .tokens import Tokens, joined, tokens_of
 from .transformer import Transformer
 from .workspace import Workspace
 
@@ -112,6 +117,21 @@ class Editor:
         """Bring a picture to a size the model runs at (see `images.fit`)."""
         return fit(image if isinstance(image, SourceImage) else load_image(image), size, method)
 
+    def _sources(self, pictures: Sequence, size: str, method: str) -> tuple[list[FittedImage], Tokens | None]:
+        """Pictures as the model sees them; of tokens, which are decoded for this alone, with the tokens."""
+        if not any(isinstance(picture, Tokens) for picture in pictures):
+            return [self.fit(picture, size, method) for picture in pictures], None
+        if not all(isinstance(picture, Tokens) and picture.complete for picture in pictures):
+            raise ValueError("go on from tokens of all scales, and from tokens alone; decode what goes with pictures")
+        source = joined(pictures).to(self.device)
+        return [self._as_picture(total, source) for total in source.total()], source
+
+    def _as_picture(self, latent: Tensor, tokens: Tokens) -> FittedImage:
+        pixels = self.decode_pixels(latent[None])
+        height, width = tokens.schedule.pixels
+        fitting = tokens.fitting or Fitting(tokens.schedule, (width, height), (width, height))
+        return FittedImage(pixels.cpu(), fitting, SourceImage(unfit(to_uint8(pixels[0]), fitting)))
+
     @torch.no_grad()
     def encode_source(self, images: Sequence[FittedImage]) -> Tensor:
         """Unquantised features [B, d, H, W] of fitted pictures, each encoded alone."""
@@ -162,26 +182,41 @@ class Editor:
         shortcuts: Shortcuts = NO_SHORTCUTS,
         mask: Tensor | None = None,
         promises: Promises = Promises(),
+        controls: Controls = NEUTRAL,
+        given: Sequence[Tensor] = (),
+        steer: Sequence[Control] = (),
+        tokenised: bool = False,
     ) -> Iterator[Scale]:
-        """`sampling.sample` with the editor's transformer and workspace; `drafting` where scales are drafted.
+        """`sampling.sample` with the editor's transformer and workspace, and `controls`; `drafting` where scales are
+        drafted.
 
         variations: edits of each image with one seed after the other. ValueError where there is no drafter.
         """
-        args, more = (features_BdHW, texts, schedule), dict(copies=variations, mask=mask, promises=promises)
-        if not shortcuts.drafted:
-            more |= dict(workspace=self.workspace, shortcuts=shortcuts)
-            return sample(self.transformer, *args, settings, negatives, **more)
-        if self.drafter is None:
+        if shortcuts.drafted and self.drafter is None:
             raise ValueError("drafted scales need a second transformer; name a drafter, or leave drafted at 0")
-        workspaces = (self._drafts, self.workspace)
-        return draft_and_refine(
-            self.drafter, self.transformer, *args, shortcuts, settings, negatives, workspaces, **more
-        )
 
-    def edit(
+        def run(stop: int, copies: int, **more) -> Iterator[Scale]:
+            own = replace(shortcuts, stop=stop or shortcuts.stop)
+            args = (features_BdHW, texts, schedule)
+            more |= dict(copies=copies, mask=mask, tokenised=tokenised)
+            more |= dict(feather=controls.feather, source_attention=controls.source_attention)
+            more |= dict(promises=promises if copies == variations and not stop else promises.settled())
+            if not own.drafted or more["given"]:
+                more |= dict(workspace=self.workspace, shortcuts=replace(own, drafted=0))
+                return sample(self.transformer, *args, settings, negatives, **more)
+            pair = (self._drafts, self.workspace)
+            return draft_and_refine(self.drafter, self.transformer, *args, own, settings, negatives, pair, **more)
+
+        return controlled(run, controls, variations, given, steer)
+
+    def edit(self, *args, **more) -> list[Image.Image]:
+        """The pictures of `run`: each edited by its own instruction, in one batch, and of exactly its input's size."""
+        return self.run(*args, **more).pictures
+
+    def run(
         self,
-        images: Sequence[Picture] | Picture,
-        instructions: Sequence[str | Tensor] | str | Tensor,
+        images: Sequence[Picture | Tokens] | Picture | Tokens,
+        instructions: Sequence[str | Tensor] | str | Tensor = (),
         negatives: Sequence[str | Tensor] | str | None = None,
         size: str = SIZE,
         method: str = FIT,
@@ -189,21 +224,31 @@ class Editor:
         on_scale: Callable[[Scale, list[FittedImage]], None] | None = None,
         variations: int = 1,
         shortcuts: Shortcuts = NO_SHORTCUTS,
-        mask: Image.Image | None = None,
-    ) -> list[Image.Image]:
-        """Edit pictures, each by its own instruction, in one batch; the results have the inputs' sizes.
+        mask: Image.Image | Sequence[Image.Image] | None = None,
+        controls: Controls = NEUTRAL,
+        regions: Sequence[Region] = (),
+        given: Tokens | None = None,
+        steer: Sequence[Control] = (),
+        seam: int = 0,
+        certainty: bool = False,
+    ) -> Edited:
+        """Edit pictures, each by its own instruction, in one batch.
 
-        instructions: prompts, or their text features [L_i, channels]. negatives: the same, "" for none; one string
-        serves every picture. variations: results of each picture, one behind the other, of as many seeds. mask: where
-        the pictures may change (white); elsewhere they stay as they are.
+        images: pictures, or the tokens of edits to go on from without decoding them. instructions: prompts, or their
+        text features [L_i, channels]. negatives: the same, "" for none; one string serves every picture. variations:
+        results of each picture, one behind the other, of as many seeds. mask: where the pictures may change (white),
+        one for all or one each; elsewhere they stay as they are. regions: in place of instructions, several of them
+        with masks. given: the first scales of this edit, or of the edit this one branches off from. steer: further
+        controls (see `controls`). seam: pixels from a mask's edge inwards over which the edit fades in. certainty: whether to find out how sure the model was.
         on_scale: called with every `Scale` before its bits are drawn, and the fitted pictures; raise in it to
-        cancel. ValueError where pictures, instructions and model do not belong together.
+        cancel. ValueError where pictures, instructions, masks and model do not belong together.
         """
-        pictures = [images] if isinstance(images, (str, Path, Image.Image, SourceImage)) else list(images)
+        pictures = [images] if isinstance(images, (str, Path, Image.Image, SourceImage, Tokens)) else list(images)
         prompts = [instructions] if isinstance(instructions, (str, Tensor)) else list(instructions)
         if not pictures:
             raise ValueError("there is no picture to edit; pass at least one")
-        fitted = [self.fit(picture, size, method) for picture in pictures]
+        _check_regions(regions, prompts)
+        fitted, source = self._sources(pictures, size, method)
         if len({image.schedule for image in fitted}) > 1:
             raise ValueError(
                 "the pictures of a batch need different aspect tables; edit them one by one or fit them to squares"
@@ -212,56 +257,89 @@ class Editor:
         if negatives is not None:
             listed = [negatives] * len(pictures) if isinstance(negatives, str) else negatives
             unwanted = [None if isinstance(n, str) and not n else self._features(n) for n in listed]
-        masks = None if mask is None else torch.cat([fit_mask(mask, image.fitting) for image in fitted])
-        more = dict(shortcuts=shortcuts, mask=masks)
+        count = max(1, len(regions))
+        if regions:
+            prompts = [region.instruction for _ in fitted for region in regions]
+        drawn, where = _masks(mask, fitted)
+        areas, drawn, where = _areas(regions, fitted, drawn, where)
         self._make_room(fitted[0], 2)
-        features, texts, promises = self.begin(fitted, prompts)
-        more["promises"] = promises
-        latents, last = self._latents(features, texts, unwanted, fitted, settings, on_scale, variations, more)
+        if source is None:
+            features, texts, promises = self.begin(fitted, prompts)
+        else:
+            features, texts, promises = source.total(), [self._features(p) for p in prompts], Promises(True)
+        request = Request(
+            features,
+            [texts[n : n + count] for n in range(0, len(texts), count)],
+            unwanted, where, areas, given and given.to(self.device), source,
+        )  # fmt: skip
+        more = dict(settings=settings, shortcuts=shortcuts, controls=controls, promises=promises, steer=steer)
+        more["certainty"] = certainty
+        parts = self._parts(request, fitted, on_scale, variations, more)
         self._make_room(fitted[0])
-        results = self.decode(latents, repeated(fitted, variations))
-        for scale in last:
-            scale.check()
-        return [masked(*pair, mask) for pair in zip(results, repeated(fitted, variations))] if mask else results
+        sums, shown = torch.cat([part.sums for part in parts]), repeated(fitted, variations)
+        results, found, tokens = self.decode(sums, shown), None, joined([part.tokens for part in parts])
+        if controls.auto_mask:
+            held = tokens.free is not None
+            before = tokens.under.total() if held else sums  # nothing was locked: all may have changed
+            free = tokens.free.any(1, keepdim=True) if held else torch.ones_like(sums[:, :1])
+            found = [self._found(*one, held and controls.auto_mask) for one in zip(sums, before, free, shown)]
+        for part in parts:
+            part.last.check()
+        for layer in (drawn and repeated(drawn, variations), found):
+            results = [masked(*one, seam) for one in zip(results, shown, layer)] if layer else results
+        return Edited(results, tokens, found, torch.cat([part.sure for part in parts]) if certainty else None)
 
-    def _latents(self, features, texts, negatives, fitted, settings, on_scale, variations, more) -> tuple[Tensor, list[Scale]]:
-        """Running sums [B, d, H, W] of all pictures, of as many at a time as memory lasts for, and their last scales,
-        which are not checked yet."""
+    def _parts(
+        self, request: Request, fitted: list[FittedImage], on_scale, variations: int, more: dict
+    ) -> list[_Part]:
+        """The edits of all pictures, of as many at a time as memory lasts for; their last scales are not checked yet."""
         schedule, others = fitted[0].schedule, [self.text.model] if self.text else []
         others += [] if on_scale else [self.autoencoder]  # who watches may decode
-        longest = max(len(text) for text in (*texts, *(negatives or ())) if text is not None)
-        count = len(fitted) * variations
-        job = Job(self.transformer.config, schedule, count, settings.guided, self.transformer.dtype, longest)
+        settings, controls = more["settings"], more["controls"]
+        each = request.regions * max(1, controls.best_of // variations)  # rows of a result
+        count = len(request) * variations * each
+        job = Job(self.transformer.config, schedule, count, settings.guided, self.transformer.dtype, request.longest)
         way = Plan(job)
         if self.workspace is self._planned:
             way, self._planned = planned(job, self.transformer, self.device, self.workspace, others, self.exact)
             self.workspace = self._planned
-        sums, ends, mask = [], [], more["mask"]
+        step, copies = len(fitted), variations
         if way.job.images < count:  # every result a picture of its own; those of one source still share its pass
-            features, fitted = features.repeat_interleave(variations, 0), repeated(fitted, variations)
-            texts, negatives = repeated(texts, variations), negatives and repeated(negatives, variations)
-            mask = mask if mask is None or len(mask) == 1 else mask.repeat_interleave(variations, 0)
-            step, copies = way.job.images, 1
-        else:
-            step, copies = len(fitted), variations
-        if way.movable or step < len(features):
+            if way.job.images < each:
+                raise ValueError(f"memory lasts for {way.job.images} of {each} rows of regions and candidates; use fewer")
+            request, fitted = request.repeated(variations), repeated(fitted, variations)
+            step, copies = way.job.images // each, 1
+        if way.movable or step < len(fitted):
             more |= {"promises": more["promises"].settled()}
         for kept in self._recordings if way.movable else ():
             kept.forget()
+        parts = []
         with self._elsewhere(others if way.movable else (), self.device):
-            for first in range(0, len(features), step):
-                part = slice(first, first + step)
+            for first in range(0, len(fitted), step):
+                own, shown = request.part(slice(first, first + step)), repeated(fitted[first : first + step], copies)
+                args, named = own.arguments(copies)
+                named["steer"] = [*named["steer"], *more["steer"]]
                 seeded = replace(settings, seed=(settings.seed + first) % 2**64)
-                own = more | {"mask": mask if mask is None or len(mask) == 1 else mask[part]}
-                args = features[part], texts[part], schedule, seeded, negatives and negatives[part], copies
-                run = self.sample(*args, **own)
+                named |= dict(shortcuts=more["shortcuts"], controls=controls, promises=more["promises"])
+                run, bits, sure = self.sample(*args[:2], schedule, seeded, args[2], copies, **named), [], Certainty() if more["certainty"] else None
                 with closing(run) as scales:
                     for scale in scales:
+                        if sure:
+                            sure(scale)
                         if on_scale:
-                            on_scale(scale, repeated(fitted[part], copies))
-                sums.append(scale.running_sum)
-                ends.append(scale)
-        return torch.cat(sums), ends
+                            on_scale(scale, shown)
+                        bits.append(scale.bits)
+                parts.append(_Part.of(own, scale, bits, sure, copies, shown[0].fitting))
+        return parts
+
+    def _found(self, latent: Tensor, source: Tensor, free: Tensor, image: FittedImage, amount: float) -> Image.Image:
+        """Where an edit changed a picture, as its `AutoMask` and the decoded pixels say: white, of the picture's size."""
+        if not amount:
+            return Image.new("L", image.fitting.size, 255)
+        edited, before = (self.decode_pixels(x[None]) for x in (latent, source))
+        far = changed(edited, before, amount) >= 1
+        region = F.interpolate(free[None].float(), far.shape[-2:])[0] > 0
+        return unfit_mask((far & region)[0], image.fitting)
 
     def _make_room(self, image: FittedImage, times: float = 1) -> None:
         """Forget what is kept between edits where it leaves too little to decode a picture, or that several times."""
@@ -276,13 +354,93 @@ def _alike(given: tuple[list, list], last: tuple[list, list]) -> bool:
     return all(counts) and all(pictures) and all(a is b or (isinstance(a, str) and a == b) for a, b in zip(given[1], last[1]))
 
 
+@dataclass(frozen=True, eq=False)
+class Region:
+    """An instruction, a prompt or its text features [L, channels], and where it counts (white); None: everywhere."""
+
+    instruction: str | Tensor
+    mask: Image.Image | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Edited:
+    """What comes of edits. pictures, of the inputs' sizes, and the tokens they are decoded from, variations of a picture
+    behind each other. masks: what each auto mask found, white where the picture changed. certainty: how sure the model
+    was, [B, H, W] on the latent grid, from 0 to 1 (see `controls.Certainty`)."""
+
+    pictures: list[Image.Image]
+    tokens: Tokens
+    masks: list[Image.Image] | None
+    certainty: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Edits that ran together: their sums [B, d, H, W], and how sure the model was of them."""
+
+    last: Scale
+    tokens: Tokens
+    sums: Tensor
+    sure: Tensor | None
+
+    @classmethod
+    def of(cls, request: Request, last: Scale, bits, sure: Certainty | None, copies: int, fitting) -> _Part:
+        def own(x: Tensor) -> Tensor:
+            return request.own(x, copies)
+
+        source = request.source and request.source.of([n for n in range(len(request)) for _ in range(copies)])
+        tokens = tokens_of(bits, last, last.schedule, fitting, source, own)
+        return cls(last, tokens, own(last.running_sum), own(sure.map) if sure else None)
+
+
+def _masks(mask, fitted: list[FittedImage]) -> tuple[list[Image.Image] | None, Tensor | None]:
+    """Masks of the pictures, and of what the model sees of them, [B, y, x]."""
+    if mask is None:
+        return None, None
+    masks = [mask] if isinstance(mask, Image.Image) else list(mask)
+    if len(masks) not in (1, len(fitted)):
+        raise ValueError(f"there are {len(masks)} masks for {len(fitted)} pictures; give one, or one for each")
+    masks = masks if len(masks) == len(fitted) else masks * len(fitted)
+    return masks, torch.cat([fit_mask(one, image.fitting) for one, image in zip(masks, fitted)])
+
+
+def _areas(regions: Sequence[Region], fitted: list[FittedImage], drawn, where):
+    """Regions [B, R, y, x], and the masks of `_masks` within them."""
+    if not regions:
+        return None, drawn, where
+    whole = Image.new("L", (1, 1), 255)
+    masks = [region.mask or whole for region in regions]
+    areas = torch.stack([torch.cat([fit_mask(mask, image.fitting) for mask in masks]) for image in fitted])
+    if any(region.mask is None for region in regions):
+        return areas, drawn, where
+    size = max(image.source.size for image in fitted)
+    union = [mask.convert("L").resize(size, Image.Resampling.BILINEAR) for mask in masks]
+    union = reduce(ImageChops.lighter, union)
+    within, touched = _masks(union, fitted)
+    if drawn is None:
+        return areas, within, touched
+    return areas, [_darker(*pair) for pair in zip(drawn, within)], torch.minimum(where, touched)
+
+
+def _darker(a: Image.Image, b: Image.Image) -> Image.Image:
+    return ImageChops.darker(a.convert("L").resize(b.size, Image.Resampling.BILINEAR), b)
+
+
+def _check_regions(regions: Sequence[Region], prompts: list) -> None:
+    if regions and prompts:
+        raise ValueError("give an instruction or regions, not both; an instruction for everywhere is a region without a mask")
+    for number, region in enumerate(regions, start=1):
+        if isinstance(region.instruction, str) and not region.instruction.strip():
+            raise ValueError(f"region {number} has no instruction; say what to change in it, or leave it out")
+
+
 def repeated(items: Sequence, count: int) -> list:
     """Every item `count` times, one behind the other."""
     return [item for item in items for _ in range(count)]
 
 
-def masked(edited: Image.Image, image: FittedImage, mask: Image.Image) -> Image.Image:
-    """The edit where the mask is white, the picture itself where it is black."""
+def masked(edited: Image.Image, image: FittedImage, mask: Image.Image, seam: int = 0) -> Image.Image:
+    """The edit where the mask is white, the picture itself where it is black. seam: see `Editor.run`."""
     result = Image.composite(
         edited.convert("RGB"), image.source.rgb, mask.convert("L").resize(edited.size, Image.Resampling.BILINEAR)
     )

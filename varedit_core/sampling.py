@@ -8,19 +8,21 @@ Shape suffixes: B images, d bits a latent position, (H, W) latent grid of the la
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .capture import on
-from .defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, SIZES, SamplingSettings, Shortcuts
+from .defaults import DEFAULT_SETTINGS, NEUTRAL, NO_SHORTCUTS, SIZES, SamplingSettings, Shortcuts
 from .kv import Pass
 from .operations import Attention, sdpa
 from .quantizer import area_resize, codes, from_tokens, latent_grids, linear_resize, to_tokens
 from .schedule import AREAS, Grid, Schedule
-from .shortcuts import outside, passes, token_masks
+from .shortcuts import passes, token_masks
+from .source import Source
 from .transformer import Condition, Transformer
 from .workspace import Shape, Workspace
 
@@ -51,7 +53,8 @@ class Scale:
     index, count: which of how many that run. grid: its token grid. logits: [rows, tokens, token bits, 2] of the head,
     before temperature and guidance; the unconditional rows follow the conditional ones where guidance is on.
     log_odds: fp32 [B, d, h, w] of each bit being 1, after both; change it before reading `bits` to steer
-    the draw. `bits` are drawn when first read; assign to force them. Leave the loop to cancel.
+    the draw. `bits` are drawn when first read; assign to force them, `lock` to hold some to the source's. total: the
+    running sum before this scale. source: what the edit may be held to. Leave the loop to cancel.
     """
 
     def __init__(
@@ -63,13 +66,18 @@ class Scale:
         uniform: Tensor | None,
         top_p: float,
         total: Tensor,
+        source: Source,
     ) -> None:
-        self.index, self.count, self.grid = index, len(schedule), schedule.grids[index]
+        self.schedule, self.index, self.count, self.grid = schedule, index, len(schedule), schedule.grids[index]
         self.logits, self._log_odds = logits, log_odds
-        self._uniform, self._top_p, self._total = uniform, top_p, total
-        self.locked: tuple[Tensor, Tensor] | None = None
-        """Where bits are free, boolean [B or 1, 1, h, w], and the bits [B, d, h, w] that stand elsewhere, whatever is
-        drawn or assigned; None: free everywhere."""
+        self._uniform, self._top_p, self.total, self.source = uniform, top_p, total, source
+        self.last = index + 1 == len(schedule)
+        """Whether it is the finest of the schedule."""
+        self.free: Tensor | None = None
+        """Where bits are free, boolean [B or 1, 1 or d, h, w]; None: everywhere. Elsewhere the source's stand."""
+        self.temperature = 1.0
+        """What divided the log-odds."""
+        self._source_bits: Tensor | None = None
         self.finite: Tensor | None = None
         """Whether the logits of all scales so far are numbers: one boolean on the device."""
         self._bits: Tensor | None = None
@@ -81,6 +89,11 @@ class Scale:
             raise ValueError(
                 "the network's logits are undefined numbers; use bf16 or fp32, and check the weights and the text"
             )
+
+    @property
+    def drawn(self) -> bool:
+        """Whether its bits are drawn or given already."""
+        return self._bits is not None
 
     @property
     def log_odds(self) -> Tensor:
@@ -125,15 +138,35 @@ class Scale:
             )
         self._bits, self._sum = self._within(value.to(self.log_odds.device)), None
 
+    @property
+    def source_bits(self) -> Tensor:
+        """The bits [B, d, h, w] that bring the running sum nearest to the source here."""
+        if self._source_bits is None:
+            self._source_bits = self.source.bits(self.total, self.index)
+        return self._source_bits
+
+    def lock(self, free: Tensor) -> None:
+        """Hold the scale to the source where `free`, boolean [B or 1, 1 or d, h, w], is false, whatever is drawn or
+        assigned. What is locked at the finest scale becomes the source's tokens exactly."""
+        self.free = free if self.free is None else self.free & free
+        if self._bits is not None:
+            self.bits = self._bits
+
     def _within(self, bits: Tensor) -> Tensor:
-        return bits if self.locked is None else torch.where(self.locked[0], bits, self.locked[1])
+        return bits if self.free is None else torch.where(self.free, bits, self.source_bits)
 
     @property
     def running_sum(self) -> Tensor:
         """Sum [B, d, H, W] of the codes up to and with this scale: what the decoder reads."""
         if self._sum is None:
-            self._sum = self._total + linear_resize(codes(self.bits), self._total.shape[-2:])
+            self._sum = self.total + linear_resize(codes(self.bits), self.total.shape[-2:])
+            if self.last and self.free is not None:
+                self._sum = torch.where(self.free, self._sum, self.source.total)
         return self._sum
+
+
+Control = Callable[[Scale], None]
+"""What looks at, or changes, every scale before whoever runs the loop sees it (see `controls`)."""
 
 
 @torch.no_grad()
@@ -150,6 +183,11 @@ def sample(
     shortcuts: Shortcuts = NO_SHORTCUTS,
     mask: Tensor | None = None,
     promises: Promises = Promises(),
+    steer: Sequence[Control] = (),
+    given: Sequence[Tensor] = (),
+    feather: int = NEUTRAL.feather,
+    source_attention: float = NEUTRAL.source_attention,
+    tokenised: bool = False,
 ) -> Iterator[Scale]:
     """Edit B images; yields every `Scale` before its bits are drawn. The last `running_sum` is the result.
 
@@ -158,8 +196,12 @@ def sample(
     unconditional ones. workspace: where keys and values are kept (see `workspace`); by default memory of this edit
     alone, let go of however the loop ends. copies: edits of each image, from one pass over it; those of an image
     follow each other, B then counts them all. shortcuts: work to leave out. mask: [B or 1, y, x] of any size, above 0
-    where the picture may change; bits of tokens that do not touch it are the source's. Raises ValueError, at the
-    first step, where the inputs do not belong together, and at the end where the logits were undefined numbers.
+    where the picture may change; latents of tokens that do not touch it, and are not within `feather` tokens of one that
+    does, are the source's. steer: called with every scale, in order, before it is yielded. given: bits of the first
+    scales, of every image or of every copy; of every image, its copies share the passes, too. source_attention: what
+    the source's keys weigh in self-attention. tokenised: whether features are a sum of codes (see `Source`). Raises
+    ValueError, at the first step, where the inputs do not belong together, and at the end where the logits were
+    undefined numbers.
     """
     if shortcuts.drafted:
         raise ValueError("drafted scales need a second transformer; use drafting.draft_and_refine")
@@ -172,6 +214,8 @@ def sample(
         texts = _texts(transformer, texts, negatives, len(features_BdHW), guided > 0, device)
     if mask is not None and len(mask) == len(features_BdHW):
         mask = mask.repeat_interleave(copies, dim=0)
+    together = len(given) if copies > 1 and given and len(given[0]) == len(features_BdHW) else 0
+    given = _given(given, grids, len(features_BdHW), copies)
     if copies > 1 and workspace is not None and not workspace.kind.shares_source:
         features_BdHW, promises = features_BdHW.repeat_interleave(copies, dim=0), promises.settled()
         texts, copies = [text for text in texts for _ in range(copies)], 1
@@ -190,25 +234,35 @@ def sample(
         features = features_BdHW.float()
         features = features.repeat_interleave(copies, dim=0) if copies > 1 else features
         total, batch = torch.zeros_like(features), len(features)
-        masks = _masks(mask, schedule, features, shortcuts)
-        steps = work.scale_passes(lambda: passes(work.passes, schedule, shortcuts, masks), shortcuts, mask)[1:]
+        masks, held = _masks(mask, schedule, features, shortcuts, feather), Source(features, grids, tokenised)
+        bias = math.log(source_attention) if source_attention else -math.inf
+        depends = (shortcuts, mask, feather, bias)
+        steps = work.scale_passes(lambda: passes(work.passes, schedule, shortcuts, masks, bias), *depends)[1:]
         generators = [torch.Generator().manual_seed((settings.seed + i) % 2**64) for i in range(batch)]
         for k, (guidance, temperature, top_p) in enumerate(plan):
             if k == guided and rows > batch:
                 work.store.keep_rows(rows := batch)
-            tokens = _Tokens(transformer, work.condition, grids[k], patch, k, steps[k].tokens, rows)
-            logits = work.run(tokens, steps[k], rows, rows if guidance != 1 else batch, *[total] * (k > 0))
+            shared = copies if k < together else 1
+            work.store.share(shared)
+            tokens = _Tokens(transformer, work.condition, grids[k], patch, k, steps[k].tokens, rows // shared, shared)
+            asked = (rows if guidance != 1 else batch) // shared
+            logits = work.run(tokens, steps[k], rows // shared, asked, *[total] * (k > 0))
+            logits = logits.repeat_interleave(shared, 0) if shared > 1 else logits
             odds = _everywhere(_guided_log_odds(logits, batch, guidance), steps[k], schedule.tokens[k])
             log_odds = from_tokens(odds, schedule.grids[k], patch)
             # Drawn on the CPU, also where a greedy scale ignores them: one seed, one image, on every device.
             uniform = _uniform(log_odds, generators)
             if temperature:
                 log_odds = log_odds / temperature
-            scale = Scale(k, schedule, logits, log_odds, uniform if temperature else None, top_p, total)
-            scale.count = len(plan)
+            scale = Scale(k, schedule, logits, log_odds, uniform if temperature else None, top_p, total, held)
+            scale.count, scale.temperature = len(plan), temperature or 1.0
             scale.finite = work.finite if k + 1 < len(plan) else work.finite.clone()  # the next edit begins anew
             if masks:
-                scale.locked = (_on_latents(masks[k], patch), outside(features, total, grids[k]))
+                scale.lock(on_latents(masks[k], patch))
+            if k < len(given):
+                scale.bits = given[k]
+            for control in steer:
+                control(scale)
             yield scale
             total = scale.running_sum
         if not promises.checks:
@@ -220,7 +274,7 @@ def sample(
 @dataclass(frozen=True)
 class _Tokens:
     """What makes a scale's input of the running sum: the first scale's of none. No tensor of an edit is held in it but
-    those that stay in place."""
+    those that stay in place. shared: images of so many consecutive rows have one pass."""
 
     transformer: Transformer
     condition: Condition
@@ -229,11 +283,13 @@ class _Tokens:
     index: int
     which: Tensor | None
     rows: int
+    shared: int = 1
 
     def __call__(self, *total_BdHW: Tensor) -> Tensor:
         if not total_BdHW:
-            return self.transformer.start(self.condition)[: self.rows]
-        tokens = to_tokens(linear_resize(*total_BdHW, self.grid), self.patch)
+            return self.transformer.start(self.condition)[:: self.shared][: self.rows]
+        (total,) = total_BdHW
+        tokens = to_tokens(linear_resize(total[:: self.shared], self.grid), self.patch)
         tokens = tokens if self.which is None else tokens[:, self.which]
         return _all_rows(self.transformer.embed(tokens, self.index), self.rows)
 
@@ -246,7 +302,22 @@ def _uniform(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     return drawn.to(like.device, non_blocking=True)
 
 
-def _masks(mask: Tensor | None, schedule: Schedule, features: Tensor, shortcuts: Shortcuts) -> list[Tensor] | None:
+def _given(given: Sequence[Tensor], grids: Sequence[Grid], images: int, copies: int) -> list[Tensor]:
+    """Bits of the first scales, as they came. ValueError where they are not of these grids and images."""
+    for k, (bits, grid) in enumerate(zip(given, grids)):
+        if bits.shape[-2:] != grid or len(bits) not in (images, images * copies):
+            raise ValueError(
+                f"the tokens of scale {k + 1} have the shape {list(bits.shape)} but the edit needs {images} of a grid of "
+                f"{grid[0]}x{grid[1]}; use the same size, shape and number of pictures as in the edit that made them"
+            )
+    if len(given) > len(grids):
+        raise ValueError(f"there are tokens of {len(given)} scales but the edit has {len(grids)}; use the size they are of")
+    return [bits.repeat_interleave(copies, 0) if len(bits) < images * copies else bits for bits in given]
+
+
+def _masks(
+    mask: Tensor | None, schedule: Schedule, features: Tensor, shortcuts: Shortcuts, feather: int
+) -> list[Tensor] | None:
     """Masks of every scale's tokens. ValueError for a mask that is none, or a shortcut that lacks one."""
     if mask is None:
         if shortcuts.inside:
@@ -258,10 +329,10 @@ def _masks(mask: Tensor | None, schedule: Schedule, features: Tensor, shortcuts:
         )
     if not (mask > 0).any():
         raise ValueError("the mask is empty; paint where the picture may change, or leave it out")
-    return token_masks(mask.to(features.device), schedule)
+    return token_masks(mask.to(features.device), schedule, feather)
 
 
-def _on_latents(mask_B1hw: Tensor, patch: int) -> Tensor:
+def on_latents(mask_B1hw: Tensor, patch: int) -> Tensor:
     """A mask of tokens as one of latent positions."""
     return mask_B1hw.repeat_interleave(patch, -1).repeat_interleave(patch, -2)
 

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .defaults import Shortcuts
+from .defaults import NEUTRAL, Shortcuts
 from .kv import Bands, Pass
-from .quantizer import area_resize
 from .schedule import Grid, Schedule
 
 BAND = 128
@@ -30,24 +29,30 @@ SEAM = 2
 quarter of the demo model's edits fail, with them a tenth (docs/LOG.md)."""
 
 
-def token_masks(mask_Byx: Tensor, schedule: Schedule) -> list[Tensor]:
-    """A mask of any size -> boolean [B, 1, h, w] of every scale: tokens that touch it, and their neighbours."""
+def token_masks(mask_Byx: Tensor, schedule: Schedule, feather: int = NEUTRAL.feather) -> list[Tensor]:
+    """A mask of any size -> boolean [B, 1, h, w] of every scale: tokens that touch it, and those within `feather` tokens
+    of the finest grid, at coarser scales at least one where any."""
     touched = [F.adaptive_max_pool2d((mask_Byx[:, None] > 0).float(), grid) for grid in schedule.grids]
-    return [F.max_pool2d(x, 3, stride=1, padding=1) > 0 for x in touched]
+    finest = max(schedule.grids[-1])
+    reach = [-(-feather * max(grid) // finest) for grid in schedule.grids]
+    return [F.max_pool2d(x, 2 * n + 1, stride=1, padding=n) > 0 for x, n in zip(touched, reach)]
 
 
-def outside(features_BdHW: Tensor, total_BdHW: Tensor, grid: Grid) -> Tensor:
-    """The bits [B, d, h, w] that bring a running sum nearest to the source's features, whatever it holds already."""
-    return area_resize(features_BdHW - total_BdHW, grid) > 0
-
-
-def passes(given: Sequence[Pass], schedule: Schedule, shortcuts: Shortcuts, masks: Sequence[Tensor] | None) -> list[Pass]:
+def passes(
+    given: Sequence[Pass],
+    schedule: Schedule,
+    shortcuts: Shortcuts,
+    masks: Sequence[Tensor] | None,
+    source_bias: float = 0.0,
+) -> list[Pass]:
     """The passes of an edit with its shortcuts, the source's first; those that stay as they are are the given ones.
 
-    masks: of `token_masks`. Waits for the device where tokens are skipped.
+    masks: of `token_masks`. source_bias: see `Pass`. Waits for the device where tokens are skipped.
     """
     made, begin = [given[0]], given[0].end
     for step in given[1:]:
+        if source_bias:
+            step = replace(step, source_bias=source_bias)
         late = len(schedule) - step.index
         if late <= shortcuts.inside:
             wide = F.max_pool2d(masks[step.index].any(0, keepdim=True).float(), 2 * SEAM + 1, stride=1, padding=SEAM)

@@ -131,6 +131,7 @@ class Workspace:
         self.transformer, self.attention = transformer, attention
         self.finite.fill_(True)
         self.store.keep_rows(shape.rows)
+        self.store.share(1)
         self.condition = self._condition(texts, beside)
 
     def expect(self, identity: Sequence[Tensor], fresh: bool = False) -> None:
@@ -183,14 +184,21 @@ class Workspace:
         tokens: makes its input [rows, n, C] of `inputs`.
         """
 
+        shared = self.store.shared
+
         def run(*given: Tensor) -> Tensor:
             x = tokens(*given)
-            x = self._in_turn(x, lambda x, condition: self.transformer(x, condition, step, self.store, self.attention))
-            logits = self.transformer.logits(x[:asked], self.condition)
+            whole = self.condition.rows(slice(None, None, shared)) if shared > 1 else self.condition
+
+            def forward(x: Tensor, condition: Condition) -> Tensor:
+                return self.transformer(x, condition, step, self.store, self.attention)
+
+            x = self._in_turn(x, forward) if shared == 1 else forward(x, whole.rows(slice(0, rows)))
+            logits = self.transformer.logits(x[:asked], whole)
             self.finite.logical_and_(logits.isfinite().all())
             return logits
 
-        return self._run((step, rows, asked, self.lengths), rows * step.rotary.shape[1], run, *inputs)
+        return self._run((step, rows, asked, shared, self.lengths), rows * step.rotary.shape[1], run, *inputs)
 
     def end(self) -> None:
         """An edit is over, in whichever way. Unless kept, everything is let go of."""
