@@ -170,8 +170,8 @@ def extension_mask(size: Size, sides: Sides, overlap: int = OVERLAP) -> Tensor:
     for side, length in (((left, right), size[0]), ((top, bottom), size[1])):
         if overlap < 0 or overlap * sum(map(bool, side)) >= length:
             raise ValueError(
-                f"an overlap of {overlap} does not fit a {size[0]}x{size[1]} picture; give at least 0 pixels, and "
-                "leave some of the picture as it is"
+                f"an overlap of {overlap} does not fit a {size[0]}x{size[1]} picture; give at least 0 pixels, and leave some "
+                "of the picture as it is"
             )
     across, down = _falling(size[0], left, right, overlap), _falling(size[1], top, bottom, overlap)
     return torch.maximum(across[None], down[:, None])[None]
