@@ -212,6 +212,18 @@ def test_a_feather_rises_from_the_edge_inwards(pixels):
     assert torch.allclose(box, box.flip(2)) and torch.allclose(box, box.flip(1)), "from all sides alike"
 
 
+@BOUNDED
+@given(marked(), st.integers(0, 40))
+def test_a_feather_does_not_depend_on_where_the_crop_ends(case, feather):
+    size, box = case
+    region = region_of(size, mask_of(size, box))
+    tight = Region((box,), region.mask)
+    for one in (region, tight):
+        edit = torch.ones(1, *one.crop_size[::-1], 3)
+        result = canvas.stitch_pixels(torch.zeros(1, *size[::-1], 3), edit, one, feather)
+        assert torch.equal(result[..., 0], canvas.feathered(region.mask, feather))
+
+
 def test_batches_of_several_edits_each():
     size, images = (120, 100), pictures(2, (120, 100), 4)
     mask = torch.cat([mask_of(size, (5, 5, 30, 30)), mask_of(size, (80, 60, 110, 90))])
@@ -258,6 +270,10 @@ def test_an_edit_of_another_size_in_the_same_shape_is_resized():
         edited = Image.new("RGB", (round(wide * factor), round(high * factor)), (10, 200, 30))
         result = stitch(SourceImage(Image.new("RGB", size)), edited, region)
         assert result.getpixel((70, 60)) == (10, 200, 30) and result.getpixel((49, 60)) == (0, 0, 0)
+    sharp = torch.zeros(1, 4 * high, 4 * wide, 3)
+    sharp[:, ::40] = 1
+    result = canvas.stitch_pixels(torch.zeros(1, 200, 200, 3), sharp, region)
+    assert result.min() == 0 and result.max() <= 1, "resizing adds no darker or lighter colours"
     for other in ((wide, high + 3), (2 * wide, high)):
         with pytest.raises(ValueError, match="give the edit of that region") as error:
             stitch(SourceImage(Image.new("RGB", size)), Image.new("RGB", other), region)

@@ -102,10 +102,10 @@ def stitch_pixels(images_BHWC: Tensor, edited_EhwC: Tensor, region: Region, feat
     copies = len(edited_EhwC) // len(images_BHWC)
     result = _coloured(images_BHWC).repeat_interleave(copies, dim=0)
     edited = _resized(_coloured(edited_EhwC)[..., :3].to(result), region.crop_size)
-    weights = feathered(region.mask, feather).to(result)
+    weights = [_weight(*pair, feather).to(result) for pair in zip(region.mask, region.boxes)]
     for i, (whole, edit) in enumerate(zip(result, edited)):
         k = i // copies % len(region.boxes)
-        weight_hw1, part = _part(weights[k], region.boxes[k])[..., None], _part(whole, region.boxes[k])[..., :3]
+        weight_hw1, part = weights[k][..., None], _part(whole, region.boxes[k])[..., :3]
         part.copy_(torch.where(weight_hw1 == 0, part, edit * weight_hw1 + part * (1 - weight_hw1)))
     return result
 
@@ -326,6 +326,13 @@ def _resized(edited_EhwC: Tensor, size: Size) -> Tensor:
     pixels = edited_EhwC.movedim(-1, 1)
     resized = F.interpolate(pixels, size[::-1], mode="bicubic", antialias=True)
     return resized.clamp(pixels.min(), pixels.max()).movedim(1, -1)
+
+
+def _weight(mask_HW: Tensor, box: Box, feather: int) -> Tensor:
+    """[h, w]: the feathered mask in a box, read as far around it as its edge is felt."""
+    near = max(box[0] - feather, 0), max(box[1] - feather, 0), box[2] + feather, box[3] + feather
+    weight = feathered(_part(mask_HW, near)[None], feather)[0]
+    return _part(weight, tuple(edge - near[i % 2] for i, edge in enumerate(box)))
 
 
 def _part(picture_HW: Tensor, box: Box) -> Tensor:
