@@ -6,6 +6,7 @@ are imported at first use.
 """
 
 from ._api import ComfyExtension
+from .canvas import VAREditCropRegion, VAREditExtendCanvas, VAREditStitch
 from .decode import VAREditDecode, VAREditScalePreview
 from .encode import VAREditSourceEncode, VAREditTextEncode
 from .file_info import VAREditFileInfo
@@ -18,7 +19,7 @@ from .shortcuts import VAREditShortcuts
 NODES = [
     VAREditModelLoader, VAREditTextEncoderLoader, VAREditVAELoader, VAREditTextEncode, VAREditSourceEncode,
     VAREditSampler, VAREditDecode, VAREditScalePreview, VAREditMemoryPlan, VAREditFileInfo,
-    VAREditSampleImage, VAREditShortcuts,
+    VAREditSampleImage, VAREditShortcuts, VAREditCropRegion, VAREditStitch, VAREditExtendCanvas,
 ]  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def test_size_and_alpha_come_back_exactly(width, height, method, transparent):
 )
 def test_canvas_is_the_smallest_of_the_grids_shape(width, height, area, ratio):
     grid_height, grid_width = schedule_for(area, ratio).pixels
-    wide, high = images._canvas_size((width, height), (grid_height, grid_width))
+    wide, high = images.canvas_size((width, height), (grid_height, grid_width))
     assert (wide == width and high >= height) or (high == height and wide >= width)
     # The side that was free to choose is the rounded one, or the source's own where that is within a pixel of it.
     assert abs(wide - high * grid_width / grid_height) <= 0.5 or abs(high - wide * grid_height / grid_width) <= 0.5

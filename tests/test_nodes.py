@@ -28,7 +28,7 @@ LANGUAGES = ("en", "zh")
 NODES = [
     "VAREditModelLoader", "VAREditTextEncoderLoader", "VAREditVAELoader", "VAREditTextEncode", "VAREditSourceEncode",
     "VAREditSampler", "VAREditDecode", "VAREditScalePreview", "VAREditMemoryPlan", "VAREditFileInfo",
-    "VAREditSampleImage", "VAREditShortcuts",
+    "VAREditSampleImage", "VAREditShortcuts", "VAREditCropRegion", "VAREditStitch", "VAREditExtendCanvas",
 ]  # fmt: skip
 LOADERS = {
     "VAREditModelLoader": "diffusion_models",
@@ -295,6 +295,13 @@ def test_the_defaults_are_those_of_the_library(schemas):
         ("VAREditMemoryPlan", "images"): (1, None),
         ("VAREditMemoryPlan", "guided"): (settings.guided, None),
         ("VAREditSampleImage", "picture"): ("scene.png", ("scene.png", "cat.jpg")),
+        ("VAREditCropRegion", "margin"): (defaults.CROP_MARGIN, None),
+        ("VAREditCropRegion", "shape"): (defaults.FIT, defaults.FITS),
+        ("VAREditStitch", "feather"): (defaults.FEATHER, None),
+        **{("VAREditExtendCanvas", side): (0, None) for side in ("left", "top", "right", "bottom")},
+        ("VAREditExtendCanvas", "unit"): (defaults.LENGTHS[0], defaults.LENGTHS),
+        ("VAREditExtendCanvas", "fill"): (defaults.FILL, defaults.FILLS),
+        ("VAREditExtendCanvas", "overlap"): (defaults.OVERLAP, None),
         **{("VAREditShortcuts", name): (value, None) for name, value in vars(defaults.NO_SHORTCUTS).items()},
     }
     found = {
@@ -650,7 +657,7 @@ print(json.dumps(list(sys.modules)))
     assert {name for name in own if name.startswith("varedit_core")} == {"varedit_core", "varedit_core.defaults"}
     assert {name for name in own if name.startswith("nodes.")} == {
         f"nodes.{name}"
-        for name in ("_api", "decode", "encode", "file_info", "files", "loaders", "sample_image", "sampler", "shortcuts")
+        for name in ("_api", "canvas", "decode", "encode", "file_info", "files", "loaders", "sample_image", "sampler", "shortcuts")
     }
 
 

@@ -41,6 +41,19 @@ PRECISIONS = ("auto", "bf16", "fp32")
 """What a ComfyUI node lets the transformer's blocks compute in."""
 PREVIEWS = ("auto", "fast", "decoded", "off")
 """Live previews of the sampler node: by ComfyUI's setting, by a colour map, by the decoder, none."""
+CROP_MARGIN = 0.25
+"""What a crop shows around a mask, on every side, as a share of the mask's longer side."""
+LEAST_MARGIN = 32
+"""The same in pixels, at least."""
+FEATHER = 0
+"""Pixels inside a mask's edge over which a stitched edit appears."""
+FILLS = ("blur", "mirror", "white")
+"""What a model sees where a picture was extended: its edges' colours, itself, or what published code pads with."""
+FILL = "blur"
+OVERLAP = 16
+"""Pixels of an extended picture, beside what is new, that an edit may repaint."""
+LENGTHS = ("pixels", "percent")
+"""What an extension is counted in."""
 SCALE_PICTURES = ("full", "own", "fast")
 """Pictures of scales: decoded at the final size, decoded at the scale's own, by a colour map."""
 

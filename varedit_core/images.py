@@ -113,7 +113,7 @@ def fit(source: SourceImage, area: str, method: str) -> FittedImage:
         raise ValueError(f"unknown fit {method!r}; choose one of {', '.join(FITS)}")
     width, height = source.size
     schedule = schedule_for(area, 1.0 if method == "square" else nearest_ratio(height / width))
-    padded_size = _canvas_size(source.size, schedule.pixels)
+    padded_size = canvas_size(source.size, schedule.pixels)
     if padded_size[0] * padded_size[1] > MAX_CANVAS_PIXELS:
         raise ValueError(
             f"a {width}x{height} image needs a canvas of {padded_size[0]}x{padded_size[1]}; make it smaller"
@@ -258,7 +258,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return grey
 
 
-def _canvas_size(size: Size, pixels: Size) -> Size:
+def canvas_size(size: Size, pixels: Size) -> Size:
     """The smallest (width, height) that holds `size`, shaped as the grid `pixels` (height, width)."""
     (width, height), (grid_height, grid_width) = size, pixels
     if height * grid_width >= width * grid_height:
