@@ -9,7 +9,7 @@ Shape suffixes: B images, d bits a latent position, (H, W) latent grid of the la
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -151,9 +151,11 @@ def sample(
     mask: Tensor | None = None,
     promises: Promises = Promises(),
 ) -> Iterator[Scale]:
-    """Edit B images; yields every `Scale` before its bits are drawn. The last `running_sum` is the result.
+    """Edit B images, or make them of the texts alone where the transformer reads no source (`TransformerConfig.source`);
+    yields every `Scale` before its bits are drawn. The last `running_sum` is the result.
 
-    features_BdHW: unquantised features of the source images on the last latent grid. texts: features
+    features_BdHW: unquantised features of the source images on the last latent grid; without a source they give the shape,
+    and with a mask what stays. texts: features
     [L_i, T] of each image's instruction. negatives: features of each negative prompt, None for the learned
     unconditional ones. workspace: where keys and values are kept (see `workspace`); by default memory of this edit
     alone, let go of however the loop ends. copies: edits of each image, from one pass over it; those of an image
@@ -163,7 +165,7 @@ def sample(
     """
     if shortcuts.drafted:
         raise ValueError("drafted scales need a second transformer; use drafting.draft_and_refine")
-    patch = _patch(transformer, features_BdHW, schedule)
+    patch, schedule = _patch(transformer, features_BdHW, schedule), replace(schedule, source=transformer.config.source)
     grids, device = latent_grids(schedule, patch), features_BdHW.device
     plan = shortcuts.planned(settings.per_scale(len(schedule)))
     guided = max((k + 1 for k, (guidance, _, _) in enumerate(plan) if guidance != 1), default=0)
@@ -185,8 +187,9 @@ def sample(
 
     try:
         work.begin(transformer, texts, shape, attention, promises.beside)
-        work.expect((features_BdHW, *texts), promises.fresh)
-        work.read_source(source, features_BdHW)
+        if schedule.source:
+            work.expect((features_BdHW, *texts), promises.fresh)
+            work.read_source(source, features_BdHW)
         features = features_BdHW.float()
         features = features.repeat_interleave(copies, dim=0) if copies > 1 else features
         total, batch = torch.zeros_like(features), len(features)
