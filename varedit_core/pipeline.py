@@ -1,4 +1,7 @@
-"""Pictures and instructions in, edited pictures out: the networks, the loop and the image handling put together."""
+"""Pictures and instructions in, edited pictures out: the networks, the loop and the image handling put together.
+
+With a transformer that reads no source (Infinity) it is text in, pictures out: `Editor.generate` in place of `edit`.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ from .autoencoder import Autoencoder
 from .capture import Recorder
 from .checkpoints import load_autoencoder, load_transformer
 from .config import patch_size
-from .defaults import DEFAULT_SETTINGS, FIT, NO_SHORTCUTS, SIZE, SamplingSettings, Shortcuts
+from .defaults import DEFAULT_SETTINGS, FIT, FITS, KINDS, NO_SHORTCUTS, SIZE, TEXT_SETTINGS, SamplingSettings, Shortcuts
 from .drafting import draft_and_refine
 from .eight_bit import LINEARS
-from .images import FittedImage, SourceImage, fit, fit_mask, load_image, restore
+from .images import FittedImage, SourceImage, empty, fit, fit_mask, load_image, restore
 from .memory import Elsewhere, make_room, planned
 from .planning import Job, Plan
 from .sampling import Promises, Scale, sample
-from .schedule import Schedule
+from .schedule import Schedule, nearest_ratio, schedule_for
 from .text import TextEncoder, load_text_encoder
 from .transformer import Transformer
 from .workspace import Workspace
@@ -78,13 +81,14 @@ class Editor:
         device=None,
         dtype=None,
         linears: str = LINEARS[0],
+        kind: str = KINDS[0],
     ) -> Editor:
         """Load the parts from files (see `checkpoints` and `text`). Raises WeightError.
 
         device: CUDA where there is one by default. dtype: of the transformer's blocks; bf16 on CUDA, else fp32.
         The text encoder runs in fp16 on CUDA as published. Pictures are encoded in fp32, always, and decoded in fp32
         too, but on CUDA in bf16 where the blocks run in bf16. linears: of the transformer's blocks, "exact" or "8-bit"
-        (an approximation, see `eight_bit`).
+        (an approximation, see `eight_bit`). kind: what the transformer was trained for (see `load_transformer`).
         """
         device = device_of(device)
         on_cuda = device.type == "cuda"
@@ -92,7 +96,7 @@ class Editor:
         text = text_encoder and load_text_encoder(
             text_encoder, tokenizer, torch.float16 if on_cuda else torch.float32, device
         )
-        network = load_transformer(transformer, dtype=dtype, device=device, linears=linears)
+        network = load_transformer(transformer, dtype=dtype, device=device, linears=linears, kind=kind)
         decode_dtype = torch.bfloat16 if on_cuda and dtype == torch.bfloat16 else torch.float32
         vae = load_autoencoder(autoencoder, device=device, decode_dtype=decode_dtype)
         return cls(network, vae, text or None, device)
@@ -114,8 +118,14 @@ class Editor:
 
     @torch.no_grad()
     def encode_source(self, images: Sequence[FittedImage]) -> Tensor:
-        """Unquantised features [B, d, H, W] of fitted pictures, each encoded alone."""
-        return torch.cat([self._encoder(image.pixels.to(self.device)) for image in images])
+        """Unquantised features [B, d, H, W] of fitted pictures, each encoded alone; zeros of those of `images.empty`."""
+        return torch.cat(
+            [self._encoder(i.pixels.to(self.device)) if i.pixels.numel() else self._nothing(i.schedule) for i in images]
+        )
+
+    def _nothing(self, schedule: Schedule) -> Tensor:
+        config = self.autoencoder.config
+        return torch.zeros(1, config.bits, *(side // config.stride for side in schedule.pixels), device=self.device)
 
     def encode(self, images: Sequence[FittedImage], prompts: Sequence[str | Tensor]) -> tuple[Tensor, list[Tensor]]:
         """`encode_source` of pictures and the text features of prompts, side by side where the device can."""
@@ -199,6 +209,10 @@ class Editor:
         on_scale: called with every `Scale` before its bits are drawn, and the fitted pictures; raise in it to
         cancel. ValueError where pictures, instructions and model do not belong together.
         """
+        if not self.transformer.config.source:
+            raise ValueError(
+                "this transformer makes pictures of text alone; use `generate`, or load it as the kind edit if it learned to edit"
+            )
         pictures = [images] if isinstance(images, (str, Path, Image.Image, SourceImage)) else list(images)
         prompts = [instructions] if isinstance(instructions, (str, Tensor)) else list(instructions)
         if not pictures:
@@ -208,9 +222,47 @@ class Editor:
             raise ValueError(
                 "the pictures of a batch need different aspect tables; edit them one by one or fit them to squares"
             )
+        return self._run(fitted, prompts, negatives, settings, on_scale, variations, shortcuts, mask)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Tensor] | str | Tensor,
+        size: str = SIZE,
+        ratio: float = 1.0,
+        settings: SamplingSettings = TEXT_SETTINGS,
+        negatives: Sequence[str | Tensor] | str | None = None,
+        variations: int = 1,
+        picture: Picture | None = None,
+        mask: Image.Image | None = None,
+        shortcuts: Shortcuts = NO_SHORTCUTS,
+        on_scale: Callable[[Scale, list[FittedImage]], None] | None = None,
+    ) -> list[Image.Image]:
+        """Pictures of texts alone, in one batch, by a transformer that reads no source; of the model's size and the
+        nearest table to `ratio` (height / width).
+
+        picture, mask: instead, repaint a picture where the mask is white: the rest stays as it is, and the results have
+        its size and shape. prompts, negatives, variations, on_scale: as instructions and the like of `edit`. ValueError
+        for a transformer that edits, and for a picture without a mask or the other way round.
+        """
+        if self.transformer.config.source:
+            raise ValueError(
+                "this transformer edits pictures; use `edit`, or load it as the kind text-to-image if it is an Infinity checkpoint"
+            )
+        if (picture is None) != (mask is None):
+            raise ValueError("to repaint a picture give both: the picture, which is read only outside the mask, and the mask")
+        texts = [prompts] if isinstance(prompts, (str, Tensor)) else list(prompts)
+        if not texts:
+            raise ValueError("there is nothing to make; give at least one prompt")
+        made = empty(schedule_for(size, nearest_ratio(ratio))) if picture is None else self.fit(picture, size, FITS[1])
+        return self._run([made] * len(texts), texts, negatives, settings, on_scale, variations, shortcuts, mask)
+
+    def _run(
+        self, fitted: list[FittedImage], prompts: list, negatives, settings, on_scale, variations: int, shortcuts, mask
+    ) -> list[Image.Image]:
+        """What `edit` and `generate` share: from fitted pictures and prompts to pictures."""
         unwanted = None
         if negatives is not None:
-            listed = [negatives] * len(pictures) if isinstance(negatives, str) else negatives
+            listed = [negatives] * len(fitted) if isinstance(negatives, str) else negatives
             unwanted = [None if isinstance(n, str) and not n else self._features(n) for n in listed]
         masks = None if mask is None else torch.cat([fit_mask(mask, image.fitting) for image in fitted])
         more = dict(shortcuts=shortcuts, mask=masks)
