@@ -7,7 +7,7 @@ are imported at first use.
 
 from ._api import ComfyExtension
 from .decode import VAREditDecode, VAREditScalePreview
-from .encode import VAREditSourceEncode, VAREditTextEncode
+from .encode import VAREditEmptySource, VAREditSourceEncode, VAREditTextEncode
 from .file_info import VAREditFileInfo
 from .files import add_demo_folders
 from .loaders import VAREditModelLoader, VAREditTextEncoderLoader, VAREditVAELoader
@@ -18,7 +18,7 @@ from .shortcuts import VAREditShortcuts
 NODES = [
     VAREditModelLoader, VAREditTextEncoderLoader, VAREditVAELoader, VAREditTextEncode, VAREditSourceEncode,
     VAREditSampler, VAREditDecode, VAREditScalePreview, VAREditMemoryPlan, VAREditFileInfo,
-    VAREditSampleImage, VAREditShortcuts,
+    VAREditSampleImage, VAREditShortcuts, VAREditEmptySource,
 ]  # fmt: skip
 
 

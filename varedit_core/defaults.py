@@ -27,6 +27,7 @@ RATIOS = {
     "5:4": 0.8, "4:3": 0.75, "3:2": 0.666, "7:4": 0.571, "2:1": 0.5, "5:2": 0.4, "3:1": 0.333,
 }  # fmt: skip
 """Width to height of a picture made of text alone -> its scale table (see `schedule.TABLES`)."""
+RATIO = "1:1"
 PREVIEWS = ("auto", "fast", "decoded", "off")
 """Live previews of the sampler node: by ComfyUI's setting, by a colour map, by the decoder, none."""
 SCALE_PICTURES = ("full", "own", "fast")

@@ -11,7 +11,7 @@ from typing import Annotated, Optional
 import typer
 
 from . import options
-from .defaults import KINDS, NEGATIVE_PROMPT, NO_SHORTCUTS, RATIOS, SIZE, SIZES, TEXT_SETTINGS, SamplingSettings, Shortcuts
+from .defaults import KINDS, NEGATIVE_PROMPT, NO_SHORTCUTS, RATIO, RATIOS, SIZE, SIZES, TEXT_SETTINGS, SamplingSettings, Shortcuts
 from .eight_bit import LINEARS
 from .images import check_target, load_image, load_mask, save_image
 from .options import DTYPES, checked_loras, choice, console, load_editor, per_scale, progress
@@ -36,7 +36,7 @@ def generate(
     size: Annotated[str, typer.Option(help=f"Size: {', '.join([*SIZES, *AREAS])}.")] = SIZE,
     ratio: Annotated[
         str, typer.Option(help=f"Height / width, or one of {', '.join(RATIOS)} (width:height); the nearest table counts.")
-    ] = "1:1",
+    ] = RATIO,
     image: Annotated[Optional[Path], typer.Option(help="Picture to repaint inside --mask, in its own shape.")] = None,
     mask: options.Mask = None,
     guidance: Annotated[

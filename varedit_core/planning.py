@@ -184,8 +184,8 @@ def too_large(job: Job, budget: float, host_budget: float = math.inf, movable: i
 
     least = min(way.needed for way in ways(job))
     height, width = job.schedule.pixels
-    what, way = ("an edit", "encode the source") if job.config.source else ("a picture", "generate it")
-    text = f"{what} at {width}x{height} takes at least {gigabytes(least)} beside the weights and {gigabytes(budget)} are free; "
+    what, way = ("an edit at", "encode the source") if job.config.source else ("a picture at", "make it")
+    text = f"{what} {width}x{height} takes at least {gigabytes(least)} beside the weights and {gigabytes(budget)} are free; "
     for side, area in reversed(SIZES.items()):
         smaller = replace(job, images=1, schedule=schedule_for(area, job.schedule.ratio))
         fits = any(way.fits(budget, host_budget) for way in ways(smaller))
