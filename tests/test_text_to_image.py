@@ -1,6 +1,7 @@
 """Pictures of text alone: Infinity's checkpoints through the same loop, by figures of its own code and a plain network."""
 
 import math
+import shutil
 from copy import copy
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from benchmarks.real_size import published_shapes, random_tensor
 from varedit_core import Editor, SamplingSettings, load_transformer, sample, schedule_for
+from varedit_core.checkpoints import KIND
 from varedit_core.cli import app
 from varedit_core.config import TRANSFORMERS
 from varedit_core.convert import convert
@@ -21,6 +23,7 @@ from varedit_core.demo import demo_files
 from varedit_core.drafting import draft_and_refine
 from varedit_core.images import load_mask
 from varedit_core.info import inspect
+from varedit_core.lora import merge_lora
 from varedit_core.planning import STORES, Job
 from varedit_core.schedule import TABLES
 from varedit_core.shortcuts import outside, token_masks
@@ -215,6 +218,25 @@ def test_a_workspace_that_stays(network, texts):
         assert bool(work.source) == bool(edits)
 
 
+def test_memory_that_stays_in_place(network, texts, monkeypatch):
+    """The form that passes have where they are recorded, only that nothing is: no pass of a source is among them."""
+    schedule, work, names = schedule_for("0.06M"), Workspace(), []
+    monkeypatch.setattr(Workspace, "_recording", property(lambda self: self.kept))
+
+    def noted(self, name, tokens, function, *inputs):
+        names.extend([name[0]] * self.kept)
+        return function(*inputs)
+
+    monkeypatch.setattr(Workspace, "_run", noted)
+    for given in ([texts[0], texts[0][:4]], [texts[0][:5], texts[0].flip(0)]):
+        found = run(network, given, schedule, GREEDY, copies=2, workspace=work)
+        wanted = run(network, [text for text in given for _ in range(2)], schedule, GREEDY)
+        for (_, logits), (_, expected) in zip(found[:1], wanted):
+            torch.testing.assert_close(logits, expected, atol=3e-5, rtol=0)
+        assert equal_bits(found, wanted) > 0.999
+    assert "source" not in names and len(names) == 2 * (len(schedule) + 1)
+
+
 @pytest.mark.parametrize("name", STORES)
 @pytest.mark.parametrize("rows", [None, 1])
 @pytest.mark.parametrize("ratio", [1.0, 0.333])
@@ -324,6 +346,10 @@ def test_a_converted_file_says_what_it_is(published_state, tmp_path):
         again = load_transformer(target).config.source
         assert again == (told == "edit")
     assert load_transformer(target, kind="edit").config.source
+    lora = demo_files()[0].parents[1] / "loras" / "varedit_demo_duotone.safetensors"
+    shutil.copy(demo_files()[0], tmp_path / "infinity_demo.safetensors")
+    assert merge_lora(tmp_path / "infinity_demo.safetensors", lora, tmp_path / "merged.safetensors")[KIND] == "text-to-image"
+    assert not load_transformer(tmp_path / "merged.safetensors").config.source
     assert "varedit.kind" not in convert(demo_files()[1], tmp_path / "vae.safetensors", "fp32", kind="text-to-image")
 
 
