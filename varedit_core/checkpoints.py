@@ -54,6 +54,8 @@ _IGNORED_IN_TOKENIZER = re.compile(
 KIND = "varedit.kind"
 """Where a transformer's file says what it was trained for."""
 _SCALED = ".weight_scale"
+# Buffers of older Infinity checkpoints, which its own loader leaves out too.
+_IGNORED_IN_TRANSFORMER = {"lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen"}
 # What stands beside a quantised matrix, in our 8-bit files and in those of ComfyUI's formats.
 _BESIDE = (
     _SCALED, ".weight_scale_2", ".weight_s_rel", ".weight_s_channel", ".weight_codebook", ".input_scale",
@@ -131,7 +133,7 @@ def transformer_recipes(weights: Weights) -> dict[str, Recipe]:
     if chunks and chunks != set(range(len(chunks))):
         raise WeightError(f"{weights.path} is incomplete: its block chunks are {sorted(chunks)}; download it again")
     recipes: dict[str, Recipe] = {}
-    for key in weights:
+    for key in (key for key in weights if key not in _IGNORED_IN_TRANSFORMER):
         name = re.sub(
             r"^block_chunks\.(\d+)\.module\.(\d+)\.", lambda m: f"blocks.{int(m[1]) * per_chunk + int(m[2])}.", key
         )
