@@ -232,11 +232,18 @@ def load_autoencoder(
 
 
 def blank(
-    weights: Weights, part: str, operations=Operations, dtype: torch.dtype = torch.float32, *, kind: str | None = None, **more
+    weights: Weights,
+    part: str,
+    operations=Operations,
+    dtype: torch.dtype = torch.float32,
+    *,
+    kind: str | None = None,
+    **more,
 ) -> Transformer | Autoencoder:
     """The network that canonical weights belong to, on the meta device.
 
-    kind: of a transformer, where not as the file says. more: further arguments of the network. Raises WeightError where the weights are not exactly those of one.
+    kind: of a transformer, where not as the file says. more: further arguments of the network. Raises WeightError where
+    the weights are not exactly those of one.
     """
     sizes, network = {TRANSFORMER: (TransformerConfig, Transformer), TOKENIZER: (AutoencoderConfig, Autoencoder)}[part]
     try:

@@ -184,11 +184,11 @@ def too_large(job: Job, budget: float, host_budget: float = math.inf, movable: i
 
     least = min(way.needed for way in ways(job))
     height, width = job.schedule.pixels
-    what, way = ("an edit at", "encode the source") if job.config.source else ("a picture at", "make it")
+    what, how = ("an edit at", "encode the source") if job.config.source else ("a picture at", "make it")
     text = f"{what} {width}x{height} takes at least {gigabytes(least)} beside the weights and {gigabytes(budget)} are free; "
     for side, area in reversed(SIZES.items()):
         smaller = replace(job, images=1, schedule=schedule_for(area, job.schedule.ratio))
         fits = any(way.fits(budget, host_budget) for way in ways(smaller))
         if len(smaller.schedule) < len(job.schedule) and fits:
-            return text + f"{way} at the size {side}, which fits"
+            return text + f"{how} at the size {side}, which fits"
     return text + "no smaller size fits either, so free memory or use a smaller model"

@@ -154,10 +154,9 @@ def sample(
     """Edit B images, or make them of the texts alone where the transformer reads no source (`TransformerConfig.source`);
     yields every `Scale` before its bits are drawn. The last `running_sum` is the result.
 
-    features_BdHW: unquantised features of the source images on the last latent grid; without a source they give the shape,
-    and with a mask what stays. texts: features
-    [L_i, T] of each image's instruction. negatives: features of each negative prompt, None for the learned
-    unconditional ones. workspace: where keys and values are kept (see `workspace`); by default memory of this edit
+    features_BdHW: unquantised features of the source images on the last latent grid; where no source is read they give
+    the shape, and with a mask what stays. texts: features [L_i, T] of each image's instruction. negatives: features of
+    each negative prompt, None for the learned unconditional ones. workspace: where keys and values are kept (see `workspace`); by default memory of this edit
     alone, let go of however the loop ends. copies: edits of each image, from one pass over it; those of an image
     follow each other, B then counts them all. shortcuts: work to leave out. mask: [B or 1, y, x] of any size, above 0
     where the picture may change; bits of tokens that do not touch it are the source's. Raises ValueError, at the
