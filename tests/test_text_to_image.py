@@ -26,7 +26,7 @@ from varedit_core.info import inspect
 from varedit_core.lora import merge_lora
 from varedit_core.planning import STORES, Job
 from varedit_core.schedule import TABLES
-from varedit_core.shortcuts import outside, token_masks
+from varedit_core.shortcuts import bands, outside, token_masks
 from varedit_core.weights import open_weights
 from varedit_core.workspace import Workspace
 
@@ -293,6 +293,18 @@ def test_a_window_of_the_whole_height_changes_nothing(network, texts):
     schedule = schedule_for("0.25M")
     found, wanted = (run(network, texts, schedule, shortcuts=Shortcuts(window=window)) for window in (1.0, 0.0))
     assert equal_bits(found, wanted) > 0.999
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_bands_count_no_source(first):
+    schedule = replace(schedule_for("0.25M"), source=False)
+    for index, grid in enumerate(schedule.grids):
+        seen = sum(schedule.tokens[: index + 1])
+        assert all(pieces == (slice(0, seen),) for pieces in bands(schedule, index, 1.0, first).listed)
+        narrow = bands(schedule, index, 0.1, first).listed
+        assert max(piece.stop for pieces in narrow for piece in pieces) <= seen
+        shortest = min(sum(piece.stop - piece.start for piece in pieces) for pieces in narrow)
+        assert shortest < seen if grid[0] > 16 else shortest == seen
 
 
 def test_bits_outside_the_mask_are_the_pictures(network, texts):
