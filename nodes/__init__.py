@@ -8,7 +8,7 @@ are imported at first use.
 from ._api import ComfyExtension
 from .canvas import VAREditCropRegion, VAREditExtendCanvas, VAREditStitch
 from .decode import VAREditDecode, VAREditScalePreview
-from .encode import VAREditSourceEncode, VAREditTextEncode
+from .encode import VAREditEmptySource, VAREditSourceEncode, VAREditTextEncode
 from .file_info import VAREditFileInfo
 from .files import add_demo_folders
 from .loaders import VAREditModelLoader, VAREditTextEncoderLoader, VAREditVAELoader
@@ -19,7 +19,7 @@ from .shortcuts import VAREditShortcuts
 NODES = [
     VAREditModelLoader, VAREditTextEncoderLoader, VAREditVAELoader, VAREditTextEncode, VAREditSourceEncode,
     VAREditSampler, VAREditDecode, VAREditScalePreview, VAREditMemoryPlan, VAREditFileInfo,
-    VAREditSampleImage, VAREditShortcuts, VAREditCropRegion, VAREditStitch, VAREditExtendCanvas,
+    VAREditSampleImage, VAREditShortcuts, VAREditCropRegion, VAREditStitch, VAREditExtendCanvas, VAREditEmptySource,
 ]  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""What goes into the sampler: the instruction and the source picture."""
+"""What goes into the sampler: the instruction and the source picture, or an empty source."""
 
 from __future__ import annotations
 
-from ..varedit_core.defaults import FIT, FITS, SIDE, SIZES
+from ..varedit_core.defaults import FIT, FITS, RATIO, RATIOS, SIDE, SIZES
 from ._api import io, tell
 
 
@@ -83,3 +83,40 @@ class VAREditSourceEncode(io.ComfyNode):
         from .pictures import encode_source
 
         return io.NodeOutput(encode_source(vae, image, SIZES[size], fit))
+
+
+class VAREditEmptySource(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VAREditEmptySource",
+            display_name="VAREdit Empty Source",
+            category="VAREdit",
+            description="Size and shape of pictures that an Infinity model makes of text alone.",
+            search_aliases=["empty latent", "text to image", "infinity", "txt2img"],
+            inputs=[
+                io.Vae.Input("vae", tooltip="The tokenizer, from VAREdit VAE Loader."),
+                io.Combo.Input(
+                    "size",
+                    options=list(SIZES),
+                    default=SIDE,
+                    tooltip="Side of a square of the same area, in pixels: the one the weights were trained for (Infinity 2B and 8B 1024).",
+                ),
+                io.Combo.Input(
+                    "ratio",
+                    options=list(RATIOS),
+                    default=RATIO,
+                    tooltip="Width to height.",
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures, with one seed after the other."),
+            ],
+            outputs=[
+                io.Latent.Output("source", display_name="source", tooltip="For the sampler's source.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, vae, size: str, ratio: str, batch_size: int) -> io.NodeOutput:
+        from .pictures import empty_source
+
+        return io.NodeOutput(empty_source(vae, SIZES[size], RATIOS[ratio], batch_size))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..varedit_core.defaults import PRECISIONS
+from ..varedit_core.defaults import KINDS, PRECISIONS
 from ._api import io
 from .files import check, find, fingerprint, listed
 
@@ -14,8 +14,8 @@ class VAREditModelLoader(io.ComfyNode):
             node_id="VAREditModelLoader",
             display_name="VAREdit Model Loader",
             category="VAREdit/loaders",
-            description="Loads a VAREdit transformer: published, converted, quantised, or the demo model.",
-            search_aliases=["load varedit", "unet loader", "diffusion model", "transformer", "checkpoint"],
+            description="Loads a VAREdit transformer: published, converted, quantised, or the demo model; or one of Infinity.",
+            search_aliases=["load varedit", "unet loader", "diffusion model", "transformer", "checkpoint", "load infinity"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -29,6 +29,14 @@ class VAREditModelLoader(io.ComfyNode):
                     tooltip="What the blocks compute in: auto is bf16 where the hardware has it, else fp32.",
                     advanced=True,
                 ),
+                io.Combo.Input(
+                    "kind",
+                    options=list(KINDS),
+                    default=KINDS[0],
+                    optional=True,
+                    tooltip="What the file was trained for: auto is as it says itself (by metadata, or a name that begins with infinity_), else edit.",
+                    advanced=True,
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -38,7 +46,7 @@ class VAREditModelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str | None, precision: str):
+    def fingerprint_inputs(cls, model_name: str | None, precision: str, kind: str = KINDS[0]):
         return fingerprint("diffusion_models", model_name)
 
     @classmethod
@@ -46,10 +54,10 @@ class VAREditModelLoader(io.ComfyNode):
         return check("diffusion_models", model_name)
 
     @classmethod
-    def execute(cls, model_name: str, precision: str) -> io.NodeOutput:
+    def execute(cls, model_name: str, precision: str, kind: str = KINDS[0]) -> io.NodeOutput:
         from .model import load_model
 
-        return io.NodeOutput(load_model(find("diffusion_models", model_name), precision))
+        return io.NodeOutput(load_model(find("diffusion_models", model_name), precision, kind=kind))
 
 
 class VAREditTextEncoderLoader(io.ComfyNode):

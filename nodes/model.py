@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor, nn
 
-from ..varedit_core.checkpoints import TRANSFORMER, blank, canonical
+from ..varedit_core.checkpoints import TRANSFORMER, blank, canonical, checked_kind
+from ..varedit_core.defaults import KINDS
 from ..varedit_core.transformer import Transformer
 from ..varedit_core.weights import WeightError
 from .keeping import Keeper
@@ -84,12 +86,12 @@ def lies_still(patcher) -> bool:
     return plain and not (patcher.is_dynamic() or patcher.weight_wrapper_patches) and all(placed)
 
 
-def load_model(path: Path, precision: str = "auto", disable_dynamic: bool = False):
-    """A transformer's file as a model patcher. Raises ValueError for a file that is none or is not whole."""
+def load_model(path: Path, precision: str = "auto", disable_dynamic: bool = False, kind: str = KINDS[0]):
+    """A transformer's file as a model patcher. kind: as in `load_transformer`. Raises ValueError for a file that is none or is not whole."""
     device, offload = mm.get_torch_device(), mm.unet_offload_device()
     try:
         weights = canonical(open_file(path), TRANSFORMER)
-        config = blank(weights, TRANSFORMER).config
+        config = blank(weights, TRANSFORMER, kind=checked_kind(kind)).config
     except WeightError as error:
         raise plain(error) from error
     special = is_quantised(weights)
@@ -99,7 +101,7 @@ def load_model(path: Path, precision: str = "auto", disable_dynamic: bool = Fals
     patcher = patcher_of(VAREditModel(network, stored), device, offload, disable_dynamic)
     fill(network, weights, None if precision == "fp32" else stored, patcher.is_dynamic())
     patcher.size = 0  # counted again: layers may have had no weights before
-    patcher.cached_patcher_init = (load_model, (path, precision))
+    patcher.cached_patcher_init = (partial(load_model, kind=kind), (path, precision))
     return patcher
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..varedit_core.contact_sheet import Row, contact_sheet
 from ..varedit_core.images import Fitting, fit, fit_mask, load_image, unfit
 from ..varedit_core.preview import LEAST_DECODED, SIDE, ColourMap, at_own_size, enlarged
-from ..varedit_core.schedule import TOKEN_PIXELS, Schedule
+from ..varedit_core.schedule import TOKEN_PIXELS, Schedule, schedule_for
 from .vae import VAREditVAE, checked_vae
 
 KEY = "varedit"
@@ -30,12 +30,13 @@ class Origin:
     """What a latent needs to become a picture again.
 
     colours: None where no VAE was at hand. scales: how many scales' sums of each picture the latent holds, one scale
-    after the other; 0: the result alone.
+    after the other; 0: the result alone. empty: whether the latent is a size alone, for pictures made of text.
     """
 
     fitting: Fitting
     colours: ColourMap | None = None
     scales: int = 0
+    empty: bool = False
 
 
 def to_pillow(image_HWC: Tensor) -> Image.Image:
@@ -64,6 +65,15 @@ def encode_source(vae, image: Tensor, area: str, method: str) -> dict:
     features = torch.cat([vae.encode(_as_image(one.pixels)) for one in fitted])
     _defined(features, "the encoded picture", "the VAE's weights are damaged; load or convert them again")
     return {"samples": features, KEY: Origin(fitted[0].fitting, vae.colours)}
+
+
+def empty_source(vae, area: str, ratio: float, count: int) -> dict:
+    """The LATENT of no pictures, in place of those to edit: zeros [B, d, h, w] of the size and shape to make."""
+    vae, schedule = checked_vae(vae), schedule_for(area, ratio)
+    height, width = schedule.pixels
+    size = (count, vae.latent_channels, height // vae.stride, width // vae.stride)
+    origin = Origin(Fitting(schedule, (width, height), (width, height)), vae.colours, empty=True)
+    return {"samples": torch.zeros(size, device=mm.intermediate_device()), KEY: origin}
 
 
 def decode_edit(vae, latent: dict, image: Tensor | None, mask: Tensor | None, tell: Callable[[str], None]) -> Tensor:

@@ -146,7 +146,9 @@ def sample_latent(
     features = source["samples"]
     origin = _origin(network, source, vae)
     method = preview_method(preview, vae, origin)
-    mask = _mask(edit, source, origin, len(features))
+    reads_source = network.diffusion_model.config.source
+    mask = _mask(edit, source, origin, len(features), edit.shortcuts.inside or not reads_source)
+    _check_source(reads_source, origin.empty, mask is not None, tell)
     models = [model, *_drafter(edit)]
     schedule = origin.fitting.schedule
     guided, results = edit.guided(len(schedule)), len(features) * edit.variations
@@ -172,6 +174,7 @@ def sample_latent(
 
     sums = _as_it_fits(job, free, attempt, tell).to(mm.intermediate_device())
     rest = {key: value for key, value in source.items() if key not in ("samples", "batch_index", KEY)}
+    origin = replace(origin, empty=False)
     latent = {**rest, "samples": sums[-1].clone(), KEY: origin}  # a view would keep all scales
     return latent, {"samples": sums.flatten(0, 1), KEY: replace(origin, scales=len(sums))}
 
@@ -185,9 +188,25 @@ def batches(images: int, variations: int, at_once: int) -> Iterator[tuple[slice,
             yield pictures, image * variations + first, min(copies, variations - first)
 
 
-def _mask(edit: Edit, source: dict, origin: Origin, images: int) -> Tensor | None:
-    """The mask beside the fitted sources, None for an empty one; the latent's own serves the shortcut alone."""
-    given = source.get("noise_mask") if edit.mask is None and edit.shortcuts.inside else edit.mask
+def _check_source(read: bool, empty: bool, masked: bool, tell: Callable[[str], None]) -> None:
+    """ValueError where a source is not what the model takes, and a word where it is a picture that nobody looks at."""
+    if read and empty:
+        raise ValueError(
+            "this model edits pictures but the source is empty; connect VAREdit Source Encode, or set kind to text-to-image "
+            "in VAREdit Model Loader if the file is an Infinity checkpoint"
+        )
+    if empty and masked:
+        raise ValueError(
+            "the source is empty, so that there is nothing to keep outside the mask; connect VAREdit Source Encode"
+        )
+    if not (read or empty or masked):
+        tell("this model makes pictures of text alone and takes only the source's size; connect a mask to repaint a part of it")
+
+
+def _mask(edit: Edit, source: dict, origin: Origin, images: int, own: bool) -> Tensor | None:
+    """The mask beside the fitted sources, None for an empty one. own: whether the latent's serves where there is none:
+    for the shortcut, and for models that read a picture only outside a mask."""
+    given = source.get("noise_mask") if edit.mask is None and own else edit.mask
     mask = None if given is None else fitted_mask(given, origin.fitting, images)
     if edit.shortcuts.inside and mask is None:
         raise ValueError("the shortcut inside needs a mask that is not empty; connect one to mask, or set inside to 0")

@@ -670,6 +670,55 @@ class Probe:
         }  # fmt: skip
         return found
 
+    def text_to_image(self) -> dict:
+        """The demo model taken for one of Infinity's: against the library, repainted inside a mask, and what is told."""
+        import numpy as np
+        from PIL import Image
+
+        from varedit_core import Editor
+        from varedit_core.defaults import TEXT_SETTINGS
+        from varedit_core.demo import demo_files
+
+        torch, said, sampler = self.torch, [], sys.modules["varedit_pack.nodes.sampler"]
+        model = self.run("ModelLoader", "varedit_demo.safetensors", "fp32", "text-to-image")
+        empty, told = self.run("EmptySource", self.vae, "256", "2:3", 2), sampler.tell
+        sampler.tell = lambda node, text: said.append(text)
+        try:
+            drawn = dict(temperature=TEXT_SETTINGS.temperature, guidance=TEXT_SETTINGS.guidance)
+            execute = self.nodes["VAREditSampler"].execute
+            latent, scales = execute(model, empty, self.text, 3, drawn["guidance"], drawn["temperature"]).result
+            picture = self.run("Decode", self.vae, latent)
+            mask = torch.zeros(1, 60, 90)
+            mask[:, 20:40, 30:60] = 1
+            wide = self.run("SourceEncode", self.vae, self.cat, "256", "aspect")
+            masked = self.sample(model, wide, mask=mask, **drawn)
+            by_latent = self.sample(model, {**wide, "noise_mask": mask}, **drawn)
+            quiet = list(said)
+            unread = self.sample(model, wide, **drawn)
+            other = self.run("SourceEncode", self.vae, self.cat.flip(2), "256", "aspect")
+            shown = self.run("Decode", self.vae, {**wide, "samples": masked}, self.cat, mask)
+            restored = sampler.VAREditSampler.execute(model, empty, self.text, 3, 1.0, 0.0).result[0]["samples"].shape
+        finally:
+            sampler.tell = told
+        editor = Editor.load(*demo_files(), device="cpu", kind="text-to-image")
+        made = editor.generate(["make it sepia"] * 2, "0.06M", 1.5, TEXT_SETTINGS.__class__(**drawn, seed=3))
+        saved = np.clip(255.0 * picture.numpy(), 0, 255).astype(np.uint8)
+        off = [int(np.abs(a.astype(int) - np.asarray(b).astype(int)).max()) for a, b in zip(saved, made)]
+        outside = torch.nn.functional.interpolate(mask[None], shown.shape[1:3], mode="bilinear")[0, 0] == 0
+        again = self.run("ModelLoader", "varedit_demo.safetensors", "fp32")
+        return {
+            "library": off, "size": list(picture.shape), "told": said, "told before": quiet,
+            "greedy": list(restored), "chained": not latent["varedit"].empty,
+            "kept": torch.equal(shown[0][outside], self.cat[0][outside]), "by latent": torch.equal(masked, by_latent),
+            "masked differs": not torch.equal(masked, unread),
+            "not read": torch.equal(unread, self.sample(model, other, **drawn)),
+            "delegate": not model.cached_patcher_init[0](*model.cached_patcher_init[1]).model.diffusion_model.config.source,
+            "errors": {
+                "edit model": self.error(self.sample, again, empty),
+                "mask": self.error(self.sample, model, empty, mask=mask),
+            },
+        }  # fmt: skip
+
     def layers(self) -> dict:
         """What our casting layers add to ComfyUI's."""
         from varedit_pack.nodes.state import Casting
@@ -759,7 +808,7 @@ class Probe:
 
 PARTS = (
     "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text", "ladder", "formats",
-    "partial", "leftovers", "keeping", "variations", "shortcuts", "layers", "recording", "plan",
+    "partial", "leftovers", "keeping", "variations", "shortcuts", "text_to_image", "layers", "recording", "plan",
 )  # fmt: skip
 ONE_EDIT = ("pictures", "formats", "variations")  # parts that decode one edit again and again
 

@@ -68,6 +68,16 @@ def test_pictures_that_do_not_belong_are_one_sentence(found, name):
     assert message.startswith(SENTENCE) and "\n" not in message and ";" in message
 
 
+def test_pictures_of_text_alone(found):
+    result = facts(found, "text_to_image")
+    assert result["library"] == [0, 0] and result["size"] == [2, 336, 224, 3] and result["greedy"] == [2, 16, 42, 28]
+    assert result["kept"] and result["by latent"] and result["masked differs"] and result["not read"]
+    assert result["delegate"] and result["chained"]
+    assert result["told before"] == [] and len(result["told"]) == 1 and "only the source's size" in result["told"][0]
+    for name, words in (("edit model", "this model edits pictures but the source is empty"), ("mask", "nothing to keep")):
+        assert result["errors"][name].startswith(SENTENCE) and words in result["errors"][name]
+
+
 def test_the_sum_after_every_scale(found):
     result = facts(found, "scales")
     assert result["sums"] == [7, 16, 32, 32] and result["last"]

@@ -202,7 +202,7 @@ def test_the_inference_path_stays_short():
     """Lines of code (no docstrings, comments, blanks), from a picture and loaded networks to the edited picture."""
     path = "pipeline images text sampling transformer kv quantizer autoencoder schedule config operations defaults"
     # 1,200 before the fast path (recorded passes, masks, shortcuts, 8-bit layers), 1,650 before the controls.
-    assert sum(_code_lines(ROOT / "varedit_core" / f"{name}.py") for name in path.split()) <= 2000
+    assert sum(_code_lines(ROOT / "varedit_core" / f"{name}.py") for name in path.split()) <= 2100
 
 
 def test_loaders_give_inference_networks(published_file):

@@ -29,6 +29,7 @@ NODES = [
     "VAREditModelLoader", "VAREditTextEncoderLoader", "VAREditVAELoader", "VAREditTextEncode", "VAREditSourceEncode",
     "VAREditSampler", "VAREditDecode", "VAREditScalePreview", "VAREditMemoryPlan", "VAREditFileInfo",
     "VAREditSampleImage", "VAREditShortcuts", "VAREditCropRegion", "VAREditStitch", "VAREditExtendCanvas",
+    "VAREditEmptySource",
 ]  # fmt: skip
 LOADERS = {
     "VAREditModelLoader": "diffusion_models",
@@ -282,7 +283,11 @@ def test_the_defaults_are_those_of_the_library(schemas):
     side = next(side for side, area in defaults.SIZES.items() if area == defaults.SIZE)
     wanted = {
         ("VAREditModelLoader", "precision"): (defaults.PRECISIONS[0], defaults.PRECISIONS),
+        ("VAREditModelLoader", "kind"): (defaults.KINDS[0], defaults.KINDS),
         ("VAREditSourceEncode", "size"): (side, tuple(defaults.SIZES)),
+        ("VAREditEmptySource", "size"): (side, tuple(defaults.SIZES)),
+        ("VAREditEmptySource", "ratio"): (defaults.RATIO, tuple(defaults.RATIOS)),
+        ("VAREditEmptySource", "batch_size"): (1, None),
         ("VAREditSourceEncode", "fit"): (defaults.FIT, defaults.FITS),
         ("VAREditSampler", "seed"): (settings.seed, None),
         ("VAREditSampler", "guidance"): (settings.guidance, None),

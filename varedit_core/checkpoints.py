@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .autoencoder import Autoencoder
 from .config import AutoencoderConfig, TransformerConfig
+from .defaults import EDIT, KINDS, TEXT_TO_IMAGE
 from .eight_bit import LINEARS, EightBitLinear, check_linears, prepare, quantise_weight
 from .kernels import has_triton
 from .operations import Operations
@@ -50,7 +51,11 @@ _OTHERS = {
 _IGNORED_IN_TOKENIZER = re.compile(
     r"(quantizer?|quantize|image_disc|video_disc|image_discriminator|video_discriminator|perceptual_model|loss)\."
 )
+KIND = "varedit.kind"
+"""Where a transformer's file says what it was trained for."""
 _SCALED = ".weight_scale"
+# Buffers of older Infinity checkpoints, which its own loader leaves out too.
+_IGNORED_IN_TRANSFORMER = {"lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen"}
 # What stands beside a quantised matrix, in our 8-bit files and in those of ComfyUI's formats.
 _BESIDE = (
     _SCALED, ".weight_scale_2", ".weight_s_rel", ".weight_s_channel", ".weight_codebook", ".input_scale",
@@ -82,11 +87,6 @@ def select(weights: Weights, part: str) -> Weights:
     found = under(weights, _MARKERS[part])
     if found is None or (part == TRANSFORMER and "lvl_embed.weight" not in found):
         raise WeightError(f"{weights.path} is {describe(weights)}, not {EXPECTED[part]}; choose the right file")
-    if part == TRANSFORMER and _is_text_to_image(weights):
-        raise WeightError(
-            f"{weights.path} is an Infinity text-to-image checkpoint by its name or metadata, not {EXPECTED[part]}; "
-            "it has the same tensors but never learned to edit (rename the file if it did)"
-        )
     return found
 
 
@@ -106,10 +106,22 @@ def describe(weights: Weights) -> str:
     return f"an unknown model with keys such as {', '.join(sorted(weights)[:2])}"
 
 
-def _is_text_to_image(weights: Weights) -> bool:
-    # The two families share every key and shape, so only a name or metadata can tell.
-    name = weights.path.name.lower()
-    return "infinity" in weights.metadata.get("varedit.architecture", "") or bool(re.match(r"infinity[_-]", name))
+def told_kind(weights: Weights) -> str | None:
+    """Whether a transformer edits or makes pictures of text alone: EDIT, TEXT_TO_IMAGE, or None where nothing tells.
+
+    The two families share every key and shape: only metadata can tell, or a name like those of Infinity's own files.
+    """
+    kind = weights.metadata.get(KIND)
+    if kind in (EDIT, TEXT_TO_IMAGE):
+        return kind
+    return TEXT_TO_IMAGE if re.match(r"infinity[_-]", weights.path.name.lower()) else None
+
+
+def checked_kind(kind: str) -> str | None:
+    """A name of KINDS, None for auto. ValueError for others."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
+    return None if kind == KINDS[0] else kind
 
 
 def transformer_recipes(weights: Weights) -> dict[str, Recipe]:
@@ -121,7 +133,7 @@ def transformer_recipes(weights: Weights) -> dict[str, Recipe]:
     if chunks and chunks != set(range(len(chunks))):
         raise WeightError(f"{weights.path} is incomplete: its block chunks are {sorted(chunks)}; download it again")
     recipes: dict[str, Recipe] = {}
-    for key in weights:
+    for key in (key for key in weights if key not in _IGNORED_IN_TRANSFORMER):
         name = re.sub(
             r"^block_chunks\.(\d+)\.module\.(\d+)\.", lambda m: f"blocks.{int(m[1]) * per_chunk + int(m[2])}.", key
         )
@@ -182,16 +194,19 @@ def load_transformer(
     dtype: torch.dtype = torch.float32,
     device="cpu",
     linears: str = LINEARS[0],
+    kind: str = KINDS[0],
 ) -> Transformer:
     """Load a transformer of any size; its sizes are read off the file.
 
     dtype: of the blocks (everything else is fp32). linears: "exact", or "8-bit" (see `eight_bit`): every matrix is
-    rounded as it comes. Tensors go to `device` one by one, so that the peak there is the network plus one tensor.
-    Raises WeightError, and ValueError for unknown linears; never loads a part.
+    rounded as it comes. kind: "edit" or "text-to-image"; auto does as the file says (see `told_kind`), and edits where it
+    says nothing. Tensors go to `device` one by one, so that the peak there is the network plus one tensor.
+    Raises WeightError, and ValueError for unknown linears or kinds; never loads a part.
     """
     check_linears(linears)
+    chosen = checked_kind(kind)
     weights = canonical(open_weights(path), TRANSFORMER)
-    network = blank(weights, TRANSFORMER, operations, dtype)
+    network = blank(weights, TRANSFORMER, operations, dtype, kind=chosen)
     if linears == "8-bit":
         prepare(network)
     return _filled(network, weights, device)
@@ -217,16 +232,26 @@ def load_autoencoder(
 
 
 def blank(
-    weights: Weights, part: str, operations=Operations, dtype: torch.dtype = torch.float32, **more
+    weights: Weights,
+    part: str,
+    operations=Operations,
+    dtype: torch.dtype = torch.float32,
+    *,
+    kind: str | None = None,
+    **more,
 ) -> Transformer | Autoencoder:
     """The network that canonical weights belong to, on the meta device.
 
-    more: further arguments of the network. Raises WeightError where the weights are not exactly those of one.
+    kind: of a transformer, where not as the file says. more: further arguments of the network. Raises WeightError where
+    the weights are not exactly those of one.
     """
-    kind, network = {TRANSFORMER: (TransformerConfig, Transformer), TOKENIZER: (AutoencoderConfig, Autoencoder)}[part]
+    sizes, network = {TRANSFORMER: (TransformerConfig, Transformer), TOKENIZER: (AutoencoderConfig, Autoencoder)}[part]
     try:
+        config = sizes.from_shapes(weights.shapes)
+        if part == TRANSFORMER:
+            config = replace(config, source=(kind or told_kind(weights)) != TEXT_TO_IMAGE)
         with Unfilled():
-            empty = network(kind.from_shapes(weights.shapes), operations, dtype, device="meta", **more)
+            empty = network(config, operations, dtype, device="meta", **more)
     except (KeyError, IndexError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise WeightError(f"{weights.path} is not a complete {part}: {reason}; download or convert it again") from error

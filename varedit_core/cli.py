@@ -1,4 +1,4 @@
-"""The command line: `varedit edit | demo | info | convert | merge | train | bench | parity | shapeedit`. Thin: options in, library calls, tables out."""
+"""The command line: `varedit edit | generate | demo | info | convert | merge | train | bench | parity | shapeedit`. Thin: options in, library calls, tables out."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from .bench.cli import bench
 from .checkpoints import load_transformer
 from .contact_sheet import contact_sheet
 from .convert import PRECISIONS, convert
-from .defaults import DEFAULT_SETTINGS, FIT, FITS, NEGATIVE_PROMPT, NO_SHORTCUTS, SIZE, SamplingSettings, Shortcuts
+from .defaults import DEFAULT_SETTINGS, FIT, FITS, KINDS, NEGATIVE_PROMPT, NO_SHORTCUTS, SIZE, SamplingSettings, Shortcuts
 from .defaults import SIZES as SIDES
 from .demo import NOTICE, demo_files
 from .demo import SIZE as DEMO_SIZE
 from .eight_bit import LINEARS
+from .generate import generate
 from .images import FittedImage, check_target, load_image, load_mask, save_image
 from .images import fit as fit_image
 from .info import inspect
@@ -75,6 +76,7 @@ def edit(
         Optional[Path], typer.Option(help="Tokenizer file; by default the model file, where it holds both.")
     ] = None,
     text_encoder: Annotated[Optional[Path], typer.Option(help="T5 encoder: a Hugging Face folder or one file.")] = None,
+    kind: options.Kind = KINDS[0],
     lora: options.Lora = None,
     tokenizer: Annotated[
         Optional[Path], typer.Option(help="Folder or file of the text encoder's tokenizer, if not with its weights.")
@@ -128,7 +130,7 @@ def edit(
         raise ValueError("--drafter and --drafted go together: a second transformer, and how many scales it draws")
     area = choice(size or (SIZE if model else DEMO_SIZE), SIZES, "size")
     choice(fit, dict.fromkeys(FITS), "fit")
-    kind = choice(dtype, DTYPES, "dtype") if dtype else None
+    number = choice(dtype, DTYPES, "dtype") if dtype else None
     files = _files(model, vae, text_encoder, instruction, features, negative)
     fitted = fit_image(load_image(image), area, fit)
     settings.per_scale(len(fitted.schedule))
@@ -143,7 +145,7 @@ def edit(
     if model is None:
         console.print(NOTICE, soft_wrap=True)
     begin = time.perf_counter()
-    editor = load_editor(files, loras, linears, tokenizer, device, kind)
+    editor = load_editor(files, loras, linears, tokenizer, device, number, kind=kind)
     if drafter:
         editor.drafter = load_transformer(drafter, dtype=editor.transformer.dtype, device=editor.device)
     loaded = time.perf_counter()
@@ -260,12 +262,13 @@ def convert_command(
         str, typer.Option(help=f"Of the blocks' matrices: {', '.join(PRECISIONS)} (fp8: one scale a matrix).")
     ] = "bf16",
     overwrite: Annotated[bool, typer.Option(help="Replace the target if it exists.")] = False,
+    kind: options.Kind = KINDS[0],
 ) -> None:
     """Convert weights to safetensors, a tensor at a time."""
     with progress() as bar:
         task = bar.add_task("converting", total=None)
         metadata = convert(
-            source, target, precision, overwrite, lambda done, total: bar.update(task, completed=done, total=total)
+            source, target, precision, overwrite, lambda done, total: bar.update(task, completed=done, total=total), kind
         )
     console.print(
         f"{target}: {metadata['varedit.architecture']}, {metadata['varedit.precision']}, {target.stat().st_size / 1e9:.2f} GB",
@@ -297,6 +300,7 @@ def merge(
     )
 
 
+app.command()(generate)
 app.command()(demo)
 app.command()(train)
 app.command()(bench)

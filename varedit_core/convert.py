@@ -20,7 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER, blank, canonical, describe, holds, part_of, select
+from .checkpoints import (
+    KIND, TEXT_ENCODER, TOKENIZER, TRANSFORMER, blank, canonical, checked_kind, describe, holds, part_of, select, told_kind,
+)  # fmt: skip
+from .defaults import KINDS
 from .files import check_free
 from .weights import WeightError, Weights, open_weights
 
@@ -59,17 +62,20 @@ def convert(
     precision: str = "bf16",
     overwrite: bool = False,
     on_tensor: Callable[[int, int], None] | None = None,
+    kind: str = KINDS[0],
 ) -> dict[str, str]:
     """Convert a transformer, tokenizer or text encoder file or folder; returns the metadata written.
 
     precision: "fp32", "bf16", or "fp8" (float8_e4m3fn with one fp32 scale a matrix). on_tensor(done, total):
-    bytes written. Reads and writes one tensor at a time. Raises WeightError for unusable input, FileExistsError
+    bytes written. kind: what a transformer was trained for, "edit" or "text-to-image"; auto keeps what the file says (see
+    `checkpoints.told_kind`), and says nothing where it does not. Reads and writes one tensor at a time. Raises WeightError for unusable input, FileExistsError
     where the target exists, ValueError for a bad choice.
     """
     source, target = Path(source), Path(target)
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     check_result(target, overwrite)
+    chosen = checked_kind(kind)
     opened = open_weights(source)
     part, _ = part_of(opened)
     if part is None:
@@ -81,6 +87,8 @@ def convert(
     weights = _checked(opened, part)
     plan = _plan(weights, part, precision)
     metadata = _metadata(plan, part, precision, source)
+    kind = (chosen or told_kind(opened)) if part == TRANSFORMER else None
+    metadata |= {KIND: kind} if kind else {}
     total = sum(entry.nbytes for entry in plan.values())
     check_space(target, total)
     write(target, plan, metadata, _tensors(weights, plan), total, on_tensor)

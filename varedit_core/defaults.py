@@ -39,6 +39,15 @@ TEXT_TOKENS = 512
 NEGATIVE_PROMPT = ""
 PRECISIONS = ("auto", "bf16", "fp32")
 """What a ComfyUI node lets the transformer's blocks compute in."""
+EDIT, TEXT_TO_IMAGE = "edit", "text-to-image"
+KINDS = ("auto", EDIT, TEXT_TO_IMAGE)
+"""What a transformer was trained for, which its tensors do not tell: auto asks the file (see `checkpoints.told_kind`)."""
+RATIOS = {
+    "1:1": 1.0, "4:5": 1.25, "3:4": 1.333, "2:3": 1.5, "4:7": 1.75, "1:2": 2.0, "2:5": 2.5, "1:3": 3.0,
+    "5:4": 0.8, "4:3": 0.75, "3:2": 0.666, "7:4": 0.571, "2:1": 0.5, "5:2": 0.4, "3:1": 0.333,
+}  # fmt: skip
+"""Width to height of a picture made of text alone -> its scale table (see `schedule.TABLES`)."""
+RATIO = "1:1"
 PREVIEWS = ("auto", "fast", "decoded", "off")
 """Live previews of the sampler node: by ComfyUI's setting, by a colour map, by the decoder, none."""
 CROP_MARGIN = 0.25
@@ -190,7 +199,7 @@ class Controls:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
-        for name, low, high in (("feather", 0, FEATHER), ("best_of", 1, BEST_OF), ("best_at", 1, math.inf)):
+        for name, low, high in (("feather", 0, MOST_FEATHER), ("best_of", 1, MOST_CANDIDATES), ("best_at", 1, math.inf)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 most = "" if high == math.inf else f" to {high}"
@@ -198,9 +207,17 @@ class Controls:
         if self.score not in SCORES:
             raise ValueError(f"unknown score {self.score!r}; choose one of {', '.join(SCORES)}")
 
+    def check_source(self) -> None:
+        """Raise ValueError where something here holds to a source, of which there is none."""
+        used = {"strength": self.strength < 1, "preserve": self.preserve, "source_attention": self.source_attention < 1}
+        used |= {"auto_mask": self.auto_mask, f"the score {self.score}": self.best_of > 1 and self.score in ("near", "far")}
+        for name, on in used.items():
+            if on:
+                raise ValueError(f"{name} holds an edit to its source, but there is none; give a picture, or leave it out")
 
-FEATHER, BEST_OF = 4, 64
-"""Most tokens of a mask's feather, most candidates."""
+
+MOST_FEATHER = 4
+MOST_CANDIDATES = 64
 SCORES = ("likelihood", "instruction", "near", "far")
 """What picks the best of several beginnings: the most probable one, the one that the instruction explains best, the
 one nearest to the source, and the one farthest from it (see `controls.Candidates`)."""
@@ -215,4 +232,6 @@ PRESET = "balanced"
 
 DEFAULT_SETTINGS = SamplingSettings()
 NEUTRAL = Controls()
+TEXT_SETTINGS = SamplingSettings(temperature=1.0)
+"""Of pictures made of text alone: those of Infinity's notebooks for 8B; its scripts for 2B take 0.5, with guidance 3 or 4."""
 NO_SHORTCUTS = Shortcuts()

@@ -39,6 +39,8 @@ def draft_and_refine(
             f"drafter and refiner must share tokenizer and text encoder, but predict {ours.token_bits} and "
             f"{theirs.token_bits} bits a token from {ours.text_width} and {theirs.text_width} text channels"
         )
+    if ours.source != theirs.source:
+        raise ValueError("drafter and refiner must both edit or both make pictures of text; choose another drafter")
     switch, shortcuts = shortcuts.drafted, replace(shortcuts, drafted=0)
     if not 1 <= switch < (shortcuts.stop or len(schedule)):
         raise ValueError(f"the drafter's scales must be from 1 to {(shortcuts.stop or len(schedule)) - 1}, got {switch}")

@@ -67,7 +67,7 @@ class Fitting:
 
 @dataclass(frozen=True, eq=False)
 class FittedImage:
-    """What the model sees of a source: pixels [1, 3, H, W] with (H, W) = schedule.pixels."""
+    """What the model sees of a source: pixels [1, 3, H, W] with (H, W) = schedule.pixels; of `empty`, none."""
 
     pixels: Tensor
     fitting: Fitting
@@ -123,6 +123,13 @@ def fit(source: SourceImage, area: str, method: str) -> FittedImage:
     resized = canvas.resize(schedule.pixels[::-1], Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 127.5 - 1
     return FittedImage(pixels, Fitting(schedule, padded_size, source.size), source)
+
+
+def empty(schedule: Schedule) -> FittedImage:
+    """In place of a source, for what is made of text alone: exactly the model's size, and no pixels to encode."""
+    height, width = schedule.pixels
+    blank = Image.new("RGB", (width, height), "white")
+    return FittedImage(torch.empty(1, 3, 0, 0), Fitting(schedule, blank.size, blank.size), SourceImage(blank))
 
 
 def fit_mask(mask: Image.Image, fitting: Fitting) -> Tensor:

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from .checkpoints import TOKENIZER, TRANSFORMER, blank, canonical, describe, part_of
+from .checkpoints import TOKENIZER, TRANSFORMER, blank, canonical, describe, part_of, told_kind
 from .config import TRANSFORMERS, AutoencoderConfig, TransformerConfig
 from .lora import read_lora
 from .weights import WeightError, Weights, open_weights
@@ -27,9 +27,10 @@ def inspect(path: str | Path) -> dict:
         if sizes:
             facts[part] = sizes
     if part_of(weights)[0] == TRANSFORMER and TRANSFORMER in facts:
+        told = told_kind(weights)
         facts["is"] = f"a {TRANSFORMER}, {_name(facts[TRANSFORMER])}" + (
             " with its tokenizer" if TOKENIZER in facts else ""
-        )
+        ) + (f", {told}" if told else "")
     for part in facts.keys() & _CONFIGS.keys():
         try:
             blank(canonical(weights, part), part)
@@ -57,12 +58,14 @@ def inspect(path: str | Path) -> dict:
 
 def _sizes(weights: Weights, part: str, kind) -> dict | None:
     try:
-        return asdict(kind.from_shapes(canonical(weights, part).shapes))
+        sizes = asdict(kind.from_shapes(canonical(weights, part).shapes))
     except (ValueError, KeyError, IndexError):
         return None
+    sizes.pop("source", None)  # no size, and no tensor tells it
+    return sizes
 
 
 def _name(sizes: dict) -> str:
     text = f"{sizes['depth']} blocks of width {sizes['width']}"
-    known = [name for name, config in TRANSFORMERS.items() if asdict(config) == sizes]
+    known = [name for name, config in TRANSFORMERS.items() if asdict(config) == sizes | {"source": True}]
     return f"{known[0]} ({text})" if known else text

@@ -82,19 +82,21 @@ class KeyValueStore:
         """Those of the pass at work."""
         self.shared = 1
         """How many consecutive rows share the scale's pass at work."""
-        self.source = schedule.tokens[-1]
-        self.length = self.source + sum(schedule.tokens[:-1])
+        self.source, self.front = schedule.source_tokens, schedule.tokens[-1]
+        """Tokens of the source, and of the room for the last scale in front of what a block keeps."""
+        self.length = schedule.kept
         kw = dict(dtype=dtype, device=device)
         blocks, step = self.plain_blocks(depth), self.step(schedule)
-        size = (rows, heads, self.source + blocks * step, head_size)
+        size = (rows, heads, self.front + blocks * step, head_size)
         keys, values = torch.empty(size, **kw), torch.empty(size, **kw)
         self.nbytes_kept = keys.nbytes + values.nbytes
         """Bytes of keys and values on the device, without the pooled references."""
         # Of every block: room for the last scale in front, then what is kept.
-        parts = [slice(block * step, block * step + self.source + self.length) for block in range(blocks)]
+        parts = [slice(block * step, block * step + self.front + self.length) for block in range(blocks)]
         self.keys, self.values = ([x[:, :, part] for part in parts] for x in (keys, values))
         # The first block's source, pooled for every scale.
-        pooled = torch.empty(2, rows // copies, heads, sum(schedule.tokens), head_size, **kw)
+        referred = sum(schedule.tokens) if schedule.source else 0
+        pooled = torch.empty(2, rows // copies, heads, referred, head_size, **kw)
         ends = accumulate(schedule.tokens)
         self.references = [pooled[:, :, :, end - count : end] for count, end in zip(schedule.tokens, ends)]
 
@@ -114,7 +116,7 @@ class KeyValueStore:
     @staticmethod
     def step(schedule: Schedule) -> int:
         """Tokens from one block to the next: source and scales, and at least room for the last scale after the source."""
-        return schedule.tokens[-1] + max(sum(schedule.tokens[:-1]), schedule.tokens[-1])
+        return schedule.source_tokens + max(sum(schedule.tokens[:-1]), schedule.tokens[-1])
 
     @classmethod
     def nbytes(cls, schedule: Schedule, depth: int, rows: int, width: int, dtype: torch.dtype, **more: int) -> int:
@@ -122,7 +124,8 @@ class KeyValueStore:
 
         more: what only stores of `stores` are asked.
         """
-        stored = schedule.tokens[-1] + cls.plain_blocks(depth) * cls.step(schedule) + sum(schedule.tokens)
+        pooled = sum(schedule.tokens) if schedule.source else 0
+        stored = schedule.tokens[-1] + cls.plain_blocks(depth) * cls.step(schedule) + pooled
         return 2 * rows * width * stored * dtype.itemsize
 
     @classmethod
@@ -131,7 +134,7 @@ class KeyValueStore:
         return 0
 
     def passes(self, device) -> list[Pass]:
-        """The source's pass, then one a scale, with their rotary tables on `device`."""
+        """The source's pass (of no tokens where there is none), then one a scale, with their rotary tables on `device`."""
         rotary = self.schedule.rotary(self.head_size, device)
         begins = [0, self.source]
         for count in self.schedule.tokens[:-1]:
@@ -203,7 +206,7 @@ class KeyValueStore:
         if not first and block >= len(self.keys):
             return self.room_elsewhere(block, step)
         kept = self._kept(block, step)
-        if first and step.index != SOURCE:
+        if first and self.source and step.index != SOURCE:
             for part, reference in zip(kept, self.references[step.index]):
                 rows = slice(self.rows.start // self.copies, None)
                 staged = self._from(part, self._start(first, step), self.source)
@@ -256,11 +259,12 @@ class KeyValueStore:
 
     def _from(self, kept: Tensor, begin: int, end: int) -> Tensor:
         """Tokens begin to end of what a block keeps, with room for the last scale in front."""
-        return kept[:, :, self.source + begin : self.source + end]
+        return kept[:, :, self.front + begin : self.front + end]
 
     def _start(self, first: bool, step: Pass) -> int:
         """Where what a pass sees begins."""
-        return self.source - self.schedule.tokens[step.index] if first and step.index != SOURCE else 0
+        referred = first and self.source and step.index != SOURCE
+        return self.source - self.schedule.tokens[step.index] if referred else 0
 
 
 def _banded(q: Tensor, keys: Tensor, values: Tensor, bands: Bands, attention: Attention) -> Tensor:

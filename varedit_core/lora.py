@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import TOKENIZER, TRANSFORMER, blank, canonical, describe, holds
+from .checkpoints import KIND, TOKENIZER, TRANSFORMER, blank, canonical, describe, holds, told_kind
 from .convert import ARCHITECTURES, Entry, check_result, check_space, write
 from .eight_bit import EightBitLinear
 from .transformer import Transformer
@@ -210,10 +210,12 @@ def merge_lora(
     plan = {key: Entry(key, meta.dtype, tuple(meta.shape)) for key, meta in weights.meta.items()}
     earlier = weights.metadata.get("varedit.merged_lora")
     merged = f"{lora.name}:{strength:g}"
+    told = told_kind(weights)  # by its name, perhaps, which the result has not
     metadata = {
         "format": "pt",
         "varedit.architecture": ARCHITECTURES[TRANSFORMER],
         "varedit.converted_from": checkpoint.name,
+        **({KIND: told} if told else {}),
         **weights.metadata,
         "varedit.merged_lora": f"{earlier}, {merged}" if earlier else merged,
     }

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .defaults import DEFAULT_SETTINGS
+from .defaults import DEFAULT_SETTINGS, KINDS
 from .demo import GUIDANCE as DEMO_GUIDANCE
 from .eight_bit import LINEARS, check_linears, eight_bit
 from .lora import apply_lora, check_lora
@@ -41,6 +41,9 @@ Device = Annotated[Optional[str], typer.Option(help="cuda, cpu, mps; by default 
 Dtype = Annotated[Optional[str], typer.Option(help=f"Of the transformer's blocks: {', '.join(DTYPES)}.")]
 Linears = Annotated[
     str, typer.Option(help="Of the transformer's blocks: exact, or 8-bit (half the memory, faster, an approximation).")
+]
+Kind = Annotated[
+    str, typer.Option(help=f"What the transformer was trained for: {', '.join(KINDS)} (as its file says, else edit).")
 ]
 Variations = Annotated[int, typer.Option(min=1, help="Results of so many seeds, from one pass over the picture.")]
 Mask = Annotated[

@@ -1,4 +1,7 @@
-"""Pictures and instructions in, edited pictures out: the networks, the loop and the image handling put together."""
+"""Pictures and instructions in, edited pictures out: the networks, the loop and the image handling put together.
+
+With a transformer that reads no source (Infinity) it is text in, pictures out: `Editor.generate` in place of `edit`.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +21,19 @@ from .capture import Recorder
 from .checkpoints import load_autoencoder, load_transformer
 from .config import patch_size
 from .controls import Certainty, changed, controlled
-from .defaults import DEFAULT_SETTINGS, FIT, NEUTRAL, NO_SHORTCUTS, SIZE, Controls, SamplingSettings, Shortcuts
+from .defaults import (
+    DEFAULT_SETTINGS, FIT, FITS, KINDS, NEUTRAL, NO_SHORTCUTS, SIZE, TEXT_SETTINGS, Controls, SamplingSettings, Shortcuts,
+)  # fmt: skip
 from .drafting import draft_and_refine
 from .eight_bit import LINEARS
-from .images import FittedImage, Fitting, SourceImage, fit, fit_mask, load_image, restore, to_uint8, unfit, unfit_mask
+from .images import (
+    FittedImage, Fitting, SourceImage, empty, fit, fit_mask, load_image, restore, to_uint8, unfit, unfit_mask,
+)  # fmt: skip
 from .memory import Elsewhere, make_room, planned
 from .planning import Job, Plan
 from .request import Request
 from .sampling import Control, Promises, Scale, sample
-from .schedule import Schedule
+from .schedule import Schedule, nearest_ratio, schedule_for
 from .text import TextEncoder, load_text_encoder
 from .tokens import Tokens, joined, tokens_of
 from .transformer import Transformer
@@ -83,13 +90,14 @@ class Editor:
         device=None,
         dtype=None,
         linears: str = LINEARS[0],
+        kind: str = KINDS[0],
     ) -> Editor:
         """Load the parts from files (see `checkpoints` and `text`). Raises WeightError.
 
         device: CUDA where there is one by default. dtype: of the transformer's blocks; bf16 on CUDA, else fp32.
         The text encoder runs in fp16 on CUDA as published. Pictures are encoded in fp32, always, and decoded in fp32
         too, but on CUDA in bf16 where the blocks run in bf16. linears: of the transformer's blocks, "exact" or "8-bit"
-        (an approximation, see `eight_bit`).
+        (an approximation, see `eight_bit`). kind: what the transformer was trained for (see `load_transformer`).
         """
         device = device_of(device)
         on_cuda = device.type == "cuda"
@@ -97,7 +105,7 @@ class Editor:
         text = text_encoder and load_text_encoder(
             text_encoder, tokenizer, torch.float16 if on_cuda else torch.float32, device
         )
-        network = load_transformer(transformer, dtype=dtype, device=device, linears=linears)
+        network = load_transformer(transformer, dtype=dtype, device=device, linears=linears, kind=kind)
         decode_dtype = torch.bfloat16 if on_cuda and dtype == torch.bfloat16 else torch.float32
         vae = load_autoencoder(autoencoder, device=device, decode_dtype=decode_dtype)
         return cls(network, vae, text or None, device)
@@ -134,8 +142,14 @@ class Editor:
 
     @torch.no_grad()
     def encode_source(self, images: Sequence[FittedImage]) -> Tensor:
-        """Unquantised features [B, d, H, W] of fitted pictures, each encoded alone."""
-        return torch.cat([self._encoder(image.pixels.to(self.device)) for image in images])
+        """Unquantised features [B, d, H, W] of fitted pictures, each encoded alone; zeros of those of `images.empty`."""
+        return torch.cat(
+            [self._encoder(i.pixels.to(self.device)) if i.pixels.numel() else self._nothing(i.schedule) for i in images]
+        )
+
+    def _nothing(self, schedule: Schedule) -> Tensor:
+        config = self.autoencoder.config
+        return torch.zeros(1, config.bits, *(side // config.stride for side in schedule.pixels), device=self.device)
 
     def encode(self, images: Sequence[FittedImage], prompts: Sequence[str | Tensor]) -> tuple[Tensor, list[Tensor]]:
         """`encode_source` of pictures and the text features of prompts, side by side where the device can."""
@@ -243,6 +257,10 @@ class Editor:
         on_scale: called with every `Scale` before its bits are drawn, and the fitted pictures; raise in it to
         cancel. ValueError where pictures, instructions, masks and model do not belong together.
         """
+        if not self.transformer.config.source:
+            raise ValueError(
+                "this transformer makes pictures of text alone; use `generate`, or load it as the kind edit if it learned to edit"
+            )
         pictures = [images] if isinstance(images, (str, Path, Image.Image, SourceImage, Tokens)) else list(images)
         prompts = [instructions] if isinstance(instructions, (str, Tensor)) else list(instructions)
         if not pictures:
@@ -253,9 +271,69 @@ class Editor:
             raise ValueError(
                 "the pictures of a batch need different aspect tables; edit them one by one or fit them to squares"
             )
+        more = dict(controls=controls, regions=regions, given=given, steer=steer, seam=seam, certainty=certainty)
+        return self._run(fitted, prompts, negatives, settings, on_scale, variations, shortcuts, mask, source, **more)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Tensor] | str | Tensor,
+        size: str = SIZE,
+        ratio: float = 1.0,
+        settings: SamplingSettings = TEXT_SETTINGS,
+        negatives: Sequence[str | Tensor] | str | None = None,
+        variations: int = 1,
+        picture: Picture | None = None,
+        mask: Image.Image | None = None,
+        shortcuts: Shortcuts = NO_SHORTCUTS,
+        on_scale: Callable[[Scale, list[FittedImage]], None] | None = None,
+        controls: Controls = NEUTRAL,
+        **more,
+    ) -> list[Image.Image]:
+        """Pictures of texts alone, in one batch, by a transformer that reads no source; of the model's size and the
+        nearest table to `ratio` (height / width).
+
+        picture, mask: instead, repaint a picture where the mask is white: the rest stays as it is, and the results have
+        its size and shape. prompts, negatives, variations, on_scale, more: as instructions and the like of `run`.
+        ValueError for a transformer that edits, for a picture without a mask or the other way round, and for controls that
+        hold to a source where there is none.
+        """
+        if self.transformer.config.source:
+            raise ValueError(
+                "this transformer edits pictures; use `edit`, or load it as the kind text-to-image if it is an Infinity checkpoint"
+            )
+        if (picture is None) != (mask is None):
+            raise ValueError("to repaint a picture give both: the picture, which is read only outside the mask, and the mask")
+        texts = [prompts] if isinstance(prompts, (str, Tensor)) else list(prompts)
+        if not texts:
+            raise ValueError("there is nothing to make; give at least one prompt")
+        made = empty(schedule_for(size, nearest_ratio(ratio))) if picture is None else self.fit(picture, size, FITS[1])
+        if picture is None:
+            controls.check_source()
+        more["controls"] = controls
+        return self._run([made] * len(texts), texts, negatives, settings, on_scale, variations, shortcuts, mask, **more).pictures
+
+    def _run(
+        self,
+        fitted: list[FittedImage],
+        prompts: list,
+        negatives,
+        settings: SamplingSettings,
+        on_scale,
+        variations: int,
+        shortcuts: Shortcuts,
+        mask,
+        source: Tokens | None = None,
+        controls: Controls = NEUTRAL,
+        regions: Sequence[Region] = (),
+        given: Tokens | None = None,
+        steer: Sequence[Control] = (),
+        seam: int = 0,
+        certainty: bool = False,
+    ) -> Edited:
+        """What `run` and `generate` share: from fitted pictures and prompts to pictures. source: tokens of the sources."""
         unwanted = None
         if negatives is not None:
-            listed = [negatives] * len(pictures) if isinstance(negatives, str) else negatives
+            listed = [negatives] * len(fitted) if isinstance(negatives, str) else negatives
             unwanted = [None if isinstance(n, str) and not n else self._features(n) for n in listed]
         count = max(1, len(regions))
         if regions:

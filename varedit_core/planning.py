@@ -34,7 +34,8 @@ class Job:
     """One run of the loop: images at once, two rows each under guidance, in the transformer's compute dtype.
 
     text_tokens: of the longest text; None: as many as the model takes. exact_keys: of how many heads of all blocks but
-    the first the 8-bit store does not round the keys (`stores.exact_heads`); None: as if of all.
+    the first the 8-bit store does not round the keys (`stores.exact_heads`); None: as if of all. The schedule becomes
+    one with or without a source, as the transformer reads one.
     """
 
     config: TransformerConfig
@@ -44,6 +45,9 @@ class Job:
     dtype: torch.dtype
     text_tokens: int | None = None
     exact_keys: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", replace(self.schedule, source=self.config.source))
 
     @property
     def rows(self) -> int:
@@ -78,11 +82,12 @@ class Job:
         return STORES[store].host_nbytes(*self._sizes)
 
     def shares(self) -> list[float]:
-        """Each pass's share of the time, the source's first: products and attention by their multiplications."""
+        """Each pass's share of the time, the source's first (0 without one): products and attention by their
+        multiplications."""
         history, costs = 0, []
-        for tokens in (self.schedule.tokens[-1], *self.schedule.tokens):
+        for tokens in (self.schedule.source_tokens, *self.schedule.tokens):
             history += tokens
-            products = 14 * self.config.width * max(tokens, _LEAST_TOKENS)
+            products = 14 * self.config.width * max(tokens, _LEAST_TOKENS) * bool(tokens)
             costs.append(products + 2 * tokens * history)
         return [cost / sum(costs) for cost in costs]
 
@@ -179,10 +184,11 @@ def too_large(job: Job, budget: float, host_budget: float = math.inf, movable: i
 
     least = min(way.needed for way in ways(job))
     height, width = job.schedule.pixels
-    text = f"an edit at {width}x{height} takes at least {gigabytes(least)} beside the weights and {gigabytes(budget)} are free; "
+    what, how = ("an edit at", "encode the source") if job.config.source else ("a picture at", "make it")
+    text = f"{what} {width}x{height} takes at least {gigabytes(least)} beside the weights and {gigabytes(budget)} are free; "
     for side, area in reversed(SIZES.items()):
         smaller = replace(job, images=1, schedule=schedule_for(area, job.schedule.ratio))
         fits = any(way.fits(budget, host_budget) for way in ways(smaller))
         if len(smaller.schedule) < len(job.schedule) and fits:
-            return text + f"encode the source at the size {side}, which fits"
+            return text + f"{how} at the size {side}, which fits"
     return text + "no smaller size fits either, so free memory or use a smaller model"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -189,11 +189,12 @@ def sample(
     source_attention: float = NEUTRAL.source_attention,
     tokenised: bool = False,
 ) -> Iterator[Scale]:
-    """Edit B images; yields every `Scale` before its bits are drawn. The last `running_sum` is the result.
+    """Edit B images, or make them of the texts alone where the transformer reads no source (`TransformerConfig.source`);
+    yields every `Scale` before its bits are drawn. The last `running_sum` is the result.
 
-    features_BdHW: unquantised features of the source images on the last latent grid. texts: features
-    [L_i, T] of each image's instruction. negatives: features of each negative prompt, None for the learned
-    unconditional ones. workspace: where keys and values are kept (see `workspace`); by default memory of this edit
+    features_BdHW: unquantised features of the source images on the last latent grid; where no source is read they give
+    the shape, and with a mask what stays. texts: features [L_i, T] of each image's instruction. negatives: features of
+    each negative prompt, None for the learned unconditional ones. workspace: where keys and values are kept (see `workspace`); by default memory of this edit
     alone, let go of however the loop ends. copies: edits of each image, from one pass over it; those of an image
     follow each other, B then counts them all. shortcuts: work to leave out. mask: [B or 1, y, x] of any size, above 0
     where the picture may change; latents of tokens that do not touch it, and are not within `feather` tokens of one that
@@ -203,9 +204,11 @@ def sample(
     ValueError, at the first step, where the inputs do not belong together, and at the end where the logits were
     undefined numbers.
     """
+    if source_attention != 1 and not transformer.config.source:
+        raise ValueError("this transformer reads no source, so source_attention has nothing to weigh; leave it at 1")
     if shortcuts.drafted:
         raise ValueError("drafted scales need a second transformer; use drafting.draft_and_refine")
-    patch = _patch(transformer, features_BdHW, schedule)
+    patch, schedule = _patch(transformer, features_BdHW, schedule), replace(schedule, source=transformer.config.source)
     grids, device = latent_grids(schedule, patch), features_BdHW.device
     plan = shortcuts.planned(settings.per_scale(len(schedule)))
     guided = max((k + 1 for k, (guidance, _, _) in enumerate(plan) if guidance != 1), default=0)
@@ -229,8 +232,9 @@ def sample(
 
     try:
         work.begin(transformer, texts, shape, attention, promises.beside)
-        work.expect((features_BdHW, *texts), promises.fresh)
-        work.read_source(source, features_BdHW)
+        if schedule.source:
+            work.expect((features_BdHW, *texts), promises.fresh)
+            work.read_source(source, features_BdHW)
         features = features_BdHW.float()
         features = features.repeat_interleave(copies, dim=0) if copies > 1 else features
         total, batch = torch.zeros_like(features), len(features)

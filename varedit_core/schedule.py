@@ -50,11 +50,13 @@ TABLES = _tables()
 class Schedule:
     """The token grids of one edit, coarse to fine, out of the table of one aspect ratio.
 
-    ratio: key of the table in TABLES. grids: (height, width) in tokens of every scale that runs.
+    ratio: key of the table in TABLES. grids: (height, width) in tokens of every scale that runs. source: whether the
+    tokens of a source picture come before them (see `TransformerConfig.source`).
     """
 
     ratio: float
     grids: tuple[Grid, ...]
+    source: bool = True
 
     def __post_init__(self) -> None:
         if self.ratio not in TABLES:
@@ -82,18 +84,28 @@ class Schedule:
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        """Number of tokens of every scale; the source has as many as the last one."""
+        """Number of tokens of every scale."""
         return tuple(h * w for h, w in self.grids)
 
+    @property
+    def source_tokens(self) -> int:
+        """Number of tokens of the source: as many as of the last scale, or none."""
+        return self.tokens[-1] if self.source else 0
+
+    @property
+    def kept(self) -> int:
+        """Number of tokens that later ones attend to: of the source and of all scales but the last."""
+        return self.source_tokens + sum(self.tokens[:-1])
+
     def positions(self) -> Tensor:
-        """Positions [N, 2] (row, column) of the source's tokens, then of every scale of the full table.
+        """Positions [N, 2] (row, column) of the source's tokens, if it has any, then of every scale of the full table.
 
         Always built from the table's 13 scales, whatever runs: shorter schedules index the same list
         with the offsets of their own (`rotary`). Released weights depend on this layout.
         """
         table = TABLES[self.ratio]
         rows, columns = table[-1]
-        parts = [_cells(torch.arange(rows) + rows, torch.arange(columns) + columns)]
+        parts = [_cells(torch.arange(rows) + rows, torch.arange(columns) + columns)] if self.source else []
         for height, width in table:
             # int64 times a Python float is float32 in torch; rounding follows it, half to even.
             parts.append(
@@ -109,7 +121,7 @@ class Schedule:
         head_size / 4 frequencies 10000^(-2i / (head_size / 2)) an axis, height before width.
         """
         frequencies = 1.0 / 10000.0 ** (torch.arange(0, head_size // 2, 2).float() / (head_size // 2))
-        lengths = [self.tokens[-1], *self.tokens]
+        lengths = [self.source_tokens, *self.tokens]
         positions = self.positions()[: sum(lengths)].float()
         angles = (positions[:, :, None] * frequencies).flatten(1)
         return list(torch.stack([angles.cos(), angles.sin()]).to(device).split(lengths, dim=1))

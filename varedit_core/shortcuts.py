@@ -71,7 +71,8 @@ def bands(schedule: Schedule, index: int, window: float, first: bool, device="cp
     """The keys that each band of a scale's queries sees: rows within `window` of the height, of the source, earlier
     scales and their own; coarse scales whole. first: of the first block, whose source is pooled to the scale's grid."""
     height, width = schedule.grids[index]
-    seen = [schedule.grids[index] if first else schedule.grids[-1], *schedule.grids[: index + 1]]
+    source = [schedule.grids[index] if first else schedule.grids[-1]] if schedule.source else []
+    seen = [*source, *schedule.grids[: index + 1]]
     if index == len(schedule) - 1:  # as `KeyValueStore.seen` has them
         seen = [seen[-1], *seen[:-1]]
     listed = []

@@ -109,7 +109,7 @@ class EightBitStore(_Elsewhere):
     ) -> int:  # fmt: skip
         """Also heads: H. exact_keys: of how many heads, all blocks together, keys are not coded; None: as if of all.
         at_once: most rows of a pass."""
-        length = schedule.tokens[-1] + sum(schedule.tokens[:-1])
+        length = schedule.kept
         blocks, size = depth - cls.plain_blocks(depth), width // heads
         exact = blocks * heads if exact_keys is None else exact_keys
         head = (2 * blocks * heads - exact) * (size + 4) + exact * size * dtype.itemsize
@@ -133,7 +133,7 @@ class EightBitStore(_Elsewhere):
     @property
     def _kept_part(self) -> Tensor:
         """Staging memory without the room for the last scale in front."""
-        return self.staged[0][:, :, :, self.source :]
+        return self.staged[0][:, :, :, self.front :]
 
     def _staged(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
         keys, values = self.staged[0][:, : self.rows.stop - self.rows.start]
@@ -177,7 +177,7 @@ class HostStore(_Elsewhere):
         super().__init__(schedule, depth, rows, heads, head_size, dtype, device, copies)
         whole = self.length + schedule.tokens[-1]
         staged = (min(at_once or rows, rows), whole, 2, heads, head_size)
-        self.slots = [_Slot(torch.empty(staged, dtype=dtype, device=device), self.source) for _ in range(2)]
+        self.slots = [_Slot(torch.empty(staged, dtype=dtype, device=device), self.front) for _ in range(2)]
         size = (depth - 1, rows, self.length, 2, heads, head_size)
         count = math.prod(size) * dtype.itemsize
         self.memory = memory if memory and len(memory.bytes) == count else HostMemory(count, torch.device(device))
@@ -197,13 +197,12 @@ class HostStore(_Elsewhere):
         at_once: int | None = None, **more: int,
     ) -> int:  # fmt: skip
         """Also at_once: most rows of a pass."""
-        staged = 2 * 2 * min(at_once or rows, rows) * width * (sum(schedule.tokens) + schedule.tokens[-1])
+        staged = 2 * 2 * min(at_once or rows, rows) * width * (schedule.kept + schedule.tokens[-1])
         return super().nbytes(schedule, depth, rows, width, dtype) + staged * dtype.itemsize
 
     @classmethod
     def host_nbytes(cls, schedule: Schedule, depth: int, rows: int, width: int, dtype: torch.dtype) -> int:
-        length = schedule.tokens[-1] + sum(schedule.tokens[:-1])
-        return 2 * rows * width * (depth - 1) * length * dtype.itemsize
+        return 2 * rows * width * (depth - 1) * schedule.kept * dtype.itemsize
 
     def room(self, block: int, first: bool, step: Pass) -> tuple[Tensor, Tensor]:
         if first:

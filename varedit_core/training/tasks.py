@@ -21,7 +21,7 @@ from ..autoencoder import Autoencoder, ResidualBlock
 from ..checkpoints import TOKENIZER, TRANSFORMER, load_autoencoder, load_transformer
 from ..config import AutoencoderConfig, TransformerConfig, patch_size
 from ..convert import ARCHITECTURES
-from ..defaults import TEXT_TOKENS, SamplingSettings
+from ..defaults import EDIT, TEXT_TOKENS, SamplingSettings
 from ..quantizer import to_tokens
 from ..sampling import sample
 from ..schedule import TOKEN_PIXELS, Schedule, schedule_for
@@ -207,7 +207,8 @@ class TransformerTask:
         stage = self.stage
         if stage.transformer:
             kind = torch.bfloat16 if stage.task == "lora" and stage.precision == "bf16" else torch.float32
-            network = load_transformer(stage.transformer, dtype=kind, device=self.accelerator.device).train()
+            # An Infinity checkpoint may be where a transformer begins to learn to edit.
+            network = load_transformer(stage.transformer, dtype=kind, device=self.accelerator.device, kind=EDIT).train()
             return network.requires_grad_(stage.task == "transformer")
         width = self.text.config.width
         length = stage.new_text.length if stage.new_text else TEXT_TOKENS
