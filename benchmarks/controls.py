@@ -190,7 +190,7 @@ def auto(editor: Editor, options) -> dict:
     for amount in (0.25, 0.35, 0.5, 0.7, 1.0):
         sums, ends = tasks.edit(options.batch, controls=Controls(auto_mask=amount))
         pictures = rows(editor.decode_pixels, sums).clamp(-1, 1)
-        region = F.interpolate(torch.cat([end.free for end in ends]).float(), 256)[:, 0] > 0
+        region = F.interpolate(torch.cat([end.edited for end in ends]).float(), 256)[:, 0] > 0
         mask = (changed(pictures, tasks.plain, amount) >= 1) & region
         judged = tasks.judged(composite(pictures, tasks.source, mask))
         iou = [overlap(*pair) for pair in zip(mask, tasks.region)]
@@ -213,13 +213,14 @@ def overlap(a: Tensor, b: Tensor) -> float:
 
 def chains(editor: Editor, options) -> dict:
     """Eight edits one after the other: PSNR against the first picture of all that no edit's region has touched yet, and
-    how many of the edits were done."""
+    how many of the edits were done. true masks: every edit's region as its mask; painted masks: the region and 16 pixels
+    around it, and what lies outside of these is measured."""
     begun = [draw_chain(Random(f"{options.seed}/{number}")) for number in range(options.chains)]
     scenes = [[render([scene], editor.device) for scene, _, _ in chain] for chain in begun]
     found = {}
     ways = {
-        "tokens": {}, "tokens, auto mask": {"auto_mask": 0.5}, "tokens, true masks": {},
-        "decoded and encoded": {}, "decoded and encoded, true masks": {},
+        "tokens": {}, "tokens, auto mask": {"auto_mask": 0.5}, "tokens, true masks": {}, "tokens, painted masks": {},
+        "decoded and encoded": {}, "decoded and encoded, true masks": {}, "decoded and encoded, painted masks": {},
     }  # fmt: skip
     for name, controls in ways.items():
         steps = torch.zeros(len(begun), len(CHAIN) + 1)
@@ -234,7 +235,8 @@ def chains(editor: Editor, options) -> dict:
             tokenised = False
             for step, (_, family, words) in enumerate(chain[1:]):
                 region = regions(pictures[step], pictures[step + 1], [family])
-                mask = region.float() if "true masks" in name else None
+                drawn = F.max_pool2d(region[:, None].float(), 33, 1, 16)[:, 0] if "painted" in name else region.float()
+                mask = drawn if "masks" in name else None
                 (text,) = editor.encode_text([words])
                 settings = replace(SETTINGS, seed=number * 100 + step)
                 more = dict(mask=mask, controls=Controls(**controls), tokenised=tokenised)
@@ -245,7 +247,7 @@ def chains(editor: Editor, options) -> dict:
                     features, tokenised = total, True
                 else:  # as a file of 8 bits would hold it
                     features = editor.autoencoder.encode(((shown + 1) * 127.5).round() / 127.5 - 1)
-                touched |= region
+                touched |= drawn > 0
                 steps[number, step + 1] = quiet(shown, first, touched)
                 done[number, step] = distance(shown, pictures[step + 1], region) < 0.5 * distance(pictures[step], pictures[step + 1], region)
         found[name] = {f"after {k}": round(value, 2) for k, value in enumerate(steps.mean(0).tolist())}

@@ -12,6 +12,7 @@ from varedit_core import Editor
 from varedit_core.controls import AutoMask, Candidates, Certainty, Regions, changed, exclusive, hold, preserve
 from varedit_core.defaults import NEUTRAL, PRESETS, Controls, Curve, SamplingSettings, Shortcuts
 from varedit_core.demo import GUIDANCE, SAMPLES, SIZE, demo_files
+from varedit_core.images import fit_mask
 from varedit_core.pipeline import Region
 from varedit_core.quantizer import encode, latent_grids
 from varedit_core.sampling import sample
@@ -147,20 +148,26 @@ def test_outside_any_mask_latents_and_pixels_are_the_sources(editor, task, data)
     if result.tokens.free is not None:
         outside = ~result.tokens.free.expand_as(base)
         assert torch.equal(result.tokens.total()[outside], base[outside])
-        reach = torch.nn.functional.max_pool2d(result.tokens.free[:, :, ::2, ::2].float(), 1)
-        assert reach.mean() < 1
+        cells = torch.nn.functional.adaptive_max_pool2d(fit_mask(mask, editor.fit(SCENE, SIZE).fitting), (32, 32))
+        cells = torch.nn.functional.max_pool2d(cells, 2 * feather + 1, 1, feather) > 0
+        assert torch.equal(result.tokens.free[:, 0], cells)
     source = editor.fit(SCENE, SIZE).source.rgb
     shown = mask.resize(source.size, Image.Resampling.BILINEAR).point(lambda v: 255 * (v == 0))
     difference = ImageChops.difference(result.pictures[0], source)
     assert Image.composite(difference, Image.new("RGB", source.size), shown).getbbox() is None
 
 
-def test_feather_frees_so_many_tokens_more(editor, task):
-    mask = Image.new("L", (256, 256))
-    mask.paste(255, (96, 96, 160, 160))  # tokens 6 to 9
+def test_feather_is_of_tokens_drawn_and_of_latents_kept(editor, task):
+    mask = torch.zeros(1, 256, 256)
+    mask[:, 100:160, 100:160] = 1  # touches tokens 6 to 9, latents 12 to 19
+    base = own(editor, task)[1]
     for feather, side in ((0, 4), (1, 6), (2, 8), (4, 12)):
-        result = editor.run(SCENE, task[1], size=SIZE, settings=DRAWN, mask=mask, controls=Controls(feather=feather))
-        assert result.tokens.free[0, 0, ::2, ::2].sum() == side**2
+        *_, last = editor.sample(*task, DRAWN, mask=mask, controls=Controls(feather=feather))
+        assert last.free[0, 0, ::2, ::2].sum() == side**2
+        reach = slice(12 - feather, 20 + feather)
+        assert last.edited[0, 0, reach, reach].all() and last.edited.sum() == (8 + 2 * feather) ** 2
+        changed_latents = (last.running_sum != base).any(1)
+        assert changed_latents.any() and not (changed_latents & ~last.edited[:, 0]).any()
 
 
 def test_tokens_are_saved_loaded_and_decoded_to_the_same_picture(editor, task, tmp_path):

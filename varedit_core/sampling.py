@@ -21,7 +21,7 @@ from .kv import Pass
 from .operations import Attention, sdpa
 from .quantizer import area_resize, codes, from_tokens, latent_grids, linear_resize, to_tokens
 from .schedule import AREAS, Grid, Schedule
-from .shortcuts import passes, token_masks
+from .shortcuts import passes, reached, token_masks
 from .source import Source
 from .transformer import Condition, Transformer
 from .workspace import Shape, Workspace
@@ -75,6 +75,8 @@ class Scale:
         """Whether it is the finest of the schedule."""
         self.free: Tensor | None = None
         """Where bits are free, boolean [B or 1, 1 or d, h, w]; None: everywhere. Elsewhere the source's stand."""
+        self.edited: Tensor | None = None
+        """The same for latents of the result, at the finest scale: elsewhere they are the source's tokens exactly."""
         self.temperature = 1.0
         """What divided the log-odds."""
         self._source_bits: Tensor | None = None
@@ -145,10 +147,13 @@ class Scale:
             self._source_bits = self.source.bits(self.total, self.index)
         return self._source_bits
 
-    def lock(self, free: Tensor) -> None:
+    def lock(self, free: Tensor, edited: Tensor | None = None) -> None:
         """Hold the scale to the source where `free`, boolean [B or 1, 1 or d, h, w], is false, whatever is drawn or
-        assigned. What is locked at the finest scale becomes the source's tokens exactly."""
+        assigned. What is locked at the finest scale, or not in `edited` there, becomes the source's tokens exactly."""
         self.free = free if self.free is None else self.free & free
+        if self.last:
+            free = free if edited is None else free & edited
+            self.edited, self._sum = free if self.edited is None else self.edited & free, None
         if self._bits is not None:
             self.bits = self._bits
 
@@ -160,8 +165,8 @@ class Scale:
         """Sum [B, d, H, W] of the codes up to and with this scale: what the decoder reads."""
         if self._sum is None:
             self._sum = self.total + linear_resize(codes(self.bits), self.total.shape[-2:])
-            if self.last and self.free is not None:
-                self._sum = torch.where(self.free, self._sum, self.source.total)
+            if self.edited is not None:
+                self._sum = torch.where(self.edited, self._sum, self.source.total)
         return self._sum
 
 
@@ -197,8 +202,8 @@ def sample(
     each negative prompt, None for the learned unconditional ones. workspace: where keys and values are kept (see `workspace`); by default memory of this edit
     alone, let go of however the loop ends. copies: edits of each image, from one pass over it; those of an image
     follow each other, B then counts them all. shortcuts: work to leave out. mask: [B or 1, y, x] of any size, above 0
-    where the picture may change; latents of tokens that do not touch it, and are not within `feather` tokens of one that
-    does, are the source's. steer: called with every scale, in order, before it is yielded. given: bits of the first
+    where the picture may change. feather: so many tokens around it are drawn, too, and so many latents around it stay the
+    edit's; all others are the source's in the end. steer: called with every scale, in order, before it is yielded. given: bits of the first
     scales, of every image or of every copy; of every image, its copies share the passes, too. source_attention: what
     the source's keys weigh in self-attention. tokenised: whether features are a sum of codes (see `Source`). Raises
     ValueError, at the first step, where the inputs do not belong together, and at the end where the logits were
@@ -262,7 +267,7 @@ def sample(
             scale.count, scale.temperature = len(plan), temperature or 1.0
             scale.finite = work.finite if k + 1 < len(plan) else work.finite.clone()  # the next edit begins anew
             if masks:
-                scale.lock(on_latents(masks[k], patch))
+                scale.lock(on_latents(masks[k], patch), reached(mask.to(total.device), grids[-1], feather))
             if k < len(given):
                 scale.bits = given[k]
             for control in steer:

@@ -29,13 +29,17 @@ SEAM = 2
 quarter of the demo model's edits fail, with them a tenth (docs/LOG.md)."""
 
 
+def reached(mask_Byx: Tensor, grid: Grid, steps: int) -> Tensor:
+    """The cells of a grid that a mask of any size touches, and those within so many steps, boolean [B, 1, h, w]."""
+    touched = F.adaptive_max_pool2d((mask_Byx[:, None] > 0).float(), grid)
+    return F.max_pool2d(touched, 2 * steps + 1, stride=1, padding=steps) > 0
+
+
 def token_masks(mask_Byx: Tensor, schedule: Schedule, feather: int = NEUTRAL.feather) -> list[Tensor]:
     """A mask of any size -> boolean [B, 1, h, w] of every scale: tokens that touch it, and those within `feather` tokens
     of the finest grid, at coarser scales at least one where any."""
-    touched = [F.adaptive_max_pool2d((mask_Byx[:, None] > 0).float(), grid) for grid in schedule.grids]
     finest = max(schedule.grids[-1])
-    reach = [-(-feather * max(grid) // finest) for grid in schedule.grids]
-    return [F.max_pool2d(x, 2 * n + 1, stride=1, padding=n) > 0 for x, n in zip(touched, reach)]
+    return [reached(mask_Byx, grid, -(-feather * max(grid) // finest)) for grid in schedule.grids]
 
 
 def passes(

@@ -154,9 +154,9 @@ def tokens_of(
     """
     grid = last.source.grids[-1]
     made = Tokens(schedule, tuple(map(pick, bits)), grid, fitting)
-    if not last.last or last.free is None or bool(last.free.all()):
+    if last.edited is None or bool(last.edited.all()):
         return made
-    free = last.free if len(last.free) == 1 else pick(last.free)
+    free = last.edited if len(last.edited) == 1 else pick(last.edited)
     return replace(made, free=free, under=source or Tokens(schedule, tuple(map(pick, last.source.own[0])), grid))
 
 
