@@ -17,17 +17,20 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
 from varedit_core import Editor, SamplingSettings
 from varedit_core.controls import changed
 from varedit_core.defaults import NEUTRAL, PRESETS, SCORES, Controls
 from varedit_core.demo import GUIDANCE, SIZE, demo_files
+from varedit_core.images import SourceImage
 from varedit_core.options import hardware
-from varedit_core.request import Request
 from varedit_core.quantizer import encode, latent_grids
+from varedit_core.request import Request
 from varedit_core.schedule import schedule_for
 from varedit_core.shapeedit.edits import FAMILIES, Sample, _distractors, _instruction
 from varedit_core.shapeedit.evaluate import draw, picture
@@ -101,7 +104,9 @@ def seam(pictures: Tensor, region: Tensor) -> Tensor:
 
 
 def quiet(pictures: Tensor, source: Tensor, touched: Tensor) -> float:
-    return psnr(pictures * ~touched[:, None], source * ~touched[:, None]).item()
+    """PSNR in dB of one picture's pixels that are not touched."""
+    error = ((pictures - source) / 2).square().mean(1)[~touched].mean()
+    return -10 * error.clamp_min(1e-10).log10().item()
 
 
 def composite(pictures: Tensor, source: Tensor, weight: Tensor) -> Tensor:
@@ -131,10 +136,6 @@ def masks(editor: Editor, options) -> dict:
 
 def random_masks(editor: Editor, options) -> dict:
     """Of random masks (boxes, ellipses, noise; hard and soft; several sizes): latents and 8-bit pixels outside."""
-    from PIL import Image, ImageDraw, ImageFilter
-
-    from varedit_core.images import SourceImage
-
     rng, tasks = Random(options.seed), Tasks(editor, draw(options.seed, 20, LOCAL))
     latents = pixels = checked = 0
     for number in range(options.masks):
@@ -156,9 +157,8 @@ def random_masks(editor: Editor, options) -> dict:
             plain = encode(editor.encode_source([editor.fit(source, SIZE)]), GRIDS)[1]
             latents += int((result.tokens.total()[kept] != plain[kept]).sum())
             checked += int(kept.sum())
-        black = torch.tensor(list(mask.resize((256, 256), Image.Resampling.BILINEAR).getdata())).view(256, 256) == 0
-        a, b = (torch.tensor(list(x.getdata())).view(256, 256, 3) for x in (result.pictures[0], source.rgb))
-        pixels += int((a != b)[black].sum())
+        black = np.asarray(mask.resize((256, 256), Image.Resampling.BILINEAR)) == 0
+        pixels += int((np.asarray(result.pictures[0]) != np.asarray(source.rgb))[black].sum())
     return {"all": {"masks": options.masks, "latents_outside": checked, "latents_changed": latents, "pixels_changed": pixels}}
 
 
@@ -212,14 +212,16 @@ def overlap(a: Tensor, b: Tensor) -> float:
 
 
 def chains(editor: Editor, options) -> dict:
-    """Eight edits one after the other: PSNR against the first picture of all that no edit's region has touched yet, and
-    how many of the edits were done. true masks: every edit's region as its mask; painted masks: the region and 16 pixels
+    """Eight edits one after the other: how far PSNR against the first picture has fallen, in all pixels that no edit's
+    region has touched yet, below what the tokenizer alone gives of these pixels; and how many edits were done. true masks: every edit's region as its mask; painted masks: the region and 16 pixels
     around it, and what lies outside of these is measured."""
     begun = [draw_chain(Random(f"{options.seed}/{number}")) for number in range(options.chains)]
     scenes = [[render([scene], editor.device) for scene, _, _ in chain] for chain in begun]
     found = {}
     ways = {
         "tokens": {}, "tokens, auto mask": {"auto_mask": 0.5}, "tokens, true masks": {}, "tokens, painted masks": {},
+        "tokens, auto mask, kept": {"auto_mask": 0.5}, "tokens, true masks, kept": {}, "tokens, painted masks, kept": {},
+        "tokens, painted masks, kept, feather 0": {"feather": 0}, "tokens, painted masks, kept, feather 2": {"feather": 2},
         "decoded and encoded": {}, "decoded and encoded, true masks": {}, "decoded and encoded, painted masks": {},
     }  # fmt: skip
     for name, controls in ways.items():
@@ -230,28 +232,40 @@ def chains(editor: Editor, options) -> dict:
             features = editor.autoencoder.encode(first)
             _, total = encode(features, GRIDS)
             touched = torch.zeros(1, 256, 256, dtype=torch.bool, device=editor.device)
-            shown = editor.decode_pixels(total).clamp(-1, 1)
-            steps[number, 0] = quiet(shown, first, touched)
-            tokenised = False
+            plain = shown = editor.decode_pixels(total).clamp(-1, 1)
+            known = None
             for step, (_, family, words) in enumerate(chain[1:]):
                 region = regions(pictures[step], pictures[step + 1], [family])
                 drawn = F.max_pool2d(region[:, None].float(), 33, 1, 16)[:, 0] if "painted" in name else region.float()
                 mask = drawn if "masks" in name else None
                 (text,) = editor.encode_text([words])
                 settings = replace(SETTINGS, seed=number * 100 + step)
-                more = dict(mask=mask, controls=Controls(**controls), tokenised=tokenised)
+                more = dict(mask=mask, controls=Controls(**controls), source_total=known)
                 for scale in editor.sample(features, [text], SCHEDULE, settings, **more):
                     total = scale.running_sum
                 before, shown = shown, editor.decode_pixels(total).clamp(-1, 1)
                 if "tokens" in name:
-                    features, tokenised = total, True
+                    edited = torch.ones_like(touched[:, None, ::8, ::8]) if scale.edited is None else scale.edited
+                    features, known = torch.where(edited, total, features) if "kept" in name else total, total
                 else:  # as a file of 8 bits would hold it
                     features = editor.autoencoder.encode(((shown + 1) * 127.5).round() / 127.5 - 1)
                 touched |= drawn > 0
-                steps[number, step + 1] = quiet(shown, first, touched)
+                steps[number, step + 1] = quiet(plain, first, touched) - quiet(shown, first, touched)
                 done[number, step] = distance(shown, pictures[step + 1], region) < 0.5 * distance(pictures[step], pictures[step + 1], region)
-        found[name] = {f"after {k}": round(value, 2) for k, value in enumerate(steps.mean(0).tolist())}
-        found[name] |= {"done": round(done.mean().item(), 3), "fall": round((steps[:, 0] - steps[:, -1]).mean().item(), 2)}
+        found[name] = {f"fall after {k}": round(value, 2) for k, value in enumerate(steps.mean(0).tolist()) if k}
+        found[name] |= {"done": round(done.mean().item(), 3)}
+    return found
+
+
+def sources(editor: Editor, options) -> dict:
+    """One edit, with the source read as its features (as trained) and as the sum of its tokens, as a chain reads it."""
+    tasks, found = Tasks(editor, draw(options.seed, options.count)), {}
+    features = tasks.features
+    read_again = rows(editor.autoencoder.encode, tasks.plain)
+    for name, given in (("features", features), ("sum of tokens", tasks.base), ("features of the decoded sum", read_again)):
+        tasks.features = given
+        pictures = rows(editor.decode_pixels, tasks.edit(options.batch)[0]).clamp(-1, 1)
+        found[name] = numbers(tasks.judged(pictures))
     return found
 
 
@@ -365,7 +379,6 @@ def branches(editor: Editor, options) -> dict:
         return [s.bits for s in editor.sample(tasks.features, tasks.texts, SCHEDULE, settings, **more)]
 
     def whole(**more):
-        from varedit_core.images import SourceImage
     
         return editor.run(SourceImage(picture(tasks.source[0])), tasks.samples[0].instruction, size=SIZE, settings=settings, **more)
 
@@ -386,7 +399,7 @@ SECTIONS = {
     "strength": dial("strength", (0.0, 0.25, 0.5, 0.75, 1.0)),
     "preserve": dial("preserve", (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)),
     "source_attention": dial("source_attention", (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)),
-    "auto": auto, "chains": chains, "two": two, "presets": presets, "best": best, "branches": branches,
+    "auto": auto, "sources": sources, "chains": chains, "two": two, "presets": presets, "best": best, "branches": branches,
 }  # fmt: skip
 
 

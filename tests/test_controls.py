@@ -228,7 +228,7 @@ def test_an_edit_of_tokens_reads_their_sum(editor, task):
     second = editor.run(first.tokens, SQUARE, settings=DRAWN)
     features = first.tokens.total()
     (text,) = editor.encode_text([SQUARE])
-    *_, last = editor.sample(features, [text], task[2], DRAWN, tokenised=True)
+    *_, last = editor.sample(features, [text], task[2], DRAWN, source_total=features)
     assert torch.equal(second.tokens.total(), last.running_sum)
     kept = editor.run(first.tokens, SQUARE, settings=DRAWN, controls=Controls(strength=0.0))
     assert torch.equal(kept.tokens.total(), features), "held to tokens, an edit is these tokens"

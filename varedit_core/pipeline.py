@@ -199,7 +199,7 @@ class Editor:
         controls: Controls = NEUTRAL,
         given: Sequence[Tensor] = (),
         steer: Sequence[Control] = (),
-        tokenised: bool = False,
+        source_total: Tensor | None = None,
     ) -> Iterator[Scale]:
         """`sampling.sample` with the editor's transformer and workspace, and `controls`; `drafting` where scales are
         drafted.
@@ -212,7 +212,7 @@ class Editor:
         def run(stop: int, copies: int, **more) -> Iterator[Scale]:
             own = replace(shortcuts, stop=stop or shortcuts.stop)
             args = (features_BdHW, texts, schedule)
-            more |= dict(copies=copies, mask=mask, tokenised=tokenised)
+            more |= dict(copies=copies, mask=mask, source_total=source_total)
             more |= dict(feather=controls.feather, source_attention=controls.source_attention)
             more |= dict(promises=promises if copies == variations and not stop else promises.settled())
             if not own.drafted or more["given"]:

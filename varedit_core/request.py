@@ -19,8 +19,7 @@ from .tokens import Tokens
 class Request:
     """features: [B, d, H, W] of the sources. texts: of every picture R instructions, one or those of its regions.
     negatives: of every picture its negative prompt or None. mask: [1 or B, y, x]. areas: [B, R, y, x] of the regions.
-    given: tokens of the first scales. source: the sources' tokens, where the features are their sum; tokenised: whether
-    they are a sum whose tokens are not known.
+    given: tokens of the first scales. source: the sources' tokens, where they are known.
     """
 
     features: Tensor
@@ -30,7 +29,6 @@ class Request:
     areas: Tensor | None = None
     given: Tokens | None = None
     source: Tokens | None = None
-    tokenised: bool = False
 
     def __post_init__(self) -> None:
         if self.given is not None and self.given.images != len(self):
@@ -82,8 +80,8 @@ class Request:
         negatives = self.negatives and [text for text in self.negatives for _ in range(count)]
         mask = self.mask if self.mask is None or len(self.mask) == 1 else _each(self.mask, count)
         given = [_each(bits, count) for bits in self.given.bits] if self.given else []
-        tokenised = self.tokenised or self.source is not None
-        more = dict(mask=mask, given=given, tokenised=tokenised)
+        total = _each(self.source.total(), count) if self.source else None
+        more = dict(mask=mask, given=given, source_total=total)
         more["steer"] = [Regions(self.areas, copies)] if self.areas is not None and count > 1 else []
         return (_each(self.features, count), texts, negatives), more
 

@@ -192,7 +192,7 @@ def sample(
     given: Sequence[Tensor] = (),
     feather: int = NEUTRAL.feather,
     source_attention: float = NEUTRAL.source_attention,
-    tokenised: bool = False,
+    source_total: Tensor | None = None,
 ) -> Iterator[Scale]:
     """Edit B images, or make them of the texts alone where the transformer reads no source (`TransformerConfig.source`);
     yields every `Scale` before its bits are drawn. The last `running_sum` is the result.
@@ -205,8 +205,8 @@ def sample(
     where the picture may change. feather: so many tokens around it are drawn, too, and so many latents around it stay the
     edit's; all others are the source's in the end. steer: called with every scale, in order, before it is yielded. given: bits of the first
     scales, of every image or of every copy; of every image, its copies share the passes, too. source_attention: what
-    the source's keys weigh in self-attention. tokenised: whether features are a sum of codes (see `Source`). Raises
-    ValueError, at the first step, where the inputs do not belong together, and at the end where the logits were
+    the source's keys weigh in self-attention. source_total: the sources' sums of codes [B, d, H, W], where they are known
+    (see `Source`). Raises ValueError, at the first step, where the inputs do not belong together, and at the end where the logits were
     undefined numbers.
     """
     if source_attention != 1 and not transformer.config.source:
@@ -242,8 +242,10 @@ def sample(
             work.read_source(source, features_BdHW)
         features = features_BdHW.float()
         features = features.repeat_interleave(copies, dim=0) if copies > 1 else features
+        if source_total is not None and len(source_total) < len(features):
+            source_total = source_total.repeat_interleave(len(features) // len(source_total), dim=0)
         total, batch = torch.zeros_like(features), len(features)
-        masks, held = _masks(mask, schedule, features, shortcuts, feather), Source(features, grids, tokenised)
+        masks, held = _masks(mask, schedule, features, shortcuts, feather), Source(features, grids, source_total)
         bias = math.log(source_attention) if source_attention else -math.inf
         depends = (shortcuts, mask, feather, bias)
         steps = work.scale_passes(lambda: passes(work.passes, schedule, shortcuts, masks, bias), *depends)[1:]

@@ -15,11 +15,12 @@ from .schedule import Grid
 
 
 class Source:
-    """features: [B, d, H, W]. grids: latent grids of every scale. tokenised: whether the features are a sum of codes
-    already, as where an edit goes on from another, and so stand for themselves."""
+    """features: [B, d, H, W]. grids: latent grids of every scale. total: their sum of codes, where it is known, as where
+    an edit goes on from another; it stands for the features then."""
 
-    def __init__(self, features_BdHW: Tensor, grids: Sequence[Grid], tokenised: bool = False) -> None:
-        self.features, self.grids, self.tokenised = features_BdHW, list(grids), tokenised
+    def __init__(self, features_BdHW: Tensor, grids: Sequence[Grid], total: Tensor | None = None) -> None:
+        self.features, self.grids = features_BdHW if total is None else total, list(grids)
+        self._total = total
 
     def bits(self, total_BdHW: Tensor, index: int) -> Tensor:
         """The bits [B, d, h, w] that bring a running sum nearest to the source at a scale, whatever the sum holds
@@ -34,7 +35,7 @@ class Source:
     @property
     def total(self) -> Tensor:
         """What the tokenizer makes of the source, as a running sum [B, d, H, W]."""
-        return self.features if self.tokenised else self.own[1]
+        return self.own[1] if self._total is None else self._total
 
     def until(self, index: int) -> Tensor:
         """The source's own running sum [B, d, H, W] up to and with a scale."""
