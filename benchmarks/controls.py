@@ -30,7 +30,7 @@ from varedit_core.demo import GUIDANCE, SIZE, demo_files
 from varedit_core.images import SourceImage
 from varedit_core.options import hardware
 from varedit_core.quantizer import encode, latent_grids
-from varedit_core.request import Request
+from varedit_core.request import Request, edits
 from varedit_core.schedule import schedule_for
 from varedit_core.shapeedit.edits import FAMILIES, Sample, _distractors, _instruction
 from varedit_core.shapeedit.evaluate import draw, picture
@@ -171,9 +171,9 @@ def dial(name: str, values: Sequence[float]) -> Callable:
             pictures = rows(editor.decode_pixels, sums).clamp(-1, 1)
             everywhere = torch.ones_like(tasks.region)
             judged = tasks.judged(pictures)
-            edits = [done for family, done in judged["families"].items() if family != "keep"]
+            others = [done for family, done in judged["families"].items() if family != "keep"]
             found[str(value)] = numbers(judged) | {
-                "success_without_keep": round(sum(edits) / len(edits), 4),
+                "success_without_keep": round(sum(others) / len(others), 4),
                 "distance": round(distance(pictures, tasks.source, everywhere).mean().item() * 127.5, 3),
                 "is_free": torch.equal(sums, free),
                 "is_source": torch.equal(sums, tasks.base),
@@ -299,8 +299,7 @@ def two(editor: Editor, options) -> dict:
         areas = torch.stack([task.region[part].float() for task in tasks], 1)
         texts = [list(pair) for pair in zip(tasks[0].texts[part], tasks[1].texts[part])]
         request = Request(tasks[0].features[part], texts, None, areas.amax(1), areas)
-        args, more = request.arguments(1)
-        for scale in editor.sample(args[0], args[1], SCHEDULE, replace(SETTINGS, seed=begin), **more):
+        for scale in edits(request, [editor.transformer], SCHEDULE, replace(SETTINGS, seed=begin), [editor.workspace]):
             total = scale.running_sum
         together.append(request.own(total, 1))
     pictures = rows(editor.decode_pixels, torch.cat(together)).clamp(-1, 1)

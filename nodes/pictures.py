@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..varedit_core.contact_sheet import Row, contact_sheet
-from ..varedit_core.images import Fitting, fit, fit_mask, load_image, unfit
+from ..varedit_core.images import Fitting, fit, fit_mask, load_image, unfit, unfit_mask
 from ..varedit_core.preview import LEAST_DECODED, SIDE, ColourMap, at_own_size, enlarged
 from ..varedit_core.schedule import TOKEN_PIXELS, Schedule, schedule_for
+from ..varedit_core.tokens import Tokens
 from .vae import VAREditVAE, checked_vae
 
 KEY = "varedit"
@@ -30,13 +31,16 @@ class Origin:
     """What a latent needs to become a picture again.
 
     colours: None where no VAE was at hand. scales: how many scales' sums of each picture the latent holds, one scale
-    after the other; 0: the result alone. empty: whether the latent is a size alone, for pictures made of text.
+    after the other; 0: the result alone. empty: whether the latent is a size alone, for pictures made of text. tokens:
+    whose sum the latent is, where it is one. auto_mask: by how much the edit found its own mask (see `controls`).
     """
 
     fitting: Fitting
     colours: ColourMap | None = None
     scales: int = 0
     empty: bool = False
+    tokens: Tokens | None = None
+    auto_mask: float = 0.0
 
 
 def to_pillow(image_HWC: Tensor) -> Image.Image:
@@ -115,6 +119,33 @@ def scale_pictures(vae, scales: dict, method: str) -> tuple[list[Tensor], Tensor
     columns = [f"{height}x{width}" for height, width in grids]
     sheet = contact_sheet([Row("", [batch[0] for batch in pictures])], columns)
     return [to_image(batch) for batch in pictures], to_image([sheet])
+
+
+def tokens_in(latent: dict) -> Tokens | None:
+    """The tokens of a LATENT, None where there are none or another node has changed the latent since."""
+    origin, samples = latent.get(KEY), latent["samples"]
+    tokens = origin.tokens if origin else None
+    if tokens is None or origin.scales or tokens.images != len(samples):
+        return None
+    total = tokens.to(samples.device).total()
+    # Another device may have summed them; a latent that was changed is farther away.
+    return tokens if total.shape == samples.shape and torch.allclose(total, samples.float(), atol=1e-3) else None
+
+
+def region_area(mask: Tensor | None, fitting: Fitting, images: int) -> Tensor:
+    """A region's MASK beside the fitted pictures, [images, y, x]; ones for a region that has none."""
+    height, width = fitting.schedule.pixels
+    if mask is None:
+        return torch.ones(images, height, width)
+    found = fitted_mask(mask, fitting, images)
+    return torch.zeros(images, height, width) if found is None else found.expand(images, -1, -1)
+
+
+def unfitted_mask(mask_BHW: Tensor, fitting: Fitting) -> Tensor:
+    """A map over the whole canvas, of any size, as a MASK of the pictures that were fitted."""
+    height, width = fitting.schedule.pixels
+    grown = F.interpolate(mask_BHW[:, None].float().cpu(), (height, width), mode="bilinear", align_corners=False)[:, 0]
+    return torch.stack([torch.from_numpy(np.array(unfit_mask(one, fitting), dtype=np.float32) / 255) for one in grown])
 
 
 def scale_picture(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import comfy.ldm.modules.attention as attention
@@ -15,17 +16,19 @@ from comfy.cli_args import LatentPreviewMethod, args
 from torch import Tensor
 
 from ..varedit_core.config import patch_size
-from ..varedit_core.defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, SamplingSettings, Shortcuts
-from ..varedit_core.drafting import draft_and_refine
+from ..varedit_core.controls import Certainty
+from ..varedit_core.defaults import DEFAULT_SETTINGS, NEUTRAL, NO_SHORTCUTS, Controls, SamplingSettings, Shortcuts
 from ..varedit_core.memory import kept_bytes
 from ..varedit_core.operations import sdpa
 from ..varedit_core.planning import STORES, Job, Plan, described, gigabytes, plan, plans, too_large
-from ..varedit_core.sampling import Scale, sample
+from ..varedit_core.request import Request, edits, repeated
+from ..varedit_core.sampling import Scale
 from ..varedit_core.schedule import TOKEN_PIXELS, schedule_for
+from ..varedit_core.tokens import Tokens, joined, tokens_of
 from ..varedit_core.workspace import Shape, Workspace
 from .keeping import Keeper
 from .model import VAREditModel, checked_model, lies_still, unchanged
-from .pictures import KEY, Origin, fitted_mask, fitting_of, scale_picture
+from .pictures import KEY, Origin, fitted_mask, fitting_of, region_area, scale_picture, tokens_in, unfitted_mask
 from .text_encoder import Texts
 from .vae import VAREditVAE, checked_vae
 
@@ -38,19 +41,51 @@ def settings_of(seed: int, guidance: float, temperature: float, top_p: float | N
 
 
 @dataclass(frozen=True, eq=False)
+class Region:
+    """An instruction and where it counts: a MASK of any size, None for everywhere."""
+
+    texts: Texts
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What an edit comes to: sums [K, results, d, H, W] of all scales, the tokens, and how sure the model was
+    [results, H, W]."""
+
+    sums: Tensor
+    tokens: Tokens
+    sure: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Edit:
     """What is asked of the sampler beside model and source.
 
     variations: results of each picture, with one seed after the other. mask: [y, x] or [B, y, x] of any size, above 0
-    where the picture may change. drafter: a MODEL for `Shortcuts.drafted`.
+    where the picture may change. drafter: a MODEL for `Shortcuts.drafted`. regions: instead of the texts' instruction,
+    several with their masks. begun: a LATENT whose tokens are the first scales of this edit.
     """
 
-    texts: Texts
+    texts: Texts | None
     settings: SamplingSettings
     variations: int = 1
     shortcuts: Shortcuts = NO_SHORTCUTS
     mask: Tensor | None = None
     drafter: Any = None
+    controls: Controls = NEUTRAL
+    regions: Sequence[Region] = ()
+    begun: dict | None = None
+
+    @property
+    def each(self) -> int:
+        """Rows of a result: its regions, and its share of the candidates."""
+        return max(1, len(self.regions)) * -(-self.controls.best_of // self.variations)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max(texts.longest for texts in (self.texts, *(region.texts for region in self.regions)) if texts)
 
     def guided(self, scales: int) -> list[bool]:
         """Of each scale that runs whether it has guidance, and so twice the rows."""
@@ -136,8 +171,9 @@ def preview_method(choice: str, vae: VAREditVAE | None, origin: Origin) -> str:
 
 def sample_latent(
     model, source: dict, edit: Edit, preview: str, vae, tell: Callable[[str], None]
-) -> tuple[dict, dict]:
-    """Edit a LATENT of sources; the LATENTs of the edits and of the sums after every scale, scale by scale.
+) -> tuple[dict, dict, Tensor]:
+    """Edit a LATENT of sources; the LATENTs of the edits and of the sums after every scale, scale by scale, and how sure
+    the model was of each place of the edits, a MASK.
 
     Takes the next way to run (see `planning`) where memory runs out, saying so; ValueError where none is left.
     """
@@ -149,11 +185,14 @@ def sample_latent(
     reads_source = network.diffusion_model.config.source
     mask = _mask(edit, source, origin, len(features), edit.shortcuts.inside or not reads_source)
     _check_source(reads_source, origin.empty, mask is not None, tell)
+    if origin.empty:
+        edit.controls.check_source()
+    request, known = _request(edit, source, origin, mask, features)
     models = [model, *_drafter(edit)]
     schedule = origin.fitting.schedule
-    guided, results = edit.guided(len(schedule)), len(features) * edit.variations
+    guided, results, each = edit.guided(len(schedule)), len(features) * edit.variations, edit.each
     networks = [checked_model(one).diffusion_model for one in models]
-    jobs = [Job(n.config, schedule, results, any(guided), n.dtype, edit.texts.longest) for n in networks]
+    jobs = [Job(n.config, schedule, results * each, any(guided), n.dtype, edit.longest) for n in networks]
     job = max(jobs, key=lambda job: job.needed("exact"))  # the drafter is done when the refiner begins
     beside = vae.memory_used_decode(features.shape, vae.vae_dtype) if method == "own" else 0
     keeper = network.keeper(model.load_device)
@@ -161,8 +200,8 @@ def sample_latent(
     def free() -> int:
         return free_memory(model) - int(beside)
 
-    def attempt(way: Plan) -> Tensor:
-        (_, _, copies), *_ = batches(len(features), edit.variations, way.job.images)
+    def attempt(way: Plan) -> Found:
+        (_, _, copies), *_ = batches(len(features), edit.variations, way.job.images // each)
         stays = way.store == "exact" and not way.rows_at_once and unchanged(model) and _may_stay(model, way.job, free())
         keeper.prepare(model.patches_uuid, _shape(way.job, copies, network) if stays else None)
         # In one call, so that the models do not push each other out.
@@ -170,13 +209,40 @@ def sample_latent(
         keeper.load(loaded, way.needed + beside + stays * kept_bytes(way.job), listed=stays)
         work = keeper.workspace(lies_still(model)) if stays else _workspace(way)
         watcher = Watcher(_costs(job, guided, edit.variations), results, origin, method, vae)
-        return _run(models, features.to(model.load_device), edit, mask, way, work, watcher)
+        return _run(models, request.to(model.load_device), known, edit, way, work, watcher)
 
-    sums = _as_it_fits(job, free, attempt, tell).to(mm.intermediate_device())
+    found, device = _as_it_fits(job, free, attempt, tell, each), mm.intermediate_device()
+    sums, tokens = found.sums.to(device), replace(found.tokens.to(device), fitting=origin.fitting)
     rest = {key: value for key, value in source.items() if key not in ("samples", "batch_index", KEY)}
-    origin = replace(origin, empty=False)
+    origin = replace(origin, empty=False, tokens=tokens, auto_mask=edit.controls.auto_mask)
     latent = {**rest, "samples": sums[-1].clone(), KEY: origin}  # a view would keep all scales
-    return latent, {"samples": sums.flatten(0, 1), KEY: replace(origin, scales=len(sums))}
+    scales = {"samples": sums.flatten(0, 1), KEY: replace(origin, scales=len(sums), tokens=None)}
+    return latent, scales, unfitted_mask(found.sure, origin.fitting).to(device)
+
+
+def _request(edit: Edit, source: dict, origin: Origin, mask: Tensor | None, features: Tensor) -> tuple[Request, Tokens | None]:
+    """What is asked of the loop, and the sources' tokens, where they are known. ValueError where inputs do not belong
+    together."""
+    images, areas = len(features), None
+    texts = [edit.texts.of(image) for image in range(images)] if edit.texts else [(None, None)] * images
+    rows, unwanted = [[wanted] for wanted, _ in texts], [negative for _, negative in texts]
+    if edit.regions:
+        rows = [[region.texts.of(image)[0] for region in edit.regions] for image in range(images)]
+        unwanted = [edit.regions[0].texts.of(image)[1] for image in range(images)]
+        areas = torch.stack([region_area(region.mask, origin.fitting, images) for region in edit.regions], dim=1)
+        if not areas.any():
+            raise ValueError("the regions' masks are empty; paint where each instruction is to count")
+        union = areas.amax(1)
+        mask = (union if mask is None else union * (mask > 0)) if (union == 0).any() else mask
+    known, begun = tokens_in(source), ()
+    if edit.begun is not None:
+        tokens = tokens_in(edit.begun)
+        if tokens is None:
+            raise ValueError(
+                "the latent to go on from holds no tokens; connect one of VAREdit Sampler, Load Tokens or First Scales, as it came"
+            )
+        begun = tokens.bits
+    return Request(features, rows, unwanted, mask, areas, begun, features if known else None), known
 
 
 def batches(images: int, variations: int, at_once: int) -> Iterator[tuple[slice, int, int]]:
@@ -246,14 +312,17 @@ def _workspace(way: Plan) -> Workspace:
 
 
 def _as_it_fits(
-    job: Job, free: Callable[[], int], attempt: Callable[[Plan], Tensor], tell: Callable[[str], None]
-) -> Tensor:
-    """The result of the planned way to run, or of the first one after it that memory lasts for."""
+    job: Job, free: Callable[[], int], attempt: Callable[[Plan], Found], tell: Callable[[str], None], least: int = 1
+) -> Found:
+    """The result of the planned way to run, or of the first one after it that memory lasts for. least: rows that can only
+    run together."""
     host = host_memory()
     way = plan(job, free(), host)
+    if way.job.images < least:
+        raise ValueError(f"memory lasts for {way.job.images} of {least} rows of regions and candidates; use fewer")
     if way.reasons:
         tell(f"{'; '.join(way.reasons)}; running {described(way)} instead")
-    ways = [other for other in plans(job) if other.needed_on_host <= host]
+    ways = [other for other in plans(job) if other.needed_on_host <= host and other.job.images >= least]
     left = ways[ways.index(replace(way, reasons=())) :]
     while True:
         way, *left = left
@@ -291,43 +360,40 @@ def _origin(network: VAREditModel, source: dict, vae: VAREditVAE | None) -> Orig
 
 
 def _run(
-    models: Sequence, features: Tensor, edit: Edit, mask: Tensor | None, way: Plan, work: Workspace, watcher: Watcher
-) -> Tensor:
-    """Sums [K, results, d, H, W] of all scales on the model's device. models: the one that edits, and a drafter or none."""
+    models: Sequence, request: Request, known: Tokens | None, edit: Edit, way: Plan, work: Workspace, watcher: Watcher
+) -> Found:
+    """A request's edits on the model's device. models: the one that edits, and a drafter or none. known: the sources'
+    tokens."""
     model, config = models[0], checked_model(models[0]).diffusion_model.config
     attend = attention_of(
         model.model_options["transformer_options"], config.head_size, way.job.dtype, model.load_device
     )
-    schedule, texts = way.job.schedule, [edit.texts.of(image) for image in range(len(features))]
+    schedule = way.job.schedule
+    given = dict(shortcuts=edit.shortcuts, controls=edit.controls, attention=attend)
 
-    def loop(*networks) -> Tensor:
+    def loop(*networks) -> Found:
         parts = []
-        for images, first, copies in batches(len(features), edit.variations, way.job.images):
-            wanted, unwanted = map(list, zip(*texts[images]))
-            settings = replace(edit.settings, seed=(edit.settings.seed + first) % 2**64)
-            own = mask if mask is None or len(mask) == 1 else mask[images]
-            more = dict(attention=attend, copies=copies, mask=own)
-            given = (features[images], wanted, schedule)
-            if len(networks) > 1:
-                pair = (_workspace(way), work)
-                run = draft_and_refine(*reversed(networks), *given, edit.shortcuts, settings, unwanted, pair, **more)
-            else:
-                more |= dict(workspace=work, shortcuts=edit.shortcuts)
-                run = sample(*networks, *given, settings, unwanted, **more)
-            sums = []
-            with closing(run) as scales:
+        for images, first, copies in batches(len(request), edit.variations, way.job.images // edit.each):
+            own, settings = request.part(images), replace(edit.settings, seed=(edit.settings.seed + first) % 2**64)
+            sums, bits, sure = [], [], Certainty()
+            with closing(edits(own, networks, schedule, settings, (work, _workspace(way)), copies=copies, **given)) as scales:
                 for scale in scales:
-                    sums.append(scale.running_sum)
-                    watcher.passed(scale, first, len(wanted) * copies)
-            parts.append(torch.stack(sums))
-        return torch.cat(parts, dim=1)
+                    sure(scale)
+                    sums.append(own.own(scale.running_sum, copies))
+                    bits.append(scale.bits)
+                    watcher.passed(scale, first, len(own) * copies)
+            under = known and known.of(repeated(range(known.images)[images], copies)).to(scale.total.device)
+            pick = partial(own.own, copies=copies)
+            parts.append(Found(torch.stack(sums), tokens_of(bits, scale, schedule, None, under, pick), pick(sure.map)))
+        sums = torch.cat([part.sums for part in parts], dim=1)
+        return Found(sums, joined([part.tokens for part in parts]), torch.cat([part.sure for part in parts]))
 
     # Sets the current one of several GPUs; ComfyUI has it since 0.23.
     with getattr(mm, "cuda_device_context", nullcontext)(model.load_device):
         return _inside(models, loop)
 
 
-def _inside(models: Sequence, loop: Callable[..., Tensor], *networks) -> Tensor:
+def _inside(models: Sequence, loop: Callable[..., Found], *networks) -> Found:
     """A loop over the networks of models, inside what nodes put around the calls of each."""
     if not models:
         return loop(*networks)

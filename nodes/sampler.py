@@ -111,6 +111,11 @@ class VAREditSampler(io.ComfyNode):
                     display_name="scales",
                     tooltip="The sum after every scale, coarse to fine, for VAREdit Scale Preview.",
                 ),
+                io.Mask.Output(
+                    "certainty",
+                    display_name="certainty",
+                    tooltip="How sure the model was of each place, from 0 to 1, over all bits and scales.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )

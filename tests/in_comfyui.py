@@ -235,7 +235,7 @@ class Probe:
 
     def scales(self) -> dict:
         """The sampler's second output, and its pictures."""
-        _, scales = self.nodes["VAREditSampler"].execute(self.model, self.source, self.text, 0, 2.0, 0.1).result
+        _, scales, *_ = self.nodes["VAREditSampler"].execute(self.model, self.source, self.text, 0, 2.0, 0.1).result
         module = __import__("varedit_pack.nodes.pictures", fromlist=["pictures"])
         found = {"sums": list(scales["samples"].shape), "last": self.torch.equal(scales["samples"][-1:], self.sepia)}
         for method in ("full", "own", "fast"):
@@ -572,7 +572,7 @@ class Probe:
         two = torch.cat([self.cat, self.cat.flip(2)])
         source = self.run("SourceEncode", self.vae, two, "256", "square")
         noisy = {"seed": 2**64 - 2, "temperature": 1.0}
-        latent, scales = self._edit(source, variations=2, **noisy)
+        latent, scales, *_ = self._edit(source, variations=2, **noisy)
         module = __import__("varedit_pack.nodes.pictures", fromlist=["pictures"])
         images, _ = module.scale_pictures(self.vae, scales, "fast")
         singles = []
@@ -649,7 +649,7 @@ class Probe:
             torch.equal(self.sample(source=hidden), self.sepia),
         ]
         found["empty mask"] = torch.equal(self.sample(mask=torch.zeros(1, 64, 64)), self.sepia)
-        latent, scales = self._edit(self.source, shortcuts=stop)
+        latent, scales, *_ = self._edit(self.source, shortcuts=stop)
         module = __import__("varedit_pack.nodes.pictures", fromlist=["pictures"])
         images, _ = module.scale_pictures(self.vae, scales, "own")
         found["stopped"] = [len(images), list(scales["samples"].shape), [v for v, *_ in self._progress(shortcuts=stop)]]
@@ -686,7 +686,7 @@ class Probe:
         try:
             drawn = dict(temperature=TEXT_SETTINGS.temperature, guidance=TEXT_SETTINGS.guidance)
             execute = self.nodes["VAREditSampler"].execute
-            latent, scales = execute(model, empty, self.text, 3, drawn["guidance"], drawn["temperature"]).result
+            latent, scales, *_ = execute(model, empty, self.text, 3, drawn["guidance"], drawn["temperature"]).result
             picture = self.run("Decode", self.vae, latent)
             mask = torch.zeros(1, 60, 90)
             mask[:, 20:40, 30:60] = 1

@@ -402,3 +402,18 @@ def test_controls_are_functions_over_a_scale(editor, task):
         preserve(scale, 0.9)
     assert not torch.equal(scale.running_sum, total)
     assert isinstance(AutoMask(0.5), object) and Regions(torch.ones(1, 1, 2, 2)).own.shape == (1, 1, 2, 2)
+
+
+def test_a_chain_of_edits_keeps_the_first_pictures_pixels(editor):
+    """Edit after edit of what came before: no decoding in between, and pixels that no mask reached are the first's."""
+    picture = editor.fit(SCENE, SIZE).source.rgb
+    edited, black = picture, Image.new("L", picture.size, 255)
+    for number, left in enumerate((0, 96, 180)):
+        mask = Image.new("L", picture.size)
+        mask.paste(255, (left, 60, left + 60, 120))
+        edited = editor.run(edited, SQUARE, size=SIZE, settings=replace(DRAWN, seed=number), mask=mask)
+        black.paste(0, (left, 60, left + 60, 120))
+    (last,) = edited.pictures
+    difference = ImageChops.difference(last, picture)
+    assert Image.composite(difference, Image.new("RGB", picture.size), black).getbbox() is None
+    assert difference.getbbox() is not None and edited.tokens.under.under.under is not None

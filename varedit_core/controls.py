@@ -1,20 +1,17 @@
 """What holds an edit to its source, and what it tells of itself: small functions over the loop's `Scale`.
 
-`steering` makes those that `defaults.Controls` asks for; whoever runs the loop may add its own. Masks are locked by the
+`steering` makes those that `defaults.Controls` asks for, `request.edits` runs the loop with them; whoever runs it may add its own. Masks are locked by the
 loop itself (`sampling.sample`). Shape suffixes: B images, R regions, d bits a latent position, (H, W) latent grid of the
 last scale, (h, w) of one scale, (y, x) pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .defaults import NEUTRAL, Controls
+from .defaults import Controls
 from .quantizer import area_resize, linear_resize
 from .sampling import Control, Scale
 
@@ -187,22 +184,3 @@ class Candidates:
         which = self.scores.unflatten(0, (-1, count)).argmax(1)
         rows = which + torch.arange(len(which), device=which.device) * count
         return [bits[rows] for bits in self.bits]
-
-
-Run = Callable[..., Iterator[Scale]]
-
-
-def controlled(run: Run, controls: Controls, copies: int = 1, given: Sequence[Tensor] = (), steer: Sequence[Control] = ()):
-    """An edit by the loop `run`, which takes `copies`, `given`, `steer` and `stop`; yields its scales.
-
-    copies: variations of each picture. Where a best one is chosen, its beginning is `given` to the edit. steer: further
-    controls, after those of `steering`.
-    """
-    if controls.best_of > 1:
-        found = Candidates(controls.score)
-        own = [*steering(controls), *steer]
-        with closing(run(copies=controls.best_of, given=given, steer=own, stop=controls.best_at)) as scales:
-            for scale in scales:
-                found(scale)
-        given = found.best(controls.best_of)
-    return run(copies=copies, given=given, steer=[*steering(controls), *steer], stop=0)

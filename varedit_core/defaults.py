@@ -103,16 +103,19 @@ class SamplingSettings:
         return list(zip(*(self._expand(name, count) for name in ("guidance", "temperature", "top_p"))))
 
     def preset(self, name: str) -> SamplingSettings:
-        """These with the curves of PRESETS over them. ValueError for an unknown name, and where guidance or temperature
-        are not one number."""
+        """These with the curves of PRESETS over them. ValueError for an unknown name, and as `bent`."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-        guided, warmth = PRESETS[name]
+        return self.bent(*PRESETS[name])
+
+    def bent(self, guided: Curve, warmth: Curve) -> SamplingSettings:
+        """These with factors over the scales: on what guidance is above 1, and on temperature. ValueError where guidance or
+        temperature are not one number."""
         if guided == warmth == FLAT:
             return self
         for what, value in (("guidance", self.guidance), ("temperature", self.temperature)):
             if not isinstance(value, float):
-                raise ValueError(f"the preset {name} bends one {what} over the scales; give one number, or no preset")
+                raise ValueError(f"curves bend one {what} over the scales; give one number, or no preset")
         guidance = Curve(*(1 + (self.guidance - 1) * factor for factor in guided))
         return replace(self, guidance=guidance, temperature=Curve(*(self.temperature * factor for factor in warmth)))
 

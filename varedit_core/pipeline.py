@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -20,19 +20,18 @@ from .autoencoder import Autoencoder
 from .capture import Recorder
 from .checkpoints import load_autoencoder, load_transformer
 from .config import patch_size
-from .controls import Certainty, changed, controlled
+from .controls import Certainty, changed
 from .defaults import (
     DEFAULT_SETTINGS, FIT, FITS, KINDS, NEUTRAL, NO_SHORTCUTS, SIZE, TEXT_SETTINGS, Controls, SamplingSettings, Shortcuts,
 )  # fmt: skip
-from .drafting import draft_and_refine
 from .eight_bit import LINEARS
 from .images import (
     FittedImage, Fitting, SourceImage, empty, fit, fit_mask, load_image, restore, to_uint8, unfit, unfit_mask,
 )  # fmt: skip
 from .memory import Elsewhere, make_room, planned
 from .planning import Job, Plan
-from .request import Request
-from .sampling import Control, Promises, Scale, sample
+from .request import Request, edits, repeated
+from .sampling import Control, Promises, Scale
 from .schedule import Schedule, nearest_ratio, schedule_for
 from .text import TextEncoder, load_text_encoder
 from .tokens import Tokens, joined, tokens_of
@@ -127,18 +126,21 @@ class Editor:
 
     def _sources(self, pictures: Sequence, size: str, method: str) -> tuple[list[FittedImage], Tokens | None]:
         """Pictures as the model sees them; of tokens, which are decoded for this alone, with the tokens."""
-        if not any(isinstance(picture, Tokens) for picture in pictures):
+        known = [picture.tokens if isinstance(picture, Edited) else picture for picture in pictures]
+        if not any(isinstance(picture, Tokens) for picture in known):
             return [self.fit(picture, size, method) for picture in pictures], None
-        if not all(isinstance(picture, Tokens) and picture.complete for picture in pictures):
+        if not all(isinstance(picture, Tokens) and picture.complete for picture in known):
             raise ValueError("go on from tokens of all scales, and from tokens alone; decode what goes with pictures")
-        source = joined(pictures).to(self.device)
-        return [self._as_picture(total, source) for total in source.total()], source
+        source, shown = joined(known).to(self.device), []
+        for picture, tokens in zip(pictures, known):
+            height, width = tokens.schedule.pixels
+            fitting = tokens.fitting or Fitting(tokens.schedule, (width, height), (width, height))
+            seen = picture.pictures if isinstance(picture, Edited) else self._shown(tokens.to(self.device), fitting)
+            shown += [FittedImage(torch.empty(0), fitting, load_image(one)) for one in seen]
+        return shown, source
 
-    def _as_picture(self, latent: Tensor, tokens: Tokens) -> FittedImage:
-        pixels = self.decode_pixels(latent[None])
-        height, width = tokens.schedule.pixels
-        fitting = tokens.fitting or Fitting(tokens.schedule, (width, height), (width, height))
-        return FittedImage(pixels.cpu(), fitting, SourceImage(unfit(to_uint8(pixels[0]), fitting)))
+    def _shown(self, tokens: Tokens, fitting: Fitting) -> list[Image.Image]:
+        return [unfit(to_uint8(self.decode_pixels(total[None])[0]), fitting) for total in tokens.total()]
 
     @torch.no_grad()
     def encode_source(self, images: Sequence[FittedImage]) -> Tensor:
@@ -206,22 +208,13 @@ class Editor:
 
         variations: edits of each image with one seed after the other. ValueError where there is no drafter.
         """
-        if shortcuts.drafted and self.drafter is None:
-            raise ValueError("drafted scales need a second transformer; name a drafter, or leave drafted at 0")
+        request = Request(features_BdHW, [[text] for text in texts], negatives, mask, None, given, source_total)
+        more = dict(shortcuts=shortcuts, controls=controls, steer=steer, promises=promises)
+        return self._edits(request, schedule, settings, variations, **more)
 
-        def run(stop: int, copies: int, **more) -> Iterator[Scale]:
-            own = replace(shortcuts, stop=stop or shortcuts.stop)
-            args = (features_BdHW, texts, schedule)
-            more |= dict(copies=copies, mask=mask, source_total=source_total)
-            more |= dict(feather=controls.feather, source_attention=controls.source_attention)
-            more |= dict(promises=promises if copies == variations and not stop else promises.settled())
-            if not own.drafted or more["given"]:
-                more |= dict(workspace=self.workspace, shortcuts=replace(own, drafted=0))
-                return sample(self.transformer, *args, settings, negatives, **more)
-            pair = (self._drafts, self.workspace)
-            return draft_and_refine(self.drafter, self.transformer, *args, own, settings, negatives, pair, **more)
-
-        return controlled(run, controls, variations, given, steer)
+    def _edits(self, request: Request, schedule: Schedule, settings: SamplingSettings, copies: int, **more) -> Iterator[Scale]:
+        networks = [self.transformer, *([self.drafter] if self.drafter else [])]
+        return edits(request, networks, schedule, settings, (self.workspace, self._drafts), copies=copies, **more)
 
     def edit(self, *args, **more) -> list[Image.Image]:
         """The pictures of `run`: each edited by its own instruction, in one batch, and of exactly its input's size."""
@@ -229,7 +222,7 @@ class Editor:
 
     def run(
         self,
-        images: Sequence[Picture | Tokens] | Picture | Tokens,
+        images: Sequence[Picture | Tokens | Edited] | Picture | Tokens | Edited,
         instructions: Sequence[str | Tensor] | str | Tensor = (),
         negatives: Sequence[str | Tensor] | str | None = None,
         size: str = SIZE,
@@ -248,7 +241,8 @@ class Editor:
     ) -> Edited:
         """Edit pictures, each by its own instruction, in one batch.
 
-        images: pictures, or the tokens of edits to go on from without decoding them. instructions: prompts, or their
+        images: pictures, or edits to go on from: their tokens are read, nothing is decoded and encoded in between; what
+        a mask leaves is that of the edit's pictures, for tokens alone what they decode to. instructions: prompts, or their
         text features [L_i, channels]. negatives: the same, "" for none; one string serves every picture. variations:
         results of each picture, one behind the other, of as many seeds. mask: where the pictures may change (white),
         one for all or one each; elsewhere they stay as they are. regions: in place of instructions, several of them
@@ -261,7 +255,7 @@ class Editor:
             raise ValueError(
                 "this transformer makes pictures of text alone; use `generate`, or load it as the kind edit if it learned to edit"
             )
-        pictures = [images] if isinstance(images, (str, Path, Image.Image, SourceImage, Tokens)) else list(images)
+        pictures = [images] if isinstance(images, (str, Path, Image.Image, SourceImage, Tokens, Edited)) else list(images)
         prompts = [instructions] if isinstance(instructions, (str, Tensor)) else list(instructions)
         if not pictures:
             raise ValueError("there is no picture to edit; pass at least one")
@@ -345,14 +339,11 @@ class Editor:
             features, texts, promises = self.begin(fitted, prompts)
         else:
             features, texts, promises = source.total(), [self._features(p) for p in prompts], Promises(True)
-        request = Request(
-            features,
-            [texts[n : n + count] for n in range(0, len(texts), count)],
-            unwanted, where, areas, given and given.to(self.device), source,
-        )  # fmt: skip
-        more = dict(settings=settings, shortcuts=shortcuts, controls=controls, promises=promises, steer=steer)
-        more["certainty"] = certainty
-        parts = self._parts(request, fitted, on_scale, variations, more)
+        rows = [texts[n : n + count] for n in range(0, len(texts), count)]
+        bits, total = given.to(self.device).bits if given else (), source and source.total()
+        request = Request(features, rows, unwanted, where, areas, bits, total)
+        more = dict(shortcuts=shortcuts, controls=controls, promises=promises, steer=steer)
+        parts = self._parts(request, fitted, source, on_scale, variations, settings, certainty, more)
         self._make_room(fitted[0])
         sums, shown = torch.cat([part.sums for part in parts]), repeated(fitted, variations)
         results, found, tokens = self.decode(sums, shown), None, joined([part.tokens for part in parts])
@@ -368,13 +359,13 @@ class Editor:
         return Edited(results, tokens, found, torch.cat([part.sure for part in parts]) if certainty else None)
 
     def _parts(
-        self, request: Request, fitted: list[FittedImage], on_scale, variations: int, more: dict
-    ) -> list[_Part]:
+        self, request: Request, fitted: list[FittedImage], source: Tokens | None, on_scale, variations: int,
+        settings: SamplingSettings, certainty: bool, more: dict,
+    ) -> list[_Part]:  # fmt: skip
         """The edits of all pictures, of as many at a time as memory lasts for; their last scales are not checked yet."""
         schedule, others = fitted[0].schedule, [self.text.model] if self.text else []
         others += [] if on_scale else [self.autoencoder]  # who watches may decode
-        settings, controls = more["settings"], more["controls"]
-        each = request.regions * max(1, controls.best_of // variations)  # rows of a result
+        each = request.regions * -(-more["controls"].best_of // variations)  # rows of a result
         count = len(request) * variations * each
         job = Job(self.transformer.config, schedule, count, settings.guided, self.transformer.dtype, request.longest)
         way = Plan(job)
@@ -386,6 +377,7 @@ class Editor:
             if way.job.images < each:
                 raise ValueError(f"memory lasts for {way.job.images} of {each} rows of regions and candidates; use fewer")
             request, fitted = request.repeated(variations), repeated(fitted, variations)
+            source = source and source.of(repeated(range(source.images), variations))
             step, copies = way.job.images // each, 1
         if way.movable or step < len(fitted):
             more |= {"promises": more["promises"].settled()}
@@ -394,20 +386,21 @@ class Editor:
         parts = []
         with self._elsewhere(others if way.movable else (), self.device):
             for first in range(0, len(fitted), step):
-                own, shown = request.part(slice(first, first + step)), repeated(fitted[first : first + step], copies)
-                args, named = own.arguments(copies)
-                named["steer"] = [*named["steer"], *more["steer"]]
+                rows = range(len(fitted))[first : first + step]
+                own, shown = request.part(slice(first, first + step)), repeated([fitted[n] for n in rows], copies)
                 seeded = replace(settings, seed=(settings.seed + first) % 2**64)
-                named |= dict(shortcuts=more["shortcuts"], controls=controls, promises=more["promises"])
-                run, bits, sure = self.sample(*args[:2], schedule, seeded, args[2], copies, **named), [], Certainty() if more["certainty"] else None
-                with closing(run) as scales:
+                bits, sure = [], Certainty() if certainty else None
+                with closing(self._edits(own, schedule, seeded, copies, **more)) as scales:
                     for scale in scales:
                         if sure:
                             sure(scale)
                         if on_scale:
                             on_scale(scale, shown)
                         bits.append(scale.bits)
-                parts.append(_Part.of(own, scale, bits, sure, copies, shown[0].fitting))
+                under = source and source.of(repeated(rows, copies))
+                pick = partial(own.own, copies=copies)
+                tokens = tokens_of(bits, scale, schedule, shown[0].fitting, under, pick)
+                parts.append(_Part(scale, tokens, pick(scale.running_sum), pick(sure.map) if sure else None))
         return parts
 
     def _found(self, latent: Tensor, source: Tensor, free: Tensor, image: FittedImage, amount: float) -> Image.Image:
@@ -461,15 +454,6 @@ class _Part:
     sums: Tensor
     sure: Tensor | None
 
-    @classmethod
-    def of(cls, request: Request, last: Scale, bits, sure: Certainty | None, copies: int, fitting) -> _Part:
-        def own(x: Tensor) -> Tensor:
-            return request.own(x, copies)
-
-        source = request.source and request.source.of([n for n in range(len(request)) for _ in range(copies)])
-        tokens = tokens_of(bits, last, last.schedule, fitting, source, own)
-        return cls(last, tokens, own(last.running_sum), own(sure.map) if sure else None)
-
 
 def _masks(mask, fitted: list[FittedImage]) -> tuple[list[Image.Image] | None, Tensor | None]:
     """Masks of the pictures, and of what the model sees of them, [B, y, x]."""
@@ -510,11 +494,6 @@ def _check_regions(regions: Sequence[Region], prompts: list) -> None:
     for number, region in enumerate(regions, start=1):
         if isinstance(region.instruction, str) and not region.instruction.strip():
             raise ValueError(f"region {number} has no instruction; say what to change in it, or leave it out")
-
-
-def repeated(items: Sequence, count: int) -> list:
-    """Every item `count` times, one behind the other."""
-    return [item for item in items for _ in range(count)]
 
 
 def masked(edited: Image.Image, image: FittedImage, mask: Image.Image, seam: int = 0) -> Image.Image:
