@@ -417,3 +417,14 @@ def test_a_chain_of_edits_keeps_the_first_pictures_pixels(editor):
     difference = ImageChops.difference(last, picture)
     assert Image.composite(difference, Image.new("RGB", picture.size), black).getbbox() is None
     assert difference.getbbox() is not None and edited.tokens.under.under.under is not None
+
+
+def test_an_edit_explains_itself(editor):
+    result = editor.run(SCENE, SQUARE, size=SIZE, settings=SamplingSettings(guidance=GUIDANCE), explain=True, variations=2)
+    assert len(result.changes) == len(result.certainty) == 2 and result.masks is None
+    for change, sure in zip(result.changes, result.certainty):
+        assert change.size == sure.size == result.pictures[0].size
+        where = change.point(lambda v: 255 * (v == 255)).getbbox()
+        assert where[0] > 70 and where[1] > 150 and where[2] < 190, "a square in the bottom centre"
+        low, high = sure.getextrema()
+        assert 0 <= low < high <= 255

@@ -353,16 +353,18 @@ def test_an_editor_follows_its_plan(patchify, monkeypatch):
         seen.append(job)
         return Plan(replace(job, images=1), "host", movable=1), Workspace(HostStore, kept=False)
 
-    masks = torch.zeros(2, 64, 64)
-    masks[0, :32], masks[1, :, 40:] = 1, 1
-    more = {"shortcuts": NO_SHORTCUTS, "mask": masks, "promises": Promises()}
-    fitted = [editor.fit(picture, "0.06M") for picture in pictures]
-    variations = (editor.encode_source(fitted), [text, text], None, fitted, settings, None, 2, more)
-    masked, _ = editor._latents(*variations)
+    masks = [Image.new("L", (64, 64)) for _ in pictures]
+    masks[0].paste(255, (0, 0, 64, 32))
+    masks[1].paste(255, (40, 0, 64, 64))
+    monkeypatch.setattr(pipeline, "masked", lambda edited, *_: edited)
+    asked = dict(size="0.06M", settings=settings, variations=2, mask=masks)
+    masked = editor.run(pictures, [text, text], **asked)
 
     seen = []
     monkeypatch.setattr(pipeline, "planned", one_by_one)
-    assert torch.equal(editor._latents(*variations)[0], masked), "each with its own mask"
+    again = editor.run(pictures, [text, text], **asked)
+    assert torch.equal(torch.stack(again.pictures), torch.stack(masked.pictures)), "each with its own mask"
+    assert torch.equal(again.tokens.total(), masked.tokens.total())
     seen.clear()
     found = editor.edit(pictures, [text, text], size="0.06M", settings=settings)
     assert torch.equal(found, wanted)

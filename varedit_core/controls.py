@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .defaults import Controls
+from .defaults import AUTO_MASK, Controls
 from .quantizer import area_resize, linear_resize
 from .sampling import Control, Scale
 
@@ -125,7 +125,7 @@ def threshold(base: float, amount: float) -> float:
     return base / (2 * amount)
 
 
-def changed(edited_B3yx: Tensor, source_B3yx: Tensor, amount: float = 0.5) -> Tensor:
+def changed(edited_B3yx: Tensor, source_B3yx: Tensor, amount: float = AUTO_MASK) -> Tensor:
     """How much pixels in [-1, 1] differ, [B, y, x]: 0 no, 1 the threshold of the auto mask or more. Both decoded, so
     that what the tokenizer alone changes does not count."""
     difference = (edited_B3yx - source_B3yx).abs().amax(1, keepdim=True)

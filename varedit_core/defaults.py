@@ -219,6 +219,8 @@ class Controls:
                 raise ValueError(f"{name} holds an edit to its source, but there is none; give a picture, or leave it out")
 
 
+AUTO_MASK = 0.5
+"""An auto mask that finds most and loses little (docs/LOG.md); change maps count with it."""
 MOST_FEATHER = 4
 MOST_CANDIDATES = 64
 SCORES = ("likelihood", "instruction", "near", "far")

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .defaults import DEFAULT_SETTINGS, KINDS
+from .defaults import AUTO_MASK, DEFAULT_SETTINGS, KINDS, PRESETS, SCORES, Curve
 from .demo import GUIDANCE as DEMO_GUIDANCE
 from .eight_bit import LINEARS, check_linears, eight_bit
 from .lora import apply_lora, check_lora
@@ -31,11 +31,11 @@ Lora = Annotated[
 Guidance = Annotated[
     Optional[str],
     typer.Option(
-        help="Classifier-free guidance; one number, or one a scale.",
+        help="Classifier-free guidance; one number, one a scale (3,3,2,1), or from the first to the last (3:1).",
         show_default=f"{DEFAULT_SETTINGS.guidance:g}; {DEMO_GUIDANCE:g} for the demo model",
     ),
 ]
-Temperature = Annotated[str, typer.Option(help="Temperature; 0 is greedy; one number, or one a scale.")]
+Temperature = Annotated[str, typer.Option(help="Temperature; 0 is greedy; one number, one a scale (3,3,2,1), or from the first to the last (3:1).")]
 TopP = Annotated[str, typer.Option(help="Drop bit values of probability <= 1 - top_p.")]
 Device = Annotated[Optional[str], typer.Option(help="cuda, cpu, mps; by default cuda where there is one.")]
 Dtype = Annotated[Optional[str], typer.Option(help=f"Of the transformer's blocks: {', '.join(DTYPES)}.")]
@@ -51,6 +51,48 @@ Mask = Annotated[
     typer.Option(help="Picture that is white (or, with alpha, opaque) where the edit may change something; elsewhere nothing "
         "changes. Of any size: it is stretched over the picture."),
 ]
+Protect = Annotated[
+    Optional[Path], typer.Option(help="The opposite of --mask: a picture that is white where nothing may change."),
+]
+Regions = Annotated[
+    Optional[list[str]],
+    typer.Option(help="INSTRUCTION@MASK, in place of an instruction: what to change where; may be given several times, later "
+        "ones lie on top; without @MASK it is for everywhere.", show_default=False),
+]
+Crop = Annotated[
+    Optional[float],
+    typer.Option(help="Edit only what --mask marks, at the full working size, with so much around it (a share of its longer "
+        "side, such as 0.25), and put it back."),
+]
+Extend = Annotated[
+    Optional[str],
+    typer.Option(help="Outpaint: LEFT,TOP,RIGHT,BOTTOM of new picture, in pixels, or shares such as 25%; one number: all sides."),
+]
+Seam = Annotated[int, typer.Option(min=0, help="Pixels from a mask's edge inwards over which the edit fades in.")]
+Strength = Annotated[
+    float, typer.Option(help="1 is the free edit; less holds more scales, coarse ones first, to the picture; 0: the picture itself.")
+]
+Preserve = Annotated[float, typer.Option(help="Pulls every bit towards the picture's: 0 not at all, 1 all the way.")]
+SourceAttention = Annotated[float, typer.Option(help="What the picture weighs in self-attention: 1 as trained, 0 it is not seen.")]
+Feather = Annotated[int, typer.Option(help="Tokens around a mask that are drawn with it, and latents that stay so.")]
+AutoMask = Annotated[
+    float,
+    typer.Option(help=f"Above 0 the edit finds what it changes, and all else stays as it is: {AUTO_MASK:g} is a good one, more lets more in."),
+]
+BestOf = Annotated[int, typer.Option(help="Begin so many candidates and go on with the best one.")]
+BestAt = Annotated[int, typer.Option(help="Scales after which the best candidate is chosen.")]
+Score = Annotated[str, typer.Option(help=f"What chooses it: {', '.join(SCORES)}.")]
+Begun = Annotated[
+    Optional[Path], typer.Option(help="Tokens of the first scales of this edit, to finish it; with --variations, to branch off.")
+]
+FromScale = Annotated[int, typer.Option(min=0, help="Draw from this scale on; of --begun only the earlier ones are kept.")]
+SaveTokens = Annotated[
+    Optional[Path], typer.Option(help="Write the edit's tokens, some kilobytes, as .safetensors: to decode, finish, branch or edit again.")
+]
+Maps = Annotated[
+    Optional[Path], typer.Option(help="Write two pictures of each result into this folder: what changed, and how sure the model was.")
+]
+Preset = Annotated[str, typer.Option(help=f"Curves of guidance and temperature over the scales: {', '.join(PRESETS)}.")]
 Unguided = Annotated[int, typer.Option(min=0, help="Shortcut: so many last scales without guidance; more than there are means all.")]
 Inside = Annotated[int, typer.Option(min=0, help="Shortcut: compute the last N scales inside the mask only. A wide mask loses less.")]
 Window = Annotated[
@@ -68,13 +110,15 @@ TEMPERATURE = f"{DEFAULT_SETTINGS.temperature:g}"
 TOP_P = f"{DEFAULT_SETTINGS.top_p:g}"
 
 
-def per_scale(text: str) -> list[float]:
-    """One number, or several with commas between them. BadParameter for anything else."""
+def per_scale(text: str) -> list[float] | Curve:
+    """One number, several with commas between them, or two with a colon, from the first to the last scale. BadParameter
+    for anything else."""
     try:
-        return [float(part) for part in text.split(",")]
+        first, colon, last = text.partition(":")
+        return Curve(float(first), float(last)) if colon else [float(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(
-            f"{text!r} is neither a number nor a comma-separated list of one number a scale"
+            f"{text!r} is neither a number, nor one a scale (3,3,2,1), nor the first and the last scale's (3:1)"
         ) from None
 
 

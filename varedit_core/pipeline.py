@@ -22,7 +22,7 @@ from .checkpoints import load_autoencoder, load_transformer
 from .config import patch_size
 from .controls import Certainty, changed
 from .defaults import (
-    DEFAULT_SETTINGS, FIT, FITS, KINDS, NEUTRAL, NO_SHORTCUTS, SIZE, TEXT_SETTINGS, Controls, SamplingSettings, Shortcuts,
+    AUTO_MASK, DEFAULT_SETTINGS, FIT, FITS, KINDS, NEUTRAL, NO_SHORTCUTS, SIZE, TEXT_SETTINGS, Controls, SamplingSettings, Shortcuts,
 )  # fmt: skip
 from .eight_bit import LINEARS
 from .images import (
@@ -237,7 +237,7 @@ class Editor:
         given: Tokens | None = None,
         steer: Sequence[Control] = (),
         seam: int = 0,
-        certainty: bool = False,
+        explain: bool = False,
     ) -> Edited:
         """Edit pictures, each by its own instruction, in one batch.
 
@@ -247,7 +247,7 @@ class Editor:
         results of each picture, one behind the other, of as many seeds. mask: where the pictures may change (white),
         one for all or one each; elsewhere they stay as they are. regions: in place of instructions, several of them
         with masks. given: the first scales of this edit, or of the edit this one branches off from. steer: further
-        controls (see `controls`). seam: pixels from a mask's edge inwards over which the edit fades in. certainty: whether to find out how sure the model was.
+        controls (see `controls`). seam: pixels from a mask's edge inwards over which the edit fades in. explain: whether to find out, too, what changed and how sure the model was.
         on_scale: called with every `Scale` before its bits are drawn, and the fitted pictures; raise in it to
         cancel. ValueError where pictures, instructions, masks and model do not belong together.
         """
@@ -265,7 +265,7 @@ class Editor:
             raise ValueError(
                 "the pictures of a batch need different aspect tables; edit them one by one or fit them to squares"
             )
-        more = dict(controls=controls, regions=regions, given=given, steer=steer, seam=seam, certainty=certainty)
+        more = dict(controls=controls, regions=regions, given=given, steer=steer, seam=seam, explain=explain)
         return self._run(fitted, prompts, negatives, settings, on_scale, variations, shortcuts, mask, source, **more)
 
     def generate(
@@ -322,7 +322,7 @@ class Editor:
         given: Tokens | None = None,
         steer: Sequence[Control] = (),
         seam: int = 0,
-        certainty: bool = False,
+        explain: bool = False,
     ) -> Edited:
         """What `run` and `generate` share: from fitted pictures and prompts to pictures. source: tokens of the sources."""
         unwanted = None
@@ -343,24 +343,33 @@ class Editor:
         bits, total = given.to(self.device).bits if given else (), source and source.total()
         request = Request(features, rows, unwanted, where, areas, bits, total)
         more = dict(shortcuts=shortcuts, controls=controls, promises=promises, steer=steer)
-        parts = self._parts(request, fitted, source, on_scale, variations, settings, certainty, more)
+        parts = self._parts(request, fitted, source, on_scale, variations, settings, explain, more)
         self._make_room(fitted[0])
         sums, shown = torch.cat([part.sums for part in parts]), repeated(fitted, variations)
         results, found, tokens = self.decode(sums, shown), None, joined([part.tokens for part in parts])
+        moved = None
+        if controls.auto_mask or explain:
+            before = torch.cat([part.before for part in parts])
+            amount = controls.auto_mask or AUTO_MASK
+            moved = [self._moved(*pair, amount) for pair in zip(sums, before)]
         if controls.auto_mask:
-            held = tokens.free is not None
-            before = tokens.under.total() if held else sums  # nothing was locked: all may have changed
-            free = tokens.free.any(1, keepdim=True) if held else torch.ones_like(sums[:, :1])
-            found = [self._found(*one, held and controls.auto_mask) for one in zip(sums, before, free, shown)]
+            free = torch.ones(1, 1, *tokens.grid) if tokens.free is None else tokens.free.any(1, keepdim=True).float()
+            free = F.interpolate(free.expand(len(sums), -1, -1, -1), moved[0].shape[-2:])[:, 0].to(self.device)
+            found = [unfit_mask((m >= 1) * f, image.fitting) for m, f, image in zip(moved, free, shown)]
         for part in parts:
             part.last.check()
         for layer in (drawn and repeated(drawn, variations), found):
             results = [masked(*one, seam) for one in zip(results, shown, layer)] if layer else results
-        return Edited(results, tokens, found, torch.cat([part.sure for part in parts]) if certainty else None)
+        if not explain:
+            return Edited(results, tokens, found)
+        side = fitted[0].schedule.pixels
+        sure = F.interpolate(torch.cat([part.sure for part in parts])[:, None], side, mode="bilinear")[:, 0]
+        maps = [[unfit_mask(x, image.fitting) for x, image in zip(each, shown)] for each in (moved, sure)]
+        return Edited(results, tokens, found, *maps)
 
     def _parts(
         self, request: Request, fitted: list[FittedImage], source: Tokens | None, on_scale, variations: int,
-        settings: SamplingSettings, certainty: bool, more: dict,
+        settings: SamplingSettings, explain: bool, more: dict,
     ) -> list[_Part]:  # fmt: skip
         """The edits of all pictures, of as many at a time as memory lasts for; their last scales are not checked yet."""
         schedule, others = fitted[0].schedule, [self.text.model] if self.text else []
@@ -389,7 +398,7 @@ class Editor:
                 rows = range(len(fitted))[first : first + step]
                 own, shown = request.part(slice(first, first + step)), repeated([fitted[n] for n in rows], copies)
                 seeded = replace(settings, seed=(settings.seed + first) % 2**64)
-                bits, sure = [], Certainty() if certainty else None
+                bits, sure = [], Certainty() if explain else None
                 with closing(self._edits(own, schedule, seeded, copies, **more)) as scales:
                     for scale in scales:
                         if sure:
@@ -400,17 +409,13 @@ class Editor:
                 under = source and source.of(repeated(rows, copies))
                 pick = partial(own.own, copies=copies)
                 tokens = tokens_of(bits, scale, schedule, shown[0].fitting, under, pick)
-                parts.append(_Part(scale, tokens, pick(scale.running_sum), pick(sure.map) if sure else None))
+                before = pick(scale.source.total) if explain or more["controls"].auto_mask else None
+                parts.append(_Part(scale, tokens, pick(scale.running_sum), before, pick(sure.map) if sure else None))
         return parts
 
-    def _found(self, latent: Tensor, source: Tensor, free: Tensor, image: FittedImage, amount: float) -> Image.Image:
-        """Where an edit changed a picture, as its `AutoMask` and the decoded pixels say: white, of the picture's size."""
-        if not amount:
-            return Image.new("L", image.fitting.size, 255)
-        edited, before = (self.decode_pixels(x[None]) for x in (latent, source))
-        far = changed(edited, before, amount) >= 1
-        region = F.interpolate(free[None].float(), far.shape[-2:])[0] > 0
-        return unfit_mask((far & region)[0], image.fitting)
+    def _moved(self, latent: Tensor, before: Tensor, amount: float) -> Tensor:
+        """How far the pixels [y, x] of a sum [d, H, W] are from those of its source's, see `changed`."""
+        return changed(self.decode_pixels(latent[None]), self.decode_pixels(before[None]), amount)[0]
 
     def _make_room(self, image: FittedImage, times: float = 1) -> None:
         """Forget what is kept between edits where it leaves too little to decode a picture, or that several times."""
@@ -436,22 +441,25 @@ class Region:
 @dataclass(frozen=True, eq=False)
 class Edited:
     """What comes of edits. pictures, of the inputs' sizes, and the tokens they are decoded from, variations of a picture
-    behind each other. masks: what each auto mask found, white where the picture changed. certainty: how sure the model
-    was, [B, H, W] on the latent grid, from 0 to 1 (see `controls.Certainty`)."""
+    behind each other. masks: what each auto mask found, white where the picture changed. changes: how much each place
+    changed (`controls.changed`), and certainty: how sure the model was of it (`controls.Certainty`), the whiter the more;
+    all as large as the pictures, mode L, None where not asked for."""
 
     pictures: list[Image.Image]
     tokens: Tokens
-    masks: list[Image.Image] | None
-    certainty: Tensor | None
+    masks: list[Image.Image] | None = None
+    changes: list[Image.Image] | None = None
+    certainty: list[Image.Image] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """Edits that ran together: their sums [B, d, H, W], and how sure the model was of them."""
+    """Edits that ran together: their sums [B, d, H, W]; where asked for, the sources' sums and how sure the model was."""
 
     last: Scale
     tokens: Tokens
     sums: Tensor
+    before: Tensor | None
     sure: Tensor | None
 
 

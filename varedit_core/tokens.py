@@ -88,10 +88,7 @@ class Tokens:
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a safetensors file, a bit a bit. FileExistsError where there is one and overwrite is False."""
         path = Path(path)
-        if path.suffix != SUFFIX:
-            raise ValueError(f"cannot write tokens to {path.name}; its suffix must be {SUFFIX}")
-        check_free(path, overwrite)
-        make_folder(path.parent)
+        check_target(path, overwrite)
         tensors: dict[str, Tensor] = {}
         facts = self._put(tensors, "")
         temporary = path.with_name(f".{path.name}.tmp")
@@ -138,6 +135,14 @@ class Tokens:
             free = _unpacked(file.get_tensor(f"{prefix}free"), facts["free"])
             under = cls._take(file, facts["under"], f"{prefix}under.")
         return cls(schedule, bits, tuple(facts["grid"]), fitting, free, under)
+
+
+def check_target(path: Path, overwrite: bool = False) -> None:
+    """Raise what `Tokens.save` would for this path, and make missing folders, before there are tokens."""
+    if path.suffix != SUFFIX:
+        raise ValueError(f"cannot write tokens to {path.name}; its suffix must be {SUFFIX}")
+    check_free(path, overwrite)
+    make_folder(path.parent)
 
 
 def tokens_of(
