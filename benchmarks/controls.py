@@ -25,7 +25,7 @@ from torch import Tensor
 
 from varedit_core import Editor, SamplingSettings
 from varedit_core.controls import changed
-from varedit_core.defaults import NEUTRAL, PRESETS, SCORES, Controls
+from varedit_core.defaults import AUTO_MASK, NEUTRAL, PRESETS, SCORES, Controls
 from varedit_core.demo import GUIDANCE, SIZE, demo_files
 from varedit_core.images import SourceImage
 from varedit_core.options import hardware
@@ -212,49 +212,57 @@ def overlap(a: Tensor, b: Tensor) -> float:
 
 
 def chains(editor: Editor, options) -> dict:
-    """Eight edits one after the other: how far PSNR against the first picture has fallen, in all pixels that no edit's
-    region has touched yet, below what the tokenizer alone gives of these pixels; and how many edits were done. true masks: every edit's region as its mask; painted masks: the region and 16 pixels
-    around it, and what lies outside of these is measured."""
+    """Eight edits one after the other, each of what the last one left: PSNR against the first picture in all pixels that no
+    edit's region has touched yet (regions grown by 16 pixels for painted masks), and how many edits were done.
+
+    plain: what the tokenizer alone gives of the same pixels. true, painted masks: every edit has its region, or that with
+    16 pixels around it, as its mask. composited: pixels outside the mask (which an auto mask finds itself) are those of the
+    picture before. Pictures that are encoded again are of 8 bits.
+    """
     begun = [draw_chain(Random(f"{options.seed}/{number}")) for number in range(options.chains)]
     scenes = [[render([scene], editor.device) for scene, _, _ in chain] for chain in begun]
     found = {}
-    ways = {
-        "tokens": {}, "tokens, auto mask": {"auto_mask": 0.5}, "tokens, true masks": {}, "tokens, painted masks": {},
-        "tokens, auto mask, kept": {"auto_mask": 0.5}, "tokens, true masks, kept": {}, "tokens, painted masks, kept": {},
-        "tokens, painted masks, kept, feather 0": {"feather": 0}, "tokens, painted masks, kept, feather 2": {"feather": 2},
-        "decoded and encoded": {}, "decoded and encoded, true masks": {}, "decoded and encoded, painted masks": {},
-    }  # fmt: skip
-    for name, controls in ways.items():
-        steps = torch.zeros(len(begun), len(CHAIN) + 1)
-        done = torch.zeros(len(begun), len(CHAIN))
-        for number, (chain, pictures) in enumerate(zip(begun, scenes)):
-            first = pictures[0]
-            features = editor.autoencoder.encode(first)
-            _, total = encode(features, GRIDS)
-            touched = torch.zeros(1, 256, 256, dtype=torch.bool, device=editor.device)
-            plain = shown = editor.decode_pixels(total).clamp(-1, 1)
-            known = None
-            for step, (_, family, words) in enumerate(chain[1:]):
-                region = regions(pictures[step], pictures[step + 1], [family])
-                drawn = F.max_pool2d(region[:, None].float(), 33, 1, 16)[:, 0] if "painted" in name else region.float()
-                mask = drawn if "masks" in name else None
-                (text,) = editor.encode_text([words])
-                settings = replace(SETTINGS, seed=number * 100 + step)
-                more = dict(mask=mask, controls=Controls(**controls), source_total=known)
-                for scale in editor.sample(features, [text], SCHEDULE, settings, **more):
-                    total = scale.running_sum
-                before, shown = shown, editor.decode_pixels(total).clamp(-1, 1)
-                if "tokens" in name:
-                    edited = torch.ones_like(touched[:, None, ::8, ::8]) if scale.edited is None else scale.edited
-                    features, known = torch.where(edited, total, features) if "kept" in name else total, total
-                else:  # as a file of 8 bits would hold it
-                    features = editor.autoencoder.encode(((shown + 1) * 127.5).round() / 127.5 - 1)
-                touched |= drawn > 0
-                steps[number, step + 1] = quiet(plain, first, touched) - quiet(shown, first, touched)
-                done[number, step] = distance(shown, pictures[step + 1], region) < 0.5 * distance(pictures[step], pictures[step + 1], region)
-        found[name] = {f"fall after {k}": round(value, 2) for k, value in enumerate(steps.mean(0).tolist()) if k}
-        found[name] |= {"done": round(done.mean().item(), 3)}
+    for name in (
+        "tokens", "tokens, auto mask", "tokens, auto mask, composited", "tokens, true masks", "tokens, true masks, composited",
+        "tokens, painted masks", "tokens, painted masks, composited", "encoded again", "encoded again, auto mask, composited",
+        "encoded again, true masks", "encoded again, painted masks",
+    ):  # fmt: skip
+        figures = [_chain(editor, name, number, *pair) for number, pair in enumerate(zip(begun, scenes))]
+        psnrs, plains, done = (torch.tensor(rows).mean(0).tolist() for rows in zip(*figures))
+        found[name] = {f"after {k}": round(psnrs[k - 1], 2) for k in (1, 2, 4, 8)}
+        found[name] |= {f"plain {k}": round(plains[k - 1], 2) for k in (1, 8)} | {"done": round(sum(done) / len(done), 3)}
     return found
+
+
+def _chain(editor: Editor, name: str, number: int, chain: list[tuple], pictures: list[Tensor]):
+    first = shown = pictures[0]
+    features, known = editor.autoencoder.encode(first), None
+    plain = editor.decode_pixels(encode(features, GRIDS)[1]).clamp(-1, 1)
+    touched = torch.zeros(1, 256, 256, dtype=torch.bool, device=editor.device)
+    controls, psnrs, plains, done = Controls(auto_mask=AUTO_MASK * ("auto" in name)), [], [], []
+    for step, (_, family, words) in enumerate(chain[1:]):
+        before, after = pictures[step : step + 2]
+        region = regions(before, after, [family])
+        drawn = F.max_pool2d(region[:, None].float(), 33, 1, 16)[:, 0] > 0 if "painted" in name else region
+        more = dict(mask=drawn.float() if "masks" in name else None, controls=controls, source_total=known)
+        texts, settings = editor.encode_text([words]), replace(SETTINGS, seed=number * 100 + step)
+        for scale in editor.sample(features, texts, SCHEDULE, settings, **more):
+            total = scale.running_sum
+        edited = editor.decode_pixels(total).clamp(-1, 1)
+        where = drawn
+        if "auto" in name:
+            free = F.interpolate(scale.edited.float(), 256)[:, 0] > 0
+            where = (changed(edited, editor.decode_pixels(scale.source.total).clamp(-1, 1)) >= 1) & free
+        shown = composite(edited, shown, where) if "composited" in name else edited
+        if "tokens" in name:
+            features = known = total
+        else:
+            features = editor.autoencoder.encode(((shown + 1) * 127.5).round() / 127.5 - 1)
+        touched |= drawn
+        psnrs.append(quiet(shown, first, touched))
+        plains.append(quiet(plain, first, touched))
+        done.append((distance(edited, after, region) < 0.5 * distance(before, after, region)).float().item())
+    return psnrs, plains, done
 
 
 def sources(editor: Editor, options) -> dict:
