@@ -1,6 +1,6 @@
-"""Fill the README's tables from measurements: `python benchmarks/render.py` rewrites them in place.
+"""Fill the tables of README and docs from measurements: `python benchmarks/render.py` rewrites them in place.
 
-Tables stand between `<!-- name -->` and `<!-- /name -->`; a test fails where README and JSON disagree.
+Tables stand between `<!-- name -->` and `<!-- /name -->`; a test fails where page and JSON disagree.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-README = FOLDER.parent / "README.md"
+PAGES = [FOLDER.parent / name for name in ("README.md", "docs/CONTROLS.md")]
 SPEED = FOLDER / "h100.json"
 
 
@@ -194,6 +194,53 @@ def library_memory() -> str:
     return table([f"8B 1024, {facts['device']}, free", *head], rows)
 
 
+def _controls(section: str) -> dict:
+    return json.loads((FOLDER / "controls.json").read_text())["sections"][section]
+
+
+def masks() -> str:
+    rows = [
+        [name, f"{run['success']:.2f}", f"{run['s']:.3f}", "exact" if run["psnr"] >= 100 else f"{run['psnr']:.1f} dB",
+         f"{run['seam_of_targets']:.2f}", f"{run['colour_drift_levels']:.1f}"]
+        for name, run in _controls("masks").items()
+    ]  # fmt: skip
+    return table(["edit", "success", "S", "background", "seam", "colour inside"], rows)
+
+
+def dials() -> str:
+    rows = []
+    for name in ("strength", "preserve", "source_attention"):
+        for value, run in _controls(name).items():
+            same = "the free edit" if run["is_free"] else "the source" if run["is_source"] else ""
+            figures = [f"{run['success_without_keep']:.2f}", f"{run['s']:.2f}", f"{run['psnr']:.1f} dB", f"{run['distance']:.1f}"]
+            rows.append([f"{name.replace('_', ' ')} {float(value):g}", *figures, same])
+    return table(["value", "success", "S", "background", "distance to the source", "bit for bit"], rows)
+
+
+def auto_masks() -> str:
+    rows = []
+    for name, run in _controls("auto").items():
+        found = [f"{run['iou']:.2f}", f"{run['locked']:.0%}"] if "iou" in run else ["-", "-"]
+        rows.append([name, *found, f"{run['success']:.2f}", f"{run['s']:.3f}", f"{run['psnr']:.1f} dB"])
+    return table(["auto mask", "IoU with the true region", "locked", "success", "S", "background"], rows)
+
+
+def chains() -> str:
+    rows = []
+    for name, run in _controls("chains").items():
+        steps = ["exact" if run[f"after {k}"] >= 100 else f"{run[f'after {k}']:.1f} dB" for k in (1, 2, 4, 8)]
+        rows.append([name, *steps, f"{run['done']:.2f}"])
+    return table(["chain", "after 1", "2", "4", "8 edits", "edits done"], rows)
+
+
+def presets() -> str:
+    rows = [
+        [name, f"{run['success']:.2f}", f"{run['s']:.3f}", f"{run['psnr']:.1f} dB", f"{run['between_seeds']:.1f} levels"]
+        for name, run in _controls("presets").items()
+    ]
+    return table(["preset", "success", "S", "background", "between two seeds"], rows)
+
+
 def _memory(row: dict) -> str:
     """Of live tensors, and what was taken from the device for all."""
     if not row["peak_gib"]:
@@ -209,10 +256,13 @@ def _spread(seconds: dict) -> str:
 
 TABLES = {"comfyui": comfyui, "demo": demo, "shapeedit": shapeedit, "parity": parity, "real size": real_size}
 TABLES |= {"speed": speed, "shortcuts": shortcuts, "library memory": library_memory}
+TABLES |= {"masks": masks, "dials": dials, "auto masks": auto_masks, "chains": chains, "presets": presets}
 
 
 def rendered(text: str) -> str:
     for name, make in TABLES.items():
+        if f"<!-- {name} -->" not in text:
+            continue
         before, _, rest = text.partition(f"<!-- {name} -->")
         after = rest.partition(f"<!-- /{name} -->")[2]
         text = f"{before}<!-- {name} -->\n{make()}\n<!-- /{name} -->{after}"
@@ -220,4 +270,5 @@ def rendered(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(rendered(README.read_text()))
+    for page in PAGES:
+        page.write_text(rendered(page.read_text()))

@@ -8,7 +8,7 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 _HOMES = {
-    "Editor": "pipeline", "SamplingSettings": "defaults", "Scale": "sampling", "Schedule": "schedule",
+    "Controls": "defaults", "Editor": "pipeline", "Region": "pipeline", "SamplingSettings": "defaults", "Tokens": "tokens", "Scale": "sampling", "Schedule": "schedule",
     "WeightError": "weights", "load_autoencoder": "checkpoints", "load_text_encoder": "text",
     "load_transformer": "checkpoints", "sample": "sampling", "schedule_for": "schedule",
 }  # fmt: skip
