@@ -126,12 +126,13 @@ class Lora:
 class Objective:
     """flips: a row's share of flipped bits is drawn from 0 to this. text_dropout: share of rows that see the learned
     unconditional text. inside: weight of tokens in the edited region. power: a token of a scale of n tokens weighs
-    n^power."""
+    n^power. sums: share of rows whose source is read as the sum of its tokens, as edits of edits read it."""
 
     flips: float = 0.25
     text_dropout: float = 0.1
     inside: float = 4.0
     power: float = -0.5
+    sums: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..checkpoints import TOKENIZER, TRANSFORMER, load_autoencoder, load_transfo
 from ..config import AutoencoderConfig, TransformerConfig, patch_size
 from ..convert import ARCHITECTURES
 from ..defaults import EDIT, TEXT_TOKENS, SamplingSettings
-from ..quantizer import to_tokens
+from ..quantizer import encode, latent_grids, to_tokens
 from ..sampling import sample
 from ..schedule import TOKEN_PIXELS, Schedule, schedule_for
 from ..shapeedit.edits import draw_sample
@@ -133,7 +133,11 @@ class EditModel(nn.Module):
         flips = draw_flips(batch["target"].shape, self.schedule, self.patch, draw[0] * settings.flips, generator)
         taught = self.teach(batch["target"], self.schedule, self.patch, flips)
         texts = self._texts(batch, draw[1] < settings.text_dropout)
-        source = to_tokens(batch["source"].float(), self.patch)
+        source = batch["source"].float()
+        if settings.sums:
+            summed = torch.rand(count, 1, 1, 1, generator=generator, device=device) < settings.sums
+            source = torch.where(summed, encode(source, latent_grids(self.schedule, self.patch))[1], source)
+        source = to_tokens(source, self.patch)
         logits = parallel_logits(self.transformer, source, taught.inputs, texts, self.store)
         weights = token_weights(self.schedule, batch.get("region"), settings.inside, settings.power)
         return bit_loss(logits, taught.labels, weights)
