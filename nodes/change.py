@@ -5,6 +5,8 @@ from __future__ import annotations
 from ._api import io
 
 AMOUNT = 0.5
+LEAST = 0.1
+"""Below this not even black for white would count."""
 
 
 class VAREditChangeMap(io.ComfyNode):
@@ -23,7 +25,7 @@ class VAREditChangeMap(io.ComfyNode):
                 io.Float.Input(
                     "amount",
                     default=AMOUNT,
-                    min=0.01,
+                    min=LEAST,
                     max=1.0,
                     step=0.05,
                     round=0.001,
