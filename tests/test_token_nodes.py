@@ -133,6 +133,17 @@ def test_an_edit_is_saved_loaded_and_decoded_to_the_same_pictures(server, settin
     assert other != path and written(other) == written(path), "a new number, the same tokens"
 
 
+def test_a_loaded_edit_has_the_pictures_size(server):
+    crop = {"i": node("ImageCrop", image=PICTURE, width=251, height=190, x=0, y=0)}
+    save = {"t": node("+SaveTokens", latent=[SAMPLER, 0], filename_prefix="odd")}
+    graph = edit(crop, save, shown([SAMPLER, 0], image=["i", 0]))
+    graph["7"]["inputs"]["image"] = ["i", 0]
+    done = server.run(graph)
+    load = {"l": node("+LoadTokens", file=saved(server, done)[0])}
+    again = levels(server, server.run(edit(load, shown(["l", 0], image=None))))
+    assert again[0].shape == (190, 251, 3) and same(levels(server, done), again)
+
+
 def test_a_loaded_edit_is_the_next_ones_source(server):
     words = {"w": node("+TextEncode", clip=["3", 0], text="in the bottom centre, add a pink square")}
     save = {"t": node("+SaveTokens", latent=[SAMPLER, 0], filename_prefix="chain")}
