@@ -1,12 +1,13 @@
 """The nodes. Each is a schema and a short `execute`; the work is done in `varedit_core`.
 
 Adapters between the two: `state` (weight files to ComfyUI's layers), `model`, `text_encoder` and `vae` (ComfyUI's native
-types), `pictures` (IMAGE and MASK), `keeping` (what stays between runs) and `running` (memory, progress, previews). They
-are imported at first use.
+types), `pictures` (IMAGE and MASK), `token_latents` (LATENTs known by their tokens), `grids` (sweeps), `keeping` (what
+stays between runs) and `running` (memory, progress, previews). They are imported at first use.
 """
 
 from ._api import ComfyExtension
 from .canvas import VAREditCropRegion, VAREditExtendCanvas, VAREditStitch
+from .change import VAREditChangeMap
 from .decode import VAREditDecode, VAREditScalePreview
 from .encode import VAREditEmptySource, VAREditSourceEncode, VAREditTextEncode
 from .file_info import VAREditFileInfo
@@ -15,11 +16,14 @@ from .loaders import VAREditModelLoader, VAREditTextEncoderLoader, VAREditVAELoa
 from .sample_image import VAREditSampleImage
 from .sampler import VAREditMemoryPlan, VAREditSampler
 from .shortcuts import VAREditShortcuts
+from .sweep import VAREditSweep
+from .tokens import VAREditFirstScales, VAREditLoadTokens, VAREditSaveTokens
 
 NODES = [
     VAREditModelLoader, VAREditTextEncoderLoader, VAREditVAELoader, VAREditTextEncode, VAREditSourceEncode,
     VAREditSampler, VAREditDecode, VAREditScalePreview, VAREditMemoryPlan, VAREditFileInfo,
     VAREditSampleImage, VAREditShortcuts, VAREditCropRegion, VAREditStitch, VAREditExtendCanvas, VAREditEmptySource,
+    VAREditSaveTokens, VAREditLoadTokens, VAREditFirstScales, VAREditChangeMap, VAREditSweep,
 ]  # fmt: skip
 
 

@@ -12,6 +12,11 @@ from types import ModuleType, SimpleNamespace
 
 EXTENSIONS = {".ckpt", ".pt", ".pt2", ".bin", ".pth", ".safetensors", ".pkl", ".sft"}
 FOLDERS = ("diffusion_models", "vae", "text_encoders", "loras")
+FOLDER_PATHS = (
+    "add_model_folder_path", "get_filename_list", "get_full_path", "get_input_directory", "get_output_directory",
+    "get_annotated_filepath", "exists_annotated_filepath", "get_save_image_path",
+)  # fmt: skip
+"""What the pack uses of `folder_paths`."""
 
 _INPUT = ("display_name", "optional", "tooltip", "lazy", "extra_dict", "raw_link", "advanced")
 _WIDGET = (*_INPUT, "default", "socketless")
@@ -127,6 +132,7 @@ class Folders:
 
     def __init__(self, models) -> None:
         self.paths = {name: [str(models / name)] for name in FOLDERS}
+        self.base = models
 
     def add_model_folder_path(self, folder_name: str, full_folder_path: str, is_default: bool = False) -> None:
         paths = self.paths.setdefault(folder_name, [])
@@ -144,6 +150,26 @@ class Folders:
         relative = os.path.relpath(os.path.join("/", filename), "/")
         candidates = (os.path.join(path, relative) for path in self.paths.get(folder_name, ()))
         return next((path for path in candidates if os.path.isfile(path)), None)
+
+    def get_input_directory(self) -> str:
+        return str(self.base / "input")
+
+    def get_output_directory(self) -> str:
+        return str(self.base / "output")
+
+    def get_annotated_filepath(self, name: str, default_dir: str | None = None) -> str:
+        output = name.endswith(" [output]")
+        folder = self.get_output_directory() if output else default_dir or self.get_input_directory()
+        return os.path.abspath(os.path.join(folder, name.removesuffix(" [output]")))
+
+    def exists_annotated_filepath(self, name) -> bool:
+        return os.path.exists(self.get_annotated_filepath(name))
+
+    def get_save_image_path(self, filename_prefix: str, output_dir: str, image_width=0, image_height=0):
+        subfolder, name = os.path.split(filename_prefix)
+        folder = os.path.join(output_dir, subfolder)
+        os.makedirs(folder, exist_ok=True)
+        return folder, name, len(os.listdir(folder)) + 1, subfolder, filename_prefix
 
 
 class Server:
@@ -170,9 +196,7 @@ def modules(models, version: str = "0.33.0") -> dict[str, ModuleType]:
             ),
             "ui": SimpleNamespace(PreviewText=PreviewText, PreviewImage=PreviewImage),
         },
-        "folder_paths": {
-            name: getattr(folders, name) for name in ("add_model_folder_path", "get_filename_list", "get_full_path")
-        },
+        "folder_paths": {name: getattr(folders, name) for name in FOLDER_PATHS},
         "server": {"PromptServer": SimpleNamespace(instance=Server())},
     }
     made = {name: ModuleType(name) for name in contents}

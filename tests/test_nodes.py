@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from stand_in import FOLDERS, KINDS, Schema, Slot, modules
+from stand_in import FOLDER_PATHS, FOLDERS, KINDS, Schema, Slot, modules
 from support import GOLDEN, ROOT
 
 from varedit_core import defaults
@@ -30,6 +30,7 @@ NODES = [
     "VAREditSampler", "VAREditDecode", "VAREditScalePreview", "VAREditMemoryPlan", "VAREditFileInfo",
     "VAREditSampleImage", "VAREditShortcuts", "VAREditCropRegion", "VAREditStitch", "VAREditExtendCanvas",
     "VAREditEmptySource",
+    "VAREditSaveTokens", "VAREditLoadTokens", "VAREditFirstScales", "VAREditChangeMap", "VAREditSweep",
 ]  # fmt: skip
 LOADERS = {
     "VAREditModelLoader": "diffusion_models",
@@ -189,11 +190,10 @@ print(json.dumps({
     "io.Schema": names(io.Schema), "io.NodeOutput": names(io.NodeOutput), "io.Hidden": [one.name for one in io.Hidden],
     "ui.PreviewText": names(ui.PreviewText), "ui.PreviewImage": names(ui.PreviewImage),
     "ComfyExtension": [name for name in vars(ComfyExtension) if not name.startswith("_")],
-    "folder_paths": {name: names(getattr(folder_paths, name))
-                     for name in ("add_model_folder_path", "get_filename_list", "get_full_path")},
+    "folder_paths": {name: names(getattr(folder_paths, name)) for name in FOLDER_PATHS},
     "send_progress_text": names(server.PromptServer.send_progress_text),
 }))
-"""
+""".replace("FOLDER_PATHS", repr(FOLDER_PATHS))
 
 
 def test_the_stand_in_has_nothing_that_comfyui_has_not(comfyui, comfy):
@@ -307,6 +307,16 @@ def test_the_defaults_are_those_of_the_library(schemas):
         ("VAREditExtendCanvas", "unit"): (defaults.LENGTHS[0], defaults.LENGTHS),
         ("VAREditExtendCanvas", "fill"): (defaults.FILL, defaults.FILLS),
         ("VAREditExtendCanvas", "overlap"): (defaults.OVERLAP, None),
+        ("VAREditSaveTokens", "filename_prefix"): ("varedit/tokens", None),
+        ("VAREditFirstScales", "scales"): (4, None),
+        ("VAREditChangeMap", "amount"): (0.5, None),
+        ("VAREditSweep", "seed"): (settings.seed, None),
+        ("VAREditSweep", "guidance"): (settings.guidance, None),
+        ("VAREditSweep", "temperature"): (settings.temperature, None),
+        ("VAREditSweep", "x"): ("guidance", defaults.SWEPT),
+        ("VAREditSweep", "x_values"): ("1, 2, 3", None),
+        ("VAREditSweep", "y"): ("none", ("none", *defaults.SWEPT)),
+        ("VAREditSweep", "y_values"): ("", None),
         **{("VAREditShortcuts", name): (value, None) for name, value in vars(defaults.NO_SHORTCUTS).items()},
     }
     found = {
@@ -662,7 +672,7 @@ print(json.dumps(list(sys.modules)))
     assert {name for name in own if name.startswith("varedit_core")} == {"varedit_core", "varedit_core.defaults"}
     assert {name for name in own if name.startswith("nodes.")} == {
         f"nodes.{name}"
-        for name in ("_api", "canvas", "decode", "encode", "file_info", "files", "loaders", "sample_image", "sampler", "shortcuts")
+        for name in ("_api", "canvas", "change", "decode", "encode", "file_info", "files", "loaders", "sample_image", "sampler", "shortcuts", "sweep", "tokens")
     }
 
 

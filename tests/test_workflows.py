@@ -211,7 +211,7 @@ def test_a_thumbnail_lies_beside_it(name):
 @pytest.mark.parametrize("name", DEMO)
 def test_the_demo_model_gets_its_own_settings(name):
     twin = TWINS[name]
-    assert {inputs["guidance"] for inputs in of_type(twin, "VAREditSampler").values()} == {2.0}
+    assert {inputs["guidance"] for inputs in of_type(twin, "VAREditSampler", "VAREditSweep").values()} == {2.0}
     assert {inputs["size"] for inputs in of_type(twin, "VAREditSourceEncode").values()} == {"256"}
     for kind, key in LOADERS.items():
         (loader,) = of_type(twin, kind).values()
@@ -410,6 +410,44 @@ def test_the_second_edit_keeps_the_first(server):
     error = np.abs(second - first).max(axis=2)
     assert error[180:, 100:156].mean() > 60, "the added square"
     assert error[:128].mean() < 10, "the rest"
+
+
+def test_the_second_edit_reads_the_first_ones_tokens():
+    first, second = of_type(TWINS["two_edits"], "VAREditSampler")
+    assert TWINS["two_edits"][second]["inputs"]["source"] == [first, 0]
+    assert len(of_type(TWINS["two_edits"], "VAREditSourceEncode")) == 1, "nothing is encoded in between"
+
+
+def test_what_did_not_change_stays_as_it_was(server):
+    twin = TWINS["change_map"]
+    (result,), before = pictures(server, twin), source(server, twin)
+    hard, soft = pictures(server, twin, ("MaskPreview",))
+    inside = hard[..., 0] > 0
+    assert set(np.unique(hard)) == {0, 255} and 0.02 < inside.mean() < 0.06, "the square alone"
+    error = np.abs(result - before).max(axis=2)
+    assert error[~inside].max() == 0 and error[inside].mean() > 50
+    assert soft[..., 0][inside].mean() > 250 > 30 > soft[..., 0][~inside].mean() > 0
+    (wider,) = pictures(server, changed(twin, amount=1.0), ("MaskPreview",))[:1]
+    assert (wider[..., 0] > 0).sum() > inside.sum() and wider[..., 0][inside].min() == 255
+
+
+def test_the_draft_is_the_edit_without_its_detail(server):
+    twin = TWINS["tokens"]
+    draft, (result,) = pictures(server, twin, ("PreviewImage",))[0], pictures(server, twin)
+    (finer,) = pictures(server, changed(twin, scales=6), ("PreviewImage",))
+    (whole,) = pictures(server, changed(twin, scales=7), ("PreviewImage",))
+    assert np.abs(draft - result).mean() > np.abs(finer - result).mean() > 0
+    assert (whole == result).all()
+
+
+def test_every_cell_of_the_sweep_is_saved(server):
+    *cells, sheet = pictures(server, TWINS["sweep"])
+    assert len({cell.tobytes() for cell in cells}) == 9 and {cell.shape for cell in cells} == {(256, 256, 3)}
+    assert sheet.shape == (888, 792, 3)
+    (alone,) = pictures(server, TWINS["quick_edit"])
+    assert (cells[1] == alone).all(), "guidance 2, strength 1"
+    before, near, far = source(server, TWINS["sweep"]), cells[7], cells[1]
+    assert np.abs(near - before).mean() < np.abs(far - before).mean(), "less strength, nearer to the source"
 
 
 def test_the_lora_is_what_makes_the_duotone(server):

@@ -25,6 +25,7 @@ from .options import DTYPES, choice, console, progress
 from .parity import Parity, compare
 from .shapeedit.cli import app as shapeedit
 from .showcase import demo
+from .sweep_cli import sweep
 from .training.cli import train
 
 app = typer.Typer(
@@ -117,6 +118,7 @@ app.command()(generate)
 app.command()(edit)
 app.command()(decode)
 app.command()(demo)
+app.command()(sweep)
 app.command()(train)
 app.command()(bench)
 

@@ -12,7 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 CELL = 128
 """Largest side of a picture on the sheet."""
-_GAP, _LINE, _LETTERS = 6, 22, 14
+LETTERS = 14
+"""Size of the labels."""
+_GAP, _LEADING = 6, 8
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Row:
     pictures: Sequence[Image.Image]
 
 
-def contact_sheet(rows: Sequence[Row], columns: Sequence[str], cell: int = CELL) -> Image.Image:
+def contact_sheet(
+    rows: Sequence[Row], columns: Sequence[str], cell: int = CELL, letters: int = LETTERS
+) -> Image.Image:
     """An RGB picture of all rows, one under the other, with the columns' labels on top.
 
-    Pictures of any sizes and modes are made to fit `cell` x `cell`, their transparent parts white. Labels are cut
-    where there is no room; Pillow's own font has Latin letters only.
+    Pictures of any sizes and modes are made to fit `cell` x `cell`, their transparent parts white. Labels, as large as
+    `letters`, are cut where there is no room; Pillow's own font has Latin letters only.
     Raises ValueError without rows or columns, and where a row has not one picture for every column.
     """
     if not rows or not columns:
@@ -37,18 +41,18 @@ def contact_sheet(rows: Sequence[Row], columns: Sequence[str], cell: int = CELL)
             raise ValueError(f"the row {row.label!r} has {len(row.pictures)} pictures for {len(columns)} columns")
     shrunk = [[_shrunk(picture, cell) for picture in row.pictures] for row in rows]
     heights = [max(picture.height for picture in pictures) for pictures in shrunk]
-    width = _GAP + len(columns) * (cell + _GAP)
-    sheet = Image.new("RGB", (width, _GAP + _LINE + sum(_LINE + height + _GAP for height in heights)), "white")
-    font = ImageFont.load_default(size=_LETTERS)
+    line, width = letters + _LEADING, _GAP + len(columns) * (cell + _GAP)
+    sheet = Image.new("RGB", (width, _GAP + line + sum(line + height + _GAP for height in heights)), "white")
+    font = ImageFont.load_default(size=letters)
     draw = ImageDraw.Draw(sheet)
     for column, label in enumerate(columns):
         draw.text((_left(column, cell), _GAP), _cut(label, cell, font), "grey", font)
-    top = _GAP + _LINE
+    top = _GAP + line
     for row, pictures, height in zip(rows, shrunk, heights):
         draw.text((_GAP, top), _cut(row.label, width - 2 * _GAP, font), "black", font)
         for column, picture in enumerate(pictures):
-            sheet.paste(picture, (_left(column, cell), top + _LINE))
-        top += _LINE + height + _GAP
+            sheet.paste(picture, (_left(column, cell), top + line))
+        top += line + height + _GAP
     return sheet
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True)
@@ -234,6 +234,8 @@ PRESETS = {
 }
 """Names of curves: factors on what guidance is above 1, and on temperature, from the first to the last scale."""
 PRESET = "balanced"
+SWEPT = (*(field.name for field in fields(SamplingSettings)), *(field.name for field in fields(Controls)), "preset")
+"""Settings that a sweep goes over (see `sweep`)."""
 
 DEFAULT_SETTINGS = SamplingSettings()
 NEUTRAL = Controls()

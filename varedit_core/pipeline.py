@@ -238,6 +238,7 @@ class Editor:
         steer: Sequence[Control] = (),
         seam: int = 0,
         explain: bool = False,
+        features: Tensor | None = None,
     ) -> Edited:
         """Edit pictures, each by its own instruction, in one batch.
 
@@ -247,7 +248,8 @@ class Editor:
         results of each picture, one behind the other, of as many seeds. mask: where the pictures may change (white),
         one for all or one each; elsewhere they stay as they are. regions: in place of instructions, several of them
         with masks. given: the first scales of this edit, or of the edit this one branches off from. steer: further
-        controls (see `controls`). seam: pixels from a mask's edge inwards over which the edit fades in. explain: whether to find out, too, what changed and how sure the model was.
+        controls (see `controls`). seam: pixels from a mask's edge inwards over which the edit fades in. explain: whether
+        to find out, too, what changed and how sure the model was. features: of the pictures, by `encode_source`, where they are known.
         on_scale: called with every `Scale` before its bits are drawn, and the fitted pictures; raise in it to
         cancel. ValueError where pictures, instructions, masks and model do not belong together.
         """
@@ -266,6 +268,7 @@ class Editor:
                 "the pictures of a batch need different aspect tables; edit them one by one or fit them to squares"
             )
         more = dict(controls=controls, regions=regions, given=given, steer=steer, seam=seam, explain=explain)
+        more["features"] = features
         return self._run(fitted, prompts, negatives, settings, on_scale, variations, shortcuts, mask, source, **more)
 
     def generate(
@@ -323,6 +326,7 @@ class Editor:
         steer: Sequence[Control] = (),
         seam: int = 0,
         explain: bool = False,
+        features: Tensor | None = None,
     ) -> Edited:
         """What `run` and `generate` share: from fitted pictures and prompts to pictures. source: tokens of the sources."""
         unwanted = None
@@ -335,10 +339,11 @@ class Editor:
         drawn, where = _masks(mask, fitted)
         areas, drawn, where = _areas(regions, fitted, drawn, where)
         self._make_room(fitted[0], 2)
-        if source is None:
+        features = features if source is None else source.total()
+        if features is None:
             features, texts, promises = self.begin(fitted, prompts)
         else:
-            features, texts, promises = source.total(), [self._features(p) for p in prompts], Promises(True)
+            texts, promises = [self._features(p) for p in prompts], Promises(True)
         rows = [texts[n : n + count] for n in range(0, len(texts), count)]
         bits, total = given.to(self.device).bits if given else (), source and source.total()
         request = Request(features, rows, unwanted, where, areas, bits, total)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,15 +85,18 @@ class Tokens:
         free = self.free if self.free is None else self.free.to(device)
         return replace(self, bits=tuple(b.to(device) for b in self.bits), free=free, under=self.under and self.under.to(device))
 
-    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write a safetensors file, a bit a bit. FileExistsError where there is one and overwrite is False."""
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False, notes: Mapping[str, str] | None = None) -> None:
+        """Write a safetensors file, a bit a bit. FileExistsError where there is one and overwrite is False.
+
+        notes: texts that lie beside the tokens in the file; see `notes_of`.
+        """
         path = Path(path)
         check_target(path, overwrite)
         tensors: dict[str, Tensor] = {}
         facts = self._put(tensors, "")
         temporary = path.with_name(f".{path.name}.tmp")
         try:
-            save_file(tensors, temporary, {"format": FORMAT, "tokens": json.dumps(facts)})
+            save_file(tensors, temporary, {**(notes or {}), "format": FORMAT, "tokens": json.dumps(facts)})
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -123,7 +126,7 @@ class Tokens:
                     raise ValueError("it holds something else")
                 return cls._take(file, json.loads(metadata["tokens"]), "")
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} is not a file of tokens ({error}); save one with varedit edit --save-tokens") from None
+            raise ValueError(f"{path} is not a file of tokens ({error}); save one with VAREdit Save Tokens or varedit edit --save-tokens") from None
 
     @classmethod
     def _take(cls, file, facts: dict, prefix: str) -> Tokens:
@@ -143,6 +146,12 @@ def check_target(path: Path, overwrite: bool = False) -> None:
         raise ValueError(f"cannot write tokens to {path.name}; its suffix must be {SUFFIX}")
     check_free(path, overwrite)
     make_folder(path.parent)
+
+
+def notes_of(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts that lie beside the tokens in a file that `Tokens.load` reads."""
+    with safe_open(path, "pt") as file:
+        return {key: text for key, text in file.metadata().items() if key not in ("format", "tokens")}
 
 
 def tokens_of(

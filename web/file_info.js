@@ -1,7 +1,7 @@
 // Shows the text that a node of this pack returns on the node; ComfyUI's page does so for its own text nodes only.
 import { app } from "../../scripts/app.js";
 
-const SHOWN = new Set(["VAREditFileInfo", "VAREditMemoryPlan"]);
+const SHOWN = new Set(["VAREditFileInfo", "VAREditMemoryPlan", "VAREditSaveTokens"]);
 
 function addTextBox(node) {
   const box = document.createElement("textarea");

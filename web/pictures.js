@@ -2,7 +2,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
-const SHOWN = new Set(["VAREditScalePreview", "VAREditSampleImage"]);
+const SHOWN = new Set(["VAREditScalePreview", "VAREditSampleImage", "VAREditSweep"]);
 const KEPT = "shown_pictures"; // property of a node: what names its pictures to the server
 
 const tracker = () => app.extensionManager?.workflow?.activeWorkflow?.changeTracker;

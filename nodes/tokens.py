@@ -1,0 +1,149 @@
+"""Edits as their tokens: kept in files of kilobytes, and cut after some scales."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ._api import io, ui
+from .files import NO_FILE, stamp
+from .shortcuts import MOST
+
+SUFFIX = ".safetensors"
+PREFIX = "varedit/tokens"
+FIRST = 4
+"""Scales that are kept at first."""
+OUTPUT = " [output]"
+"""What ComfyUI writes behind the name of a file in its output folder."""
+
+
+def token_files() -> list[str]:
+    """Files that may hold tokens, those of the input folder first; never empty (see `files.listed`)."""
+    kept = _names(folder_paths.get_input_directory())
+    return [*kept, *(name + OUTPUT for name in _names(folder_paths.get_output_directory()))] or [NO_FILE]
+
+
+def _names(folder: str) -> list[str]:
+    found = ((where, name) for where, _, names in os.walk(folder) for name in names)
+    return sorted(os.path.relpath(os.path.join(*one), folder) for one in found if one[1].endswith(SUFFIX))
+
+
+def missing(name: str) -> str:
+    """What to say of a file that is not there, "" for one that is."""
+    if name != NO_FILE and folder_paths.exists_annotated_filepath(name):
+        return ""
+    lack = f"{name} is not" if name != NO_FILE else "there are no tokens"
+    return f"{lack} in ComfyUI's folders input and output; save some with VAREdit Save Tokens, or put a file into input, press R and choose it"
+
+
+class VAREditSaveTokens(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VAREditSaveTokens",
+            display_name="VAREdit Save Tokens",
+            category="VAREdit",
+            description="Saves an edit as its tokens, a file of kilobytes that decodes to the same picture bit for bit.",
+            search_aliases=["save latent", "export tokens", "save edit"],
+            inputs=[
+                io.Latent.Input("latent", tooltip="The edit, from VAREdit Sampler or VAREdit First Scales, as it came."),
+                io.String.Input(
+                    "filename_prefix",
+                    default=PREFIX,
+                    tooltip="Folder and beginning of the name, in ComfyUI's output folder; a number follows.",
+                ),
+            ],
+            outputs=[io.String.Output("path", display_name="path", tooltip="Where the file lies; the node shows it.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, latent, filename_prefix: str) -> io.NodeOutput:
+        from .token_latents import save_tokens
+
+        output = folder_paths.get_output_directory()
+        folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix, output)
+        path = Path(folder) / f"{name}_{counter:05}_{SUFFIX}"
+        facts = save_tokens(latent, path)
+        text = f"{path.relative_to(output)}\n{facts}, {path.stat().st_size / 1000:.3g} kB"
+        return io.NodeOutput(str(path), ui=ui.PreviewText(text))
+
+
+class VAREditLoadTokens(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VAREditLoadTokens",
+            display_name="VAREdit Load Tokens",
+            category="VAREdit",
+            description="Loads saved tokens as the latent that they were: to decode, to cut, or to edit further.",
+            search_aliases=["load latent", "import tokens", "open edit"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=token_files(),
+                    tooltip="A file of VAREdit Save Tokens or of varedit edit --save-tokens, in ComfyUI's input or output folder.",
+                ),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Gives the sampler's fast preview its colours, and refuses tokens of another model.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    "latent",
+                    display_name="latent",
+                    tooltip="For VAREdit Decode, for VAREdit First Scales, or for a sampler's source.",
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str | None):
+        return file is None or missing(file) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str | None, vae=None):
+        return stamp(folder_paths.get_annotated_filepath(file)) if file else None
+
+    @classmethod
+    def execute(cls, file: str, vae=None) -> io.NodeOutput:
+        from .token_latents import load_tokens
+
+        if lack := missing(file):
+            raise ValueError(lack)
+        return io.NodeOutput(load_tokens(Path(folder_paths.get_annotated_filepath(file)), vae))
+
+
+class VAREditFirstScales(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VAREditFirstScales",
+            display_name="VAREdit First Scales",
+            category="VAREdit",
+            description="Keeps the first scales of an edit: a draft to look at, or the beginning that other edits go on from.",
+            search_aliases=["cut tokens", "draft", "branch", "truncate"],
+            inputs=[
+                io.Latent.Input("latent", tooltip="The edit, from VAREdit Sampler or VAREdit Load Tokens, as it came."),
+                io.Int.Input(
+                    "scales",
+                    default=FIRST,
+                    min=1,
+                    max=MOST,
+                    tooltip="How many to keep, from the coarsest on; an edit at 256 has 7, at 512 10 and at 1024 13.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output("latent", display_name="latent", tooltip="The edit as it is after so many scales.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, latent, scales: int) -> io.NodeOutput:
+        from .token_latents import first_scales
+
+        return io.NodeOutput(first_scales(latent, scales))

@@ -1,0 +1,134 @@
+"""A sweep: one edit at several values of one or two of its settings, and a labelled grid of what comes of it.
+
+Knows the settings and an editor; knows nothing of files and options. `Axis` and `planned` are the node's too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+from PIL import Image
+
+from .contact_sheet import LETTERS, Row, contact_sheet
+from .defaults import DEFAULT_SETTINGS, FIT, NEUTRAL, PRESET, SIZE, SWEPT, Controls, SamplingSettings
+from .images import load_image
+from .pipeline import Editor, Picture
+
+CELL = 256
+"""Largest side of a picture on the grid, in pixels."""
+MOST = 100
+"""Edits of a sweep, at most."""
+_NEUTRAL = {field.name: field.default for kind in (SamplingSettings, Controls) for field in fields(kind)} | {"preset": PRESET}
+_PREFERRED_LETTERS = 16  # pixels of a cell to one of its label
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting and its values, in the order of the grid."""
+
+    name: str
+    values: tuple[float | int | str, ...]
+
+    @classmethod
+    def read(cls, name: str, texts: str) -> Axis:
+        """Values with commas between them, each once. ValueError for an unknown setting and for what is none of its values."""
+        if name not in SWEPT:
+            raise ValueError(f"there is no setting {name!r} to sweep; choose one of {', '.join(SWEPT)}")
+        kind = type(_NEUTRAL[name])
+        values = [part.strip() for part in texts.split(",") if part.strip()]
+        if not values:
+            raise ValueError(f"{name} has no values to sweep; give some with commas between them")
+        try:
+            return cls(name, tuple(dict.fromkeys(kind(value) for value in values)))
+        except ValueError:
+            what = "whole numbers" if kind is int else "numbers"
+            raise ValueError(f"{name} takes {what} with commas between them, got {texts!r}") from None
+
+    @classmethod
+    def parse(cls, text: str) -> Axis:
+        """`read` of NAME=VALUE,VALUE,..."""
+        name, equals, values = text.partition("=")
+        if not equals:
+            raise ValueError(f"a sweep takes NAME=VALUE,VALUE,..., got {text!r}; such as guidance=1,2,3")
+        return cls.read(name.strip(), values)
+
+    @property
+    def labels(self) -> list[str]:
+        return [f"{self.name} {value:g}" if isinstance(value, float) else f"{self.name} {value}" for value in self.values]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One edit of a sweep: what it is called on each axis, and its settings."""
+
+    column: str
+    row: str
+    settings: SamplingSettings
+    controls: Controls
+
+
+def planned(
+    x: Axis, y: Axis | None = None, settings: SamplingSettings = DEFAULT_SETTINGS, controls: Controls = NEUTRAL
+) -> list[list[Cell]]:
+    """The edits of a sweep, row by row, with all other settings as given. ValueError, before anything runs, where two axes
+    are one setting, where a value is out of its setting's range, and for too many edits."""
+    if y is not None and x.name == y.name:
+        raise ValueError(f"both axes are {x.name}; choose another setting for one of them")
+    count = len(x.values) * (len(y.values) if y else 1)
+    if count > MOST:
+        raise ValueError(f"the sweep has {count} edits; give fewer values, for at most {MOST}")
+    down = list(zip(y.labels, y.values)) if y else [("", None)]
+    return [
+        [
+            Cell(column, row, *_with({x.name: value} | ({y.name: other} if y else {}), settings, controls))
+            for column, value in zip(x.labels, x.values)
+        ]
+        for row, other in down
+    ]
+
+
+def _with(values: dict, settings: SamplingSettings, controls: Controls) -> tuple[SamplingSettings, Controls]:
+    def own(kind) -> dict:
+        return {field.name: values[field.name] for field in fields(kind) if field.name in values}
+
+    settings = replace(settings, **own(SamplingSettings))
+    settings = settings.preset(values["preset"]) if "preset" in values else settings  # bends what the others set
+    return settings, replace(controls, **own(Controls))
+
+
+def sweep(
+    editor: Editor,
+    picture: Picture,
+    instruction,
+    cells: Sequence[Sequence[Cell]],
+    negative: str = "",
+    size: str = SIZE,
+    method: str = FIT,
+    mask: Image.Image | None = None,
+    on_cell: Callable[[Cell, Image.Image], None] | None = None,
+) -> list[list[Image.Image]]:
+    """The pictures of the edits that `planned` lists; picture and instruction are encoded once.
+
+    The arguments are those of `Editor.run`. on_cell: called with every edit when it is done.
+    """
+    source = load_image(picture) if not hasattr(picture, "rgb") else picture
+    features = editor.encode_source([editor.fit(source, size, method)])
+    prompt = editor.encode_text([instruction])[0] if isinstance(instruction, str) else instruction
+    unwanted = [editor.encode_text([negative])[0]] if negative else None
+    more = dict(size=size, method=method, mask=mask, features=features)
+    rows = []
+    for row in cells:
+        rows.append([])
+        for cell in row:
+            (result,) = editor.run(source, prompt, unwanted, settings=cell.settings, controls=cell.controls, **more).pictures
+            rows[-1].append(result)
+            if on_cell:
+                on_cell(cell, result)
+    return rows
+
+
+def grid(cells: Sequence[Sequence[Cell]], pictures: Sequence[Sequence[Image.Image]], cell: int = CELL) -> Image.Image:
+    """The pictures of a sweep as one, with the values of x on top and those of y above each row."""
+    rows = [Row(row[0].row, shown) for row, shown in zip(cells, pictures)]
+    return contact_sheet(rows, [one.column for one in cells[0]], cell, max(LETTERS, cell // _PREFERRED_LETTERS))
