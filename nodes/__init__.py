@@ -7,6 +7,7 @@ are imported at first use.
 
 from ._api import ComfyExtension
 from .canvas import VAREditCropRegion, VAREditExtendCanvas, VAREditStitch
+from .controls import VAREditControls, VAREditCurves, VAREditRegion
 from .decode import VAREditDecode, VAREditScalePreview
 from .encode import VAREditEmptySource, VAREditSourceEncode, VAREditTextEncode
 from .file_info import VAREditFileInfo
@@ -20,6 +21,7 @@ NODES = [
     VAREditModelLoader, VAREditTextEncoderLoader, VAREditVAELoader, VAREditTextEncode, VAREditSourceEncode,
     VAREditSampler, VAREditDecode, VAREditScalePreview, VAREditMemoryPlan, VAREditFileInfo,
     VAREditSampleImage, VAREditShortcuts, VAREditCropRegion, VAREditStitch, VAREditExtendCanvas, VAREditEmptySource,
+    VAREditControls, VAREditCurves, VAREditRegion,
 ]  # fmt: skip
 
 

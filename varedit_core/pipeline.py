@@ -12,15 +12,15 @@ from functools import partial, reduce
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageChops
 from torch import Tensor
 
 from .autoencoder import Autoencoder
+from .canvas import faded
 from .capture import Recorder
 from .checkpoints import load_autoencoder, load_transformer
 from .config import patch_size
-from .controls import Certainty, changed
+from .controls import Certainty, differing
 from .defaults import (
     DEFAULT_SETTINGS, FIT, FITS, KINDS, NEUTRAL, NO_SHORTCUTS, SIZE, TEXT_SETTINGS, Controls, SamplingSettings, Shortcuts,
 )  # fmt: skip
@@ -350,7 +350,7 @@ class Editor:
         if controls.auto_mask:
             held = tokens.free is not None
             before = tokens.under.total() if held else sums  # nothing was locked: all may have changed
-            free = tokens.free.any(1, keepdim=True) if held else torch.ones_like(sums[:, :1])
+            free = tokens.free if held else sums
             found = [self._found(*one, held and controls.auto_mask) for one in zip(sums, before, free, shown)]
         for part in parts:
             part.last.check()
@@ -407,10 +407,8 @@ class Editor:
         """Where an edit changed a picture, as its `AutoMask` and the decoded pixels say: white, of the picture's size."""
         if not amount:
             return Image.new("L", image.fitting.size, 255)
-        edited, before = (self.decode_pixels(x[None]) for x in (latent, source))
-        far = changed(edited, before, amount) >= 1
-        region = F.interpolate(free[None].float(), far.shape[-2:])[0] > 0
-        return unfit_mask((far & region)[0], image.fitting)
+        edited, before = (to_uint8(self.decode_pixels(x[None])[0]) for x in (latent, source))
+        return unfit_mask(differing(edited, before, free, amount), image.fitting)
 
     def _make_room(self, image: FittedImage, times: float = 1) -> None:
         """Forget what is kept between edits where it leaves too little to decode a picture, or that several times."""
@@ -498,9 +496,7 @@ def _check_regions(regions: Sequence[Region], prompts: list) -> None:
 
 def masked(edited: Image.Image, image: FittedImage, mask: Image.Image, seam: int = 0) -> Image.Image:
     """The edit where the mask is white, the picture itself where it is black. seam: see `Editor.run`."""
-    result = Image.composite(
-        edited.convert("RGB"), image.source.rgb, mask.convert("L").resize(edited.size, Image.Resampling.BILINEAR)
-    )
+    result = Image.composite(edited.convert("RGB"), image.source.rgb, faded(mask, edited.size, seam))
     if image.source.alpha is not None:
         result.putalpha(image.source.alpha)
     return result
