@@ -240,7 +240,12 @@ def _drawn(
 
 
 def _found(
-    vae: VAREditVAE, latent: dict, levels: list[Tensor], fitting: Fitting, image: Tensor | None, tell: Callable[[str], None]
+    vae: VAREditVAE,
+    latent: dict,
+    levels: list[Tensor],
+    fitting: Fitting,
+    image: Tensor | None,
+    tell: Callable[[str], None],
 ) -> list[Image.Image] | None:
     """Where edits with an auto mask changed their pictures (see `controls.differing`), None where it cannot be shown.
     levels: of the decoded edits."""
@@ -255,7 +260,9 @@ def _found(
         return None
     tokens = tokens_in(latent)
     if tokens is None:
-        tell("another node has changed the edit, so its own mask is lost and all of it is shown; connect the sampler's latent")
+        tell(
+            "another node has changed the edit, so its own mask is lost and all of it is shown; connect the sampler's latent"
+        )
         return None
     if tokens.free is None:  # nothing was held to the source: all may have changed
         return [Image.new("L", fitting.size, 255)] * len(levels)

@@ -188,7 +188,9 @@ def sample_latent(
     _check_source(reads_source, origin.empty, mask is not None, edit.controls, tell)
     request, known = _request(edit, source, areas, mask)
     if len(request.given) == len(origin.fitting.schedule):
-        tell("the edit to go on from has all its scales, so nothing is left to draw; keep the first ones by VAREdit First Scales")
+        tell(
+            "the edit to go on from has all its scales, so nothing is left to draw; keep the first ones by VAREdit First Scales"
+        )
     models = [model, *_drafter(edit)]
     schedule = origin.fitting.schedule
     guided, results, each = edit.guided(len(schedule)), len(features) * edit.variations, edit.each
