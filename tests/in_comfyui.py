@@ -755,7 +755,7 @@ class Probe:
         found["auto told"] = [*said, bool((ones == 1).all()), list(ones.shape)]
         found["own mask"] = [torch.equal(by_mask, ignored), torch.equal(used, own.expand(2, -1, -1))]
 
-        part = white((150, 40, 430, 160), (451, 300))
+        part = white((150, 140, 430, 300), (451, 300))  # down to where the padding begins
         night = self.run("TextEncode", self.clip, "make the picture a night scene")
         above = self.run("Region", night, as_mask(part))
         latent = edit(self.source, self.text, regions=above)
