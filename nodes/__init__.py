@@ -8,6 +8,7 @@ stays between runs) and `running` (memory, progress, previews). They are importe
 from ._api import ComfyExtension
 from .canvas import VAREditCropRegion, VAREditExtendCanvas, VAREditStitch
 from .change import VAREditChangeMap
+from .controls import VAREditControls, VAREditCurves, VAREditRegion
 from .decode import VAREditDecode, VAREditScalePreview
 from .encode import VAREditEmptySource, VAREditSourceEncode, VAREditTextEncode
 from .file_info import VAREditFileInfo
@@ -23,6 +24,7 @@ NODES = [
     VAREditModelLoader, VAREditTextEncoderLoader, VAREditVAELoader, VAREditTextEncode, VAREditSourceEncode,
     VAREditSampler, VAREditDecode, VAREditScalePreview, VAREditMemoryPlan, VAREditFileInfo,
     VAREditSampleImage, VAREditShortcuts, VAREditCropRegion, VAREditStitch, VAREditExtendCanvas, VAREditEmptySource,
+    VAREditControls, VAREditCurves, VAREditRegion,
     VAREditSaveTokens, VAREditLoadTokens, VAREditFirstScales, VAREditChangeMap, VAREditSweep,
 ]  # fmt: skip
 

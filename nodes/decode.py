@@ -5,6 +5,9 @@ from __future__ import annotations
 from ..varedit_core.defaults import SCALE_PICTURES
 from ._api import io, tell, ui
 
+SEAM, MOST_SEAM = 0, 256
+"""Pixels over which an edit fades in at a mask's edge, unless told otherwise and at most."""
+
 
 class VAREditDecode(io.ComfyNode):
     @classmethod
@@ -13,7 +16,7 @@ class VAREditDecode(io.ComfyNode):
             node_id="VAREditDecode",
             display_name="VAREdit Decode",
             category="VAREdit",
-            description="Decodes an edit to a picture of exactly the source's size, and composites it by a mask if there is one.",
+            description="Decodes an edit to a picture of exactly the source's size, and composites it by a mask, or the auto mask, if there is one.",
             search_aliases=["vae decode", "masked edit", "composite", "paste back"],
             inputs=[
                 io.Vae.Input("vae", tooltip="The tokenizer, from VAREdit VAE Loader."),
@@ -21,27 +24,40 @@ class VAREditDecode(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="The picture that was edited; needed for a mask, and to keep its alpha.",
+                    tooltip="The picture that was edited; needed for a mask, an auto mask, and to keep its alpha.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
                     tooltip="Where the edit shows (1); elsewhere the picture stays exactly as it was. Of any size; an empty one counts as none.",
                 ),
+                io.Int.Input(
+                    "seam",
+                    default=SEAM,
+                    min=0,
+                    max=MOST_SEAM,
+                    optional=True,
+                    tooltip="Pixels from the mask's edge inwards over which the edit fades in; outside of the mask nothing changes.",
+                ),
             ],
             outputs=[
                 io.Image.Output(
                     "image", display_name="image", tooltip="The edited picture, as large as the picture that came in."
-                )
+                ),
+                io.Mask.Output(
+                    "mask",
+                    display_name="mask",
+                    tooltip="Where the edit shows: the mask with its seam, or what the auto mask found; 1 everywhere without one.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, vae, latent, image=None, mask=None) -> io.NodeOutput:
+    def execute(cls, vae, latent, image=None, mask=None, seam=SEAM) -> io.NodeOutput:
         from .pictures import decode_edit
 
-        return io.NodeOutput(decode_edit(vae, latent, image, mask, lambda text: tell(cls, text)))
+        return io.NodeOutput(*decode_edit(vae, latent, image, mask, lambda text: tell(cls, text), seam))
 
 
 class VAREditScalePreview(io.ComfyNode):

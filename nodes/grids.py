@@ -37,4 +37,4 @@ def edit_grid(model, source: dict, vae, swept: Swept, tell: Callable[[str], None
 def _edited(model, source: dict, vae, swept: Swept, cell, tell: Callable[[str], None]) -> Tensor:
     edit = Edit(swept.texts, cell.settings, mask=swept.mask, controls=cell.controls)
     latent, *_ = sample_latent(model, source, edit, "off", vae, tell)
-    return decode_edit(vae, latent, swept.image, None if swept.image is None else swept.mask, tell)
+    return decode_edit(vae, latent, swept.image, None if swept.image is None else swept.mask, tell)[0]

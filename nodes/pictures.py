@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..varedit_core.canvas import faded
 from ..varedit_core.contact_sheet import Row, contact_sheet
+from ..varedit_core.controls import differing
 from ..varedit_core.images import Fitting, fit, fit_mask, load_image, unfit, unfit_mask
 from ..varedit_core.preview import LEAST_DECODED, SIDE, ColourMap, at_own_size, enlarged
+from ..varedit_core.request import repeated
 from ..varedit_core.schedule import TOKEN_PIXELS, Schedule, schedule_for
 from ..varedit_core.tokens import Tokens
 from .vae import VAREditVAE, checked_vae
@@ -80,8 +83,11 @@ def empty_source(vae, area: str, ratio: float, count: int) -> dict:
     return {"samples": torch.zeros(size, device=mm.intermediate_device()), KEY: origin}
 
 
-def decode_edit(vae, latent: dict, image: Tensor | None, mask: Tensor | None, tell: Callable[[str], None]) -> Tensor:
-    """The edited pictures [B, H, W, 3 or 4] of a LATENT; see `VAREditDecode` for what image and mask do."""
+def decode_edit(
+    vae, latent: dict, image: Tensor | None, mask: Tensor | None, tell: Callable[[str], None], seam: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The edited pictures [B, H, W, 3 or 4] of a LATENT, and where the edit shows in them [B, H, W]; see `VAREditDecode`
+    for what image, mask and seam do."""
     vae, samples = checked_vae(vae), _samples(vae, latent)
     mask = latent.get("noise_mask") if mask is None else mask
     fitting = origin_of(latent, samples, vae).fitting
@@ -96,13 +102,18 @@ def decode_edit(vae, latent: dict, image: Tensor | None, mask: Tensor | None, te
         raise ValueError(
             f"there are {image.shape[0]} images for {len(samples)} edits; connect the same batch, or one image"
         )
-    edited = to_image([unfit(_levels(vae, one), fitting) for one in samples])
+    levels = [_levels(vae, one) for one in samples]
+    edited = to_image([unfit(one, fitting) for one in levels])
     image = image if image is None else _for_each(image, edited)
-    if mask is not None:
-        edited = _composited(edited, image, mask, tell)
+    shown = None if mask is None else _drawn(mask, len(edited), image, tell)
+    if shown is None:
+        shown = _found(vae, latent, levels, fitting, image, tell)
+    weight = torch.ones(edited.shape[:3], device=edited.device)
+    if shown is not None:
+        edited, weight = _composited(edited, image, shown, seam)
     if image is not None and image.shape[3] == 4:
         edited = torch.cat([edited[..., :3], image[..., 3:].to(edited)], dim=-1)
-    return edited
+    return edited, weight
 
 
 def scale_pictures(vae, scales: dict, method: str) -> tuple[list[Tensor], Tensor]:
@@ -133,12 +144,12 @@ def tokens_in(latent: dict) -> Tokens | None:
 
 
 def region_area(mask: Tensor | None, fitting: Fitting, images: int) -> Tensor:
-    """A region's MASK beside the fitted pictures, [images, y, x]; ones for a region that has none."""
-    height, width = fitting.schedule.pixels
-    if mask is None:
-        return torch.ones(images, height, width)
-    found = fitted_mask(mask, fitting, images)
-    return torch.zeros(images, height, width) if found is None else found.expand(images, -1, -1)
+    """A region's MASK beside the fitted pictures, [images, y, x]; all of them for a region that has none. ValueError for
+    an empty one."""
+    found = fitted_mask(torch.ones(1, 1) if mask is None else mask, fitting, images)
+    if found is None:
+        raise ValueError("a region's mask is empty; paint where its instruction is to count")
+    return found.expand(images, -1, -1)
 
 
 def unfitted_mask(mask_BHW: Tensor, fitting: Fitting) -> Tensor:
@@ -212,22 +223,65 @@ def _levels(vae: VAREditVAE, latent_dHW: Tensor) -> Tensor:
     return (pixels.float() * 255).clamp(0, 255).to(torch.uint8)
 
 
-def _composited(edited: Tensor, image: Tensor | None, mask: Tensor, tell: Callable[[str], None]) -> Tensor:
-    """The edit where the mask is 1, the image where it is 0, and between them between."""
-    mask = mask.reshape(-1, 1, *mask.shape[-2:]).float().to(edited.device)
-    if not mask.any():
-        tell("the mask is empty, so the whole edit is shown; paint where the picture may change")
-        return edited
+def _drawn(
+    mask: Tensor, edits: int, image: Tensor | None, tell: Callable[[str], None]
+) -> list[Image.Image] | None:
+    """A MASK of any size as one of every edit, in 8 bits; None for an empty one."""
+    masks = mask.reshape(-1, *mask.shape[-2:]).float().cpu().clamp(0, 1)
+    if not masks.any():
+        tell("the mask is empty, so it counts as none; paint where the picture may change")
+        return None
     if image is None:
         raise ValueError("a mask needs the picture that was edited; connect it to image")
-    if len(edited) % len(mask):
-        raise ValueError(f"there are {len(mask)} masks for {len(edited)} pictures; connect one, or one for each")
-    mask = _for_each(mask, edited)
-    weight = F.interpolate(mask.clamp(0, 1), edited.shape[1:3], mode="bilinear", align_corners=False).movedim(1, -1)
-    weight = torch.where(weight > 1 - 1e-6, 1.0, weight)  # interpolation of ones gives almost one
-    original = image[..., :3].to(edited)
+    if edits % len(masks):
+        raise ValueError(f"there are {len(masks)} masks for {edits} pictures; connect one, or one for each")
+    levels = (masks * 255).round().to(torch.uint8).numpy()
+    return repeated([Image.fromarray(one) for one in levels], edits // len(levels))
+
+
+def _found(
+    vae: VAREditVAE,
+    latent: dict,
+    levels: list[Tensor],
+    fitting: Fitting,
+    image: Tensor | None,
+    tell: Callable[[str], None],
+) -> list[Image.Image] | None:
+    """Where edits with an auto mask changed their pictures (see `controls.differing`), None where it cannot be shown.
+    levels: of the decoded edits."""
+    origin = latent.get(KEY)
+    if origin is None or not origin.auto_mask:
+        return None
+    if image is None:
+        tell(
+            "the edit has found its own mask; connect the picture that was edited to image, and all outside of it stays "
+            "as it was"
+        )
+        return None
+    tokens = tokens_in(latent)
+    if tokens is None:
+        tell(
+            "another node has changed the edit, so its own mask is lost and all of it is shown; connect the sampler's latent"
+        )
+        return None
+    if tokens.free is None:  # nothing was held to the source: all may have changed
+        return [Image.new("L", fitting.size, 255)] * len(levels)
+    before, free = tokens.under.total(), tokens.free.expand(len(levels), -1, -1, -1)
+    sources = (_levels(vae, one) for one in before)
+    pairs = zip(levels, sources, free, strict=True)
+    return [unfit_mask(differing(*pair, origin.auto_mask), fitting) for pair in pairs]
+
+
+def _composited(edited: Tensor, image: Tensor, masks: list[Image.Image], seam: int) -> tuple[Tensor, Tensor]:
+    """The edit where its mask is 1, the image where it is 0, and between them between, in 8 bits as the library has it;
+    and the mask that this took."""
+    size = tuple(edited.shape[2:0:-1])
+    weight = np.stack([np.asarray(faded(mask, size, seam), dtype=np.float32) for mask in masks])
+    weight = (torch.from_numpy(weight) / 255).to(edited.device)
+    original, share = image[..., :3].to(edited), weight[..., None]
     original = original.expand(*original.shape[:3], 3)  # grey
-    return torch.where(weight == 0, original, edited * weight + original * (1 - weight))
+    mixed = ((edited * share + original * (1 - share)) * 255).round() / 255
+    return torch.where(share == 0, original, mixed), weight
 
 
 def fitted_mask(mask: Tensor, fitting: Fitting, images: int) -> Tensor | None:

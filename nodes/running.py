@@ -183,11 +183,14 @@ def sample_latent(
     origin = _origin(network, source, vae)
     method = preview_method(preview, vae, origin)
     reads_source = network.diffusion_model.config.source
-    mask = _mask(edit, source, origin, len(features), edit.shortcuts.inside or not reads_source)
-    _check_source(reads_source, origin.empty, mask is not None, tell)
-    if origin.empty:
-        edit.controls.check_source()
-    request, known = _request(edit, source, origin, mask, features)
+    areas = _areas(edit.regions, origin, len(features))
+    mask = _mask(edit, source, origin, areas, edit.shortcuts.inside or not reads_source)
+    _check_source(reads_source, origin.empty, mask is not None, edit.controls, tell)
+    request, known = _request(edit, source, areas, mask)
+    if len(request.given) == len(origin.fitting.schedule):
+        tell(
+            "the edit to go on from has all its scales, so nothing is left to draw; keep the first ones by VAREdit First Scales"
+        )
     models = [model, *_drafter(edit)]
     schedule = origin.fitting.schedule
     guided, results, each = edit.guided(len(schedule)), len(features) * edit.variations, edit.each
@@ -216,24 +219,30 @@ def sample_latent(
     rest = {key: value for key, value in source.items() if key not in ("samples", "batch_index", KEY)}
     origin = replace(origin, empty=False, tokens=tokens, auto_mask=edit.controls.auto_mask)
     latent = {**rest, "samples": sums[-1].clone(), KEY: origin}  # a view would keep all scales
-    scales = {"samples": sums.flatten(0, 1), KEY: replace(origin, scales=len(sums), tokens=None)}
+    scales = {"samples": sums.flatten(0, 1), KEY: replace(origin, scales=len(sums), tokens=None, auto_mask=0.0)}
     return latent, scales, unfitted_mask(found.sure, origin.fitting).to(device)
 
 
-def _request(edit: Edit, source: dict, origin: Origin, mask: Tensor | None, features: Tensor) -> tuple[Request, Tokens | None]:
+def layered(texts: Texts, mask: Tensor | None, above: Sequence[Region]) -> tuple[Region, ...]:
+    """The sampler's own instruction inside its mask, or everywhere without one, and the regions on top of it."""
+    return Region(texts, mask if mask is not None and mask.any() else None), *above
+
+
+def _areas(regions: Sequence[Region], origin: Origin, images: int) -> Tensor | None:
+    """Of every picture its regions, [B, R, y, x]; None where there are none."""
+    areas = [region_area(region.mask, origin.fitting, images) for region in regions]
+    return torch.stack(areas, dim=1) if areas else None
+
+
+def _request(edit: Edit, source: dict, areas: Tensor | None, mask: Tensor | None) -> tuple[Request, Tokens | None]:
     """What is asked of the loop, and the sources' tokens, where they are known. ValueError where inputs do not belong
     together."""
-    images, areas = len(features), None
+    features, images = source["samples"], len(source["samples"])
     texts = [edit.texts.of(image) for image in range(images)] if edit.texts else [(None, None)] * images
     rows, unwanted = [[wanted] for wanted, _ in texts], [negative for _, negative in texts]
     if edit.regions:
         rows = [[region.texts.of(image)[0] for region in edit.regions] for image in range(images)]
         unwanted = [edit.regions[0].texts.of(image)[1] for image in range(images)]
-        areas = torch.stack([region_area(region.mask, origin.fitting, images) for region in edit.regions], dim=1)
-        if not areas.any():
-            raise ValueError("the regions' masks are empty; paint where each instruction is to count")
-        union = areas.amax(1)
-        mask = (union if mask is None else union * (mask > 0)) if (union == 0).any() else mask
     known, begun = tokens_in(source), ()
     if edit.begun is not None:
         tokens = tokens_in(edit.begun)
@@ -254,8 +263,9 @@ def batches(images: int, variations: int, at_once: int) -> Iterator[tuple[slice,
             yield pictures, image * variations + first, min(copies, variations - first)
 
 
-def _check_source(read: bool, empty: bool, masked: bool, tell: Callable[[str], None]) -> None:
-    """ValueError where a source is not what the model takes, and a word where it is a picture that nobody looks at."""
+def _check_source(read: bool, empty: bool, masked: bool, controls: Controls, tell: Callable[[str], None]) -> None:
+    """ValueError where a source is not what the model or its controls take, and a word where it is a picture that nobody
+    looks at."""
     if read and empty:
         raise ValueError(
             "this model edits pictures but the source is empty; connect VAREdit Source Encode, or set kind to text-to-image "
@@ -265,15 +275,22 @@ def _check_source(read: bool, empty: bool, masked: bool, tell: Callable[[str], N
         raise ValueError(
             "the source is empty, so that there is nothing to keep outside the mask; connect VAREdit Source Encode"
         )
-    if not (read or empty or masked):
+    if empty:
+        controls.check_source()
+    held = masked or controls.strength < 1 or controls.preserve or controls.auto_mask
+    if not (read or empty or held):
         tell("this model makes pictures of text alone and takes only the source's size; connect a mask to repaint a part of it")
 
 
-def _mask(edit: Edit, source: dict, origin: Origin, images: int, own: bool) -> Tensor | None:
-    """The mask beside the fitted sources, None for an empty one. own: whether the latent's serves where there is none:
-    for the shortcut, and for models that read a picture only outside a mask."""
+def _mask(edit: Edit, source: dict, origin: Origin, areas: Tensor | None, own: bool) -> Tensor | None:
+    """The mask beside the fitted sources, None for an empty one; of regions that have all a mask, what they cover. own:
+    whether the latent's serves where there is none: for the shortcut, and for models that read a picture only outside
+    a mask."""
     given = source.get("noise_mask") if edit.mask is None and own else edit.mask
-    mask = None if given is None else fitted_mask(given, origin.fitting, images)
+    mask = None if given is None else fitted_mask(given, origin.fitting, len(source["samples"]))
+    if edit.regions and all(region.mask is not None for region in edit.regions):
+        covered = areas.amax(1)
+        mask = covered if mask is None else covered * (mask > 0)
     if edit.shortcuts.inside and mask is None:
         raise ValueError("the shortcut inside needs a mask that is not empty; connect one to mask, or set inside to 0")
     return mask

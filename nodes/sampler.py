@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..varedit_core.defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, PREVIEWS, SIDE, SIZES
+from ..varedit_core.defaults import DEFAULT_SETTINGS, NEUTRAL, NO_SHORTCUTS, PREVIEWS, SIDE, SIZES
 from ._api import io, tell, ui
+from .controls import ControlsType, CurvesType, RegionsType
 from .shortcuts import ShortcutsType
 
 
@@ -101,6 +102,26 @@ class VAREditSampler(io.ComfyNode):
                     optional=True,
                     tooltip="A second model of the same VAE and text encoder, for the shortcut drafted.",
                 ),
+                ControlsType.Input(
+                    "controls",
+                    optional=True,
+                    tooltip="How far the edit may leave its source, from VAREdit Controls.",
+                ),
+                CurvesType.Input(
+                    "curves",
+                    optional=True,
+                    tooltip="How guidance and temperature run over the scales, from VAREdit Curves.",
+                ),
+                RegionsType.Input(
+                    "regions",
+                    optional=True,
+                    tooltip="Further instructions with masks, from VAREdit Region. They lie on top of positive, which counts inside mask, or everywhere without one.",
+                ),
+                io.Latent.Input(
+                    "begun",
+                    optional=True,
+                    tooltip="What to go on from: an edit of the same pictures and size whose first scales are taken as they are; only the others are drawn.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -137,11 +158,19 @@ class VAREditSampler(io.ComfyNode):
         shortcuts=None,
         mask=None,
         drafter=None,
+        controls=None,
+        curves=None,
+        regions=None,
+        begun=None,
     ) -> io.NodeOutput:
-        from .running import Edit, Texts, sample_latent, settings_of
+        from .running import Edit, Texts, layered, sample_latent, settings_of
 
         settings = settings_of(seed, guidance, temperature, top_p)
-        edit = Edit(Texts.read(positive, negative), settings, variations, shortcuts or NO_SHORTCUTS, mask, drafter)
+        settings = settings.bent(*curves) if curves else settings
+        texts = Texts.read(positive, negative)
+        layers, mask = (layered(texts, mask, regions), None) if regions else ((), mask)
+        more = dict(controls=controls or NEUTRAL, regions=layers, begun=begun)
+        edit = Edit(texts, settings, variations, shortcuts or NO_SHORTCUTS, mask, drafter, **more)
         return io.NodeOutput(
             *sample_latent(model, source, edit, preview or PREVIEWS[0], vae, lambda text: tell(cls, text))
         )

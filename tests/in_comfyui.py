@@ -670,6 +670,155 @@ class Probe:
         }  # fmt: skip
         return found
 
+    def controls(self) -> dict:
+        """Controls, curves, regions, first scales and chains: largest differences in 8-bit levels from the library's
+        pictures, and what does not belong together."""
+        from dataclasses import replace
+
+        import numpy as np
+        from PIL import Image
+
+        from varedit_core import Editor, SamplingSettings
+        from varedit_core.defaults import Controls, Curve
+        from varedit_core.demo import demo_files
+        from varedit_core.pipeline import Region
+
+        torch, editor = self.torch, Editor.load(*demo_files(), device="cpu")
+        execute, decode = (self.nodes[f"VAREdit{name}"].execute for name in ("Sampler", "Decode"))
+        settings, scene = SamplingSettings(2.0, 0.5, seed=5), self.image(SCENE)
+        words = "recolour the black star in purple", "in the bottom centre, add a pink square"
+        texts = [self.run("TextEncode", self.clip, one) for one in words]
+        flat = self.run("SourceEncode", self.vae, scene, "256", "square")
+        neutral = dict(strength=1.0, preserve=0.0, source_attention=1.0, feather=1, auto_mask=0.0, best_of=1, best_at=4, score="likelihood")  # fmt: skip
+
+        def edit(source, text, more=None, **kw):
+            made = {"controls": self.run("Controls", **{**neutral, **more})} if more else {}
+            return execute(self.model, source, text, 5, 2.0, 0.5, **made, **kw).result[0]
+
+        def off(pictures, wanted) -> list[int]:
+            saved = np.clip(255.0 * pictures.numpy(), 0, 255).astype(np.uint8)  # as SaveImage does
+            pairs = zip(saved, wanted, strict=True)
+            return [int(np.abs(a.astype(int) - np.asarray(b.convert("RGB")).astype(int)).max()) for a, b in pairs]
+
+        def library(images, *prompts, **kw):
+            return editor.run(images, *prompts, size="0.06M", **{"settings": settings, **kw})
+
+        def white(box, size) -> Image.Image:
+            mask = Image.new("L", size)
+            mask.paste(255, box)
+            return mask
+
+        def as_mask(mask):
+            return torch.from_numpy(np.array(mask, dtype=np.float32) / 255)[None]
+
+        found = {"off": {}, "changed": {}}
+        plain = edit(self.source, self.text)
+        for name, values in (
+            ("strength", dict(strength=0.7)), ("preserve", dict(preserve=0.4)), ("attention", dict(source_attention=0.3)),
+            ("best", dict(best_of=3, best_at=2, score="instruction")),
+        ):  # fmt: skip
+            latent = edit(self.source, self.text, values)
+            wanted = library(CAT, "make it sepia", controls=Controls(**values))
+            found["off"][name] = off(decode(self.vae, latent).result[0], wanted.pictures)
+            found["changed"][name] = not torch.equal(latent["samples"], plain["samples"])
+        found["neutral"] = torch.equal(edit(self.source, self.text, neutral)["samples"], plain["samples"])
+        for name, preset, bend in (("preset", ("creative", 9.0, 9.0, 9.0, 9.0), lambda s: s.preset("creative")),
+                                   ("own", ("own", 0.5, 1.5, 2.0, 0.0), lambda s: s.bent(Curve(0.5, 1.5), Curve(2.0, 0.0)))):  # fmt: skip
+            latent = edit(self.source, self.text, curves=self.run("Curves", *preset))
+            wanted = library(CAT, "make it sepia", settings=bend(settings))
+            found["off"][name] = off(decode(self.vae, latent).result[0], wanted.pictures)
+            found["changed"][name] = not torch.equal(latent["samples"], plain["samples"])
+        balanced = edit(self.source, self.text, curves=self.run("Curves", "balanced", 0.0, 0.0, 9.0, 9.0))
+        found["balanced"] = torch.equal(balanced["samples"], plain["samples"])
+
+        small = Image.open(SCENE).convert("RGB").resize((300, 230))  # not the model's size, so that masks have soft edges
+        picture = as_mask(small)
+        auto = edit(self.run("SourceEncode", self.vae, picture, "256", "square"), texts[1], dict(auto_mask=0.5), variations=2)
+        for seam in (0, 6):
+            pictures, shown = decode(self.vae, auto, picture, seam=seam).result
+            wanted = library(small, words[1], controls=Controls(auto_mask=0.5), variations=2, seam=seam)
+            found["off"][f"auto, seam {seam}"] = off(pictures, wanted.pictures)
+            outside = shown == 0
+            original = picture.expand(2, -1, -1, -1)
+            found[f"auto kept {seam}"] = [torch.equal(pictures[outside], original[outside]), outside.float().mean().item()]
+            found[f"auto soft {seam}"] = ((shown > 0) & (shown < 1)).sum().item()
+            if not seam:
+                masks = torch.cat([as_mask(mask) for mask in wanted.masks])
+                found["auto mask"] = torch.equal(masks, shown)
+        said, decoding = [], sys.modules["varedit_pack.nodes.decode"]
+        decoding.tell = lambda node, text: said.append(text)
+        whole, ones = decode(self.vae, auto).result
+        decode(self.vae, {**auto, "samples": auto["samples"] + 1}, picture)
+        own = as_mask(white((0, 0, 150, 230), small.size))
+        by_mask, used = decode(self.vae, auto, picture, own).result
+        ignored = decode(self.vae, {**auto, "varedit": replace(auto["varedit"], auto_mask=0.0)}, picture, own).result[0]
+        found["auto told"] = [*said, bool((ones == 1).all()), list(ones.shape)]
+        found["own mask"] = [torch.equal(by_mask, ignored), torch.equal(used, own.expand(2, -1, -1))]
+
+        part = white((150, 140, 430, 300), (451, 300))  # down to where the padding begins
+        night = self.run("TextEncode", self.clip, "make the picture a night scene")
+        above = self.run("Region", night, as_mask(part))
+        latent = edit(self.source, self.text, regions=above)
+        wanted = library(CAT, regions=[Region("make it sepia"), Region("make the picture a night scene", part)])
+        found["off"]["region on top"] = off(decode(self.vae, latent).result[0], wanted.pictures)
+        halves = white((0, 0, 256, 130), (256, 256)), white((40, 150, 216, 256), (256, 256))
+        above = self.run("Region", texts[1], as_mask(halves[1]))
+        latent = edit(flat, texts[0], regions=above, mask=as_mask(halves[0]))
+        union = as_mask(halves[0]) + as_mask(halves[1])
+        wanted = library(SCENE, regions=[Region(*pair) for pair in zip(words, halves)])
+        found["off"]["two regions"] = off(decode(self.vae, latent, scene, union).result[0], wanted.pictures)
+        wanted = library(SCENE, regions=[Region(*pair) for pair in zip(words, halves)], seam=9)
+        found["off"]["seam"] = off(decode(self.vae, latent, scene, union, 9).result[0], wanted.pictures)
+        third = self.run("Region", texts[0], torch.ones(1, 4, 4), self.run("Region", texts[1], torch.ones(1, 4, 4)))
+        topmost = edit(flat, texts[1], regions=third)
+        found["later on top"] = (topmost["samples"] == edit(flat, texts[0])["samples"]).float().mean().item()
+        empty_own = edit(flat, texts[0], regions=above, mask=torch.zeros(1, 64, 64))
+        found["empty own"] = torch.equal(empty_own["samples"], edit(flat, texts[0], regions=above)["samples"])
+
+        first = library(SCENE, words[1])
+        begun = edit(flat, texts[1])
+        tokens = begun["varedit"].tokens.first(3)
+        begun = {"samples": tokens.total(), "varedit": replace(begun["varedit"], tokens=tokens)}
+        latent = execute(self.model, flat, texts[1], 9, 2.0, 1.0, variations=2, begun=begun).result[0]
+        more = dict(settings=SamplingSettings(2.0, 1.0, seed=9), variations=2, given=first.tokens.first(3))
+        wanted = library(SCENE, words[1], **more)
+        found["off"]["begun"] = off(decode(self.vae, latent).result[0], wanted.pictures)
+        bits = latent["varedit"].tokens.bits
+        found["branches"] = [all(torch.equal(b[0], b[1]) for b in bits[:3]), not torch.equal(bits[6][0], bits[6][1])]
+        sampler, said = sys.modules["varedit_pack.nodes.sampler"], []
+        told, sampler.tell = sampler.tell, lambda node, text: said.append(text)
+        again = edit(flat, texts[1])
+        same = edit(flat, texts[0], begun=again)
+        sampler.tell = told
+        found["all begun"] = [torch.equal(same["samples"], again["samples"]), said]
+
+        second = edit(again, texts[0])
+        chained = library(first, words[0])
+        found["off"]["chain"] = off(decode(self.vae, second).result[0], chained.pictures)
+        inside = self.run("Shortcuts", 0, 2, 0.0, 0, 0)
+        kept = edit(flat, texts[0], regions=above, mask=as_mask(halves[0]), shortcuts=inside)
+        found["inside regions"] = not torch.equal(kept["samples"], latent["samples"][:1])
+        two = self.run("SourceEncode", self.vae, torch.cat([scene, scene]), "256", "square")
+        three, blank = torch.ones(3, 8, 8), self.run("EmptySource", self.vae, "256", "1:1", 1)
+        maker = self.run("ModelLoader", "varedit_demo.safetensors", "fp32", "text-to-image")
+        window, half = self.run("Shortcuts", 0, 0, 0.2, 0, 0), dict(source_attention=0.5)
+        wide = self.run("SourceEncode", self.vae, self.cat, "256", "aspect")
+        strong = self.run("Controls", **{**neutral, "strength": 0.5})
+        found["errors"] = {
+            "three masks": self.error(edit, two, texts[0], regions=self.run("Region", texts[1], three)),
+            "empty region": self.error(self.run, "Region", texts[0], torch.zeros(1, 64, 64)),
+            "inside": self.error(edit, flat, texts[0], regions=above, shortcuts=inside),
+            "window": self.error(edit, flat, texts[0], half, shortcuts=window),
+            "no source": self.error(self.sample, maker, blank, controls=strong),
+            "regions of nothing": self.error(self.sample, maker, blank, regions=above, mask=as_mask(halves[0])),
+            "attention of a picture maker": self.error(self.sample, maker, flat, controls=self.run("Controls", **{**neutral, **half})),
+            "begun elsewhere": self.error(edit, wide, texts[0], begun=begun),
+            "begun of two": self.error(edit, flat, texts[0], begun=latent),
+            "begun without tokens": self.error(edit, flat, texts[0], begun=flat),
+            "no guidance": self.error(execute, self.model, flat, texts[0], 0, 1.0, 0.1, controls=self.run("Controls", **{**neutral, "best_of": 2, "score": "instruction"})),
+        }  # fmt: skip
+        return found
+
     def text_to_image(self) -> dict:
         """The demo model taken for one of Infinity's: against the library, repainted inside a mask, and what is told."""
         import numpy as np
@@ -808,7 +957,7 @@ class Probe:
 
 PARTS = (
     "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text", "ladder", "formats",
-    "partial", "leftovers", "keeping", "variations", "shortcuts", "text_to_image", "layers", "recording", "plan",
+    "partial", "leftovers", "keeping", "variations", "shortcuts", "controls", "text_to_image", "layers", "recording", "plan",
 )  # fmt: skip
 ONE_EDIT = ("pictures", "formats", "variations")  # parts that decode one edit again and again
 

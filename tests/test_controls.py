@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from varedit_core.controls import AutoMask, Candidates, Certainty, Regions, chan
 from varedit_core.defaults import NEUTRAL, PRESETS, Controls, Curve, SamplingSettings, Shortcuts
 from varedit_core.demo import GUIDANCE, SAMPLES, SIZE, demo_files
 from varedit_core.images import fit_mask
-from varedit_core.pipeline import Region
+from varedit_core.pipeline import Region, masked
 from varedit_core.quantizer import encode, latent_grids
 from varedit_core.sampling import sample
 from varedit_core.schedule import schedule_for
@@ -299,6 +300,30 @@ def test_an_auto_mask_finds_the_edit_and_keeps_the_rest(editor, task):
     base = own(editor, task)[1]
     locked = ~result.tokens.free.expand_as(base)
     assert locked.float().mean() > 0.5 and torch.equal(result.tokens.total()[locked], base[locked])
+
+
+def test_a_seam_fades_an_edit_in_and_keeps_the_outside_exactly(editor):
+    source, mask = editor.fit(SCENE, SIZE), Image.new("L", (256, 256))
+    mask.paste(255, (60, 60, 200, 200))
+    edited = Image.new("RGB", (256, 256), "white")
+    hard, soft = (masked(edited, source, mask, seam) for seam in (0, 12))
+    with pytest.raises(ValueError, match="at least 0 pixels"):
+        masked(edited, source, mask, -1)
+    outside = ImageChops.invert(mask)
+    for result in (hard, soft):
+        difference = ImageChops.difference(result, source.source.rgb)
+        assert Image.composite(difference, Image.new("RGB", (256, 256)), outside).getbbox() is None
+
+    def step(result) -> float:
+        """Between the last pixels outside and the first inside, at the mask's left edge."""
+        levels = torch.from_numpy(np.array(result)).float()[100:160]
+        return (levels[:, 60] - levels[:, 59]).abs().mean().item()
+
+    assert step(soft) < 0.2 * step(hard)
+    assert hard.getpixel((130, 130)) == soft.getpixel((130, 130)) == (255, 255, 255)
+    run = dict(size=SIZE, settings=SamplingSettings(guidance=GUIDANCE), mask=mask)
+    (result,), (plain,) = (editor.run(SCENE, STAR, seam=seam, **run).pictures for seam in (12, 0))
+    assert result.tobytes() != plain.tobytes(), "it reaches the composite"
 
 
 def test_changed_says_how_much_pixels_differ():

@@ -273,6 +273,73 @@ def test_what_does_not_go_together_is_one_sentence(found, name, message):
     assert error.startswith(SENTENCE) and message in error and "\n" not in error
 
 
+CONTROLLED = ("strength", "preserve", "attention", "best", "preset", "own")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*CONTROLLED, "auto, seam 0", "auto, seam 6", "region on top", "two regions", "seam", "begun", "chain"],
+)
+def test_controlled_edits_are_the_librarys_pictures(found, name):
+    result = facts(found, "controls")
+    assert set(result["off"][name]) == {0}
+    assert result["changed"].get(name, True), "it does something"
+
+
+def test_neutral_controls_and_curves_change_nothing(found):
+    result = facts(found, "controls")
+    assert result["neutral"] and result["balanced"]
+
+
+def test_outside_of_what_an_auto_mask_finds_the_picture_stays_exactly(found):
+    result = facts(found, "controls")
+    for seam in (0, 6):
+        exact, share = result[f"auto kept {seam}"]
+        assert exact and 0.5 < share < 0.999 and result[f"auto soft {seam}"]
+    assert result["auto soft 6"] > 2 * result["auto soft 0"], "the edit fades in"
+    assert result["auto mask"], "the mask that comes out is the library's"
+
+
+def test_an_auto_mask_that_cannot_be_used_is_told_and_a_mask_comes_before_it(found):
+    result = facts(found, "controls")
+    unconnected, changed, ones, shape = result["auto told"]
+    assert "connect the picture that was edited to image" in unconnected and "another node has changed" in changed
+    assert ones and shape == [2, 230, 300] and result["own mask"] == [True, True]
+
+
+def test_regions_lie_on_top_of_each_other(found):
+    result = facts(found, "controls")
+    assert result["later on top"] > 0.95 and result["empty own"] and result["inside regions"]
+
+
+def test_an_edit_goes_on_from_its_first_scales(found):
+    result = facts(found, "controls")
+    assert result["branches"] == [True, True], "the same beginning, other ends"
+    same, (said,) = result["all begun"]
+    assert same and "nothing is left to draw" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("three masks", "there are 3 masks for 2 pictures"),
+        ("empty region", "paint where its instruction is to count"),
+        ("inside", "connect one to mask, or set inside to 0"),
+        ("window", "set window to 0, or source_attention to 1"),
+        ("no source", "strength holds an edit to its source, but there is none"),
+        ("regions of nothing", "connect VAREdit Source Encode"),
+        ("attention of a picture maker", "leave it at 1"),
+        ("begun elsewhere", "use the same size, shape and number of pictures"),
+        ("begun of two", "go on from one edit of each picture"),
+        ("begun without tokens", "holds no tokens; connect one of VAREdit Sampler"),
+        ("no guidance", "use a guidance other than 1"),
+    ],
+)
+def test_controls_that_do_not_go_together_are_one_sentence(found, name, message):
+    error = facts(found, "controls")["errors"][name]
+    assert error.startswith(SENTENCE) and message in error and "\n" not in error
+
+
 def test_layers_with_the_activation_behind_them(found):
     result = facts(found, "layers")
     assert result["gelu"] and result["fused"] and result["patched"] and result["ours"]

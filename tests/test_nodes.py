@@ -29,7 +29,7 @@ NODES = [
     "VAREditModelLoader", "VAREditTextEncoderLoader", "VAREditVAELoader", "VAREditTextEncode", "VAREditSourceEncode",
     "VAREditSampler", "VAREditDecode", "VAREditScalePreview", "VAREditMemoryPlan", "VAREditFileInfo",
     "VAREditSampleImage", "VAREditShortcuts", "VAREditCropRegion", "VAREditStitch", "VAREditExtendCanvas",
-    "VAREditEmptySource",
+    "VAREditEmptySource", "VAREditControls", "VAREditCurves", "VAREditRegion",
     "VAREditSaveTokens", "VAREditLoadTokens", "VAREditFirstScales", "VAREditChangeMap", "VAREditSweep",
 ]  # fmt: skip
 LOADERS = {
@@ -318,6 +318,12 @@ def test_the_defaults_are_those_of_the_library(schemas):
         ("VAREditSweep", "y"): ("none", ("none", *defaults.SWEPT)),
         ("VAREditSweep", "y_values"): ("", None),
         **{("VAREditShortcuts", name): (value, None) for name, value in vars(defaults.NO_SHORTCUTS).items()},
+        **{("VAREditControls", name): (value, None) for name, value in vars(defaults.NEUTRAL).items()},
+        ("VAREditControls", "score"): (defaults.NEUTRAL.score, defaults.SCORES),
+        ("VAREditCurves", "preset"): (defaults.PRESET, (*defaults.PRESETS, "own")),
+        **{("VAREditCurves", f"{curve}_{end}"): (getattr(defaults.FLAT, end), None)
+           for curve in ("guidance", "temperature") for end in ("start", "end")},
+        ("VAREditDecode", "seam"): (0, None),
     }
     found = {
         (name, slot.id): (slot.default, tuple(slot.options) if slot.kind == "COMBO" else None)
@@ -344,6 +350,33 @@ def test_the_library_takes_all_shortcuts_that_the_node_offers(nodes, schemas):
     for name, slot in slots.items():
         (chosen,) = execute(**{**vars(defaults.NO_SHORTCUTS), name: slot.max}).result
         assert vars(chosen)[name] == slot.max >= 1
+
+
+def test_the_library_takes_all_controls_that_the_node_offers(nodes, schemas):
+    slots = {slot.id: slot for slot in schemas["VAREditControls"].inputs}
+    assert list(slots) == [field.name for field in dataclasses.fields(defaults.Controls)]
+    execute, neutral = nodes["VAREditControls"].execute, vars(defaults.NEUTRAL)
+    assert vars(execute(**{name: slot.default for name, slot in slots.items()}).result[0]) == neutral
+    for name, slot in slots.items():
+        for value in slot.options if slot.kind == "COMBO" else (slot.min, slot.max):
+            (chosen,) = execute(**{**neutral, name: value}).result
+            assert vars(chosen) == {**neutral, name: value}
+    assert [name for name, slot in slots.items() if slot.advanced] == ["best_of", "best_at", "score"]
+
+
+def test_curves_are_the_presets_or_ones_own(nodes, schemas):
+    own = sys.modules["pack_x_varedit.varedit_core.defaults"]  # curves of the same class as the node's
+    execute, settings = nodes["VAREditCurves"].execute, own.SamplingSettings(3.0, 0.5)
+    slots = {slot.id: slot for slot in schemas["VAREditCurves"].inputs}
+    for preset in defaults.PRESETS:
+        (curves,) = execute(preset, 9.0, 9.0, 9.0, 9.0).result
+        assert vars(settings.bent(*curves)) == vars(settings.preset(preset))
+    (curves,) = execute("own", 0.5, 2.0, 4.0, 0.0).result
+    bent = settings.bent(*curves)
+    assert bent.guidance == own.Curve(2.0, 5.0) and bent.temperature == own.Curve(2.0, 0.0)
+    assert settings.bent(*execute(*(slot.default for slot in slots.values())).result[0]) is settings
+    for end in ("min", "max"):
+        settings.bent(*execute("own", *(getattr(slot, end) for slot in list(slots.values())[1:])).result[0])
 
 
 def test_every_node_has_a_help_page(pack, schemas):
@@ -672,7 +705,9 @@ print(json.dumps(list(sys.modules)))
     assert {name for name in own if name.startswith("varedit_core")} == {"varedit_core", "varedit_core.defaults"}
     assert {name for name in own if name.startswith("nodes.")} == {
         f"nodes.{name}"
-        for name in ("_api", "canvas", "change", "decode", "encode", "file_info", "files", "loaders", "sample_image", "sampler", "shortcuts", "sweep", "tokens")
+        for name in (
+            "_api", "canvas", "change", "controls", "decode", "encode", "file_info", "files", "loaders", "sample_image", "sampler", "shortcuts", "sweep", "tokens",
+        )  # fmt: skip
     }
 
 

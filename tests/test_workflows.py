@@ -338,6 +338,14 @@ def changed(twin: dict, **inputs) -> dict:
     return twin
 
 
+def without(twin: dict, kind: str, name: str) -> dict:
+    """A twin in which an input is not connected."""
+    twin = json.loads(json.dumps(twin))
+    for inputs in of_type(twin, kind).values():
+        del inputs[name]
+    return twin
+
+
 def test_the_page_lists_the_workflows_and_the_blueprint(server):
     assert sorted(server.get("/workflow_templates")["varedit"]) == sorted(GRAPHS)
     (key,) = (key for key, entry in server.get("/global_subgraphs").items() if "varedit" in entry["info"]["node_pack"])
@@ -368,6 +376,56 @@ def test_a_mask_leaves_the_rest_as_it_was(server):
     error = np.abs(result - before)
     assert error[:, :195].max() == 0, "where the mask is 0"
     assert error[:, 260:].mean() > 20, "where it is 1"
+
+
+def test_a_mask_reaches_the_sampler_too(server):
+    twin = TWINS["masked_edit"]
+    (result,), (free,) = pictures(server, twin), pictures(server, without(twin, "VAREditSampler", "mask"))
+    assert (free != result).any(), "what the sampler locks, decoding afterwards does not"
+
+
+def test_the_weaker_an_edit_the_nearer_it_is_to_its_source(server):
+    twin = TWINS["strength"]
+    before, (shipped,) = source(server, twin), pictures(server, twin)
+    free, weak = (pictures(server, changed(twin, strength=s))[0] for s in (1.0, 0.3))
+    far = [np.abs(picture - before).mean() for picture in (free, shipped, weak)]
+    assert far[0] > far[1] + 2 > far[2] + 4, far
+    (plain,) = pictures(server, without(twin, "VAREditSampler", "controls"))
+    assert (plain == free).all(), "neutral controls are none"
+
+
+def test_an_edit_that_found_its_own_mask_keeps_the_rest(server):
+    twin = TWINS["auto_mask"]
+    (result,), (mask,), before = pictures(server, twin), pictures(server, twin, ("MaskPreview",)), source(server, twin)
+    inside = mask[:, :, 0] > 0
+    rows, columns = np.nonzero(inside)
+    assert 150 < rows.min() and 80 < columns.min() and columns.max() < 176 and 1000 < inside.sum() < 6000
+    error = np.abs(result - before).max(axis=2)
+    assert error[~inside].max() == 0 and error[inside].mean() > 60
+
+
+def test_two_regions_follow_their_own_instructions(server):
+    twin = TWINS["two_regions"]
+    (result,), (mask,), before = pictures(server, twin), pictures(server, twin, ("MaskPreview",)), source(server, twin)
+    error = np.abs(result - before).max(axis=2)
+    assert error[mask[:, :, 0] == 0].max() == 0, "outside of both"
+    pink, purple = (np.abs(result - colour).max(axis=2) < 60 for colour in ((255, 119, 182), (130, 40, 200)))
+    assert pink[150:].sum() > 1000 and not pink[80:150].any()
+    assert purple[:80, 150:].sum() == purple.sum() > 150
+    (alone,) = pictures(server, without(twin, "VAREditSampler", "regions"))
+    assert np.abs(alone - before)[150:].mean() < 3, "the square is the second region's"
+
+
+def test_creative_curves_make_variations_differ_more(server):
+    twin = TWINS["curves"]
+
+    def spread(results: list[np.ndarray]) -> float:
+        return np.mean([np.abs(a - b).mean() for a, b in combinations(results, 2)])
+
+    creative, balanced = (pictures(server, changed(twin, preset=name)) for name in ("creative", "balanced"))
+    assert len(creative) == 4 and spread(creative) > 1.2 * spread(balanced)
+    plain = pictures(server, without(twin, "VAREditSampler", "curves"))
+    assert all((a == b).all() for a, b in zip(plain, balanced, strict=True)), "balanced changes nothing"
 
 
 def test_the_crop_is_put_back_inside_its_mask(server):

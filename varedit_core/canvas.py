@@ -130,6 +130,15 @@ def feathered(mask_NHW: Tensor, pixels: int) -> Tensor:
     return mask[:, 0]
 
 
+def faded(mask: Image.Image, size: Size, pixels: int = 0) -> Image.Image:
+    """A mask of any size, stretched over a picture of this one, that rises inwards from its edge as in `feathered`."""
+    stretched = mask.convert("L").resize(size, Image.Resampling.BILINEAR)
+    if not pixels:
+        return stretched
+    weight = feathered(torch.from_numpy(np.array(stretched))[None] / 255, pixels)[0]
+    return Image.fromarray((weight * 255).round().to(torch.uint8).numpy())
+
+
 def extend_pixels(images_BHWC: Tensor, sides: Sides, fill: str = FILL) -> Tensor:
     """Pictures with room around them, alpha full there; their own part stays as it is, exactly.
 

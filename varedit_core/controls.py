@@ -133,6 +133,14 @@ def changed(edited_B3yx: Tensor, source_B3yx: Tensor, amount: float = AUTO_MASK)
     return (blurred / threshold(DIFFERENT, amount)).clamp(0, 1)
 
 
+def differing(edited_3yx: Tensor, source_3yx: Tensor, free_dHW: Tensor, amount: float) -> Tensor:
+    """Where an edit changed a picture, boolean [y, x]: both decoded, in 8-bit levels, and of `free` only what is near."""
+    edited, source = (levels[None].float() / 127.5 - 1 for levels in (edited_3yx, source_3yx))
+    far = changed(edited, source, amount)[0] >= 1
+    near = F.interpolate(free_dHW.any(0)[None, None].float(), far.shape)[0, 0] > 0
+    return far & near.to(far.device)
+
+
 class Certainty:
     """How sure the model was: the mean over bits and scales of |2p - 1| of its own probabilities with the instruction,
     before temperature and guidance."""

@@ -17,12 +17,13 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from .autoencoder import Autoencoder
+from .canvas import faded
 from .capture import Recorder
 from .checkpoints import load_autoencoder, load_transformer
 from .config import patch_size
-from .controls import Certainty, changed
+from .controls import Certainty, changed, differing
 from .defaults import (
-    AUTO_MASK, DEFAULT_SETTINGS, FIT, FITS, KINDS, NEUTRAL, NO_SHORTCUTS, SIZE, TEXT_SETTINGS, Controls, SamplingSettings, Shortcuts,
+    DEFAULT_SETTINGS, FIT, FITS, KINDS, NEUTRAL, NO_SHORTCUTS, SIZE, TEXT_SETTINGS, Controls, SamplingSettings, Shortcuts,
 )  # fmt: skip
 from .eight_bit import LINEARS
 from .images import (
@@ -355,12 +356,11 @@ class Editor:
         moved = None
         if controls.auto_mask or explain:
             before = torch.cat([part.before for part in parts])
-            amount = controls.auto_mask or AUTO_MASK
-            moved = [self._moved(*pair, amount) for pair in zip(sums, before)]
+            moved = [self._moved(*pair) for pair in zip(sums, before)]
         if controls.auto_mask:
-            free = torch.ones(1, 1, *tokens.grid) if tokens.free is None else tokens.free.any(1, keepdim=True).float()
-            free = F.interpolate(free.expand(len(sums), -1, -1, -1), moved[0].shape[-2:])[:, 0].to(self.device)
-            found = [unfit_mask((m >= 1) * f, image.fitting) for m, f, image in zip(moved, free, shown)]
+            free = tokens.free if tokens.free is not None else torch.ones(1, 1, *tokens.grid, dtype=torch.bool)
+            free = free.any(1, keepdim=True).expand(len(sums), -1, -1, -1).to(self.device)
+            found = [unfit_mask(differing(*m, f, controls.auto_mask), i.fitting) for m, f, i in zip(moved, free, shown)]
         for part in parts:
             part.last.check()
         for layer in (drawn and repeated(drawn, variations), found):
@@ -369,7 +369,8 @@ class Editor:
             return Edited(results, tokens, found)
         side = fitted[0].schedule.pixels
         sure = F.interpolate(torch.cat([part.sure for part in parts])[:, None], side, mode="bilinear")[:, 0]
-        maps = [[unfit_mask(x, image.fitting) for x, image in zip(each, shown)] for each in (moved, sure)]
+        soft = [changed(*(levels[None].float() / 127.5 - 1 for levels in pair))[0] for pair in moved]
+        maps = [[unfit_mask(x, image.fitting) for x, image in zip(each, shown)] for each in (soft, sure)]
         return Edited(results, tokens, found, *maps)
 
     def _parts(
@@ -418,9 +419,9 @@ class Editor:
                 parts.append(_Part(scale, tokens, pick(scale.running_sum), before, pick(sure.map) if sure else None))
         return parts
 
-    def _moved(self, latent: Tensor, before: Tensor, amount: float) -> Tensor:
-        """How far the pixels [y, x] of a sum [d, H, W] are from those of its source's, see `changed`."""
-        return changed(self.decode_pixels(latent[None]), self.decode_pixels(before[None]), amount)[0]
+    def _moved(self, latent: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """8-bit levels [3, y, x] of a sum [d, H, W], and of its source's."""
+        return tuple(to_uint8(self.decode_pixels(x[None])[0]) for x in (latent, before))
 
     def _make_room(self, image: FittedImage, times: float = 1) -> None:
         """Forget what is kept between edits where it leaves too little to decode a picture, or that several times."""
@@ -511,9 +512,7 @@ def _check_regions(regions: Sequence[Region], prompts: list) -> None:
 
 def masked(edited: Image.Image, image: FittedImage, mask: Image.Image, seam: int = 0) -> Image.Image:
     """The edit where the mask is white, the picture itself where it is black. seam: see `Editor.run`."""
-    result = Image.composite(
-        edited.convert("RGB"), image.source.rgb, mask.convert("L").resize(edited.size, Image.Resampling.BILINEAR)
-    )
+    result = Image.composite(edited.convert("RGB"), image.source.rgb, faded(mask, edited.size, seam))
     if image.source.alpha is not None:
         result.putalpha(image.source.alpha)
     return result
