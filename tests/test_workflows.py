@@ -1,5 +1,6 @@
 """The workflows that are shipped: whole and readable as files, and run by a real ComfyUI with the demo model."""
 
+import copy
 import json
 import shutil
 import urllib.request
@@ -474,6 +475,16 @@ def test_the_second_edit_reads_the_first_ones_tokens():
     first, second = of_type(TWINS["two_edits"], "VAREditSampler")
     assert TWINS["two_edits"][second]["inputs"]["source"] == [first, 0]
     assert len(of_type(TWINS["two_edits"], "VAREditSourceEncode")) == 1, "nothing is encoded in between"
+
+
+def test_branches_share_a_beginning_and_differ(server):
+    twin = copy.deepcopy(TWINS["branches"])
+    first, second = of_type(twin, "VAREditSampler")
+    found = pictures(server, twin, ("PreviewImage", "SaveImage"))
+    assert len(found) == 5 and len({picture.tobytes() for picture in found}) == 5
+    twin[second]["inputs"] |= {name: twin[first]["inputs"][name] for name in ("seed", "temperature")} | {"variations": 1}
+    original, branch = pictures(server, twin, ("PreviewImage", "SaveImage"))
+    assert (original == branch).all(), "with the first edit's settings, the first edit"
 
 
 def test_what_did_not_change_stays_as_it_was(server):
