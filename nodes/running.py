@@ -79,8 +79,8 @@ class Edit:
 
     @property
     def each(self) -> int:
-        """Rows of a result: its regions, and its share of the candidates."""
-        return max(1, len(self.regions)) * -(-self.controls.best_of // self.variations)
+        """Rows of a result: its regions, and the candidates for it."""
+        return max(1, len(self.regions)) * self.controls.best_of
 
     @property
     def longest(self) -> int:

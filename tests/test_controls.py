@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
 from varedit_core import Editor
-from varedit_core.controls import AutoMask, Candidates, Certainty, Regions, changed, exclusive, hold, preserve
+from varedit_core.controls import Candidates, Certainty, changed, exclusive, hold, preserve
 from varedit_core.defaults import NEUTRAL, PRESETS, Controls, Curve, SamplingSettings, Shortcuts
 from varedit_core.demo import GUIDANCE, SAMPLES, SIZE, demo_files
 from varedit_core.images import fit_mask
@@ -426,7 +426,6 @@ def test_controls_are_functions_over_a_scale(editor, task):
         hold(scale, 0.5)
         preserve(scale, 0.9)
     assert not torch.equal(scale.running_sum, total)
-    assert isinstance(AutoMask(0.5), object) and Regions(torch.ones(1, 1, 2, 2)).own.shape == (1, 1, 2, 2)
 
 
 def test_a_chain_of_edits_keeps_the_first_pictures_pixels(editor):
@@ -453,3 +452,59 @@ def test_an_edit_explains_itself(editor):
         assert where[0] > 70 and where[1] > 150 and where[2] < 190, "a square in the bottom centre"
         low, high = sure.getextrema()
         assert 0 <= low < high <= 255
+
+
+def test_regions_go_with_other_controls_batches_and_seeds(editor, task):
+    """preserve pulls regions, too; picture i draws from seed + i; candidates are scored by all of their regions."""
+    halves = []
+    for box in ((0, 0, 256, 150), (0, 150, 256, 256)):
+        halves.append(Image.new("L", (256, 256)))
+        halves[-1].paste(255, box)
+    regions = [Region(STAR, halves[0]), Region(SQUARE, halves[1])]
+    total = own(editor, task)[1]
+    kept = editor.run(SCENE, size=SIZE, settings=DRAWN, regions=regions, controls=Controls(preserve=1.0))
+    assert torch.equal(kept.tokens.total(), total)
+    half = editor.run(SCENE, size=SIZE, settings=DRAWN, regions=regions, controls=Controls(preserve=0.6)).tokens.total()
+    free = editor.run(SCENE, size=SIZE, settings=DRAWN, regions=regions).tokens.total()
+    assert (half - total).square().mean() < (free - total).square().mean()
+    hot = replace(DRAWN, temperature=2.0)
+    both = editor.run([SCENE, SCENE], size=SIZE, settings=hot, regions=regions).tokens
+    second = editor.run(SCENE, size=SIZE, settings=replace(hot, seed=hot.seed + 1), regions=regions).tokens
+    assert all(torch.equal(a[1], b[0]) for a, b in zip(both.bits, second.bits, strict=True))
+    steered = []
+    editor.run(SCENE, size=SIZE, settings=DRAWN, regions=regions, steer=[lambda scale: steered.append(not scale.drawn)])
+    assert all(steered)
+    best = editor.run(SCENE, size=SIZE, settings=hot, regions=regions, controls=Controls(best_of=3, best_at=2))
+    assert best.tokens.images == 1
+
+
+def test_an_auto_mask_leaves_an_edit_of_the_whole_picture_alone(editor):
+    free = editor.run(SCENE, "make it sepia", size=SIZE, settings=SamplingSettings(guidance=GUIDANCE))
+    held = editor.run(SCENE, "make it sepia", size=SIZE, settings=SamplingSettings(guidance=GUIDANCE), controls=Controls(auto_mask=0.5))
+    assert held.masks[0].getextrema() == (255, 255)
+    difference = ImageChops.difference(held.pictures[0], free.pictures[0]).convert("L")
+    assert sum(difference.histogram()[24:]) < 0.02 * 256 * 256
+
+
+def test_edits_that_do_not_chain_say_so(editor, task, free):
+    wide, high = Image.open(SCENE).resize((256, 128)), Image.open(SCENE).resize((128, 256))
+    pair = editor.run([wide, high], [STAR, STAR], size=SIZE, settings=DRAWN, shortcuts=Shortcuts(stop=7))
+    with pytest.raises(ValueError, match="different sizes"):
+        editor.run(pair, [SQUARE, SQUARE], settings=DRAWN)
+    two = editor.run(SCENE, STAR, size=SIZE, settings=DRAWN, variations=2)
+    assert len(editor.run(two, SQUARE, settings=DRAWN).pictures) == 2, "one instruction serves all"
+    with pytest.raises(ValueError, match="nothing is left to draw"):
+        editor.run(SCENE, SQUARE, size=SIZE, given=two.tokens.of([0]))
+    begun = editor.run(SCENE, STAR, size=SIZE, settings=DRAWN).tokens.first(3)
+    with pytest.raises(ValueError, match="256x256 picture, not of this one"):
+        editor.run(wide, STAR, size=SIZE, given=begun)
+    light = editor.run(SCENE, STAR, size=SIZE, settings=DRAWN, controls=Controls(strength=0.05))
+    mask = Image.new("L", (256, 256))
+    mask.paste(255, (60, 60, 90, 90))
+    dark = editor.run(SCENE, STAR, size=SIZE, settings=DRAWN, mask=mask)
+    assert len(editor.run([light, dark], [SQUARE, SQUARE], settings=DRAWN).pictures) == 2
+    with pytest.raises(ValueError, match="lower best_at or inside"):
+        controls = Controls(best_of=2, best_at=5)
+        editor.run(SCENE, STAR, size=SIZE, mask=mask, shortcuts=Shortcuts(inside=6), controls=controls)
+    with pytest.raises(ValueError, match="mask of region 1 is empty"):
+        editor.run(SCENE, size=SIZE, regions=[Region(STAR, Image.new("L", (8, 8)))])

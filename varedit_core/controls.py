@@ -21,6 +21,8 @@ LATE = 2
 """So many of the last scales are locked by a mask that the edit finds by itself."""
 MOVED = 0.6
 """Distance of latents, in codes, from which they count as changed, at an auto mask of one half."""
+GLOBAL = 0.9
+"""Share of latents that changed, from which an edit is one of the whole picture."""
 DIFFERENT = 0.3
 """The same of decoded pixels, which are in [-1, 1]."""
 
@@ -53,8 +55,10 @@ def hold(scale: Scale, strength: float) -> None:
 
 def preserve(scale: Scale, amount: float) -> None:
     """Add to the log-odds of every bit that the source has, amount / (1 - amount) times `PRESERVED` logits."""
+    if amount == 1:
+        return hold(scale, 0.0)
     if not scale.drawn:
-        pull = PRESERVED * amount / (1 - amount) if amount < 1 else torch.inf
+        pull = PRESERVED * amount / (1 - amount)
         scale.log_odds = scale.log_odds + pull / scale.temperature * scale.source_bits.float().mul_(2).sub_(1)
 
 
@@ -77,8 +81,6 @@ class Regions:
         weight = self._weights(scale.log_odds).to(odds)[:, :, None, None]
         mixed = torch.where(weight > 0, odds * weight, 0.0).sum(1, keepdim=True)
         scale.log_odds = mixed.expand_as(odds).flatten(0, 2)
-        drawn = scale.bits.unflatten(0, (-1, count, self.copies))
-        scale.bits = drawn[:, :1].expand_as(drawn).flatten(0, 2)
 
     def _weights(self, like: Tensor) -> Tensor:
         """Shares [B, R, h, w] of the regions at each latent position of a scale; beside them those of the nearest."""
@@ -134,7 +136,10 @@ def changed(edited_B3yx: Tensor, source_B3yx: Tensor, amount: float = AUTO_MASK)
 
 
 def differing(edited_3yx: Tensor, source_3yx: Tensor, free_dHW: Tensor, amount: float) -> Tensor:
-    """Where an edit changed a picture, boolean [y, x]: both decoded, in 8-bit levels, and of `free` only what is near."""
+    """Where an edit changed a picture, boolean [y, x]: both decoded, in 8-bit levels, and of `free` only what is near.
+    Everywhere, where `GLOBAL` of the latents or more are free: such an edit is one of the whole picture."""
+    if free_dHW.any(0).float().mean() >= GLOBAL:
+        return torch.ones(edited_3yx.shape[-2:], dtype=torch.bool, device=edited_3yx.device)
     edited, source = (levels[None].float() / 127.5 - 1 for levels in (edited_3yx, source_3yx))
     far = changed(edited, source, amount)[0] >= 1
     near = F.interpolate(free_dHW.any(0)[None, None].float(), far.shape)[0, 0] > 0
@@ -180,6 +185,8 @@ class Candidates:
             distance = (scale.running_sum - scale.source.until(scale.index)).square().mean((1, 2, 3))
             self.scores = distance if self.score == "far" else -distance
             return
+        if scale.logits.shape[1] != scale.grid[0] * scale.grid[1]:
+            raise ValueError(f"the score {self.score} needs whole scales; lower best_at or inside, so that these do not meet")
         sign = bits.float() * 2 - 1
         odds = [scale.on_grid(x[..., 1] - x[..., 0]) for x in scale.logits.split(len(bits))]
         terms = [F.logsigmoid(sign * x).sum((1, 2, 3)) for x in odds]
@@ -187,8 +194,8 @@ class Candidates:
             raise ValueError("the score instruction compares with no instruction; use a guidance other than 1")
         self.scores = self.scores + (terms[0] - terms[1] if self.score == "instruction" else terms[0])
 
-    def best(self, count: int) -> list[Tensor]:
-        """Bits [B, d, h, w] of every scale of the best of each `count` consecutive rows."""
-        which = self.scores.unflatten(0, (-1, count)).argmax(1)
-        rows = which + torch.arange(len(which), device=which.device) * count
+    def best(self, count: int, regions: int = 1) -> list[Tensor]:
+        """Bits [B, d, h, w] of every scale of the best of each `count` candidates, by the sum of its regions' scores."""
+        which = self.scores.unflatten(0, (-1, regions, count)).sum(1).argmax(1)
+        rows = which + torch.arange(len(which), device=which.device) * count * regions
         return [bits[rows] for bits in self.bits]

@@ -132,6 +132,10 @@ class Editor:
             return [self.fit(picture, size, method) for picture in pictures], None
         if not all(isinstance(picture, Tokens) and picture.complete for picture in known):
             raise ValueError("go on from tokens of all scales, and from tokens alone; decode what goes with pictures")
+        if len({tokens.schedule for tokens in known}) > 1:
+            raise ValueError("these edits have different sizes or aspect tables; go on from them one by one")
+        if any(tokens.fitting is None for tokens in known if isinstance(pictures[0], Edited)):
+            raise ValueError("the pictures of this edit have different sizes; go on from edits of one picture each")
         source, shown = joined(known).to(self.device), []
         for picture, tokens in zip(pictures, known):
             height, width = tokens.schedule.pixels
@@ -264,6 +268,9 @@ class Editor:
             raise ValueError("there is no picture to edit; pass at least one")
         _check_regions(regions, prompts)
         fitted, source = self._sources(pictures, size, method)
+        prompts = prompts * len(fitted) if source is not None and len(prompts) == 1 else prompts
+        if given is not None:
+            _check_begun(given, fitted)
         if len({image.schedule for image in fitted}) > 1:
             raise ValueError(
                 "the pictures of a batch need different aspect tables; edit them one by one or fit them to squares"
@@ -304,6 +311,7 @@ class Editor:
         texts = [prompts] if isinstance(prompts, (str, Tensor)) else list(prompts)
         if not texts:
             raise ValueError("there is nothing to make; give at least one prompt")
+        _check_regions(more.get("regions", ()), texts)
         made = empty(schedule_for(size, nearest_ratio(ratio))) if picture is None else self.fit(picture, size, FITS[1])
         if picture is None:
             controls.check_source()
@@ -380,8 +388,8 @@ class Editor:
         """The edits of all pictures, of as many at a time as memory lasts for; their last scales are not checked yet."""
         schedule, others = fitted[0].schedule, [self.text.model] if self.text else []
         others += [] if on_scale else [self.autoencoder]  # who watches may decode
-        each = request.regions * -(-more["controls"].best_of // variations)  # rows of a result
-        count = len(request) * variations * each
+        best, each = more["controls"].best_of, request.regions  # rows of a result
+        count = len(request) * each * max(variations, best)
         job = Job(self.transformer.config, schedule, count, settings.guided, self.transformer.dtype, request.longest)
         way = Plan(job)
         if self.workspace is self._planned:
@@ -389,6 +397,7 @@ class Editor:
             self.workspace = self._planned
         step, copies = len(fitted), variations
         if way.job.images < count:  # every result a picture of its own; those of one source still share its pass
+            each *= best
             if way.job.images < each:
                 raise ValueError(f"memory lasts for {way.job.images} of {each} rows of regions and candidates; use fewer")
             request, fitted = request.repeated(variations), repeated(fitted, variations)
@@ -414,7 +423,8 @@ class Editor:
                         bits.append(scale.bits)
                 under = source and source.of(repeated(rows, copies))
                 pick = partial(own.own, copies=copies)
-                tokens = tokens_of(bits, scale, schedule, shown[0].fitting, under, pick)
+                fitting = shown[0].fitting if len({image.fitting for image in shown}) == 1 else None
+                tokens = tokens_of(bits, scale, schedule, fitting, under, pick)
                 before = pick(scale.source.total) if explain or more["controls"].auto_mask else None
                 parts.append(_Part(scale, tokens, pick(scale.running_sum), before, pick(sure.map) if sure else None))
         return parts
@@ -502,10 +512,23 @@ def _darker(a: Image.Image, b: Image.Image) -> Image.Image:
     return ImageChops.darker(a.convert("L").resize(b.size, Image.Resampling.BILINEAR), b)
 
 
+def _check_begun(given: Tokens, fitted: list[FittedImage]) -> None:
+    """ValueError for tokens that leave nothing to draw, or are of another picture's shape."""
+    if given.complete:
+        raise ValueError(f"these tokens are of all {len(given)} scales, so that nothing is left to draw; keep fewer of them")
+    sizes = {image.fitting.size for image in fitted}
+    if given.fitting is not None and sizes != {given.fitting.size}:
+        raise ValueError(
+            f"the tokens are of a {given.fitting.size[0]}x{given.fitting.size[1]} picture, not of this one; go on with theirs"
+        )
+
+
 def _check_regions(regions: Sequence[Region], prompts: list) -> None:
     if regions and prompts:
         raise ValueError("give an instruction or regions, not both; an instruction for everywhere is a region without a mask")
     for number, region in enumerate(regions, start=1):
+        if region.mask is not None and region.mask.convert("L").getbbox() is None:
+            raise ValueError(f"the mask of region {number} is empty; paint where its instruction is to count")
         if isinstance(region.instruction, str) and not region.instruction.strip():
             raise ValueError(f"region {number} has no instruction; say what to change in it, or leave it out")
 

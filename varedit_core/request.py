@@ -88,6 +88,8 @@ class Request:
         more = dict(mask=mask, copies=copies, given=[_each(bits, count) for bits in given])
         more["source_total"] = self.source_total if self.source_total is None else _each(self.source_total, count)
         more["steer"] = [Regions(self.areas, copies)] if self.areas is not None and count > 1 else []
+        if count > 1:  # the regions of a result draw alike
+            more["draws"] = [n * copies + copy for n in range(len(self)) for _ in range(count) for copy in range(copies)]
         return (_each(self.features, count), texts, negatives), more
 
     def to(self, device) -> Request:
@@ -131,6 +133,8 @@ def edits(
     """
     if shortcuts.drafted and len(networks) < 2:
         raise ValueError("drafted scales need a second transformer; name a drafter, or leave drafted at 0")
+    if shortcuts.drafted and controls.best_of > 1:
+        raise ValueError("drafted and best_of do not go together; choose one")
 
     def run(copies: int, given: Sequence[Tensor], shortcuts: Shortcuts, promises: Promises) -> Iterator[Scale]:
         args, more = request.arguments(copies, given)
@@ -153,5 +157,5 @@ def edits(
         with closing(run(controls.best_of, given, begun, replace(promises, checks=False))) as scales:
             for scale in scales:
                 found(scale)
-        given = [request.own(bits, 1) for bits in found.best(controls.best_of)]
+        given = found.best(controls.best_of, request.regions)
     return run(copies, given, shortcuts, promises)

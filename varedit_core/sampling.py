@@ -193,6 +193,7 @@ def sample(
     feather: int = NEUTRAL.feather,
     source_attention: float = NEUTRAL.source_attention,
     source_total: Tensor | None = None,
+    draws: Sequence[int] | None = None,
 ) -> Iterator[Scale]:
     """Edit B images, or make them of the texts alone where the transformer reads no source (`TransformerConfig.source`);
     yields every `Scale` before its bits are drawn. The last `running_sum` is the result.
@@ -206,7 +207,7 @@ def sample(
     edit's; all others are the source's in the end. steer: called with every scale, in order, before it is yielded. given: bits of the first
     scales, of every image or of every copy; of every image, its copies share the passes, too. source_attention: what
     the source's keys weigh in self-attention. source_total: the sources' sums of codes [B, d, H, W], where they are known
-    (see `Source`). Raises ValueError, at the first step, where the inputs do not belong together, and at the end where the logits were
+    (see `Source`). draws: what is added to the seed for each row, by default its number. Raises ValueError, at the first step, where the inputs do not belong together, and at the end where the logits were
     undefined numbers.
     """
     if source_attention != 1 and not transformer.config.source:
@@ -249,7 +250,7 @@ def sample(
         bias = math.log(source_attention) if source_attention else -math.inf
         depends = (shortcuts, mask, feather, bias)
         steps = work.scale_passes(lambda: passes(work.passes, schedule, shortcuts, masks, bias), *depends)[1:]
-        generators = [torch.Generator().manual_seed((settings.seed + i) % 2**64) for i in range(batch)]
+        generators = [torch.Generator().manual_seed((settings.seed + i) % 2**64) for i in draws or range(batch)]
         for k, (guidance, temperature, top_p) in enumerate(plan):
             if k == guided and rows > batch:
                 work.store.keep_rows(rows := batch)

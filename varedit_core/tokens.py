@@ -180,10 +180,13 @@ def joined(parts: Sequence[Tokens]) -> Tokens:
     if len(parts) == 1:
         return first
     bits = tuple(map(torch.cat, zip(*(part.bits for part in parts))))
+    if any(part.fitting != first.fitting for part in parts):
+        first = replace(first, fitting=None)
     if all(part.free is None for part in parts):
         return replace(first, bits=bits)
     most = [part.free if part.free is not None else torch.ones(1, 1, *part.grid, dtype=torch.bool) for part in parts]
-    free = torch.cat([f.expand(part.images, -1, -1, -1).to(bits[0].device) for f, part in zip(most, parts)])
+    channels = bits[0].shape[1]
+    free = torch.cat([f.expand(part.images, channels, -1, -1).to(bits[0].device) for f, part in zip(most, parts)])
     return replace(first, bits=bits, free=free, under=joined([part.under or replace(part, fitting=None) for part in parts]))
 
 
