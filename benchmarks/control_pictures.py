@@ -115,11 +115,11 @@ class Pictures:
         part, inner = crop(load_image(large), place)
         edited = self.run(part, STAR, mask=inner).pictures[0]
         whole = stitch(load_image(large), edited, place)
-        wide, fresh = extend(load_image(self.scene), (64, 0, 64, 0), fill="mirror")
-        grown = self.run(wide, "make the background cyan", mask=fresh).pictures[0]
+        wide, fresh = extend(load_image(self.scene), (96, 0, 0, 96), fill="mirror")
+        grown = self.run(wide, SQUARE, mask=fresh).pictures[0]
         columns = ["source", "mask", "crop", "edited crop", "stitched"]
         self.sheet("crop", columns, (STAR, [large, mask, part.rgb, edited, whole]))
-        self.sheet("extend", ["source", "extended", "its mask", "edit"], ("make the background cyan", [self.scene, wide.rgb, fresh, grown]))
+        self.sheet("extend", ["source", "extended", "its mask", "edit"], (SQUARE, [self.scene, wide.rgb, fresh, grown]))
 
 
 def main() -> None:

@@ -95,7 +95,7 @@ class VAREditSampler(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the edit may change anything (not 0); elsewhere every bit is the source's. Of any size; an empty one counts as none.",
+                    tooltip="Where the edit may change anything (not 0); outside it, and outside a margin of one token around it (feather of VAREdit Controls), every bit is the source's. Of any size; an empty one counts as none.",
                 ),
                 io.Model.Input(
                     "drafter",

@@ -115,7 +115,7 @@ class SamplingSettings:
             return self
         for what, value in (("guidance", self.guidance), ("temperature", self.temperature)):
             if not isinstance(value, float):
-                raise ValueError(f"curves bend one {what} over the scales; give one number, or no preset")
+                raise ValueError(f"a preset bends one {what} over the scales; give one number for it, or no preset")
         guidance = Curve(*(1 + (self.guidance - 1) * factor for factor in guided))
         return replace(self, guidance=guidance, temperature=Curve(*(self.temperature * factor for factor in warmth)))
 

@@ -19,7 +19,7 @@ from .canvas import crop, extend, region_of, sides_from, stitch
 from .checkpoints import load_autoencoder, load_transformer
 from .contact_sheet import contact_sheet
 from .defaults import (
-    DEFAULT_SETTINGS, FIT, FITS, KINDS, NEGATIVE_PROMPT, NEUTRAL, NO_SHORTCUTS, PRESET, SIZE, Controls, SamplingSettings,
+    DEFAULT_SETTINGS, FILL, FIT, FITS, KINDS, NEGATIVE_PROMPT, NEUTRAL, NO_SHORTCUTS, PRESET, SIZE, Controls, SamplingSettings,
     Shortcuts,
 )  # fmt: skip
 from .defaults import SIZES as SIDES
@@ -85,6 +85,7 @@ def edit(
     region: options.Regions = None,
     crop: options.Crop = None,
     extend: options.Extend = None,
+    fill: options.Fill = FILL,
     seam: options.Seam = 0,
     strength: options.Strength = NEUTRAL.strength,
     preserve: options.Preserve = NEUTRAL.preserve,
@@ -126,7 +127,7 @@ def edit(
     choice(fit, dict.fromkeys(FITS), "fit")
     number = choice(dtype, DTYPES, "dtype") if dtype else None
     files = _files(model, vae, text_encoder, instruction or bool(region), features, negative)
-    task = Task.read(image, area, fit, mask, protect, crop, extend, region or (), bool(instruction or features))
+    task = Task.read(image, area, fit, mask, protect, crop, extend, fill, region or (), bool(instruction or features))
     settings.per_scale(len(task.fitting.schedule))
     given = _begun(begun, from_scale)
     target = output or image.with_name(f"{image.stem}-edited.png")
@@ -222,7 +223,7 @@ class Task:
     @classmethod
     def read(
         cls, image: Path, area: str, fit: str, mask: Path | None, protect: Path | None, margin: float | None,
-        sides: str | None, regions: Sequence[str], instructed: bool,
+        sides: str | None, fill: str, regions: Sequence[str], instructed: bool,
     ) -> Task:  # fmt: skip
         """The files that options name, put together. ValueError for options that do not go together."""
         if mask and protect:
@@ -246,7 +247,7 @@ class Task:
             return cls(tokens, None, tokens.fitting or Fitting(tokens.schedule, (width, height), (width, height)), shown, parts)
         source = load_image(image)
         if sides:
-            source, shown = extend(source, sides_from(sides))
+            source, shown = extend(source, sides_from(sides), fill=fill)
         if margin is None:
             return cls(source, source, fit_image(source, area, fit).fitting, shown, parts)
         place = region_of(source.size, shown, margin, fit)
@@ -282,8 +283,10 @@ def _begun(file: Path | None, scale: int) -> Tokens | None:
             raise ValueError("--from-scale counts scales of an edit that was begun; name its tokens with --begun")
         return None
     tokens = Tokens.load(file)
-    if scale == 1:
-        raise ValueError("from the first scale on nothing is left of what was begun; leave out --begun, or start later")
+    last = min(len(tokens) + 1, len(tokens.schedule))
+    if (scale or len(tokens) + 1) not in range(2, last + 1):
+        was = f"--from-scale {scale}" if scale else "the whole edit"
+        raise ValueError(f"{file} has tokens of {len(tokens)} scales: give --from-scale from 2 to {last}, not {was}")
     return tokens.first(scale - 1) if scale else tokens
 
 

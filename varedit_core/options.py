@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .defaults import AUTO_MASK, DEFAULT_SETTINGS, KINDS, PRESETS, SCORES, Curve
+from .defaults import AUTO_MASK, DEFAULT_SETTINGS, FILLS, KINDS, MOST_FEATHER, PRESETS, SCORES, Curve
 from .demo import GUIDANCE as DEMO_GUIDANCE
 from .eight_bit import LINEARS, check_linears, eight_bit
 from .lora import apply_lora, check_lora
@@ -66,18 +66,19 @@ Crop = Annotated[
 ]
 Extend = Annotated[
     Optional[str],
-    typer.Option(help="Outpaint: LEFT,TOP,RIGHT,BOTTOM of new picture, in pixels, or shares such as 25%; one number: all sides."),
+    typer.Option(help="Outpaint: LEFT,TOP,RIGHT,BOTTOM of new picture, in pixels, or shares such as 25%; one number: all sides. 16 pixels of the old picture beside it may change, too."),
 ]
+Fill = Annotated[str, typer.Option(help=f"What the model sees in the new part: {', '.join(FILLS)}.")]
 Seam = Annotated[int, typer.Option(min=0, help="Pixels from a mask's edge inwards over which the edit fades in.")]
 Strength = Annotated[
     float, typer.Option(help="1 is the free edit; less holds more scales, coarse ones first, to the picture; 0: the picture itself.")
 ]
-Preserve = Annotated[float, typer.Option(help="Pulls every bit towards the picture's: 0 not at all, 1 all the way.")]
+Preserve = Annotated[float, typer.Option(help="Pulls every bit towards the picture's, 0 to 1: 0 not at all, 1 all the way.")]
 SourceAttention = Annotated[float, typer.Option(help="What the picture weighs in self-attention: 1 as trained, 0 it is not seen.")]
-Feather = Annotated[int, typer.Option(help="Tokens around a mask that are drawn with it, and latents that stay so.")]
+Feather = Annotated[int, typer.Option(help=f"Tokens around a mask that are drawn with it, and latents that stay so, 0 to {MOST_FEATHER}.")]
 AutoMask = Annotated[
     float,
-    typer.Option(help=f"Above 0 the edit finds what it changes, and all else stays as it is: {AUTO_MASK:g} is a good one, more lets more in."),
+    typer.Option(help=f"0 to 1; above 0 the edit finds what it changes, and all else stays as it is: {AUTO_MASK:g} is a good one, more lets more in."),
 ]
 BestOf = Annotated[int, typer.Option(help="Begin so many candidates and go on with the best one.")]
 BestAt = Annotated[int, typer.Option(help="Scales after which the best candidate is chosen.")]

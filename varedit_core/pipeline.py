@@ -131,7 +131,7 @@ class Editor:
         if not any(isinstance(picture, Tokens) for picture in known):
             return [self.fit(picture, size, method) for picture in pictures], None
         if not all(isinstance(picture, Tokens) and picture.complete for picture in known):
-            raise ValueError("go on from tokens of all scales, and from tokens alone; decode what goes with pictures")
+            raise ValueError("tokens of some of the scales are no picture yet: finish them (--begun, given), and do not mix tokens with pictures")
         if len({tokens.schedule for tokens in known}) > 1:
             raise ValueError("these edits have different sizes or aspect tables; go on from them one by one")
         if any(tokens.fitting is None for tokens in known if isinstance(pictures[0], Edited)):
