@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from ..varedit_core.defaults import AUTO_MASK
 from ._api import io
 
-AMOUNT = 0.5
 LEAST = 0.1
 """Below this not even black for white would count."""
 
@@ -24,7 +24,7 @@ class VAREditChangeMap(io.ComfyNode):
                 io.Latent.Input("source", tooltip="What was edited: the sampler's source."),
                 io.Float.Input(
                     "amount",
-                    default=AMOUNT,
+                    default=AUTO_MASK,
                     min=LEAST,
                     max=1.0,
                     step=0.05,

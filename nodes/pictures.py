@@ -79,7 +79,7 @@ def empty_source(vae, area: str, ratio: float, count: int) -> dict:
     vae, schedule = checked_vae(vae), schedule_for(area, ratio)
     height, width = schedule.pixels
     size = (count, vae.latent_channels, height // vae.stride, width // vae.stride)
-    origin = Origin(Fitting(schedule, (width, height), (width, height)), vae.colours, empty=True)
+    origin = Origin(Fitting.exact(schedule), vae.colours, empty=True)
     return {"samples": torch.zeros(size, device=mm.intermediate_device()), KEY: origin}
 
 
@@ -197,7 +197,7 @@ def fitting_of(samples: Tensor, stride: int) -> Fitting:
         raise ValueError(
             f"a latent of a {pixels[1]}x{pixels[0]} picture fits no size of the model; use VAREdit Source Encode"
         )
-    return Fitting(schedule, pixels[::-1], pixels[::-1])
+    return Fitting.exact(schedule)
 
 
 def _as_image(pixels_B3HW: Tensor) -> Tensor:

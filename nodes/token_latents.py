@@ -52,9 +52,8 @@ def load_tokens(path: Path, vae=None) -> dict:
             f"the tokens of {path.name} are of {bits} bits on a grid of {tokens.grid[1]}x{tokens.grid[0]} but the VAE takes "
             f"{vae.latent_channels} channels on {width // vae.stride}x{height // vae.stride}; load the VAE of the model that made them"
         )
-    fitting = tokens.fitting or Fitting(tokens.schedule, (width, height), (width, height))
-    tokens = replace(tokens, fitting=fitting)
-    origin = Origin(fitting, vae and vae.colours, tokens=tokens, auto_mask=float(notes_of(path).get(AUTO_MASK, 0)))
+    tokens = replace(tokens, fitting=tokens.shown)
+    origin = Origin(tokens.shown, vae and vae.colours, tokens=tokens, auto_mask=float(notes_of(path).get(AUTO_MASK, 0)))
     return {"samples": tokens.total(), KEY: origin}
 
 

@@ -1,8 +1,8 @@
 """What holds an edit to its source, and what it tells of itself: small functions over the loop's `Scale`.
 
-`steering` makes those that `defaults.Controls` asks for, `request.edits` runs the loop with them; whoever runs it may add its own. Masks are locked by the
-loop itself (`sampling.sample`). Shape suffixes: B images, R regions, d bits a latent position, (H, W) latent grid of the
-last scale, (h, w) of one scale, (y, x) pixels.
+`steering` makes those that `defaults.Controls` asks for, `request.edits` runs the loop with them; whoever runs it may
+add its own. Masks are locked by the loop itself (`sampling.sample`). Shape suffixes: B images, R regions, d bits a
+latent position, (H, W) latent grid of the last scale, (h, w) of one scale, (y, x) pixels.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ LATE = 2
 """So many of the last scales are locked by a mask that the edit finds by itself."""
 MOVED = 0.6
 """Distance of latents, in codes, from which they count as changed, at an auto mask of one half."""
-GLOBAL = 0.9
-"""Share of latents that changed, from which an edit is one of the whole picture."""
 DIFFERENT = 0.3
 """The same of decoded pixels, which are in [-1, 1]."""
+GLOBAL = 0.9
+"""Share of latents that changed, from which an edit is one of the whole picture."""
 
 
 def steering(controls: Controls) -> list[Control]:

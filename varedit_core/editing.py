@@ -19,42 +19,33 @@ from .canvas import crop, extend, region_of, sides_from, stitch
 from .checkpoints import load_autoencoder, load_transformer
 from .contact_sheet import contact_sheet
 from .defaults import (
-    DEFAULT_SETTINGS, FILL, FIT, FITS, KINDS, NEGATIVE_PROMPT, NEUTRAL, NO_SHORTCUTS, PRESET, SIZE, Controls, SamplingSettings,
+    DEFAULT_SETTINGS, FILL, FIT, FITS, KINDS, NEGATIVE_PROMPT, NEUTRAL, NO_SHORTCUTS, PRESET, Controls, SamplingSettings,
     Shortcuts,
 )  # fmt: skip
-from .defaults import SIZES as SIDES
 from .demo import NOTICE, demo_files
-from .demo import SIZE as DEMO_SIZE
 from .eight_bit import LINEARS
 from .images import Fitting, SourceImage, check_target, load_image, load_mask, save_image, to_uint8, unfit
 from .images import fit as fit_image
-from .options import DTYPES, checked_loras, choice, console, guidance_or_default, load_editor, per_scale, progress
+from .options import (
+    DTYPES, check_parts, checked_loras, choice, console, guidance_or_default, load_editor, numbered, per_scale, progress,
+    size_or_default,
+)  # fmt: skip
 from .pipeline import Edited, Region, device_of
-from .schedule import AREAS
 from .showcase import Watcher
 from .tokens import SUFFIX, Tokens
 from .tokens import check_target as check_tokens
 from .weights import open_weights
 
-SIZES = SIDES | {area: area for area in AREAS}
-
 
 def edit(
     image: Annotated[Path, typer.Argument(help="Picture to edit, or the tokens of an edit to go on from.")],
     instruction: Annotated[str, typer.Argument(help="What to change, in words.")] = "",
-    model: Annotated[
-        Optional[Path],
-        typer.Option(help="Transformer: .safetensors, .pth or a sharded folder; by default the demo model."),
-    ] = None,
-    vae: Annotated[
-        Optional[Path], typer.Option(help="Tokenizer file; by default the model file, where it holds both.")
-    ] = None,
-    text_encoder: Annotated[Optional[Path], typer.Option(help="T5 encoder: a Hugging Face folder or one file.")] = None,
+    model: options.Model = None,
+    vae: options.Vae = None,
+    text_encoder: options.TextEncoder = None,
     kind: options.Kind = KINDS[0],
     lora: options.Lora = None,
-    tokenizer: Annotated[
-        Optional[Path], typer.Option(help="Folder or file of the text encoder's tokenizer, if not with its weights.")
-    ] = None,
+    tokenizer: options.Tokenizer = None,
     features: Annotated[
         Optional[str], typer.Option(help="FILE:KEY with text features to use in place of an instruction.")
     ] = None,
@@ -63,19 +54,14 @@ def edit(
         typer.Option("--output", "-o", help="Result; by default beside the picture, as NAME-edited.png."),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the output files if they exist.")] = False,
-    size: Annotated[
-        Optional[str],
-        typer.Option(help=f"Working size: {', '.join(SIZES)}.", show_default=f"{SIZE}; {DEMO_SIZE} for the demo model"),
-    ] = None,
-    fit: Annotated[str, typer.Option(help="square (as published) or aspect (experimental).")] = FIT,
+    size: options.Size = None,
+    fit: options.Fit = FIT,
     guidance: options.Guidance = None,
     temperature: options.Temperature = options.TEMPERATURE,
     top_p: options.TopP = options.TOP_P,
     preset: options.Preset = PRESET,
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = DEFAULT_SETTINGS.seed,
-    negative: Annotated[
-        str, typer.Option(help="Negative prompt, in place of the learned unconditional features.")
-    ] = NEGATIVE_PROMPT,
+    seed: options.Seed = DEFAULT_SETTINGS.seed,
+    negative: options.Negative = NEGATIVE_PROMPT,
     device: options.Device = None,
     dtype: options.Dtype = None,
     linears: options.Linears = LINEARS[0],
@@ -115,15 +101,14 @@ def edit(
 
     Shortcuts save time and are not exact; README and docs/LOG.md say what each costs. Controls are neutral by default.
     """
-    if model is None and (vae or text_encoder or tokenizer):
-        raise ValueError("--vae, --text-encoder and --tokenizer belong to a model of yours; name it with --model")
+    check_parts(model, vae, text_encoder, tokenizer)
     guided = guidance_or_default(guidance, model)
     settings = SamplingSettings(guided, per_scale(temperature), per_scale(top_p), seed).preset(preset)
     shortcuts = Shortcuts(unguided, inside, window, stop, drafted)
     controls = Controls(strength, preserve, source_attention, feather, auto_mask, best_of, best_at, score)
     if bool(drafter) != bool(drafted):
         raise ValueError("--drafter and --drafted go together: a second transformer, and how many scales it draws")
-    area = choice(size or (SIZE if model else DEMO_SIZE), SIZES, "size")
+    area = size_or_default(size, model)
     choice(fit, dict.fromkeys(FITS), "fit")
     number = choice(dtype, DTYPES, "dtype") if dtype else None
     files = _files(model, vae, text_encoder, instruction or bool(region), features, negative)
@@ -131,7 +116,7 @@ def edit(
     settings.per_scale(len(task.fitting.schedule))
     given = _begun(begun, from_scale)
     target = output or image.with_name(f"{image.stem}-edited.png")
-    targets = [target.with_stem(f"{target.stem}-{i + 1}") for i in range(variations)] if variations > 1 else [target]
+    targets = numbered(target, variations)
     written = _written(targets, save_tokens, maps)
     for path in targets:
         _check_targets(image, path, not task.opaque, sheet, preview_dir, overwrite)
@@ -195,17 +180,15 @@ def decode(
     """Decode the tokens of edits to pictures again, or of their first scales to drafts."""
     target, found = output or tokens.with_suffix(".png"), Tokens.load(tokens)
     found = found.first(scales) if scales else found
-    targets = [target.with_stem(f"{target.stem}-{n + 1}") for n in range(found.images)] if found.images > 1 else [target]
+    targets = numbered(target, found.images)
     for path in targets:
         check_target(path, False, overwrite)
     place = device_of(device)
     network = load_autoencoder(vae or demo_files()[1], device=place)
-    height, width = found.schedule.pixels
-    fitting = found.fitting or Fitting(found.schedule, (width, height), (width, height))
     with torch.no_grad():
         for total, path in zip(found.to(place).total(), targets):
-            save_image(unfit(to_uint8(network.decode(total[None])[0]), fitting), path, overwrite)
-    console.print(f"{', '.join(map(str, targets))} ({fitting.size[0]}x{fitting.size[1]})", soft_wrap=True, highlight=False)
+            save_image(unfit(to_uint8(network.decode(total[None])[0]), found.shown), path, overwrite)
+    console.print(f"{', '.join(map(str, targets))} ({found.shown.size[0]}x{found.shown.size[1]})", soft_wrap=True, highlight=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,8 +226,7 @@ class Task:
             if sides or margin is not None:
                 raise ValueError("tokens have the size they were made with; --crop and --extend want a picture")
             tokens = Tokens.load(image)
-            height, width = tokens.schedule.pixels
-            return cls(tokens, None, tokens.fitting or Fitting(tokens.schedule, (width, height), (width, height)), shown, parts)
+            return cls(tokens, None, tokens.shown, shown, parts)
         source = load_image(image)
         if sides:
             source, shown = extend(source, sides_from(sides), fill=fill)

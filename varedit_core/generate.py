@@ -11,11 +11,10 @@ from typing import Annotated, Optional
 import typer
 
 from . import options
-from .defaults import KINDS, NEGATIVE_PROMPT, NO_SHORTCUTS, RATIO, RATIOS, SIZE, SIZES, TEXT_SETTINGS, SamplingSettings, Shortcuts
+from .defaults import KINDS, NEGATIVE_PROMPT, NO_SHORTCUTS, RATIO, RATIOS, SIZE, TEXT_SETTINGS, SamplingSettings, Shortcuts
 from .eight_bit import LINEARS
 from .images import check_target, load_image, load_mask, save_image
-from .options import DTYPES, checked_loras, choice, console, load_editor, per_scale, progress
-from .schedule import AREAS
+from .options import DTYPES, SIZES, checked_loras, choice, console, load_editor, numbered, per_scale, progress
 from .showcase import Watcher
 
 
@@ -23,17 +22,13 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What the picture shows, in words.")],
     model: Annotated[Path, typer.Option(help="Infinity transformer: .safetensors, .pth or a sharded folder.")],
     text_encoder: Annotated[Path, typer.Option(help="T5 encoder: a Hugging Face folder or one file.")],
-    vae: Annotated[
-        Optional[Path], typer.Option(help="Tokenizer file; by default the model file, where it holds both.")
-    ] = None,
+    vae: options.Vae = None,
     kind: options.Kind = KINDS[0],
     lora: options.Lora = None,
-    tokenizer: Annotated[
-        Optional[Path], typer.Option(help="Folder or file of the text encoder's tokenizer, if not with its weights.")
-    ] = None,
+    tokenizer: options.Tokenizer = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Result.")] = Path("generated.png"),
     overwrite: Annotated[bool, typer.Option(help="Replace the output file if it exists.")] = False,
-    size: Annotated[str, typer.Option(help=f"Size: {', '.join([*SIZES, *AREAS])}.")] = SIZE,
+    size: Annotated[str, typer.Option(help=f"Size: {', '.join(SIZES)}.")] = SIZE,
     ratio: Annotated[
         str, typer.Option(help=f"Height / width, or one of {', '.join(RATIOS)} (width:height); the nearest table counts.")
     ] = RATIO,
@@ -46,10 +41,8 @@ def generate(
         str, typer.Option(help="Temperature; Infinity's own scripts take 0.5 for 2B and 1 for 8B; 0 is greedy.")
     ] = f"{TEXT_SETTINGS.temperature:g}",
     top_p: options.TopP = f"{TEXT_SETTINGS.top_p:g}",
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = TEXT_SETTINGS.seed,
-    negative: Annotated[
-        str, typer.Option(help="Negative prompt, in place of the learned unconditional features.")
-    ] = NEGATIVE_PROMPT,
+    seed: options.Seed = TEXT_SETTINGS.seed,
+    negative: options.Negative = NEGATIVE_PROMPT,
     device: options.Device = None,
     dtype: options.Dtype = None,
     linears: options.Linears = LINEARS[0],
@@ -64,10 +57,10 @@ def generate(
     settings = SamplingSettings(per_scale(guidance), per_scale(temperature), per_scale(top_p), seed)
     if bool(image) != bool(mask):
         raise ValueError("--image and --mask go together: a picture, and where it is repainted")
-    area, shape = choice(size, SIZES | {area: area for area in AREAS}, "size"), _ratio(ratio)
+    area, shape = choice(size, SIZES, "size"), _ratio(ratio)
     number = choice(dtype, DTYPES, "dtype") if dtype else None
     source = load_image(image) if image else None
-    targets = [output.with_stem(f"{output.stem}-{i + 1}") for i in range(variations)] if variations > 1 else [output]
+    targets = numbered(output, variations)
     for path in targets:
         check_target(path, source is not None and not source.opaque, overwrite)
     more = dict(variations=variations, shortcuts=Shortcuts(unguided, inside, window, stop))

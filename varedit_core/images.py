@@ -64,6 +64,12 @@ class Fitting:
     padded_size: Size
     size: Size
 
+    @classmethod
+    def exact(cls, schedule: Schedule) -> Fitting:
+        """Of a picture that has exactly the schedule's pixels."""
+        height, width = schedule.pixels
+        return cls(schedule, (width, height), (width, height))
+
 
 @dataclass(frozen=True, eq=False)
 class FittedImage:
@@ -127,9 +133,8 @@ def fit(source: SourceImage, area: str, method: str) -> FittedImage:
 
 def empty(schedule: Schedule) -> FittedImage:
     """In place of a source, for what is made of text alone: exactly the model's size, and no pixels to encode."""
-    height, width = schedule.pixels
-    blank = Image.new("RGB", (width, height), "white")
-    return FittedImage(torch.empty(1, 3, 0, 0), Fitting(schedule, blank.size, blank.size), SourceImage(blank))
+    fitting = Fitting.exact(schedule)
+    return FittedImage(torch.empty(1, 3, 0, 0), fitting, SourceImage(Image.new("RGB", fitting.size, "white")))
 
 
 def fit_mask(mask: Image.Image, fitting: Fitting) -> Tensor:

@@ -15,16 +15,39 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .defaults import AUTO_MASK, DEFAULT_SETTINGS, FILLS, KINDS, MOST_FEATHER, PRESETS, SCORES, Curve
+from .defaults import AUTO_MASK, DEFAULT_SETTINGS, FILLS, KINDS, MOST_FEATHER, PRESETS, SCORES, SIZE, Curve
+from .defaults import SIZES as SIDES
 from .demo import GUIDANCE as DEMO_GUIDANCE
+from .demo import SIZE as DEMO_SIZE
 from .eight_bit import LINEARS, check_linears, eight_bit
 from .lora import apply_lora, check_lora
 from .pipeline import Editor
+from .schedule import AREAS
 
 console = Console(stderr=True, markup=False, highlight=False)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+SIZES = SIDES | {area: area for area in AREAS}
+"""Names of sizes on the command line."""
+
+Model = Annotated[
+    Optional[Path], typer.Option(help="Transformer: .safetensors, .pth or a sharded folder; by default the demo model.")
+]
+Vae = Annotated[
+    Optional[Path], typer.Option(help="Tokenizer file; by default the model file, where it holds both.")
+]
+TextEncoder = Annotated[Optional[Path], typer.Option(help="T5 encoder: a Hugging Face folder or one file.")]
+Tokenizer = Annotated[
+    Optional[Path], typer.Option(help="Folder or file of the text encoder's tokenizer, if not with its weights.")
+]
+Size = Annotated[
+    Optional[str],
+    typer.Option(help=f"Working size: {', '.join(SIZES)}.", show_default=f"{SIZE}; {DEMO_SIZE} for the demo model"),
+]
+Fit = Annotated[str, typer.Option(help="square (as published) or aspect (experimental).")]
+Seed = Annotated[int, typer.Option(help="Seed of the draw.")]
+Negative = Annotated[str, typer.Option(help="Negative prompt, in place of the learned unconditional features.")]
 Lora = Annotated[
     Optional[list[str]], typer.Option(help="FILE[:STRENGTH], a LoRA to apply; may be given several times.")
 ]
@@ -121,6 +144,22 @@ def per_scale(text: str) -> list[float] | Curve:
         raise typer.BadParameter(
             f"{text!r} is neither a number, nor one a scale (3,3,2,1), nor the first and the last scale's (3:1)"
         ) from None
+
+
+def check_parts(model: Path | None, *parts: Path | None) -> None:
+    """ValueError where files are named that belong to a model, and no model is. parts: all but the model."""
+    if model is None and any(parts):
+        raise ValueError("--vae, --text-encoder and --tokenizer belong to a model of yours; name it with --model")
+
+
+def size_or_default(text: str | None, model: Path | None) -> str:
+    """--size as one of AREAS, or the default of the model named or (None) of the demo model."""
+    return choice(text or (SIZE if model else DEMO_SIZE), SIZES, "size")
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """Names of so many results: the path itself for one, STEM-1 and so on for several."""
+    return [path.with_stem(f"{path.stem}-{n + 1}") for n in range(count)] if count > 1 else [path]
 
 
 def guidance_or_default(text: str | None, model: Path | None) -> float | list[float]:

@@ -27,7 +27,7 @@ from .defaults import (
 )  # fmt: skip
 from .eight_bit import LINEARS
 from .images import (
-    FittedImage, Fitting, SourceImage, empty, fit, fit_mask, load_image, restore, to_uint8, unfit, unfit_mask,
+    FittedImage, SourceImage, empty, fit, fit_mask, load_image, restore, to_uint8, unfit, unfit_mask,
 )  # fmt: skip
 from .memory import Elsewhere, make_room, planned
 from .planning import Job, Plan
@@ -138,14 +138,12 @@ class Editor:
             raise ValueError("the pictures of this edit have different sizes; go on from edits of one picture each")
         source, shown = joined(known).to(self.device), []
         for picture, tokens in zip(pictures, known):
-            height, width = tokens.schedule.pixels
-            fitting = tokens.fitting or Fitting(tokens.schedule, (width, height), (width, height))
-            seen = picture.pictures if isinstance(picture, Edited) else self._shown(tokens.to(self.device), fitting)
-            shown += [FittedImage(torch.empty(0), fitting, load_image(one)) for one in seen]
+            seen = picture.pictures if isinstance(picture, Edited) else self._shown(tokens.to(self.device))
+            shown += [FittedImage(torch.empty(0), tokens.shown, load_image(one)) for one in seen]
         return shown, source
 
-    def _shown(self, tokens: Tokens, fitting: Fitting) -> list[Image.Image]:
-        return [unfit(to_uint8(self.decode_pixels(total[None])[0]), fitting) for total in tokens.total()]
+    def _shown(self, tokens: Tokens) -> list[Image.Image]:
+        return [unfit(to_uint8(self.decode_pixels(total[None])[0]), tokens.shown) for total in tokens.total()]
 
     @torch.no_grad()
     def encode_source(self, images: Sequence[FittedImage]) -> Tensor:
@@ -348,13 +346,14 @@ class Editor:
         drawn, where = _masks(mask, fitted)
         areas, drawn, where = _areas(regions, fitted, drawn, where)
         self._make_room(fitted[0], 2)
-        features = features if source is None else source.total()
+        total = source and source.total()
+        features = features if source is None else total
         if features is None:
             features, texts, promises = self.begin(fitted, prompts)
         else:
             texts, promises = [self._features(p) for p in prompts], Promises(True)
         rows = [texts[n : n + count] for n in range(0, len(texts), count)]
-        bits, total = given.to(self.device).bits if given else (), source and source.total()
+        bits = given.to(self.device).bits if given else ()
         request = Request(features, rows, unwanted, where, areas, bits, total)
         more = dict(shortcuts=shortcuts, controls=controls, promises=promises, steer=steer)
         parts = self._parts(request, fitted, source, on_scale, variations, settings, explain, more)

@@ -11,13 +11,14 @@ from typing import Annotated, Optional
 import typer
 
 from . import options
-from .defaults import DEFAULT_SETTINGS, FIT, FITS, KINDS, NEGATIVE_PROMPT, SIZE, SIZES, SWEPT, SamplingSettings
+from .defaults import DEFAULT_SETTINGS, FIT, FITS, KINDS, NEGATIVE_PROMPT, SWEPT, SamplingSettings
 from .demo import NOTICE, demo_files
-from .demo import SIZE as DEMO_SIZE
 from .eight_bit import LINEARS
 from .images import check_target, load_image, load_mask, save_image
-from .options import DTYPES, checked_loras, choice, console, guidance_or_default, load_editor, per_scale, progress
-from .schedule import AREAS
+from .options import (
+    DTYPES, check_parts, checked_loras, choice, console, guidance_or_default, load_editor, per_scale, progress,
+    size_or_default,
+)  # fmt: skip
 from .sweep import CELL, Axis, Cell, grid, planned
 from .sweep import sweep as swept
 
@@ -29,37 +30,25 @@ def sweep(
     instruction: Annotated[str, typer.Argument(help="What to change, in words.")],
     x: Annotated[str, typer.Option("--x", help=f"From left to right: {_AXIS}.")],
     y: Annotated[Optional[str], typer.Option("--y", help="From top to bottom, the same of another setting.")] = None,
-    model: Annotated[
-        Optional[Path],
-        typer.Option(help="Transformer: .safetensors, .pth or a sharded folder; by default the demo model."),
-    ] = None,
-    vae: Annotated[
-        Optional[Path], typer.Option(help="Tokenizer file; by default the model file, where it holds both.")
-    ] = None,
-    text_encoder: Annotated[Optional[Path], typer.Option(help="T5 encoder: a Hugging Face folder or one file.")] = None,
+    model: options.Model = None,
+    vae: options.Vae = None,
+    text_encoder: options.TextEncoder = None,
     kind: options.Kind = KINDS[0],
     lora: options.Lora = None,
-    tokenizer: Annotated[
-        Optional[Path], typer.Option(help="Folder or file of the text encoder's tokenizer, if not with its weights.")
-    ] = None,
+    tokenizer: options.Tokenizer = None,
     output: Annotated[
         Optional[Path], typer.Option("--output", "-o", help="Grid; by default beside the picture, as NAME-sweep.png.")
     ] = None,
     folder: Annotated[Optional[Path], typer.Option(help="Write every edit into this folder, too.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace files that exist.")] = False,
     cell: Annotated[int, typer.Option(min=32, max=2048, help="Largest side of a picture on the grid, in pixels.")] = CELL,
-    size: Annotated[
-        Optional[str],
-        typer.Option(help=f"Working size: {', '.join([*SIZES, *AREAS])}.", show_default=f"{SIZE}; {DEMO_SIZE} for the demo model"),
-    ] = None,
-    fit: Annotated[str, typer.Option(help="square (as published) or aspect (experimental).")] = FIT,
+    size: options.Size = None,
+    fit: options.Fit = FIT,
     guidance: options.Guidance = None,
     temperature: options.Temperature = options.TEMPERATURE,
     top_p: options.TopP = options.TOP_P,
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = DEFAULT_SETTINGS.seed,
-    negative: Annotated[
-        str, typer.Option(help="Negative prompt, in place of the learned unconditional features.")
-    ] = NEGATIVE_PROMPT,
+    seed: options.Seed = DEFAULT_SETTINGS.seed,
+    negative: options.Negative = NEGATIVE_PROMPT,
     mask: options.Mask = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -67,15 +56,14 @@ def sweep(
     report: options.JsonReport = False,
 ) -> None:
     """Edit a picture at several values of one or two settings, and lay the results out as a labelled grid."""
-    if model is None and (vae or text_encoder or tokenizer):
-        raise ValueError("--vae, --text-encoder and --tokenizer belong to a model of yours; name it with --model")
+    check_parts(model, vae, text_encoder, tokenizer)
     if model and not text_encoder:
         raise ValueError("an instruction needs --text-encoder")
     if not instruction:
         raise ValueError("say what to change: give an instruction")
     settings = SamplingSettings(guidance_or_default(guidance, model), per_scale(temperature), per_scale(top_p), seed)
     cells = planned(Axis.parse(x), Axis.parse(y) if y else None, settings)
-    area = choice(size or (SIZE if model else DEMO_SIZE), SIZES | {name: name for name in AREAS}, "size")
+    area = size_or_default(size, model)
     choice(fit, dict.fromkeys(FITS), "fit")
     number = choice(dtype, DTYPES, "dtype") if dtype else None
     files = (model, vae or model, text_encoder) if model else demo_files()

@@ -55,6 +55,11 @@ class Tokens:
         return len(self.bits[0])
 
     @property
+    def shown(self) -> Fitting:
+        """How they become a picture: as `fitting` says, else one of exactly the schedule's pixels."""
+        return self.fitting or Fitting.exact(self.schedule)
+
+    @property
     def complete(self) -> bool:
         return len(self) == len(self.schedule)
 
