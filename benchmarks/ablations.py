@@ -14,11 +14,11 @@ import json
 from pathlib import Path
 
 from varedit_core import Editor, SamplingSettings
+from varedit_core.cli.common import hardware
 from varedit_core.demo import demo_files
-from varedit_core.kv import SOURCE, KeyValueStore
-from varedit_core.options import hardware
+from varedit_core.model.kv_cache import SOURCE, KeyValueStore
+from varedit_core.runtime.workspace import Workspace
 from varedit_core.shapeedit.evaluate import draw, evaluate
-from varedit_core.workspace import Workspace
 
 COLUMNS = ("success", "s", "balance", "psnr", "ssim")
 GREEDY = {"temperature": 0.0}

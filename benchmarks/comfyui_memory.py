@@ -45,10 +45,10 @@ def write(folder: Path, depth: int, width: int, text: int) -> None:
 
     sys.path.insert(0, str(ROOT))
     from benchmarks.real_size import published_shapes, random_tensor
-    from varedit_core.autoencoder import Autoencoder
-    from varedit_core.checkpoints import Unfilled
-    from varedit_core.config import AUTOENCODERS
-    from varedit_core.t5 import T5Config, T5Encoder
+    from varedit_core.files.checkpoints import Unfilled
+    from varedit_core.model.config import AUTOENCODERS
+    from varedit_core.text.t5 import T5Config, T5Encoder
+    from varedit_core.tokenizer.vae import Autoencoder
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)

@@ -24,19 +24,19 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
 from varedit_core import Editor, SamplingSettings
-from varedit_core.controls import changed
+from varedit_core.cli.common import hardware
+from varedit_core.controls.effects import changed
 from varedit_core.defaults import AUTO_MASK, NEUTRAL, PRESETS, SCORES, Controls
 from varedit_core.demo import GUIDANCE, SIZE, demo_files
-from varedit_core.images import SourceImage
-from varedit_core.options import hardware
-from varedit_core.quantizer import encode, latent_grids
-from varedit_core.request import Request, edits
-from varedit_core.schedule import schedule_for
+from varedit_core.pictures.images import SourceImage
+from varedit_core.sampling.batch import Request, edits
 from varedit_core.shapeedit.edits import FAMILIES, Sample, _distractors, _instruction
 from varedit_core.shapeedit.evaluate import draw, picture
 from varedit_core.shapeedit.metrics import distance, psnr, regions, succeeds
 from varedit_core.shapeedit.render import render
 from varedit_core.shapeedit.scenes import draw_scene
+from varedit_core.tokenizer.quantizer import encode, latent_grids
+from varedit_core.tokenizer.schedule import schedule_for
 
 LOCAL = ("add", "remove", "replace", "recolour", "texture", "move", "resize")
 SETTINGS = SamplingSettings(guidance=GUIDANCE)

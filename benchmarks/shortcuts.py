@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from varedit_core import Editor, SamplingSettings, load_transformer
+from varedit_core.cli.common import hardware
 from varedit_core.defaults import NO_SHORTCUTS, Shortcuts
 from varedit_core.demo import FOLDER, GUIDANCE, demo_files
-from varedit_core.options import hardware
+from varedit_core.runtime.stores import EightBitStore
+from varedit_core.runtime.workspace import Workspace
 from varedit_core.shapeedit.evaluate import draw, evaluate
-from varedit_core.stores import EightBitStore
-from varedit_core.workspace import Workspace
 
 COLUMNS = ("success", "s", "balance", "psnr", "ssim")
 REFINER = FOLDER / "diffusion_models" / "varedit_demo_refiner.safetensors"

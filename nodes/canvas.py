@@ -55,7 +55,7 @@ class VAREditCropRegion(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, mask, margin: float, shape: str) -> io.NodeOutput:
-        from ..varedit_core.canvas import crop_pixels, region_of
+        from ..varedit_core.pictures.canvas import crop_pixels, region_of
 
         region = region_of((image.shape[2], image.shape[1]), mask, margin, shape)
         part, inside = crop_pixels(image, region)
@@ -94,7 +94,7 @@ class VAREditStitch(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, edited, region, feather: int = FEATHER) -> io.NodeOutput:
-        from ..varedit_core.canvas import stitch_pixels
+        from ..varedit_core.pictures.canvas import stitch_pixels
 
         return io.NodeOutput(stitch_pixels(image, edited, region, feather))
 
@@ -148,7 +148,7 @@ class VAREditExtendCanvas(io.ComfyNode):
     def execute(
         cls, image, left: int, top: int, right: int, bottom: int, unit: str, fill: str, overlap: int
     ) -> io.NodeOutput:
-        from ..varedit_core.canvas import extend_pixels, extension_mask
+        from ..varedit_core.pictures.canvas import extend_pixels, extension_mask
 
         sides = [side / 100 if unit == "percent" else side for side in (left, top, right, bottom)]
         mask = extension_mask((image.shape[2], image.shape[1]), sides, overlap)

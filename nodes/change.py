@@ -46,6 +46,6 @@ class VAREditChangeMap(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, latent, source, amount: float) -> io.NodeOutput:
-        from .token_latents import change_map
+        from .adapters.token_latents import change_map
 
         return io.NodeOutput(*change_map(vae, latent, source, amount))

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from ..varedit_core.defaults import (
-    FLAT, MOST_CANDIDATES, MOST_FEATHER, NEUTRAL, PRESET, PRESETS, SCORES, Controls, Curve,
+    FLAT,
+    MOST_CANDIDATES,
+    MOST_FEATHER,
+    NEUTRAL,
+    PRESET,
+    PRESETS,
+    SCORES,
+    Controls,
+    Curve,
 )  # fmt: skip
 from ._api import io
 from .shortcuts import MOST
@@ -173,7 +181,7 @@ class VAREditRegion(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning, mask, regions=None) -> io.NodeOutput:
-        from .running import Region, Texts
+        from .adapters.running import Region, Texts
 
         if not mask.any():
             raise ValueError("the region's mask is empty; paint where its instruction is to count")

@@ -55,7 +55,7 @@ class VAREditDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, latent, image=None, mask=None, seam=SEAM) -> io.NodeOutput:
-        from .pictures import decode_edit
+        from .adapters.pictures import decode_edit
 
         return io.NodeOutput(*decode_edit(vae, latent, image, mask, lambda text: tell(cls, text), seam))
 
@@ -93,7 +93,7 @@ class VAREditScalePreview(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, scales, pictures: str) -> io.NodeOutput:
-        from .pictures import scale_pictures
+        from .adapters.pictures import scale_pictures
 
         images, sheet = scale_pictures(vae, scales, pictures)
         return io.NodeOutput(images, sheet, ui=ui.PreviewImage(sheet, cls=cls))

@@ -35,7 +35,7 @@ class VAREditTextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, text: str) -> io.NodeOutput:
-        from .text_encoder import checked_clip, encode
+        from .adapters.text_encoder import checked_clip, encode
 
         conditioning, notice = encode(checked_clip(clip), text)
         if notice:
@@ -80,7 +80,7 @@ class VAREditSourceEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, image, size: str, fit: str) -> io.NodeOutput:
-        from .pictures import encode_source
+        from .adapters.pictures import encode_source
 
         return io.NodeOutput(encode_source(vae, image, SIZES[size], fit))
 
@@ -117,6 +117,6 @@ class VAREditEmptySource(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, size: str, ratio: str, batch_size: int) -> io.NodeOutput:
-        from .pictures import empty_source
+        from .adapters.pictures import empty_source
 
         return io.NodeOutput(empty_source(vae, SIZES[size], RATIOS[ratio], batch_size))

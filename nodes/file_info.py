@@ -53,8 +53,8 @@ class VAREditFileInfo(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        from ..varedit_core.info import inspect
-        from ..varedit_core.weights import WeightError
+        from ..varedit_core.files.info import inspect
+        from ..varedit_core.files.weights import WeightError
 
         path = _find(file)
         if path is None:
@@ -81,7 +81,7 @@ def _find(file: str) -> Path | None:
 
 
 def describe(name: str, facts: dict) -> str:
-    """The facts of `varedit_core.info.inspect`, in lines that fit a node of ordinary width."""
+    """The facts of `varedit_core.files.info.inspect`, in lines that fit a node of ordinary width."""
     others = ("types", "metadata")
     parts = {key: value for key, value in facts.items() if isinstance(value, dict) and key not in others}
     types = [f"{kind} {_count(count)}" for kind, count in sorted(facts["types"].items(), key=lambda item: -item[1])]

@@ -55,7 +55,7 @@ class VAREditModelLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, precision: str, kind: str = KINDS[0]) -> io.NodeOutput:
-        from .model import load_model
+        from .adapters.model import load_model
 
         return io.NodeOutput(load_model(find("diffusion_models", model_name), precision, kind=kind))
 
@@ -96,7 +96,7 @@ class VAREditTextEncoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder_name: str) -> io.NodeOutput:
-        from .text_encoder import load_clip
+        from .adapters.text_encoder import load_clip
 
         return io.NodeOutput(load_clip(find("text_encoders", text_encoder_name)))
 
@@ -136,6 +136,6 @@ class VAREditVAELoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:
-        from .vae import load_vae
+        from .adapters.vae import load_vae
 
         return io.NodeOutput(load_vae(find("vae", vae_name)))

@@ -38,8 +38,8 @@ class VAREditSampleImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, picture: str) -> io.NodeOutput:
-        from ..varedit_core.images import load_image
-        from .pictures import to_image
+        from ..varedit_core.pictures.images import load_image
+        from .adapters.pictures import to_image
 
         image = to_image([load_image(FOLDER / picture).rgb])
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))

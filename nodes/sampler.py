@@ -163,7 +163,7 @@ class VAREditSampler(io.ComfyNode):
         regions=None,
         begun=None,
     ) -> io.NodeOutput:
-        from .running import Edit, Texts, layered, sample_latent, settings_of
+        from .adapters.running import Edit, Texts, layered, sample_latent, settings_of
 
         settings = settings_of(seed, guidance, temperature, top_p)
         settings = settings.bent(*curves) if curves else settings
@@ -214,7 +214,7 @@ class VAREditMemoryPlan(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, size: str, images: int, guided: bool) -> io.NodeOutput:
-        from .running import plan_text
+        from .adapters.running import plan_text
 
         text = plan_text(model, SIZES[size], images, guided)
         return io.NodeOutput(text, ui=ui.PreviewText(text))

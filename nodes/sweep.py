@@ -78,8 +78,8 @@ class VAREditSweep(io.ComfyNode):
         cls, model, source, positive, vae, seed, guidance, temperature, x, x_values, y, y_values,
         negative=None, image=None, mask=None,
     ) -> io.NodeOutput:  # fmt: skip
-        from .grids import Swept, edit_grid
-        from .running import Texts, settings_of
+        from .adapters.grids import Swept, edit_grid
+        from .adapters.running import Texts, settings_of
 
         axes = [(x, x_values), *([(y, y_values)] if y != NONE else [])]
         swept = Swept(Texts.read(positive, negative), settings_of(seed, guidance, temperature, None), axes, image, mask)

@@ -61,7 +61,7 @@ class VAREditSaveTokens(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent, filename_prefix: str) -> io.NodeOutput:
-        from .token_latents import save_tokens
+        from .adapters.token_latents import save_tokens
 
         output = folder_paths.get_output_directory()
         folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix, output)
@@ -111,7 +111,7 @@ class VAREditLoadTokens(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, vae=None) -> io.NodeOutput:
-        from .token_latents import load_tokens
+        from .adapters.token_latents import load_tokens
 
         if lack := missing(file):
             raise ValueError(lack)
@@ -144,6 +144,6 @@ class VAREditFirstScales(io.ComfyNode):
 
     @classmethod
     def execute(cls, latent, scales: int) -> io.NodeOutput:
-        from .token_latents import first_scales
+        from .adapters.token_latents import first_scales
 
         return io.NodeOutput(first_scales(latent, scales))

@@ -54,7 +54,7 @@ class Run:
     def logits(self, transformer, plain: bool = False, device: str = "cpu") -> list:
         """Logits of every scale given the recorded bits; by torch's attention (plain) or by ComfyUI's."""
         from varedit_core import sample
-        from varedit_core.operations import sdpa
+        from varedit_core.model.layers import sdpa
 
         record, found = self.record, []
         texts = [text.to(device) for text in record.texts("text")]
@@ -82,8 +82,8 @@ class Run:
         import comfy.utils
 
         from varedit_core import load_transformer
-        from varedit_core.convert import convert
-        from varedit_core.transformer import Transformer
+        from varedit_core.files.convert import convert
+        from varedit_core.model.transformer import Transformer
 
         file = scratch / "bf16.safetensors"
         convert(RECORD, file, "bf16")
@@ -115,9 +115,9 @@ class Run:
         import comfy.utils
         import torch
 
-        from varedit_core.config import TransformerConfig
-        from varedit_core.convert import convert
-        from varedit_core.transformer import Transformer
+        from varedit_core.files.convert import convert
+        from varedit_core.model.config import TransformerConfig
+        from varedit_core.model.transformer import Transformer
 
         file = scratch / "fp8.safetensors"
         if not file.exists():
@@ -145,7 +145,7 @@ class Run:
         import comfy.ops
 
         from varedit_core import load_transformer
-        from varedit_core.transformer import Transformer
+        from varedit_core.model.transformer import Transformer
 
         before, comfy.memory_management.aimdo_enabled = comfy.memory_management.aimdo_enabled, True
         try:

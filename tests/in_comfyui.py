@@ -39,7 +39,7 @@ class Probe:
 
         torch.set_num_threads(2)
         self.core, self.torch, self.pack = core, torch, sys.modules["varedit_pack"]
-        self.running = __import__("varedit_pack.nodes.running", fromlist=["running"])
+        self.running = __import__("varedit_pack.nodes.adapters.running", fromlist=["running"])
         self.model = self.run("ModelLoader", "varedit_demo.safetensors", "auto")
         self.clip = self.run("TextEncoderLoader", "varedit_demo_t5.safetensors")
         self.vae = self.run("VAELoader", "varedit_demo_tokenizer.safetensors")
@@ -135,7 +135,7 @@ class Probe:
     def _library_lora(self):
         """The sums of the same edit by the library, its LoRA merged into fp32 weights."""
         from varedit_core import SamplingSettings, load_transformer, sample, schedule_for
-        from varedit_core.lora import apply_lora
+        from varedit_core.files.lora import apply_lora
 
         transformer = load_transformer(DEMO / "diffusion_models" / "varedit_demo.safetensors")
         apply_lora(transformer, DEMO / "loras" / "varedit_demo_duotone.safetensors")
@@ -236,7 +236,7 @@ class Probe:
     def scales(self) -> dict:
         """The sampler's second output, and its pictures."""
         _, scales, *_ = self.nodes["VAREditSampler"].execute(self.model, self.source, self.text, 0, 2.0, 0.1).result
-        module = __import__("varedit_pack.nodes.pictures", fromlist=["pictures"])
+        module = __import__("varedit_pack.nodes.adapters.pictures", fromlist=["pictures"])
         found = {"sums": list(scales["samples"].shape), "last": self.torch.equal(scales["samples"][-1:], self.sepia)}
         for method in ("full", "own", "fast"):
             images, sheet = module.scale_pictures(self.vae, scales, method)
@@ -317,7 +317,7 @@ class Probe:
     def ladder(self) -> dict:
         """Every way to run, as if it were planned, by a pretended budget, and by memory that runs out while running."""
         import comfy.model_management as mm
-        from varedit_pack.varedit_core.planning import plans
+        from varedit_pack.varedit_core.runtime.plan import plans
 
         def name(way) -> str:
             return f"{way.job.images} {way.store}" + (" apart" if way.rows_at_once else "")
@@ -373,7 +373,7 @@ class Probe:
     @staticmethod
     def _stored() -> int:
         """Tensors that stores still hold; without a collection, which ComfyUI makes only now and then."""
-        from varedit_pack.varedit_core.kv import KeyValueStore
+        from varedit_pack.varedit_core.model.kv_cache import KeyValueStore
 
         # By type: an instance check would ask weak references to what is gone.
         return sum(len(store.keys) for store in gc.get_objects() if issubclass(type(store), KeyValueStore))
@@ -383,9 +383,9 @@ class Probe:
         from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
         from safetensors.torch import load_file, save_file
 
-        from varedit_core.convert import convert
+        from varedit_core.files.convert import convert
 
-        load = sys.modules["varedit_pack.nodes.model"].load_model
+        load = sys.modules["varedit_pack.nodes.adapters.model"].load_model
         file = DEMO / "diffusion_models" / "varedit_demo.safetensors"
         state = load_file(file)
         matrices = [
@@ -504,7 +504,7 @@ class Probe:
     def keeping(self) -> dict:
         """What stays between runs: passes over the source by what was changed before a run, and how it is let go of."""
         import comfy.model_management as mm
-        from varedit_pack.varedit_core.transformer import Transformer
+        from varedit_pack.varedit_core.model.transformer import Transformer
 
         torch, read, count, found = self.torch, Transformer.read_source, [], {"read": {}}
         mask = torch.zeros(1, 50, 70)
@@ -573,7 +573,7 @@ class Probe:
         source = self.run("SourceEncode", self.vae, two, "256", "square")
         noisy = {"seed": 2**64 - 2, "temperature": 1.0}
         latent, scales, *_ = self._edit(source, variations=2, **noisy)
-        module = __import__("varedit_pack.nodes.pictures", fromlist=["pictures"])
+        module = __import__("varedit_pack.nodes.adapters.pictures", fromlist=["pictures"])
         images, _ = module.scale_pictures(self.vae, scales, "fast")
         singles = []
         for image in range(2):
@@ -615,8 +615,8 @@ class Probe:
 
         from varedit_core import SamplingSettings, load_transformer, sample, schedule_for
         from varedit_core.defaults import Shortcuts
-        from varedit_core.drafting import draft_and_refine
-        from varedit_core.images import fit_mask
+        from varedit_core.pictures.images import fit_mask
+        from varedit_core.sampling.drafting import draft_and_refine
 
         torch, files = self.torch, DEMO / "diffusion_models"
         mask = torch.zeros(40, 60)
@@ -650,7 +650,7 @@ class Probe:
         ]
         found["empty mask"] = torch.equal(self.sample(mask=torch.zeros(1, 64, 64)), self.sepia)
         latent, scales, *_ = self._edit(self.source, shortcuts=stop)
-        module = __import__("varedit_pack.nodes.pictures", fromlist=["pictures"])
+        module = __import__("varedit_pack.nodes.adapters.pictures", fromlist=["pictures"])
         images, _ = module.scale_pictures(self.vae, scales, "own")
         found["stopped"] = [len(images), list(scales["samples"].shape), [v for v, *_ in self._progress(shortcuts=stop)]]
         two = self.run("SourceEncode", self.vae, torch.cat([self.cat, self.cat]), "256", "square")
@@ -681,7 +681,7 @@ class Probe:
         from varedit_core import Editor, SamplingSettings
         from varedit_core.defaults import Controls, Curve
         from varedit_core.demo import demo_files
-        from varedit_core.pipeline import Region
+        from varedit_core.editor import Region
 
         torch, editor = self.torch, Editor.load(*demo_files(), device="cpu")
         execute, decode = (self.nodes[f"VAREdit{name}"].execute for name in ("Sampler", "Decode"))
@@ -822,7 +822,6 @@ class Probe:
     def text_to_image(self) -> dict:
         """The demo model taken for one of Infinity's: against the library, repainted inside a mask, and what is told."""
         import numpy as np
-        from PIL import Image
 
         from varedit_core import Editor
         from varedit_core.defaults import TEXT_SETTINGS
@@ -880,7 +879,7 @@ class Probe:
         x, run = torch.randn(2, 3, 8), {}
         expected = torch.nn.functional.gelu(layer(x), approximate="tanh")
         run["gelu"] = torch.equal(operations.gelu(layer, x), expected)
-        fused = sys.modules["varedit_pack.nodes.state"]
+        fused = sys.modules["varedit_pack.nodes.adapters.state"]
         real = fused.fuses_gelu, fused.linear_gelu
         fused.fuses_gelu = lambda *_: True
         fused.linear_gelu = lambda x, w, b: torch.nn.functional.gelu(torch.nn.functional.linear(x, w, b), approximate="tanh")
@@ -901,8 +900,8 @@ class Probe:
     def recording(self) -> dict:
         """When passes may be recorded, and an edit in the form that it has then, only that nothing is recorded here."""
         from varedit_pack.nodes.model import lies_still, load_model, unchanged
-        from varedit_pack.varedit_core.transformer import FoldedText
-        from varedit_pack.varedit_core.workspace import Workspace
+        from varedit_pack.varedit_core.model.transformer import FoldedText
+        from varedit_pack.varedit_core.runtime.workspace import Workspace
 
         torch, file = self.torch, DEMO / "diffusion_models" / "varedit_demo.safetensors"
         self.sample()

@@ -11,11 +11,11 @@ from PIL import Image
 from test_images import noise, one_sentence
 from test_nodes import comfy, models, nodes, pack  # noqa: F401  fixtures
 
-from varedit_core import canvas
-from varedit_core.canvas import Region, crop, extend, region_of, sides_from, stitch
 from varedit_core.defaults import CROP_MARGIN, FILLS, FITS, LEAST_MARGIN, OVERLAP
-from varedit_core.images import MAX_CANVAS_PIXELS, SourceImage, fit, load_image
-from varedit_core.schedule import TABLES
+from varedit_core.pictures import canvas
+from varedit_core.pictures.canvas import Region, crop, extend, region_of, sides_from, stitch
+from varedit_core.pictures.images import MAX_CANVAS_PIXELS, SourceImage, fit, load_image
+from varedit_core.tokenizer.schedule import TABLES
 
 SIDES = st.integers(1, 300)
 MARGINS = st.sampled_from([0.0, CROP_MARGIN, 2.0])

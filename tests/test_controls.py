@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
 from varedit_core import Editor
-from varedit_core.controls import Candidates, Certainty, changed, exclusive, hold, preserve
+from varedit_core.controls.effects import Candidates, Certainty, changed, exclusive, hold, preserve
 from varedit_core.defaults import NEUTRAL, PRESETS, Controls, Curve, SamplingSettings, Shortcuts
 from varedit_core.demo import GUIDANCE, SAMPLES, SIZE, demo_files
-from varedit_core.images import fit_mask
-from varedit_core.pipeline import Region, masked
-from varedit_core.quantizer import encode, latent_grids
-from varedit_core.sampling import sample
-from varedit_core.schedule import schedule_for
-from varedit_core.tokens import Tokens
+from varedit_core.editor import Region, masked
+from varedit_core.pictures.images import fit_mask
+from varedit_core.sampling.loop import sample
+from varedit_core.tokenizer.quantizer import encode, latent_grids
+from varedit_core.tokenizer.schedule import schedule_for
+from varedit_core.tokenizer.tokens import Tokens
 
 DRAWN = SamplingSettings(guidance=GUIDANCE, temperature=0.5, seed=3)
 SCENE = SAMPLES / "scene.png"

@@ -8,12 +8,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from varedit_core import demo, showcase
-from varedit_core.cli import app, main
-from varedit_core.contact_sheet import Row, contact_sheet
+from varedit_core import demo
+from varedit_core.cli.app import app, main
+from varedit_core.cli.app import demo as showcase
 from varedit_core.demo import SAMPLES, demo_files
-from varedit_core.info import inspect
-from varedit_core.lora import check_lora
+from varedit_core.files.info import inspect
+from varedit_core.files.lora import check_lora
+from varedit_core.pictures.contact_sheet import Row, contact_sheet
 
 MB = 1e6
 GRIDS = 7
@@ -132,7 +133,7 @@ def test_a_contact_sheet_replaces_no_picture(tmp_path, monkeypatch, capsys, name
 
 def test_the_notice_is_one_line_on_standard_error(tmp_path, monkeypatch, capsys):
     """Shown before the work, which is left out here."""
-    from varedit_core.pipeline import Editor
+    from varedit_core.editor import Editor
 
     def refuse(*_, **__):
         raise ValueError("stopped")

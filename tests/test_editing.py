@@ -6,9 +6,9 @@ import pytest
 from PIL import Image, ImageChops
 from typer.testing import CliRunner
 
-from varedit_core.cli import app, main
+from varedit_core.cli.app import app, main
 from varedit_core.demo import SAMPLES
-from varedit_core.tokens import Tokens
+from varedit_core.tokenizer.tokens import Tokens
 
 SCENE = SAMPLES / "scene.png"
 STAR = "recolour the black star in purple"

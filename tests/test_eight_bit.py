@@ -20,20 +20,20 @@ from safetensors.torch import save_file
 from support import GOLDEN, ROOT
 from typer.testing import CliRunner
 
-from varedit_core import Editor, SamplingSettings, load_transformer, memory, pipeline, sample, schedule_for, stores
-from varedit_core.cli import app
-from varedit_core.convert import convert
-from varedit_core.defaults import NO_SHORTCUTS
-from varedit_core.eight_bit import EightBitLinear, eight_bit, names, quantise_weight
-from varedit_core.kernels import linear_eight_bit, plain
-from varedit_core.kv import KeyValueStore
-from varedit_core.lora import apply_lora
-from varedit_core.operations import sdpa
-from varedit_core.options import load_editor
-from varedit_core.planning import STORES, Job, Plan
-from varedit_core.sampling import Promises
-from varedit_core.stores import EightBitStore, HostStore, exact_heads, query_scales
-from varedit_core.workspace import Workspace
+from varedit_core import Editor, SamplingSettings, load_transformer, sample, schedule_for
+from varedit_core import editor as pipeline
+from varedit_core.cli.app import app
+from varedit_core.cli.common import load_editor
+from varedit_core.files.convert import convert
+from varedit_core.files.lora import apply_lora
+from varedit_core.model.kv_cache import KeyValueStore
+from varedit_core.model.layers import sdpa
+from varedit_core.runtime import memory, stores
+from varedit_core.runtime.fp8 import EightBitLinear, eight_bit, names, quantise_weight
+from varedit_core.runtime.kernels import linear_eight_bit, plain
+from varedit_core.runtime.plan import STORES, Job, Plan
+from varedit_core.runtime.stores import EightBitStore, HostStore, exact_heads, query_scales
+from varedit_core.runtime.workspace import Workspace
 
 RECORD = GOLDEN / "patchify_256.safetensors"
 SCHEDULE = schedule_for("0.06M")
@@ -44,7 +44,7 @@ LARGE = [[4.0] * HEADS, [4.0, 90.0, 4.0, 60.0], [4.0] * HEADS]
 def kernels() -> dict[str, float]:
     """Largest differences between kernels and plain forms."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    fused, found = import_module("varedit_core.kernels.eight_bit"), {}
+    fused, found = import_module("varedit_core.runtime.kernels.eight_bit"), {}
     generator = torch.Generator().manual_seed(0)
     for kind in [torch.float32] + [torch.bfloat16] * (device == "cuda"):
         for exact in ([], [1, 3], [0, 1, 2, 3]):

@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from support import GOLDEN
 
 from varedit_core import load_autoencoder, load_transformer
-from varedit_core import weights as weights_module
-from varedit_core.checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER, canonical, select
-from varedit_core.convert import convert
-from varedit_core.info import inspect
-from varedit_core.weights import WeightError, open_weights
+from varedit_core.files.checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER, canonical, select
+from varedit_core.files.convert import convert
+from varedit_core.files.info import inspect
+from varedit_core.files.safe_write import weights as weights_module
+from varedit_core.files.weights import WeightError, open_weights
 
 RECORD = GOLDEN / "patchify_256.safetensors"
 
@@ -223,7 +223,7 @@ def test_convert_never_overwrites_or_leaves_pieces(published_file, tmp_path, mon
     with pytest.raises(FileExistsError, match="exists; choose another name"):
         convert(published_file, target)
     assert target.read_bytes() == b"precious"
-    monkeypatch.setattr("varedit_core.convert._tensors", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("varedit_core.files.convert._tensors", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         convert(published_file, target, overwrite=True)
     assert target.read_bytes() == b"precious" and list(tmp_path.iterdir()) == [target]

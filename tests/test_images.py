@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
-from varedit_core import images
-from varedit_core.images import FITS, SourceImage, fit, load_image, restore, save_image, to_uint8
-from varedit_core.schedule import schedule_for
+from varedit_core.pictures import images
+from varedit_core.pictures.images import FITS, SourceImage, fit, load_image, restore, save_image, to_uint8
+from varedit_core.tokenizer.schedule import schedule_for
 
 EXAMPLE = Path(__file__).parents[1] / "samples" / "cat.jpg"
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -536,7 +536,7 @@ def test_an_opaque_alpha_does_not_hinder_jpeg(tmp_path):
 
 
 def test_a_mask_is_the_alpha_where_something_shines_through():
-    from varedit_core.images import load_mask
+    from varedit_core.pictures.images import load_mask
 
     grey = Image.linear_gradient("L")
     assert load_mask(grey).tobytes() == grey.tobytes()

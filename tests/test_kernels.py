@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from support import ROOT
 
-from varedit_core.kernels import fusable, matmul_fp32, plain
+from varedit_core.runtime.kernels import fusable, matmul_fp32, plain
 
 INTERPRETED = os.environ.get("VAREDIT_KERNEL_TESTS") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that another test here starts")
 if INTERPRETED:
-    from varedit_core.kernels import transformer as kernels
+    from varedit_core.runtime.kernels import transformer as kernels
 
 
 @pytest.mark.skipif(INTERPRETED or find_spec("triton") is None, reason="Triton is not installed here")

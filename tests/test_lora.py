@@ -16,15 +16,15 @@ from support import ROOT
 from typer.testing import CliRunner
 
 from varedit_core import load_transformer
-from varedit_core.cli import app, main
-from varedit_core.convert import convert
-from varedit_core.info import inspect
-from varedit_core.kv import KeyValueStore
-from varedit_core.lora import apply_lora, linear_layers, merge_lora, read_lora
-from varedit_core.operations import ScaledLinear
-from varedit_core.options import lora_and_strength
+from varedit_core.cli.app import app, main
+from varedit_core.cli.common import lora_and_strength
+from varedit_core.files.convert import convert
+from varedit_core.files.info import inspect
+from varedit_core.files.lora import apply_lora, linear_layers, merge_lora, read_lora
+from varedit_core.files.weights import WeightError, open_weights
+from varedit_core.model.kv_cache import KeyValueStore
+from varedit_core.model.layers import ScaledLinear
 from varedit_core.training.lora import GROUPS, add_lora, load_lora_for_training, lora_layers, lora_state, save_lora
-from varedit_core.weights import WeightError, open_weights
 
 RANK, ALPHA = 4, 6.0
 
@@ -360,7 +360,7 @@ def test_without_peft(base, monkeypatch):
 
 
 def test_editing_does_not_import_peft():
-    code = "import sys, varedit_core.cli, varedit_core.training.lora; print('peft' in sys.modules)"
+    code = "import sys, varedit_core.cli.app, varedit_core.training.lora; print('peft' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "False", done.stderr
 

@@ -11,15 +11,15 @@ from torch import nn
 
 from benchmarks.real_size import published_shapes
 from varedit_core import load_autoencoder, load_transformer, sample
-from varedit_core.autoencoder import Autoencoder
-from varedit_core.checkpoints import TRANSFORMER, canonical
-from varedit_core.config import AUTOENCODERS, TRANSFORMERS, AutoencoderConfig, TransformerConfig, patch_size
 from varedit_core.defaults import SamplingSettings
-from varedit_core.operations import Operations
-from varedit_core.transformer import Transformer
-from varedit_core.weights import Weights
+from varedit_core.files.checkpoints import TRANSFORMER, canonical
+from varedit_core.files.weights import Weights
+from varedit_core.model.config import AUTOENCODERS, TRANSFORMERS, AutoencoderConfig, TransformerConfig, patch_size
+from varedit_core.model.layers import Operations
+from varedit_core.model.transformer import Transformer
+from varedit_core.tokenizer.vae import Autoencoder
 
-CORE = sorted((ROOT / "varedit_core").glob("*.py"))
+CORE = sorted((ROOT / "varedit_core").rglob("*.py"))
 
 
 def hidden(layer):
@@ -172,7 +172,7 @@ def test_core_runs_where_comfyui_cannot_be_imported():
 import sys
 for name in ("comfy", "comfy_api", "comfy_extras", "folder_paths", "nodes"): sys.modules[name] = None
 from varedit_core import Editor, SamplingSettings
-from varedit_core.weights import open_weights
+from varedit_core.files.weights import open_weights
 path = {str(GOLDEN / "patchify_256.safetensors")!r}
 editor = Editor.load(path, path, device="cpu")
 (picture,) = editor.edit({str(ROOT / "samples" / "cat.jpg")!r}, [open_weights(path)["in.text.0"]], size="0.06M", settings=SamplingSettings())
@@ -200,7 +200,10 @@ def _code_lines(path):
 
 def test_the_inference_path_stays_short():
     """Lines of code (no docstrings, comments, blanks), from a picture and loaded networks to the edited picture."""
-    path = "pipeline images text sampling transformer kv quantizer autoencoder schedule config operations defaults"
+    path = """
+        editor pictures/images text/encoder sampling/loop model/transformer model/kv_cache tokenizer/quantizer
+        tokenizer/vae tokenizer/schedule model/config model/layers defaults
+    """
     # 1,200 before the fast path (recorded passes, masks, shortcuts, 8-bit layers), 1,650 before the controls.
     assert sum(_code_lines(ROOT / "varedit_core" / f"{name}.py") for name in path.split()) <= 2100
 

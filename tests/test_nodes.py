@@ -416,7 +416,7 @@ def test_help_pages_name_the_choices_and_the_other_nodes_rightly(schemas, name):
 def messages_of_the_code() -> str:
     """The strings of the nodes and the library, with a mark where a value is filled in."""
     texts = []
-    for path in [*(ROOT / "nodes").glob("*.py"), *(ROOT / "varedit_core").glob("*.py")]:
+    for path in [*(ROOT / "nodes").rglob("*.py"), *(ROOT / "varedit_core").rglob("*.py")]:
         for part in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(part, ast.JoinedStr):
                 texts.append("".join(one.value if isinstance(one, ast.Constant) else "…" for one in part.values))

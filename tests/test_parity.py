@@ -5,9 +5,9 @@ import torch
 from support import recordings
 
 from varedit_core import parity
-from varedit_core.images import to_uint8
+from varedit_core.files.weights import WeightError
 from varedit_core.parity import Record, compare
-from varedit_core.weights import WeightError
+from varedit_core.pictures.images import to_uint8
 
 
 @pytest.mark.parametrize("path", recordings(), ids=lambda path: path.stem)

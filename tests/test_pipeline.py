@@ -8,7 +8,7 @@ from support import GOLDEN, ROOT
 from varedit_core import Editor, SamplingSettings
 from varedit_core.defaults import Shortcuts
 from varedit_core.demo import demo_files
-from varedit_core.weights import open_weights
+from varedit_core.files.weights import open_weights
 
 CAT = ROOT / "samples" / "cat.jpg"
 

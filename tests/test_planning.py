@@ -7,16 +7,16 @@ import torch
 from PIL import Image
 
 from varedit_core import SamplingSettings, load_autoencoder, sample, schedule_for
-from varedit_core.config import TRANSFORMERS
 from varedit_core.defaults import SIZES
 from varedit_core.demo import demo_files
-from varedit_core.kv import KeyValueStore
-from varedit_core.planning import STORES, Job, described, plan, plans, too_large
-from varedit_core.preview import at_own_size, enlarged, fit_colours
-from varedit_core.quantizer import area_resize, encode
-from varedit_core.schedule import AREAS, Schedule
-from varedit_core.stores import EightBitStore, HostStore
-from varedit_core.workspace import Workspace
+from varedit_core.model.config import TRANSFORMERS
+from varedit_core.model.kv_cache import KeyValueStore
+from varedit_core.pictures.preview import at_own_size, enlarged, fit_colours
+from varedit_core.runtime.plan import STORES, Job, described, plan, plans, too_large
+from varedit_core.runtime.stores import EightBitStore, HostStore
+from varedit_core.runtime.workspace import Workspace
+from varedit_core.tokenizer.quantizer import area_resize, encode
+from varedit_core.tokenizer.schedule import AREAS, Schedule
 
 JOB = Job(TRANSFORMERS["8B"], schedule_for("1M"), images=3, guided=True, dtype=torch.bfloat16)
 

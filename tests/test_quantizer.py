@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from varedit_core.quantizer import area_resize, codes, decode, encode, from_tokens, latent_grids, to_tokens
-from varedit_core.schedule import AREAS, TABLES, schedule_for
+from varedit_core.tokenizer.quantizer import area_resize, codes, decode, encode, from_tokens, latent_grids, to_tokens
+from varedit_core.tokenizer.schedule import AREAS, TABLES, schedule_for
 
 
 @given(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from varedit_core.schedule import AREAS, TABLES, Schedule, nearest_ratio, schedule_for, schedule_from
+from varedit_core.tokenizer.schedule import AREAS, TABLES, Schedule, nearest_ratio, schedule_for, schedule_from
 
 EVERY = [(area, ratio) for area in AREAS for ratio in TABLES]
 

@@ -11,9 +11,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from varedit_core import Editor, SamplingSettings
-from varedit_core.autoencoder import Autoencoder
-from varedit_core.cli import app
-from varedit_core.config import AutoencoderConfig
+from varedit_core.cli.app import app
+from varedit_core.model.config import AutoencoderConfig
 from varedit_core.shapeedit.edits import FAMILIES, draw_sample, near_misses
 from varedit_core.shapeedit.evaluate import draw, evaluate, evaluate_reconstruction, make, picture
 from varedit_core.shapeedit.metrics import Score, background, changed, distance, judge, regions, succeeds
@@ -29,6 +28,7 @@ from varedit_core.shapeedit.scenes import (
     Object,
     Scene,
 )
+from varedit_core.tokenizer.vae import Autoencoder
 from varedit_core.training.data import check_pairs, open_pairs
 from varedit_core.training.settings import NewText, NewTransformer
 from varedit_core.training.tasks import new_transformer, save_text

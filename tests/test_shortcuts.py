@@ -5,20 +5,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from varedit_core import Editor, sampling, shortcuts
+from varedit_core import Editor
 from varedit_core.defaults import SamplingSettings, Shortcuts
 from varedit_core.demo import demo_files
-from varedit_core.drafting import draft_and_refine
-from varedit_core.kv import KeyValueStore
-from varedit_core.operations import sdpa
-from varedit_core.quantizer import area_resize
-from varedit_core.sampling import sample
-from varedit_core.schedule import schedule_for
+from varedit_core.model.kv_cache import KeyValueStore
+from varedit_core.model.layers import sdpa
+from varedit_core.model.transformer import Transformer
+from varedit_core.runtime import approximations as shortcuts
+from varedit_core.runtime.approximations import BAND, bands, token_masks
+from varedit_core.runtime.stores import EightBitStore
+from varedit_core.runtime.workspace import Workspace
+from varedit_core.sampling.drafting import draft_and_refine
+from varedit_core.sampling.loop import loop as sampling
+from varedit_core.sampling.loop import sample
 from varedit_core.shapeedit.evaluate import draw, evaluate
-from varedit_core.shortcuts import BAND, bands, token_masks
-from varedit_core.stores import EightBitStore
-from varedit_core.transformer import Transformer
-from varedit_core.workspace import Workspace
+from varedit_core.tokenizer.quantizer import area_resize
+from varedit_core.tokenizer.schedule import schedule_for
 
 GREEDY = SamplingSettings(temperature=0.0)
 
@@ -55,7 +57,7 @@ def test_a_window_of_the_whole_height_changes_nothing(layout, request):
 def test_a_window_hides_what_is_far(monkeypatch, patchify):
     """With a small window a change of the source's last rows does not reach the first rows of the last scale, but for
     what coarse scales and blocks before carry there; here: the keys that each band sees."""
-    monkeypatch.setattr("varedit_core.shortcuts.WHOLE", 4)
+    monkeypatch.setattr("varedit_core.runtime.approximations.WHOLE", 4)
     schedule = schedule_for("0.06M")
     last = len(schedule) - 1
     seen = []

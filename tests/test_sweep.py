@@ -10,11 +10,11 @@ from support import ROOT
 from typer.testing import CliRunner
 
 from varedit_core import Editor
-from varedit_core.contact_sheet import Row, contact_sheet
+from varedit_core.cli.sweep import sweep as command
 from varedit_core.defaults import NEUTRAL, SWEPT, Controls, SamplingSettings
 from varedit_core.demo import GUIDANCE, SIZE, demo_files
+from varedit_core.pictures.contact_sheet import Row, contact_sheet
 from varedit_core.sweep import MOST, Axis, grid, planned, sweep
-from varedit_core.sweep_cli import sweep as command
 
 CAT, WORDS = ROOT / "samples" / "cat.jpg", "make it sepia"
 
@@ -119,7 +119,7 @@ def run():
 
 
 def test_the_command_writes_a_grid_and_its_cells(run, editor, picture, tmp_path, monkeypatch):
-    monkeypatch.setattr("varedit_core.sweep_cli.load_editor", lambda *args, **more: editor)
+    monkeypatch.setattr("varedit_core.cli.sweep.load_editor", lambda *args, **more: editor)
     arguments = [picture, WORDS, "--x", "guidance=1,2", "--y", "strength=1", "--cell", 64, "--folder", tmp_path / "cells"]
     done = run(*arguments, "-o", tmp_path / "grid.png", "--json")
     assert done.exit_code == 0, done.output
@@ -146,6 +146,6 @@ def test_the_command_writes_a_grid_and_its_cells(run, editor, picture, tmp_path,
     ],
 )
 def test_the_command_refuses_before_it_loads(run, picture, monkeypatch, arguments, message):
-    monkeypatch.setattr("varedit_core.sweep_cli.load_editor", lambda *args, **more: pytest.fail("loaded"))
+    monkeypatch.setattr("varedit_core.cli.sweep.load_editor", lambda *args, **more: pytest.fail("loaded"))
     done = run(picture, WORDS, *(picture if a == "PICTURE" else a for a in arguments))
     assert isinstance(done.exception, ValueError) and message in str(done.exception)

@@ -16,13 +16,13 @@ from transformers import T5Config as ReferenceConfig
 from transformers import T5EncoderModel
 
 from varedit_core.demo import demo_files
-from varedit_core.operations import Operations
-from varedit_core.t5 import T5Config, T5Encoder, position_buckets
-from varedit_core.text import load_text_encoder
+from varedit_core.files.weights import WeightError
+from varedit_core.model.layers import Operations
+from varedit_core.text.encoder import load_text_encoder
+from varedit_core.text.t5 import T5Config, T5Encoder, position_buckets
 from varedit_core.training.settings import NewText
 from varedit_core.training.tasks import save_text
 from varedit_core.training.words import make_vocabulary, new_text_encoder
-from varedit_core.weights import WeightError
 
 SIZES = dict(vocab_size=50, d_model=48, d_kv=8, d_ff=96, num_layers=3, num_heads=5)
 KINDS = {

@@ -11,9 +11,9 @@ from tokenizers.pre_tokenizers import Metaspace
 from tokenizers.processors import TemplateProcessing
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
-from varedit_core.convert import convert
-from varedit_core.text import load_text_encoder, load_tokenizer
-from varedit_core.weights import WeightError
+from varedit_core.files.convert import convert
+from varedit_core.files.weights import WeightError
+from varedit_core.text.encoder import load_text_encoder, load_tokenizer
 
 PROMPTS = ["make the sky red", "add a cat", "turn it into a watercolour painting of the sea at night"]
 

@@ -14,21 +14,21 @@ from typer.testing import CliRunner
 
 from benchmarks.real_size import published_shapes, random_tensor
 from varedit_core import Editor, SamplingSettings, load_transformer, sample, schedule_for
-from varedit_core.checkpoints import KIND
-from varedit_core.cli import app
-from varedit_core.config import TRANSFORMERS
-from varedit_core.convert import convert
+from varedit_core.cli.app import app
 from varedit_core.defaults import KINDS, RATIOS, TEXT_SETTINGS, Shortcuts
 from varedit_core.demo import demo_files
-from varedit_core.drafting import draft_and_refine
-from varedit_core.images import load_mask
-from varedit_core.info import inspect
-from varedit_core.lora import merge_lora
-from varedit_core.planning import STORES, Job
-from varedit_core.schedule import TABLES
-from varedit_core.shortcuts import bands, token_masks
-from varedit_core.weights import open_weights
-from varedit_core.workspace import Workspace
+from varedit_core.files.checkpoints import KIND
+from varedit_core.files.convert import convert
+from varedit_core.files.info import inspect
+from varedit_core.files.lora import merge_lora
+from varedit_core.files.weights import open_weights
+from varedit_core.model.config import TRANSFORMERS
+from varedit_core.pictures.images import load_mask
+from varedit_core.runtime.approximations import bands, token_masks
+from varedit_core.runtime.plan import STORES, Job
+from varedit_core.runtime.workspace import Workspace
+from varedit_core.sampling.drafting import draft_and_refine
+from varedit_core.tokenizer.schedule import TABLES
 
 GREEDY = SamplingSettings(temperature=0.0)
 DRAWN = SamplingSettings(temperature=0.7, seed=5)

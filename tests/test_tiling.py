@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from support import GOLDEN, ROOT
 from torch import nn
 
-from varedit_core import Editor, load_autoencoder, tiling
-from varedit_core.autoencoder import Autoencoder, ResidualBlock
-from varedit_core.checkpoints import expected
-from varedit_core.config import AUTOENCODERS
+from varedit_core import Editor, load_autoencoder
 from varedit_core.demo import demo_files
-from varedit_core.images import fit, load_image
-from varedit_core.operations import Operations
-from varedit_core.quantizer import encode, latent_grids
-from varedit_core.tiling import LEAST_TILE, decode_fitted, decode_tiled
+from varedit_core.files.checkpoints import expected
+from varedit_core.model.config import AUTOENCODERS
+from varedit_core.model.layers import Operations
+from varedit_core.pictures.images import fit, load_image
+from varedit_core.runtime import tiling
+from varedit_core.runtime.tiling import LEAST_TILE, decode_fitted, decode_tiled
+from varedit_core.tokenizer.quantizer import encode, latent_grids
+from varedit_core.tokenizer.vae import Autoencoder, ResidualBlock
 
 STRIDE = 4
 FULL = "takes more memory than is free"

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from support import GOLDEN, ROOT
 from test_nodes import comfy, models, nodes, pack  # noqa: F401
 
-from varedit_core.tokens import Tokens, notes_of
+from varedit_core.tokenizer.tokens import Tokens, notes_of
 
 TOKENS = json.loads((ROOT / "workflows" / "api" / "tokens.json").read_text())
 VAE, PICTURE, SAMPLER = ["4", 0], ["5", 0], "8"

@@ -22,11 +22,12 @@ from support import ROOT
 accelerate = pytest.importorskip("accelerate")
 
 from varedit_core import Editor  # noqa: E402
-from varedit_core.autoencoder import Autoencoder  # noqa: E402
-from varedit_core.config import AutoencoderConfig  # noqa: E402
 from varedit_core.defaults import SamplingSettings  # noqa: E402
-from varedit_core.quantizer import encode, latent_grids, to_tokens  # noqa: E402
-from varedit_core.schedule import schedule_for  # noqa: E402
+from varedit_core.model.config import AutoencoderConfig  # noqa: E402
+from varedit_core.model.transformer import PaddedTexts  # noqa: E402
+from varedit_core.tokenizer.quantizer import encode, latent_grids, to_tokens  # noqa: E402
+from varedit_core.tokenizer.schedule import schedule_for  # noqa: E402
+from varedit_core.tokenizer.vae import Autoencoder  # noqa: E402
 from varedit_core.training import engine, pairs, tasks  # noqa: E402
 from varedit_core.training.data import Pair, PairError  # noqa: E402
 from varedit_core.training.objective import draw_flips, teach, token_weights  # noqa: E402
@@ -34,7 +35,6 @@ from varedit_core.training.parallel import BlockCausal, parallel_logits  # noqa:
 from varedit_core.training.run import _check, run  # noqa: E402
 from varedit_core.training.settings import NewText, NewTransformer, load_stages  # noqa: E402
 from varedit_core.training.words import make_vocabulary, new_text_encoder  # noqa: E402
-from varedit_core.transformer import PaddedTexts  # noqa: E402
 
 PAIRS = 6
 SCHEDULE = schedule_for("0.06M")
@@ -588,6 +588,6 @@ def test_what_sharding_cannot_do_is_refused(parts, change, message):
 
 
 def test_editing_does_not_import_training():
-    code = "import sys, varedit_core.cli; print(sorted({'accelerate', 'peft', 'datasets', 'varedit_core.training.run'} & set(sys.modules)))"
+    code = "import sys, varedit_core.cli.app; print(sorted({'accelerate', 'peft', 'datasets', 'varedit_core.training.run'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr

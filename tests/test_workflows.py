@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from support import GOLDEN, ROOT
 
-from varedit_core.checkpoints import TOKENIZER, canonical
-from varedit_core.t5 import T5Config, T5Encoder
-from varedit_core.weights import open_weights
+from varedit_core.files.checkpoints import TOKENIZER, canonical
+from varedit_core.files.weights import open_weights
+from varedit_core.text.t5 import T5Config, T5Encoder
 
 FOLDER = ROOT / "workflows"
 GRAPHS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}

@@ -8,9 +8,10 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 _HOMES = {
-    "Controls": "defaults", "Editor": "pipeline", "Region": "pipeline", "SamplingSettings": "defaults", "Tokens": "tokens", "Scale": "sampling", "Schedule": "schedule",
-    "WeightError": "weights", "load_autoencoder": "checkpoints", "load_text_encoder": "text",
-    "load_transformer": "checkpoints", "sample": "sampling", "schedule_for": "schedule",
+    "Controls": "defaults", "Editor": "editor", "Region": "editor", "SamplingSettings": "defaults",
+    "Tokens": "tokenizer.tokens", "Scale": "sampling.loop", "Schedule": "tokenizer.schedule",
+    "WeightError": "files.weights", "load_autoencoder": "files.checkpoints", "load_text_encoder": "text.encoder",
+    "load_transformer": "files.checkpoints", "sample": "sampling.loop", "schedule_for": "tokenizer.schedule",
 }  # fmt: skip
 __all__ = sorted(_HOMES)
 

@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .autoencoder import Autoencoder
-from .checkpoints import load_autoencoder, load_transformer
-from .config import patch_size
 from .defaults import SamplingSettings
-from .images import to_uint8
-from .pipeline import device_of
-from .quantizer import area_resize, codes, decode, latent_grids, linear_resize, to_tokens
-from .sampling import Scale, sample
-from .schedule import Schedule, schedule_from
-from .transformer import Transformer
-from .weights import WeightError, Weights, open_weights
+from .editor import device_of
+from .files.checkpoints import load_autoencoder, load_transformer
+from .files.weights import WeightError, Weights, open_weights
+from .model.config import patch_size
+from .model.transformer import Transformer
+from .pictures.images import to_uint8
+from .sampling.loop import Scale, sample
+from .tokenizer.quantizer import area_resize, codes, decode, latent_grids, linear_resize, to_tokens
+from .tokenizer.schedule import Schedule, schedule_from
+from .tokenizer.vae import Autoencoder
 
 LOGITS = 1e-4  # largest absolute error of a logit
 FEATURES = 1e-4  # and of the tokenizer's features and sums

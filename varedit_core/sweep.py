@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields, replace
 
 from PIL import Image
 
-from .contact_sheet import LETTERS, Row, contact_sheet
 from .defaults import DEFAULT_SETTINGS, FIT, NEUTRAL, PRESET, SIZE, SWEPT, Controls, SamplingSettings
-from .images import load_image
-from .pipeline import Editor, Picture
+from .editor import Editor, Picture
+from .pictures.contact_sheet import LETTERS, Row, contact_sheet
+from .pictures.images import load_image
 
 CELL = 256
 """Largest side of a picture on the grid, in pixels."""

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..config import TRANSFORMERS, TransformerConfig
 from ..defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, SIZES, SamplingSettings, Shortcuts
-from ..eight_bit import LINEARS
-from ..pipeline import Editor
-from ..schedule import Schedule, schedule_for
-from ..stores import EightBitStore, HostStore
-from ..transformer import Transformer
-from ..workspace import Workspace
+from ..editor import Editor
+from ..model.config import TRANSFORMERS, TransformerConfig
+from ..model.transformer import Transformer
+from ..runtime.fp8 import LINEARS
+from ..runtime.stores import EightBitStore, HostStore
+from ..runtime.workspace import Workspace
+from ..tokenizer.schedule import Schedule, schedule_for
 from .models import MODELS, random_transformer
 
 logger = logging.getLogger(__name__)

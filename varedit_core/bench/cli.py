@@ -13,9 +13,9 @@ from typing import Annotated, Optional
 import torch
 import typer
 
-from .. import options
-from ..options import console
-from ..pipeline import device_of
+from ..cli import common as options
+from ..cli.common import console
+from ..editor import device_of
 from .cases import KINDS, PLAIN, Case, choose
 from .ceilings import Ceilings, measure_ceilings
 from .measure import Result, measure

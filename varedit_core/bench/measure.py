@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..images import FittedImage, SourceImage, fit
-from ..pipeline import Editor
-from ..sampling import Promises
+from ..editor import Editor
+from ..pictures.images import FittedImage, SourceImage, fit
+from ..sampling.loop import Promises
 from .cases import MASK_SIDE, Case, Work, work
 from .ceilings import Ceilings
 from .clock import Marks, Timed, synchronize, timed

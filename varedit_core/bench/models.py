@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..autoencoder import Autoencoder
-from ..checkpoints import Unfilled
-from ..config import AUTOENCODERS, TRANSFORMERS, AutoencoderConfig, TransformerConfig
-from ..eight_bit import LINEARS, eight_bit
-from ..kernels import has_triton
-from ..pipeline import Editor
-from ..t5 import T5Config, T5Encoder
-from ..text import END, TextEncoder
-from ..transformer import Transformer
+from ..editor import Editor
+from ..files.checkpoints import Unfilled
+from ..model.config import AUTOENCODERS, TRANSFORMERS, AutoencoderConfig, TransformerConfig
+from ..model.transformer import Transformer
+from ..runtime.fp8 import LINEARS, eight_bit
+from ..runtime.kernels import has_triton
+from ..text.encoder import END, TextEncoder
+from ..text.t5 import T5Config, T5Encoder
+from ..tokenizer.vae import Autoencoder
 
 TOKENS = 20
 """Text tokens of the instruction, the end token included."""

@@ -22,9 +22,9 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import Unfilled
-from ..config import patch_size
 from ..defaults import TEXT_TOKENS
+from ..files.checkpoints import Unfilled
+from ..model.config import patch_size
 from .cases import Case
 from .clock import Timed, timed
 from .measure import PROMPT, REPEATS, WARMUPS, picture

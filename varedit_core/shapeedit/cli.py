@@ -13,13 +13,8 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from .. import options
-from ..defaults import NO_SHORTCUTS, SamplingSettings, Shortcuts
-from ..demo import demo_files
-from ..eight_bit import LINEARS
-from ..files import check_free, make_folder
-from ..images import check_target, save_image
-from ..options import (
+from ..cli import common as options
+from ..cli.common import (
     DTYPES,
     checked_loras,
     choice,
@@ -30,6 +25,11 @@ from ..options import (
     per_scale,
     progress,
 )
+from ..defaults import NO_SHORTCUTS, SamplingSettings, Shortcuts
+from ..demo import demo_files
+from ..files.safe_write import check_free, make_folder
+from ..pictures.images import check_target, save_image
+from ..runtime.fp8 import LINEARS
 from .edits import FAMILIES
 from .evaluate import BATCH, Batch, Report, draw, evaluate, make, picture
 from .metrics import ssim_function

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..autoencoder import Autoencoder
 from ..defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, SamplingSettings, Shortcuts
-from ..images import save_image, to_uint8
-from ..pipeline import Editor
-from ..quantizer import encode, latent_grids
-from ..schedule import TOKEN_PIXELS, Schedule, schedule_for
+from ..editor import Editor
+from ..pictures.images import save_image, to_uint8
+from ..tokenizer.quantizer import encode, latent_grids
+from ..tokenizer.schedule import TOKEN_PIXELS, Schedule, schedule_for
+from ..tokenizer.vae import Autoencoder
 from .edits import FAMILIES, Sample, draw_sample
 from .metrics import Score, background, judge, regions, succeeds
 from .render import render

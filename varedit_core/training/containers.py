@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..images import SourceImage, load_image
+from ..pictures.images import SourceImage, load_image
 from .settings import HUB
 
 FIELDS = ("source", "target", "instruction", "mask")

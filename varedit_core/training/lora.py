@@ -1,7 +1,7 @@
 """Training of a LoRA (arXiv 2106.09685) for the transformer: low-rank layers beside its frozen linear layers.
 
 The layers are peft's, injected in place: `Transformer.condition`, `embed`, `forward` and `logits` work as before,
-since they only ever call modules. The files are those that `varedit_core.lora` and ComfyUI's LoRA loader read.
+since they only ever call modules. The files are those that `varedit_core.files.lora` and ComfyUI's LoRA loader read.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..convert import check_result
-from ..lora import PREFIX, linear_layers, read_lora
-from ..transformer import Transformer
-from ..weights import WeightError
+from ..files.convert import check_result
+from ..files.lora import PREFIX, linear_layers, read_lora
+from ..files.weights import WeightError
+from ..model.transformer import Transformer
 from .engine import whole
 
 ATTENTION = r"blocks\.\d+\.(sa\.(mat_qkv|proj)|ca\.(mat_q|mat_kv|proj))"

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..autoencoder import Autoencoder
-from ..quantizer import area_resize, codes, encode, latent_grids, linear_resize, to_tokens
-from ..schedule import Schedule
+from ..tokenizer.quantizer import area_resize, codes, encode, latent_grids, linear_resize, to_tokens
+from ..tokenizer.schedule import Schedule
+from ..tokenizer.vae import Autoencoder
 from .settings import Reconstruction
 
 

@@ -22,7 +22,7 @@ from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..images import SourceImage, fit
+from ..pictures.images import SourceImage, fit
 from ..shapeedit.metrics import changed
 from .data import Pair, PairStream, open_pairs
 from .settings import SHAPEEDIT, Stage

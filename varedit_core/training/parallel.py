@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..kernels.plain import split_heads
-from ..kv import SOURCE, Pass, pooled
-from ..operations import Attention, sdpa
-from ..schedule import Schedule
-from ..transformer import PaddedTexts, Transformer
+from ..model.kv_cache import SOURCE, Pass, pooled
+from ..model.layers import Attention, sdpa
+from ..model.transformer import PaddedTexts, Transformer
+from ..runtime.kernels.plain import split_heads
+from ..tokenizer.schedule import Schedule
 
 
 class TeacherForced:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..schedule import AREAS
+from ..tokenizer.schedule import AREAS
 
 TASKS = ("tokenizer", "transformer", "lora")
 OPTIMIZERS = ("adamw", "muon")

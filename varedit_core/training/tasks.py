@@ -17,22 +17,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..autoencoder import Autoencoder, ResidualBlock
-from ..checkpoints import TOKENIZER, TRANSFORMER, load_autoencoder, load_transformer
-from ..config import AutoencoderConfig, TransformerConfig, patch_size
-from ..convert import ARCHITECTURES
 from ..defaults import EDIT, TEXT_TOKENS, SamplingSettings
-from ..quantizer import encode, latent_grids, to_tokens
-from ..sampling import sample
-from ..schedule import TOKEN_PIXELS, Schedule, schedule_for
+from ..files.checkpoints import TOKENIZER, TRANSFORMER, load_autoencoder, load_transformer
+from ..files.convert import ARCHITECTURES
+from ..model.config import AutoencoderConfig, TransformerConfig, patch_size
+from ..model.transformer import PaddedTexts, Transformer
+from ..sampling.loop import sample
 from ..shapeedit.edits import draw_sample
 from ..shapeedit.evaluate import reconstruct
 from ..shapeedit.metrics import psnr
 from ..shapeedit.photographs import photographs
 from ..shapeedit.render import render
-from ..t5 import T5Encoder
-from ..text import TextEncoder, load_text_encoder, load_tokenizer
-from ..transformer import PaddedTexts, Transformer
+from ..text.encoder import TextEncoder, load_text_encoder, load_tokenizer
+from ..text.t5 import T5Encoder
+from ..tokenizer.quantizer import encode, latent_grids, to_tokens
+from ..tokenizer.schedule import TOKEN_PIXELS, Schedule, schedule_for
+from ..tokenizer.vae import Autoencoder, ResidualBlock
 from .engine import whole
 from .lora import add_lora, lora_state, save_lora
 from .objective import bit_loss, draw_flips, teach, token_weights, tokenizer_loss

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..shapeedit.edits import draw_sample, words
-from ..t5 import T5Config, T5Encoder
-from ..text import END
+from ..text.encoder import END
+from ..text.t5 import T5Config, T5Encoder
 from .settings import NewText
 
 PAD = 0

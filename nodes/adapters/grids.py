@@ -1,0 +1,40 @@
+"""Sweeps under ComfyUI: an edit a cell, and the cells on one sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...varedit_core.defaults import SamplingSettings
+from ...varedit_core.sweep import Axis, grid, planned
+from .pictures import decode_edit, to_image, to_pillow
+from .running import Edit, sample_latent
+from .text_encoder import Texts
+
+
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """What is asked of a sweep. axes: of x and, where there is one, of y the setting and its values as text. image, mask:
+    see `VAREditDecode`."""
+
+    texts: Texts
+    settings: SamplingSettings
+    axes: Sequence[tuple[str, str]]
+    image: Tensor | None = None
+    mask: Tensor | None = None
+
+
+def edit_grid(model, source: dict, vae, swept: Swept, tell: Callable[[str], None]) -> tuple[Tensor, list[Tensor]]:
+    """The labelled grid of the first picture's edits, and the edits, row by row. ValueError as `sweep.planned`."""
+    rows = planned(*(Axis.read(*axis) for axis in swept.axes), settings=swept.settings)
+    shown = [[_edited(model, source, vae, swept, cell, tell) for cell in row] for row in rows]
+    sheet = grid(rows, [[to_pillow(batch[0]) for batch in row] for row in shown])
+    return to_image([sheet]), [batch for row in shown for batch in row]
+
+
+def _edited(model, source: dict, vae, swept: Swept, cell, tell: Callable[[str], None]) -> Tensor:
+    edit = Edit(swept.texts, cell.settings, mask=swept.mask, controls=cell.controls)
+    latent, *_ = sample_latent(model, source, edit, "off", vae, tell)
+    return decode_edit(vae, latent, swept.image, None if swept.image is None else swept.mask, tell)[0]

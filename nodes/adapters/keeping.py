@@ -1,0 +1,89 @@
+"""A workspace that stays between runs of a graph, in ComfyUI's hands.
+
+It is listed among the loaded models: as large as its keys and values, and gone when ComfyUI wants their memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+
+import comfy.model_management as mm
+import comfy.model_patcher
+from torch import nn
+
+from ...varedit_core.model.transformer import Transformer
+from ...varedit_core.runtime.graphs import State
+from ...varedit_core.runtime.workspace import Shape, Workspace
+
+
+class Weights:
+    """What a workspace depends on in a network: the patches that ComfyUI applied (an id of its own) and, where passes are
+    recorded, the places where weights lie; elsewhere ComfyUI moves them as it likes."""
+
+    def __init__(self) -> None:
+        self.patches: Hashable = None
+        self.places = State()
+        self.recorded = False
+
+    def __call__(self, transformer: Transformer) -> Hashable:
+        return self.patches, self.places(transformer) if self.recorded else None
+
+
+class VAREditWorkspace(nn.Module):
+    """What a keeper's patcher wraps: a name for ComfyUI's log."""
+
+
+class Keeper(comfy.model_patcher.ModelPatcher):
+    """A workspace as one of ComfyUI's loaded models.
+
+    The network that owns it owns nothing of which this knows, so that both end when the last node lets go of a model.
+    """
+
+    def __init__(self, device) -> None:
+        super().__init__(VAREditWorkspace(), device, device)
+        self.state = Weights()
+        self.work = Workspace(state=self.state)
+
+    def loaded_size(self) -> int:
+        return self.work.nbytes
+
+    def model_size(self) -> int:
+        return self.work.nbytes
+
+    def partially_load(self, *args, **kw) -> int:
+        return 0  # it fills while an edit runs
+
+    def partially_unload(self, *args, **kw) -> int:
+        freed = self.work.nbytes
+        self.work.forget()
+        return freed
+
+    def detach(self, unpatch_all: bool = True) -> nn.Module:
+        if unpatch_all:
+            self.work.forget()
+        return self.model
+
+    def prepare(self, patches: Hashable, shape: Shape | None) -> None:
+        """Let go of all that the next edit cannot use. shape: of the edit; None: it has another workspace."""
+        held = self.work.shape
+        if held is not None and (shape is None or patches != self.state.patches or held != replace(shape, device=held.device)):
+            self.work.forget()
+        self.state.patches = patches
+
+    def load(self, models: Sequence, needed: float, listed: bool) -> None:
+        """Load models with `needed` bytes beside them, of which the workspace may hold some already.
+
+        listed: whether the workspace is to stay, so that ComfyUI must know of it.
+        """
+        held = self.work.nbytes
+        mm.load_models_gpu(models, memory_required=needed - held)
+        if self.work.nbytes < held:  # it had to make way, and so needs as much again
+            mm.load_models_gpu(models, memory_required=needed)
+        if listed and self not in mm.loaded_models():
+            mm.load_models_gpu([self])
+
+    def workspace(self, recorded: bool) -> Workspace:
+        """The workspace for the next edit. recorded: whether its passes may be."""
+        self.state.recorded = self.work.record = recorded
+        return self.work

@@ -1,0 +1,115 @@
+"""The transformer as ComfyUI's MODEL: patched by LoRA loaders, moved, streamed and compiled by stock nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy.model_management as mm
+import comfy.patcher_extension
+import torch
+from torch import Tensor, nn
+
+from ...varedit_core.defaults import KINDS
+from ...varedit_core.files.checkpoints import TRANSFORMER, blank, canonical, checked_kind
+from ...varedit_core.files.weights import WeightError
+from ...varedit_core.model.transformer import Transformer
+from .keeping import Keeper
+from .state import Casting, Layers, fill, is_quantised, main_dtype, open_file, parameters, patcher_of, plain
+
+DTYPES = [torch.bfloat16, torch.float32]
+"""What the blocks may compute in; fp16 overflows in the residual branches of the published weights' kind."""
+_PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class VAREditModel(nn.Module):
+    """What a MODEL's patcher wraps. LoRA loaders find the transformer under `diffusion_model`."""
+
+    def __init__(self, transformer: Transformer, stored: torch.dtype) -> None:
+        super().__init__()
+        self.diffusion_model = transformer
+        self.model_config = SimpleNamespace(unet_config={}, quant_config=None)
+        self.stored, self.manual_cast_dtype = stored, transformer.dtype
+        self.device = None
+        self._keeper: Keeper | None = None
+
+    def get_dtype(self) -> torch.dtype:
+        return self.stored
+
+    def apply_model(self, *args, **kw):
+        """What diffusion samplers call. They ask for the two properties below first, and are told the same."""
+        raise ValueError(
+            "a VAREdit model predicts scales, not noise; connect it to VAREdit Sampler instead of a diffusion sampler"
+        )
+
+    @property
+    def latent_format(self):
+        return self.apply_model()
+
+    @property
+    def model_sampling(self):
+        return self.apply_model()
+
+    def keeper(self, device: torch.device) -> Keeper:
+        """What keeps the workspace of edits on a device from one run of a graph to the next."""
+        if self._keeper is None or self._keeper.load_device != device:
+            self._keeper = Keeper(device)
+        return self._keeper
+
+    def run(self, loop: Callable[[Transformer], Tensor], patcher) -> Tensor:
+        """A loop over the transformer inside the wrappers that stock nodes put around a model's call."""
+        executor, wrappers = comfy.patcher_extension.WrapperExecutor, wrappers_of(patcher)
+        return executor.new_class_executor(lambda: loop(self.diffusion_model), self, wrappers).execute()
+
+
+def wrappers_of(patcher) -> list[Callable]:
+    """What stock nodes put around a model's call."""
+    extension = comfy.patcher_extension
+    given = patcher.model_options["transformer_options"].get("wrappers", {})
+    merged = {"wrappers": extension.merge_nested_dicts(given, patcher.wrappers)}
+    return extension.get_all_wrappers(extension.WrappersMP.APPLY_MODEL, merged)
+
+
+def unchanged(patcher) -> bool:
+    """Whether nodes changed nothing of a model but its weights, whose patches ComfyUI tells apart."""
+    attention = "optimized_attention_override" in patcher.model_options["transformer_options"]
+    return not (attention or wrappers_of(patcher) or patcher.injections or patcher.object_patches)
+
+
+def lies_still(patcher) -> bool:
+    """Whether every weight lies on the device as it is used, until ComfyUI unloads the model."""
+    network = patcher.model
+    plain = isinstance(network.diffusion_model.blocks[0].sa.mat_qkv, Casting.Linear)
+    placed = (x.device == patcher.load_device for part in (network.parameters(), network.buffers()) for x in part)
+    return plain and not (patcher.is_dynamic() or patcher.weight_wrapper_patches) and all(placed)
+
+
+def load_model(path: Path, precision: str = "auto", disable_dynamic: bool = False, kind: str = KINDS[0]):
+    """A transformer's file as a model patcher. kind: as in `load_transformer`. Raises ValueError for a file that is none or is not whole."""
+    device, offload = mm.get_torch_device(), mm.unet_offload_device()
+    try:
+        weights = canonical(open_file(path), TRANSFORMER)
+        config = blank(weights, TRANSFORMER, kind=checked_kind(kind)).config
+    except WeightError as error:
+        raise plain(error) from error
+    special = is_quantised(weights)
+    stored = mm.unet_dtype(device, parameters(weights), DTYPES, None if special else main_dtype(weights))
+    computed = _PRECISIONS[precision] or mm.unet_manual_cast(None if special else stored, device, DTYPES) or stored
+    network = Transformer(config, Layers(stored, computed, device, special), computed, device=offload)
+    patcher = patcher_of(VAREditModel(network, stored), device, offload, disable_dynamic)
+    fill(network, weights, None if precision == "fp32" else stored, patcher.is_dynamic())
+    patcher.size = 0  # counted again: layers may have had no weights before
+    patcher.cached_patcher_init = (partial(load_model, kind=kind), (path, precision))
+    return patcher
+
+
+def checked_model(model) -> VAREditModel:
+    """The network of a MODEL. ValueError where it is another model's."""
+    network = getattr(model, "model", None)
+    if not isinstance(network, VAREditModel):
+        raise ValueError(
+            f"this model is a {type(network).__name__}, not VAREdit's; connect one from VAREdit Model Loader"
+        )
+    return network

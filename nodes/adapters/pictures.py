@@ -1,0 +1,305 @@
+"""IMAGE and MASK to the library's pictures, and back.
+
+Shapes are ComfyUI's: images [B, H, W, C] in 0..1, masks [B, H, W]. A picture is edited in 8 bits, as from a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import comfy.model_management as mm
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ...varedit_core.controls.effects import differing
+from ...varedit_core.pictures.canvas import faded
+from ...varedit_core.pictures.contact_sheet import Row, contact_sheet
+from ...varedit_core.pictures.images import Fitting, fit, fit_mask, load_image, unfit, unfit_mask
+from ...varedit_core.pictures.preview import LEAST_DECODED, SIDE, ColourMap, at_own_size, enlarged
+from ...varedit_core.sampling.batch import repeated
+from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS, Schedule, schedule_for
+from ...varedit_core.tokenizer.tokens import Tokens
+from .vae import VAREditVAE, checked_vae
+
+KEY = "varedit"
+"""Where a LATENT keeps its `Origin`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """What a latent needs to become a picture again.
+
+    colours: None where no VAE was at hand. scales: how many scales' sums of each picture the latent holds, one scale
+    after the other; 0: the result alone. empty: whether the latent is a size alone, for pictures made of text. tokens:
+    whose sum the latent is, where it is one. auto_mask: by how much the edit found its own mask (see `controls`).
+    """
+
+    fitting: Fitting
+    colours: ColourMap | None = None
+    scales: int = 0
+    empty: bool = False
+    tokens: Tokens | None = None
+    auto_mask: float = 0.0
+
+
+def to_pillow(image_HWC: Tensor) -> Image.Image:
+    """One picture of an IMAGE, in 8 bits."""
+    if not image_HWC.isfinite().all():
+        raise ValueError("the image holds undefined numbers; check the node that made it")
+    levels = (image_HWC.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    if levels.shape[2] not in (1, 3, 4):
+        raise ValueError(f"the image has {levels.shape[2]} channels; connect one with 1, 3 or 4")
+    return Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else np.ascontiguousarray(levels))
+
+
+def to_image(pictures: list[Image.Image]) -> Tensor:
+    """Pictures of one size as an IMAGE, on the device that ComfyUI hands pictures on."""
+    arrays = np.stack([np.asarray(picture, dtype=np.float32) for picture in pictures])
+    return (torch.from_numpy(arrays) / 255).to(mm.intermediate_device())
+
+
+def encode_source(vae, image: Tensor, area: str, method: str) -> dict:
+    """The LATENT of pictures to edit: unquantised features [B, d, h, w], each picture encoded alone."""
+    vae = checked_vae(vae)
+    if not len(image):
+        raise ValueError("there is no picture to edit; connect at least one")
+    fitted = [fit(load_image(to_pillow(one)), area, method) for one in image]
+    # One by one, as the library does: convolutions of a batch round differently.
+    features = torch.cat([vae.encode(_as_image(one.pixels)) for one in fitted])
+    _defined(features, "the encoded picture", "the VAE's weights are damaged; load or convert them again")
+    return {"samples": features, KEY: Origin(fitted[0].fitting, vae.colours)}
+
+
+def empty_source(vae, area: str, ratio: float, count: int) -> dict:
+    """The LATENT of no pictures, in place of those to edit: zeros [B, d, h, w] of the size and shape to make."""
+    vae, schedule = checked_vae(vae), schedule_for(area, ratio)
+    height, width = schedule.pixels
+    size = (count, vae.latent_channels, height // vae.stride, width // vae.stride)
+    origin = Origin(Fitting.exact(schedule), vae.colours, empty=True)
+    return {"samples": torch.zeros(size, device=mm.intermediate_device()), KEY: origin}
+
+
+def decode_edit(
+    vae, latent: dict, image: Tensor | None, mask: Tensor | None, tell: Callable[[str], None], seam: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The edited pictures [B, H, W, 3 or 4] of a LATENT, and where the edit shows in them [B, H, W]; see `VAREditDecode`
+    for what image, mask and seam do."""
+    vae, samples = checked_vae(vae), _samples(vae, latent)
+    mask = latent.get("noise_mask") if mask is None else mask
+    fitting = origin_of(latent, samples, vae).fitting
+    if image is not None and tuple(image.shape[2:0:-1]) != fitting.size:
+        raise ValueError(
+            f"the image is {image.shape[2]}x{image.shape[1]} but the edit is of one of {fitting.size[0]}x{fitting.size[1]}; "
+            "connect the picture that was encoded"
+        )
+    if image is not None and image.shape[3] not in (1, 3, 4):
+        raise ValueError(f"the image has {image.shape[3]} channels; connect one with 1, 3 or 4")
+    if image is not None and (not len(image) or len(samples) % len(image)):
+        raise ValueError(
+            f"there are {image.shape[0]} images for {len(samples)} edits; connect the same batch, or one image"
+        )
+    levels = [_levels(vae, one) for one in samples]
+    edited = to_image([unfit(one, fitting) for one in levels])
+    image = image if image is None else _for_each(image, edited)
+    shown = None if mask is None else _drawn(mask, len(edited), image, tell)
+    if shown is None:
+        shown = _found(vae, latent, levels, fitting, image, tell)
+    weight = torch.ones(edited.shape[:3], device=edited.device)
+    if shown is not None:
+        edited, weight = _composited(edited, image, shown, seam)
+    if image is not None and image.shape[3] == 4:
+        edited = torch.cat([edited[..., :3], image[..., 3:].to(edited)], dim=-1)
+    return edited, weight
+
+
+def scale_pictures(vae, scales: dict, method: str) -> tuple[list[Tensor], Tensor]:
+    """A picture (or batch) of every scale, and a contact sheet of the first picture's."""
+    vae, samples = checked_vae(vae), _samples(vae, scales)
+    origin = origin_of(scales, samples, vae)
+    if not origin.scales or len(samples) % origin.scales:
+        raise ValueError("these are not the sums of every scale; connect the sampler's scales, unchanged")
+    sums = samples.unflatten(0, (origin.scales, -1))
+    grids = origin.fitting.schedule.grids[: origin.scales]
+    pictures = [
+        [scale_picture(vae, one[None], grid, origin, method) for one in batch] for grid, batch in zip(grids, sums)
+    ]
+    columns = [f"{height}x{width}" for height, width in grids]
+    sheet = contact_sheet([Row("", [batch[0] for batch in pictures])], columns)
+    return [to_image(batch) for batch in pictures], to_image([sheet])
+
+
+def tokens_in(latent: dict) -> Tokens | None:
+    """The tokens of a LATENT, None where there are none or another node has changed the latent since."""
+    origin, samples = latent.get(KEY), latent["samples"]
+    tokens = origin.tokens if origin else None
+    if tokens is None or origin.scales or tokens.images != len(samples):
+        return None
+    total = tokens.to(samples.device).total()
+    # Another device may have summed them; a latent that was changed is farther away.
+    return tokens if total.shape == samples.shape and torch.allclose(total, samples.float(), atol=1e-3) else None
+
+
+def region_area(mask: Tensor | None, fitting: Fitting, images: int) -> Tensor:
+    """A region's MASK beside the fitted pictures, [images, y, x]; all of them for a region that has none. ValueError for
+    an empty one."""
+    found = fitted_mask(torch.ones(1, 1) if mask is None else mask, fitting, images)
+    if found is None:
+        raise ValueError("a region's mask is empty; paint where its instruction is to count")
+    return found.expand(images, -1, -1)
+
+
+def unfitted_mask(mask_BHW: Tensor, fitting: Fitting) -> Tensor:
+    """A map over the whole canvas, of any size, as a MASK of the pictures that were fitted."""
+    height, width = fitting.schedule.pixels
+    grown = F.interpolate(mask_BHW[:, None].float().cpu(), (height, width), mode="bilinear", align_corners=False)[:, 0]
+    return torch.stack([torch.from_numpy(np.array(unfit_mask(one, fitting), dtype=np.float32) / 255) for one in grown])
+
+
+def scale_picture(
+    vae: VAREditVAE | None, running_sum_BdHW: Tensor, grid, origin: Origin, method: str, side: int = SIDE
+) -> Image.Image:
+    """The picture of one running sum [1, d, H, W]: decoded at the final size (full), at its own, or by colours (fast)."""
+    fitting = origin.fitting
+    if method == "full":
+        return unfit(_levels(vae, running_sum_BdHW[0]), fitting)
+    part = tuple(own / all for own, all in zip(fitting.size, fitting.padded_size))
+    patch = running_sum_BdHW.shape[-2] // fitting.schedule.grids[-1][0]
+    cells = (grid[0] * patch, grid[1] * patch)
+    if method == "fast":
+        return enlarged(origin.colours(at_own_size(running_sum_BdHW, cells))[0], part, side)
+    decoded = vae.decode(at_own_size(running_sum_BdHW, cells, LEAST_DECODED))
+    return enlarged(decoded[0].movedim(-1, 0) * 2 - 1, part, side)
+
+
+def origin_of(latent: dict, samples: Tensor, vae: VAREditVAE) -> Origin:
+    """A latent's own origin; for one of a stock node or file, that of a picture of exactly the latent's size."""
+    origin = latent.get(KEY) or Origin(fitting_of(samples, vae.stride))
+    if origin.colours is None:
+        origin = replace(origin, colours=vae.colours)
+    wanted = tuple(side // vae.stride for side in origin.fitting.schedule.pixels)
+    if tuple(samples.shape[-2:]) != wanted:
+        raise ValueError(
+            f"the latent is {samples.shape[-1]}x{samples.shape[-2]} but was encoded as {wanted[1]}x{wanted[0]}; "
+            "resize pictures, not latents"
+        )
+    return origin
+
+
+def fitting_of(samples: Tensor, stride: int) -> Fitting:
+    """The fitting of a picture that has exactly a size of the model."""
+    pixels = tuple(side * stride for side in samples.shape[-2:])
+    schedule = Schedule.of_grid((pixels[0] / TOKEN_PIXELS, pixels[1] / TOKEN_PIXELS))
+    if schedule is None:
+        raise ValueError(
+            f"a latent of a {pixels[1]}x{pixels[0]} picture fits no size of the model; use VAREdit Source Encode"
+        )
+    return Fitting.exact(schedule)
+
+
+def _as_image(pixels_B3HW: Tensor) -> Tensor:
+    """8-bit pixels in [-1, 1] as an IMAGE of exactly the same levels."""
+    return ((pixels_B3HW + 1) * 127.5).round().movedim(1, -1) / 255
+
+
+def _samples(vae: VAREditVAE, latent: dict) -> Tensor:
+    samples = latent["samples"]
+    if samples.ndim != 4 or samples.shape[1] != vae.latent_channels:
+        raise ValueError(
+            f"the latent has the shape {list(samples.shape)} but the VAE takes {vae.latent_channels} channels; connect a "
+            "latent of VAREdit, and the VAE that belongs to its model"
+        )
+    _defined(samples, "the latent", "check the model's weights")
+    return samples
+
+
+def _levels(vae: VAREditVAE, latent_dHW: Tensor) -> Tensor:
+    """8-bit levels [3, y, x] of one latent, truncated as in the published code."""
+    pixels = vae.decode(latent_dHW[None])[0].movedim(-1, 0)
+    _defined(pixels, "the decoded picture", "the VAE's weights are damaged; load or convert them again")
+    return (pixels.float() * 255).clamp(0, 255).to(torch.uint8)
+
+
+def _drawn(
+    mask: Tensor, edits: int, image: Tensor | None, tell: Callable[[str], None]
+) -> list[Image.Image] | None:
+    """A MASK of any size as one of every edit, in 8 bits; None for an empty one."""
+    masks = mask.reshape(-1, *mask.shape[-2:]).float().cpu().clamp(0, 1)
+    if not masks.any():
+        tell("the mask is empty, so it counts as none; paint where the picture may change")
+        return None
+    if image is None:
+        raise ValueError("a mask needs the picture that was edited; connect it to image")
+    if edits % len(masks):
+        raise ValueError(f"there are {len(masks)} masks for {edits} pictures; connect one, or one for each")
+    levels = (masks * 255).round().to(torch.uint8).numpy()
+    return repeated([Image.fromarray(one) for one in levels], edits // len(levels))
+
+
+def _found(
+    vae: VAREditVAE,
+    latent: dict,
+    levels: list[Tensor],
+    fitting: Fitting,
+    image: Tensor | None,
+    tell: Callable[[str], None],
+) -> list[Image.Image] | None:
+    """Where edits with an auto mask changed their pictures (see `controls.differing`), None where it cannot be shown.
+    levels: of the decoded edits."""
+    origin = latent.get(KEY)
+    if origin is None or not origin.auto_mask:
+        return None
+    if image is None:
+        tell(
+            "the edit has found its own mask; connect the picture that was edited to image, and all outside of it stays "
+            "as it was"
+        )
+        return None
+    tokens = tokens_in(latent)
+    if tokens is None:
+        tell(
+            "another node has changed the edit, so its own mask is lost and all of it is shown; connect the sampler's latent"
+        )
+        return None
+    if tokens.free is None:  # nothing was held to the source: all may have changed
+        return [Image.new("L", fitting.size, 255)] * len(levels)
+    before, free = tokens.under.total(), tokens.free.expand(len(levels), -1, -1, -1)
+    sources = (_levels(vae, one) for one in before)
+    pairs = zip(levels, sources, free, strict=True)
+    return [unfit_mask(differing(*pair, origin.auto_mask), fitting) for pair in pairs]
+
+
+def _composited(edited: Tensor, image: Tensor, masks: list[Image.Image], seam: int) -> tuple[Tensor, Tensor]:
+    """The edit where its mask is 1, the image where it is 0, and between them between, in 8 bits as the library has it;
+    and the mask that this took."""
+    size = tuple(edited.shape[2:0:-1])
+    weight = np.stack([np.asarray(faded(mask, size, seam), dtype=np.float32) for mask in masks])
+    weight = (torch.from_numpy(weight) / 255).to(edited.device)
+    original, share = image[..., :3].to(edited), weight[..., None]
+    original = original.expand(*original.shape[:3], 3)  # grey
+    mixed = ((edited * share + original * (1 - share)) * 255).round() / 255
+    return torch.where(share == 0, original, mixed), weight
+
+
+def fitted_mask(mask: Tensor, fitting: Fitting, images: int) -> Tensor | None:
+    """A MASK or a latent's noise_mask, of any size, beside the fitted pictures: [1 or B, y, x]; None for an empty one."""
+    masks = mask.reshape(-1, *mask.shape[-2:]).float().cpu()
+    if not masks.any():
+        return None
+    if len(masks) not in (1, images):
+        raise ValueError(f"there are {len(masks)} masks for {images} pictures; connect one, or one for each")
+    levels = (masks.clamp(0, 1) * 255).ceil().to(torch.uint8).numpy()
+    return torch.cat([fit_mask(Image.fromarray(one), fitting) for one in levels])
+
+
+def _for_each(x: Tensor, edited: Tensor) -> Tensor:
+    """One of x for every edit; several edits of one picture follow each other."""
+    return x.repeat_interleave(len(edited) // len(x), dim=0)
+
+
+def _defined(x: Tensor, name: str, advice: str) -> None:
+    if not x.isfinite().all():
+        raise ValueError(f"{name} holds undefined numbers; {advice}")

@@ -1,0 +1,465 @@
+"""Running an edit under ComfyUI: memory asked for once, progress and previews a scale, cancelled within a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import comfy.ldm.modules.attention as attention
+import comfy.model_management as mm
+import comfy.utils
+import torch
+from comfy.cli_args import LatentPreviewMethod, args
+from torch import Tensor
+
+from ...varedit_core.controls.effects import Certainty
+from ...varedit_core.defaults import DEFAULT_SETTINGS, NEUTRAL, NO_SHORTCUTS, Controls, SamplingSettings, Shortcuts
+from ...varedit_core.model.config import patch_size
+from ...varedit_core.model.layers import sdpa
+from ...varedit_core.runtime.memory import kept_bytes
+from ...varedit_core.runtime.plan import STORES, Job, Plan, described, gigabytes, plan, plans, too_large
+from ...varedit_core.runtime.workspace import Shape, Workspace
+from ...varedit_core.sampling.batch import Request, edits, repeated
+from ...varedit_core.sampling.loop import Scale
+from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS, schedule_for
+from ...varedit_core.tokenizer.tokens import Tokens, joined, tokens_of
+from .keeping import Keeper
+from .model import VAREditModel, checked_model, lies_still, unchanged
+from .pictures import KEY, Origin, fitted_mask, fitting_of, region_area, scale_picture, tokens_in, unfitted_mask
+from .text_encoder import Texts
+from .vae import VAREditVAE, checked_vae
+
+TICKS = 1000
+"""Steps of the progress bar."""
+
+
+def settings_of(seed: int, guidance: float, temperature: float, top_p: float | None) -> SamplingSettings:
+    return SamplingSettings(guidance, temperature, DEFAULT_SETTINGS.top_p if top_p is None else top_p, seed)
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """An instruction and where it counts: a MASK of any size, None for everywhere."""
+
+    texts: Texts
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What an edit comes to: sums [K, results, d, H, W] of all scales, the tokens, and how sure the model was
+    [results, H, W]."""
+
+    sums: Tensor
+    tokens: Tokens
+    sure: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """What is asked of the sampler beside model and source.
+
+    variations: results of each picture, with one seed after the other. mask: [y, x] or [B, y, x] of any size, above 0
+    where the picture may change. drafter: a MODEL for `Shortcuts.drafted`. regions: instead of the texts' instruction,
+    several with their masks. begun: a LATENT whose tokens are the first scales of this edit.
+    """
+
+    texts: Texts | None
+    settings: SamplingSettings
+    variations: int = 1
+    shortcuts: Shortcuts = NO_SHORTCUTS
+    mask: Tensor | None = None
+    drafter: Any = None
+    controls: Controls = NEUTRAL
+    regions: Sequence[Region] = ()
+    begun: dict | None = None
+
+    @property
+    def each(self) -> int:
+        """Rows of a result: its regions, and the candidates for it."""
+        return max(1, len(self.regions)) * self.controls.best_of
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max(texts.longest for texts in (self.texts, *(region.texts for region in self.regions)) if texts)
+
+    def guided(self, scales: int) -> list[bool]:
+        """Of each scale that runs whether it has guidance, and so twice the rows."""
+        return [guidance != 1 for guidance, *_ in self.shortcuts.planned(self.settings.per_scale(scales))]
+
+
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+    """`operations.sdpa`, which also asks whether the user cancelled."""
+    mm.throw_exception_if_processing_interrupted()
+    return sdpa(q, k, v, scale=scale, mask=mask)
+
+
+torch_attention.recordable = True
+
+
+def attention_of(transformer_options: dict, head_size: int, dtype: torch.dtype, device: torch.device):
+    """ComfyUI's attention with the model's overrides, which also asks whether the user cancelled.
+
+    On the CPU it is torch's own, whose numbers are the library's, unless the user chose another at the start. Where
+    torch's it is, nothing of ComfyUI comes in between, so that passes may be recorded and kernels do its work.
+    """
+    chosen = args.use_split_cross_attention or args.use_quad_cross_attention
+    function = attention.optimized_attention
+    if not chosen and mm.is_device_cpu(device):
+        function = attention.attention_pytorch
+    if function is attention.attention_pytorch and "optimized_attention_override" not in transformer_options:
+        return torch_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+        mm.throw_exception_if_processing_interrupted()
+        return function(
+            q, k, v, q.shape[1], mask=mask, skip_reshape=True, scale=scale, transformer_options=transformer_options
+        )
+
+    def prescaled(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+        return attend(q * (scale * q.shape[-1] ** 0.5), k, v, scale=q.shape[-1] ** -0.5, mask=mask)
+
+    return attend if _takes_scale(attend, head_size, dtype, device) else prescaled
+
+
+def _takes_scale(attend, head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether an attention heeds its scale: that of older ComfyUI, and of some nodes, always takes the usual one."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 16, head_size, generator=generator).to(device, dtype) for _ in range(3))
+    found = attend(q, k, v, scale=1.0).float()
+    wanted, usual = (sdpa(q.float(), k.float(), v.float(), scale=scale) for scale in (1.0, head_size**-0.5))
+    return bool((found - wanted).abs().mean() < (found - usual).abs().mean())
+
+
+class Watcher:
+    """Shows progress by the passes' real cost, and a picture of every scale where one is wanted.
+
+    costs: of the source's pass and of every scale that runs.
+    """
+
+    def __init__(
+        self, costs: Sequence[float], results: int, origin: Origin, method: str, vae: VAREditVAE | None
+    ) -> None:
+        self.done = [sum(costs[: k + 1]) / sum(costs) for k in range(1, len(costs))]
+        self.bar = comfy.utils.ProgressBar(TICKS)
+        self.origin, self.method, self.vae, self.results = origin, method, vae, results
+
+    def passed(self, scale: Scale, first: int, count: int) -> None:
+        """A scale of the results `first` to `first + count` is drawn."""
+        preview = None
+        if self.method != "off" and not first:
+            picture = scale_picture(self.vae, scale.running_sum[:1], scale.grid, self.origin, self.method)
+            preview = ("JPEG", picture, None)
+        share = (first + count * self.done[scale.index]) / self.results
+        self.bar.update_absolute(round(TICKS * share), TICKS, preview)
+
+
+def preview_method(choice: str, vae: VAREditVAE | None, origin: Origin) -> str:
+    """own, fast or off. ValueError for a preview that lacks the VAE."""
+    if choice == "decoded" and vae is not None:
+        return "own"
+    if choice == "auto":
+        return "off" if args.preview_method == LatentPreviewMethod.NoPreviews or origin.colours is None else "fast"
+    if choice == "decoded" or (choice == "fast" and origin.colours is None):
+        raise ValueError(f"the preview {choice} needs the VAE; connect it to vae, or choose another preview")
+    return choice
+
+
+def sample_latent(
+    model, source: dict, edit: Edit, preview: str, vae, tell: Callable[[str], None]
+) -> tuple[dict, dict, Tensor]:
+    """Edit a LATENT of sources; the LATENTs of the edits and of the sums after every scale, scale by scale, and how sure
+    the model was of each place of the edits, a MASK.
+
+    Takes the next way to run (see `planning`) where memory runs out, saying so; ValueError where none is left.
+    """
+    network = checked_model(model)
+    vae = checked_vae(vae) if vae is not None else None
+    features = source["samples"]
+    origin = _origin(network, source, vae)
+    method = preview_method(preview, vae, origin)
+    reads_source = network.diffusion_model.config.source
+    areas = _areas(edit.regions, origin, len(features))
+    mask = _mask(edit, source, origin, areas, edit.shortcuts.inside or not reads_source)
+    _check_source(reads_source, origin.empty, mask is not None, edit.controls, tell)
+    request, known = _request(edit, source, areas, mask)
+    if len(request.given) == len(origin.fitting.schedule):
+        tell(
+            "the edit to go on from has all its scales, so nothing is left to draw; keep the first ones by VAREdit First Scales"
+        )
+    models = [model, *_drafter(edit)]
+    schedule = origin.fitting.schedule
+    guided, results, each = edit.guided(len(schedule)), len(features) * edit.variations, edit.each
+    networks = [checked_model(one).diffusion_model for one in models]
+    jobs = [Job(n.config, schedule, results * each, any(guided), n.dtype, edit.longest) for n in networks]
+    job = max(jobs, key=lambda job: job.needed("exact"))  # the drafter is done when the refiner begins
+    beside = vae.memory_used_decode(features.shape, vae.vae_dtype) if method == "own" else 0
+    keeper = network.keeper(model.load_device)
+
+    def free() -> int:
+        return free_memory(model) - int(beside)
+
+    def attempt(way: Plan) -> Found:
+        (_, _, copies), *_ = batches(len(features), edit.variations, way.job.images // each)
+        stays = way.store == "exact" and not way.rows_at_once and unchanged(model) and _may_stay(model, way.job, free())
+        keeper.prepare(model.patches_uuid, _shape(way.job, copies, network) if stays else None)
+        # In one call, so that the models do not push each other out.
+        loaded = [*models, vae.patcher] if method == "own" else models
+        keeper.load(loaded, way.needed + beside + stays * kept_bytes(way.job), listed=stays)
+        work = keeper.workspace(lies_still(model)) if stays else _workspace(way)
+        watcher = Watcher(_costs(job, guided, edit.variations), results, origin, method, vae)
+        return _run(models, request.to(model.load_device), known, edit, way, work, watcher)
+
+    found, device = _as_it_fits(job, free, attempt, tell, each), mm.intermediate_device()
+    sums, tokens = found.sums.to(device), replace(found.tokens.to(device), fitting=origin.fitting)
+    rest = {key: value for key, value in source.items() if key not in ("samples", "batch_index", KEY)}
+    origin = replace(origin, empty=False, tokens=tokens, auto_mask=edit.controls.auto_mask)
+    latent = {**rest, "samples": sums[-1].clone(), KEY: origin}  # a view would keep all scales
+    scales = {"samples": sums.flatten(0, 1), KEY: replace(origin, scales=len(sums), tokens=None, auto_mask=0.0)}
+    return latent, scales, unfitted_mask(found.sure, origin.fitting).to(device)
+
+
+def layered(texts: Texts, mask: Tensor | None, above: Sequence[Region]) -> tuple[Region, ...]:
+    """The sampler's own instruction inside its mask, or everywhere without one, and the regions on top of it."""
+    return Region(texts, mask if mask is not None and mask.any() else None), *above
+
+
+def _areas(regions: Sequence[Region], origin: Origin, images: int) -> Tensor | None:
+    """Of every picture its regions, [B, R, y, x]; None where there are none."""
+    areas = [region_area(region.mask, origin.fitting, images) for region in regions]
+    return torch.stack(areas, dim=1) if areas else None
+
+
+def _request(edit: Edit, source: dict, areas: Tensor | None, mask: Tensor | None) -> tuple[Request, Tokens | None]:
+    """What is asked of the loop, and the sources' tokens, where they are known. ValueError where inputs do not belong
+    together."""
+    features, images = source["samples"], len(source["samples"])
+    texts = [edit.texts.of(image) for image in range(images)] if edit.texts else [(None, None)] * images
+    rows, unwanted = [[wanted] for wanted, _ in texts], [negative for _, negative in texts]
+    if edit.regions:
+        rows = [[region.texts.of(image)[0] for region in edit.regions] for image in range(images)]
+        unwanted = [edit.regions[0].texts.of(image)[1] for image in range(images)]
+    known, begun = tokens_in(source), ()
+    if edit.begun is not None:
+        tokens = tokens_in(edit.begun)
+        if tokens is None:
+            raise ValueError(
+                "the latent to go on from holds no tokens; connect one of VAREdit Sampler, Load Tokens or First Scales, as it came"
+            )
+        begun = tokens.bits
+    return Request(features, rows, unwanted, mask, areas, begun, features if known else None), known
+
+
+def batches(images: int, variations: int, at_once: int) -> Iterator[tuple[slice, int, int]]:
+    """What runs together, at most `at_once` results: pictures, the index of the first result, variations of each."""
+    together, copies = max(1, at_once // variations), min(variations, at_once)
+    for image in range(0, images, together):
+        for first in range(0, variations, copies):
+            pictures = slice(image, min(image + together, images))
+            yield pictures, image * variations + first, min(copies, variations - first)
+
+
+def _check_source(read: bool, empty: bool, masked: bool, controls: Controls, tell: Callable[[str], None]) -> None:
+    """ValueError where a source is not what the model or its controls take, and a word where it is a picture that nobody
+    looks at."""
+    if read and empty:
+        raise ValueError(
+            "this model edits pictures but the source is empty; connect VAREdit Source Encode, or set kind to text-to-image "
+            "in VAREdit Model Loader if the file is an Infinity checkpoint"
+        )
+    if empty and masked:
+        raise ValueError(
+            "the source is empty, so that there is nothing to keep outside the mask; connect VAREdit Source Encode"
+        )
+    if empty:
+        controls.check_source()
+    held = masked or controls.strength < 1 or controls.preserve or controls.auto_mask
+    if not (read or empty or held):
+        tell("this model makes pictures of text alone and takes only the source's size; connect a mask to repaint a part of it")
+
+
+def _mask(edit: Edit, source: dict, origin: Origin, areas: Tensor | None, own: bool) -> Tensor | None:
+    """The mask beside the fitted sources, None for an empty one; of regions that have all a mask, what they cover. own:
+    whether the latent's serves where there is none: for the shortcut, and for models that read a picture only outside
+    a mask."""
+    given = source.get("noise_mask") if edit.mask is None and own else edit.mask
+    mask = None if given is None else fitted_mask(given, origin.fitting, len(source["samples"]))
+    if edit.regions and all(region.mask is not None for region in edit.regions):
+        covered = areas.amax(1)
+        mask = covered if mask is None else covered * (mask > 0)
+    if edit.shortcuts.inside and mask is None:
+        raise ValueError("the shortcut inside needs a mask that is not empty; connect one to mask, or set inside to 0")
+    return mask
+
+
+def _drafter(edit: Edit) -> list:
+    """The model that draws the first scales, where one does."""
+    if edit.shortcuts.drafted and edit.drafter is None:
+        raise ValueError("drafted scales need a second model; connect one to drafter, or set drafted to 0")
+    if edit.drafter is not None and not edit.shortcuts.drafted:
+        raise ValueError("a drafter needs scales to draw; set drafted in VAREdit Shortcuts, or disconnect it")
+    return [edit.drafter] if edit.shortcuts.drafted else []
+
+
+def _costs(job: Job, guided: Sequence[bool], variations: int) -> list[float]:
+    """What the source's pass and each scale cost, as shares of anything."""
+    source, *scales = job.shares()
+    return [source * (1 + any(guided)) / variations, *(cost * (1 + twice) for cost, twice in zip(scales, guided))]
+
+
+def _may_stay(model, job: Job, free: float) -> bool:
+    """Whether keys and values may stay when the edit is over: as much again must be free beside the whole model."""
+    weights = 0 if mm.is_device_cpu(model.load_device) or _weights_stay() else model.model_size()
+    return 2 * (job.stored("exact") + kept_bytes(job)) <= free - weights
+
+
+def _shape(job: Job, copies: int, network: VAREditModel) -> Shape:
+    """What a workspace is made for, by the longest text; of which device does not matter here."""
+    texts = [range(job.text_tokens)] * (job.rows // copies)
+    return Shape.of(job.schedule, texts, copies, network.diffusion_model.dtype, torch.device("cpu"))
+
+
+def _workspace(way: Plan) -> Workspace:
+    """One that is let go of after the edit."""
+    return Workspace(STORES[way.store], kept=False, rows_at_once=way.rows_at_once)
+
+
+def _as_it_fits(
+    job: Job, free: Callable[[], int], attempt: Callable[[Plan], Found], tell: Callable[[str], None], least: int = 1
+) -> Found:
+    """The result of the planned way to run, or of the first one after it that memory lasts for. least: rows that can only
+    run together."""
+    host = host_memory()
+    way = plan(job, free(), host)
+    if way.job.images < least:
+        raise ValueError(f"memory lasts for {way.job.images} of {least} rows of regions and candidates; use fewer")
+    if way.reasons:
+        tell(f"{'; '.join(way.reasons)}; running {described(way)} instead")
+    ways = [other for other in plans(job) if other.needed_on_host <= host and other.job.images >= least]
+    left = ways[ways.index(replace(way, reasons=())) :]
+    while True:
+        way, *left = left
+        try:
+            return attempt(way)
+        except Exception as error:
+            mm.raise_non_oom(error)
+        # Outside the handler: until its end the exception holds what the loop had made.
+        mm.soft_empty_cache()
+        # Of fewer pictures at a time not the next number, but one that takes clearly less.
+        clearly = 0.75 * way.needed
+        left = [other for other in left if other.needed < (way.needed if other.job.images == 1 else clearly)]
+        if not left:
+            raise ValueError(too_large(job, free(), host))
+        tell(f"memory ran out {described(way)}; running {described(left[0])} instead")
+
+
+def _origin(network: VAREditModel, source: dict, vae: VAREditVAE | None) -> Origin:
+    """The source's origin; ValueError where its latents are of another tokenizer than the model's."""
+    config, samples, origin = network.diffusion_model.config, source["samples"], source.get(KEY)
+    if samples.ndim != 4 or config.token_bits not in (samples.shape[1], 4 * samples.shape[1]):
+        raise ValueError(
+            f"the source has the shape {list(samples.shape)} but the model predicts tokens of {config.token_bits} bits; "
+            "encode it with VAREdit Source Encode and the VAE that belongs to the model"
+        )
+    if origin is not None and origin.scales:
+        raise ValueError("these are the sums of all scales; connect the sampler's latent, or VAREdit Source Encode")
+    if origin is not None:
+        return origin
+    if vae is None:
+        side = 1 if config.token_bits == samples.shape[1] else 2  # latents along a token's edge
+        return Origin(fitting_of(samples, TOKEN_PIXELS // side))
+    patch_size(config, vae.first_stage_model.config)
+    return Origin(fitting_of(samples, vae.stride), vae.colours)
+
+
+def _run(
+    models: Sequence, request: Request, known: Tokens | None, edit: Edit, way: Plan, work: Workspace, watcher: Watcher
+) -> Found:
+    """A request's edits on the model's device. models: the one that edits, and a drafter or none. known: the sources'
+    tokens."""
+    model, config = models[0], checked_model(models[0]).diffusion_model.config
+    attend = attention_of(
+        model.model_options["transformer_options"], config.head_size, way.job.dtype, model.load_device
+    )
+    schedule = way.job.schedule
+    given = dict(shortcuts=edit.shortcuts, controls=edit.controls, attention=attend)
+
+    def loop(*networks) -> Found:
+        parts = []
+        for images, first, copies in batches(len(request), edit.variations, way.job.images // edit.each):
+            own, settings = request.part(images), replace(edit.settings, seed=(edit.settings.seed + first) % 2**64)
+            sums, bits, sure = [], [], Certainty()
+            with closing(edits(own, networks, schedule, settings, (work, _workspace(way)), copies=copies, **given)) as scales:
+                for scale in scales:
+                    sure(scale)
+                    sums.append(own.own(scale.running_sum, copies))
+                    bits.append(scale.bits)
+                    watcher.passed(scale, first, len(own) * copies)
+            under = known and known.of(repeated(range(known.images)[images], copies)).to(scale.total.device)
+            pick = partial(own.own, copies=copies)
+            parts.append(Found(torch.stack(sums), tokens_of(bits, scale, schedule, None, under, pick), pick(sure.map)))
+        sums = torch.cat([part.sums for part in parts], dim=1)
+        return Found(sums, joined([part.tokens for part in parts]), torch.cat([part.sure for part in parts]))
+
+    # Sets the current one of several GPUs; ComfyUI has it since 0.23.
+    with getattr(mm, "cuda_device_context", nullcontext)(model.load_device):
+        return _inside(models, loop)
+
+
+def _inside(models: Sequence, loop: Callable[..., Found], *networks) -> Found:
+    """A loop over the networks of models, inside what nodes put around the calls of each."""
+    if not models:
+        return loop(*networks)
+    model, *rest = models
+    model.pre_run()
+    try:
+        return checked_model(model).run(lambda network: _inside(rest, loop, *networks, network), model)
+    finally:
+        model.cleanup()
+
+
+def free_memory(model) -> int:
+    """Bytes an edit may take on a model's device when all models have made way as far as they can."""
+    device = model.load_device
+    loaded = [other for other in mm.current_loaded_models if other.device == device]
+    if mm.is_device_cpu(device):  # weights in host memory stay there
+        loaded = [other for other in loaded if isinstance(other.model, Keeper)]
+    movable = sum(other.model_loaded_memory() for other in loaded) - _weights_stay() * model.model_size()
+    return mm.get_free_memory(device) + movable - mm.extra_reserved_memory()
+
+
+def _weights_stay() -> bool:
+    """Whether weights do not make way for an edit."""
+    return mm.vram_state in (mm.VRAMState.HIGH_VRAM, mm.VRAMState.SHARED)
+
+
+def host_memory() -> int:
+    """Bytes of host memory that are free."""
+    return mm.get_free_memory(torch.device("cpu"))
+
+
+def plan_text(model, area: str, images: int, guided: bool) -> str:
+    """What an edit takes and how the sampler would run it now, in lines."""
+    network, device = checked_model(model), model.load_device
+    transformer = network.diffusion_model
+    job, free = Job(transformer.config, schedule_for(area), images, guided, transformer.dtype), free_memory(model)
+    height, width = job.schedule.pixels
+    kind = str(transformer.dtype).removeprefix("torch.")
+    lines = [
+        f"{width}x{height}, pictures: {images}, {'with' if guided else 'without'} guidance, {kind} on {device}",
+        f"weights: {gigabytes(model.model_size())}",
+        f"keys and values: {gigabytes(job.stored('exact'))}",
+        f"activations, at most: {gigabytes(job.activations())}",
+        f"in all: {gigabytes(model.model_size() + job.needed('exact'))}",
+        f"free when other models make way: {gigabytes(free)}",
+    ]
+    try:
+        way = plan(job, free, host_memory())
+        lines += [*way.reasons, f"will run {described(way)}: {gigabytes(way.needed)} beside the weights"]
+    except ValueError as error:
+        lines.append(str(error))
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""LATENTs that are known by their tokens: saved and loaded, cut after a scale, and compared with their sources."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import comfy.model_management as mm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...varedit_core.controls.effects import changed
+from ...varedit_core.pictures.images import Fitting
+from ...varedit_core.tokenizer.quantizer import encode, latent_grids
+from ...varedit_core.tokenizer.tokens import Tokens, notes_of
+from .pictures import KEY, Origin, origin_of, tokens_in, unfitted_mask
+from .vae import VAREditVAE, checked_vae
+
+AUTO_MASK = "auto_mask"
+"""What the file notes beside the tokens: by how much the edit found its own mask."""
+
+
+def checked_tokens(latent: dict) -> Tokens:
+    """The tokens of a LATENT. ValueError where it has none, or is not as it came."""
+    tokens = tokens_in(latent)
+    if tokens is None:
+        raise ValueError(
+            "this latent holds no tokens; connect the latent of VAREdit Sampler, Load Tokens or First Scales, as it came"
+        )
+    return tokens
+
+
+def save_tokens(latent: dict, path: Path) -> str:
+    """Write a LATENT's tokens; what they are, in words."""
+    tokens, origin = checked_tokens(latent), latent[KEY]
+    tokens.save(path, notes={AUTO_MASK: repr(origin.auto_mask)} if origin.auto_mask else None)
+    height, width = tokens.schedule.pixels
+    return f"edits: {tokens.images}, scales: {len(tokens)} of {len(tokens.schedule)}, {width}x{height}"
+
+
+def load_tokens(path: Path, vae=None) -> dict:
+    """The LATENT of a file of tokens. ValueError for another file, and for tokens of another model than the VAE's."""
+    vae = checked_vae(vae) if vae is not None else None
+    try:
+        tokens = Tokens.load(path).to(mm.intermediate_device())
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from None
+    bits, (height, width) = tokens.bits[0].shape[1], tokens.schedule.pixels
+    if vae is not None and (bits != vae.latent_channels or height != tokens.grid[0] * vae.stride):
+        raise ValueError(
+            f"the tokens of {path.name} are of {bits} bits on a grid of {tokens.grid[1]}x{tokens.grid[0]} but the VAE takes "
+            f"{vae.latent_channels} channels on {width // vae.stride}x{height // vae.stride}; load the VAE of the model that made them"
+        )
+    tokens = replace(tokens, fitting=tokens.shown)
+    origin = Origin(tokens.shown, vae and vae.colours, tokens=tokens, auto_mask=float(notes_of(path).get(AUTO_MASK, 0)))
+    return {"samples": tokens.total(), KEY: origin}
+
+
+def first_scales(latent: dict, count: int) -> dict:
+    """The LATENT after some of its scales. ValueError where there are not so many, and as `checked_tokens`."""
+    tokens, origin = checked_tokens(latent).first(count), latent[KEY]
+    origin = replace(origin, tokens=tokens, auto_mask=origin.auto_mask if tokens.complete else 0.0)
+    return {**latent, "samples": tokens.total(), KEY: origin}
+
+
+def change_map(vae, latent: dict, source: dict, amount: float) -> tuple[Tensor, Tensor]:
+    """Where edits changed their sources, [B, y, x] of the pictures' size: 0 or 1, and soft.
+
+    source: of each edit, or of several edits that follow each other. An edit that was held to its source somewhere has
+    changed nowhere else, whatever its decoder makes of the edges. ValueError where the two do not belong together.
+    """
+    vae = checked_vae(vae)
+    edits, before = latent["samples"], _source_total(vae, source)
+    fitting = origin_of(latent, edits, vae).fitting
+    other = origin_of(source, before, vae).fitting
+    if fitting != other:
+        raise ValueError(
+            f"the edit is of a picture of {_size(fitting)} but the source of one of {_size(other)}; connect the source that was edited"
+        )
+    if not len(before) or len(edits) % len(before):
+        raise ValueError(f"there are {len(before)} sources for {len(edits)} edits; connect the sources that were edited")
+    tokens, each = tokens_in(latent), len(edits) // len(before)
+    held = tokens.free if tokens else None
+    amounts, shown = [], None
+    for n, edit in enumerate(edits):
+        if not n % each:
+            shown = _pixels(vae, before[n // each])
+        soft = changed(_pixels(vae, edit), shown, amount)
+        if held is not None:
+            free = held[n if len(held) > 1 else 0].any(0)[None, None].float().to(soft.device)
+            soft = soft * F.interpolate(free, soft.shape[-2:])[0]
+        amounts.append(soft.cpu())
+    soft = torch.cat(amounts)
+    hard = (unfitted_mask((soft >= 1).float(), fitting) >= 0.5).float()
+    return hard.to(mm.intermediate_device()), unfitted_mask(soft, fitting).to(mm.intermediate_device())
+
+
+def _source_total(vae: VAREditVAE, source: dict) -> Tensor:
+    """What the tokenizer makes of sources, as running sums; those of edits are their own."""
+    samples, origin = source["samples"], source.get(KEY)
+    if origin is not None and origin.empty:
+        raise ValueError("the source is empty, so that nothing was changed; connect VAREdit Source Encode")
+    if tokens_in(source) is not None:
+        return samples
+    fitting = origin_of(source, samples, vae).fitting
+    patch = samples.shape[-2] // fitting.schedule.grids[-1][0]
+    return encode(samples, latent_grids(fitting.schedule, patch))[1]
+
+
+def _pixels(vae: VAREditVAE, latent_dHW: Tensor) -> Tensor:
+    """Pixels [1, 3, y, x] in [-1, 1]."""
+    return vae.decode(latent_dHW[None]).movedim(-1, 1) * 2 - 1
+
+
+def _size(fitting: Fitting) -> str:
+    return "{}x{}".format(*fitting.size)

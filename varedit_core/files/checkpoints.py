@@ -1,0 +1,335 @@
+"""What a weight file is, and how its keys become ours.
+
+One canonical key style, the one our modules have. Published files differ from it: transformer blocks sit in
+chunks, query and value biases are loose parameters, learned vectors have extra axes; newer tokenizer files
+wrap every convolution and norm. `part_of` names a file; `canonical` gives its tensors under our keys.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..defaults import EDIT, KINDS, TEXT_TO_IMAGE
+from ..model.config import AutoencoderConfig, TransformerConfig
+from ..model.layers import Operations
+from ..model.transformer import Transformer
+from ..runtime.fp8 import LINEARS, EightBitLinear, check_linears, prepare, quantise_weight
+from ..runtime.kernels import has_triton
+from ..tokenizer.vae import Autoencoder
+from .weights import WeightError, Weights, open_weights, under
+
+logger = logging.getLogger(__name__)
+
+TRANSFORMER, TOKENIZER, TEXT_ENCODER = "VAREdit transformer", "VAREdit tokenizer", "T5 text encoder"
+EXPECTED = {
+    TRANSFORMER: "a VAREdit transformer such as 8B-1024.pth",
+    TOKENIZER: "a tokenizer such as infinity_vae_d56_f8_14_patchify.pth",
+    TEXT_ENCODER: "a T5 encoder such as the flan-t5-xl folder",
+}
+_MARKERS = {
+    TRANSFORMER: r"word_embed\.weight",
+    TOKENIZER: r"encoder\.conv_in(\.conv)?\.weight",
+    TEXT_ENCODER: r"(encoder\.)?block\.0\.layer\.0\.SelfAttention\.q\.weight",
+}
+_OTHERS = {
+    "a Stable Diffusion or SDXL model": r"input_blocks\.0\.0\.weight",
+    "a Flux model": r"double_blocks\.0\.img_attn\.qkv\.weight",
+    "a diffusion transformer": r"(joint_blocks|transformer_blocks)\.0\..*",
+    "a CLIP text encoder": r"text_model\.embeddings\.token_embedding\.weight",
+    "a language model": r"layers\.0\.self_attn\.q_proj\.weight",
+    "a LoRA": r".*\.lora_(A|B|up|down)\.weight",
+}
+# Beside encoder and decoder a tokenizer file may hold the quantiser's constants and what only training needs.
+_IGNORED_IN_TOKENIZER = re.compile(
+    r"(quantizer?|quantize|image_disc|video_disc|image_discriminator|video_discriminator|perceptual_model|loss)\."
+)
+KIND = "varedit.kind"
+"""Where a transformer's file says what it was trained for."""
+_SCALED = ".weight_scale"
+# Buffers of older Infinity checkpoints, which its own loader leaves out too.
+_IGNORED_IN_TRANSFORMER = {"lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen"}
+# What stands beside a quantised matrix, in our 8-bit files and in those of ComfyUI's formats.
+_BESIDE = (
+    _SCALED, ".weight_scale_2", ".weight_s_rel", ".weight_s_channel", ".weight_codebook", ".input_scale",
+    ".pre_quant_scale", ".comfy_quant",
+)  # fmt: skip
+# Loose parameters of the published files that are embeddings here, and their rows (None: as many as there are).
+_VECTORS = {"scale_mul_1H11": 1, "ada_gss": 6, "pos_start": 1, "mat_q": 1, "cfg_uncond": None}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one canonical tensor is made from tensors of the file."""
+
+    sources: tuple[str, ...]
+    make: Callable[..., Tensor] = lambda tensor: tensor
+
+
+def part_of(weights: Weights) -> tuple[str | None, Weights]:
+    """(TRANSFORMER, TOKENIZER, TEXT_ENCODER or None, the part's tensors without their common prefix)."""
+    for part, marker in _MARKERS.items():
+        found = under(weights, marker)
+        if found is not None and (part != TRANSFORMER or "lvl_embed.weight" in found):
+            return part, found
+    return None, weights
+
+
+def select(weights: Weights, part: str) -> Weights:
+    """The tensors of `part`. Raises WeightError naming the file, what it is and what was expected."""
+    found = under(weights, _MARKERS[part])
+    if found is None or (part == TRANSFORMER and "lvl_embed.weight" not in found):
+        raise WeightError(f"{weights.path} is {describe(weights)}, not {EXPECTED[part]}; choose the right file")
+    return found
+
+
+def holds(weights: Weights, part: str) -> bool:
+    """Whether the file has tensors of that part."""
+    return under(weights, _MARKERS[part]) is not None
+
+
+def describe(weights: Weights) -> str:
+    """What the file is, in a few words."""
+    part, _ = part_of(weights)
+    if part:
+        return f"a {part}"
+    for name, marker in _OTHERS.items():
+        if any(re.search(rf"(^|\.){marker}$", key) for key in weights):
+            return name
+    return f"an unknown model with keys such as {', '.join(sorted(weights)[:2])}"
+
+
+def told_kind(weights: Weights) -> str | None:
+    """Whether a transformer edits or makes pictures of text alone: EDIT, TEXT_TO_IMAGE, or None where nothing tells.
+
+    The two families share every key and shape: only metadata can tell, or a name like those of Infinity's own files.
+    """
+    kind = weights.metadata.get(KIND)
+    if kind in (EDIT, TEXT_TO_IMAGE):
+        return kind
+    return TEXT_TO_IMAGE if re.match(r"infinity[_-]", weights.path.name.lower()) else None
+
+
+def checked_kind(kind: str) -> str | None:
+    """A name of KINDS, None for auto. ValueError for others."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
+    return None if kind == KINDS[0] else kind
+
+
+def transformer_recipes(weights: Weights) -> dict[str, Recipe]:
+    """Canonical key -> recipe for a transformer, published or canonical."""
+    chunks = {int(m[1]) for m in map(re.compile(r"block_chunks\.(\d+)\.").match, weights) if m}
+    per_chunk = 1 + max(
+        (int(m[1]) for m in map(re.compile(r"block_chunks\.0\.module\.(\d+)\.").match, weights) if m), default=0
+    )
+    if chunks and chunks != set(range(len(chunks))):
+        raise WeightError(f"{weights.path} is incomplete: its block chunks are {sorted(chunks)}; download it again")
+    recipes: dict[str, Recipe] = {}
+    for key in (key for key in weights if key not in _IGNORED_IN_TRANSFORMER):
+        name = re.sub(
+            r"^block_chunks\.(\d+)\.module\.(\d+)\.", lambda m: f"blocks.{int(m[1]) * per_chunk + int(m[2])}.", key
+        )
+        recipes.update(_transformer_recipe(weights, key, name))
+    return recipes
+
+
+def _transformer_recipe(weights: Weights, key: str, name: str) -> dict[str, Recipe]:
+    stem, _, leaf = name.rpartition(".")
+    folder = key.rpartition(".")[0]
+    if leaf in ("q_bias", "zero_k_bias"):
+        return {}
+    if leaf == "v_bias":
+        names = [name for name in ("q_bias", "zero_k_bias", "v_bias") if f"{folder}.{name}" in weights]
+        layer = "mat_qkv" if "q_bias" in names else "mat_kv"
+        sources = tuple(f"{folder}.{name}" for name in names)
+        return {f"{stem}.{layer}.bias": Recipe(sources, lambda *parts: _joined_bias(dict(zip(names, parts))))}
+    if leaf in _VECTORS:
+        count = _VECTORS[leaf]
+        name = f"{stem}.scale_mul.weight" if leaf == "scale_mul_1H11" else f"{name}.weight"
+        return {name: Recipe((key,), lambda tensor: tensor.reshape(count or len(tensor), -1))}
+    return {name: Recipe((key,))}
+
+
+def _joined_bias(parts: dict[str, Tensor]) -> Tensor:
+    """The bias of a fused projection: query (in self-attention), key (zeros where the file has none), value."""
+    value = parts["v_bias"].float()
+    query = [parts["q_bias"].float()] if "q_bias" in parts else []
+    return torch.cat([*query, parts.get("zero_k_bias", torch.zeros_like(value)).float(), value])
+
+
+def tokenizer_recipes(weights: Weights) -> dict[str, Recipe]:
+    """Canonical key -> recipe for a tokenizer file, with or without the inner `.conv` / `.norm`."""
+    wrapped = "encoder.conv_in.conv.weight" in weights
+    kept = [key for key in weights if not _IGNORED_IN_TOKENIZER.match(key)]
+    logger.debug("%s: %d tensors beside the networks ignored", weights.path, len(weights) - len(kept))
+    return {(re.sub(r"\.(conv|norm)\.(weight|bias)$", r".\2", key) if wrapped else key): Recipe((key,)) for key in kept}
+
+
+_RECIPES = {TRANSFORMER: transformer_recipes, TOKENIZER: tokenizer_recipes}
+
+
+def canonical(weights: Weights, part: str) -> Weights:
+    """The tensors of a transformer or tokenizer under canonical keys, made when they are read."""
+    selected = select(weights, part)
+    recipes = _RECIPES[part](selected)
+    meta = {key: recipe.make(*(selected.meta[s] for s in recipe.sources)) for key, recipe in recipes.items()}
+
+    def read(key: str) -> Tensor:
+        return recipes[key].make(*(selected[s] for s in recipes[key].sources))
+
+    return Weights(weights.path, meta, read, weights.metadata)
+
+
+def load_transformer(
+    path: str | Path,
+    operations=Operations,
+    dtype: torch.dtype = torch.float32,
+    device="cpu",
+    linears: str = LINEARS[0],
+    kind: str = KINDS[0],
+) -> Transformer:
+    """Load a transformer of any size; its sizes are read off the file.
+
+    dtype: of the blocks (everything else is fp32). linears: "exact", or "8-bit" (see `eight_bit`): every matrix is
+    rounded as it comes. kind: "edit" or "text-to-image"; auto does as the file says (see `told_kind`), and edits where it
+    says nothing. Tensors go to `device` one by one, so that the peak there is the network plus one tensor.
+    Raises WeightError, and ValueError for unknown linears or kinds; never loads a part.
+    """
+    check_linears(linears)
+    chosen = checked_kind(kind)
+    weights = canonical(open_weights(path), TRANSFORMER)
+    network = blank(weights, TRANSFORMER, operations, dtype, kind=chosen)
+    if linears == "8-bit":
+        prepare(network)
+    return _filled(network, weights, device)
+
+
+def load_autoencoder(
+    path: str | Path,
+    operations=Operations,
+    dtype: torch.dtype = torch.float32,
+    device="cpu",
+    decode_dtype: torch.dtype | None = None,
+) -> Autoencoder:
+    """Load a tokenizer's autoencoder; its sizes are read off the file. Raises WeightError; never loads a part.
+
+    dtype: of the weights, of the decoder's only where decode_dtype names no other.
+    """
+    weights = canonical(open_weights(path), TOKENIZER)
+    network = blank(weights, TOKENIZER, operations, dtype, decode_dtype=decode_dtype)
+    network = _filled(network, weights, device)
+    if operations is Operations and torch.device(device).type == "cuda" and has_triton():
+        network.to(memory_format=torch.channels_last)  # as pictures lie there, or every call would do it
+    return network
+
+
+def blank(
+    weights: Weights,
+    part: str,
+    operations=Operations,
+    dtype: torch.dtype = torch.float32,
+    *,
+    kind: str | None = None,
+    **more,
+) -> Transformer | Autoencoder:
+    """The network that canonical weights belong to, on the meta device.
+
+    kind: of a transformer, where not as the file says. more: further arguments of the network. Raises WeightError where
+    the weights are not exactly those of one.
+    """
+    sizes, network = {TRANSFORMER: (TransformerConfig, Transformer), TOKENIZER: (AutoencoderConfig, Autoencoder)}[part]
+    try:
+        config = sizes.from_shapes(weights.shapes)
+        if part == TRANSFORMER:
+            config = replace(config, source=(kind or told_kind(weights)) != TEXT_TO_IMAGE)
+        with Unfilled():
+            empty = network(config, operations, dtype, device="meta", **more)
+    except (KeyError, IndexError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise WeightError(f"{weights.path} is not a complete {part}: {reason}; download or convert it again") from error
+    check(weights, {key: tuple(tensor.shape) for key, tensor in expected(empty).items()})
+    return empty
+
+
+class Unfilled(TorchFunctionMode):
+    """Leaves out torch's first filling of new weights, which on the meta device only costs time (seconds, the first
+    time: torch imports its compiler for it)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
+def expected(network: nn.Module) -> dict[str, Tensor]:
+    """The network's state with torch's own layers: injected ones may own no weight before they are loaded."""
+    dtypes = {name: getattr(network, name) for name in ("dtype", "decode_dtype") if hasattr(network, name)}
+    with Unfilled():
+        return type(network)(network.config, device="meta", **dtypes).state_dict()
+
+
+def _filled(network: Transformer | Autoencoder, weights: Weights, device) -> Transformer | Autoencoder:
+    foreign = sorted(key for key in weights if key.endswith(_BESIDE[1:]))
+    if foreign:
+        raise WeightError(
+            f"{weights.path} is quantised in a way that only ComfyUI runs ({foreign[0]}); use the original or convert it "
+            "with `varedit convert`"
+        )
+    rounded = {f"{name}.weight" for name, m in network.named_modules() if isinstance(m, EightBitLinear)}
+    network.load_state_dict(dict(_placed(expected(network), weights, device, rounded)), assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _placed(wanted: dict[str, Tensor], weights: Weights, device, rounded: Set[str]) -> Iterator[tuple[str, Tensor]]:
+    for key in weights:
+        tensor = weights[key].to(device)
+        scaled = key.endswith(_SCALED) or key.removesuffix(".weight") + _SCALED in weights
+        if key in rounded and not scaled:
+            codes, scales = quantise_weight(tensor)
+            yield key, codes
+            yield key.removesuffix(".weight") + _SCALED, scales
+        else:
+            yield key, tensor if scaled else tensor.to(wanted[key].dtype)
+
+
+def quantised(weights: Weights) -> set[str]:
+    """The keys of matrices with a scale or the name of a format beside them."""
+    return {f"{key.rpartition('.')[0]}.weight" for key in weights if key.endswith(_BESIDE)}
+
+
+def check(weights: Weights, wanted: dict[str, Sequence[int]]) -> None:
+    """Raise WeightError unless the file has exactly the wanted keys and shapes.
+
+    Scales may stand beside quantised matrices, and 4-bit ones hold two numbers a byte.
+    """
+    missing = sorted(wanted.keys() - weights.keys())
+    scaled = quantised(weights)
+    unknown = sorted(
+        key
+        for key in weights.keys() - wanted.keys()
+        if not (key.endswith(_BESIDE) and f"{key.rpartition('.')[0]}.weight" in scaled & wanted.keys())
+    )
+    if missing or unknown:
+        problem = (
+            f"lacks {len(missing)} tensors such as {missing[0]}"
+            if missing
+            else f"has {len(unknown)} unknown tensors such as {unknown[0]}"
+        )
+        raise WeightError(
+            f"{weights.path} {problem}; it is incomplete or of another architecture, so nothing was loaded"
+        )
+    for key, shape in wanted.items():
+        packed = key in scaled and weights.meta[key].dtype in (torch.uint8, torch.int8)
+        if weights.meta[key].shape[: 1 if packed else None] != torch.Size(shape)[: 1 if packed else None]:
+            raise WeightError(
+                f"{weights.path} has {key} of shape {list(weights.meta[key].shape)} where {list(shape)} was expected; nothing was loaded"
+            )

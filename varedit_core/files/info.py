@@ -1,0 +1,71 @@
+"""What a weight file holds, read from its header alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+from ..model.config import TRANSFORMERS, AutoencoderConfig, TransformerConfig
+from .checkpoints import TOKENIZER, TRANSFORMER, blank, canonical, describe, part_of, told_kind
+from .lora import read_lora
+from .weights import WeightError, Weights, open_weights
+
+_CONFIGS = {TRANSFORMER: TransformerConfig, TOKENIZER: AutoencoderConfig}
+
+
+def inspect(path: str | Path) -> dict:
+    """Facts about a weight file or folder: what it is, parts, sizes, parameters, types, bytes, metadata.
+
+    Raises WeightError where the file cannot be opened; an unknown model is described, not refused.
+    """
+    weights = open_weights(path)
+    facts: dict = {"file": str(path), "is": describe(weights)}
+    for part, kind in _CONFIGS.items():
+        sizes = _sizes(weights, part, kind)
+        if sizes:
+            facts[part] = sizes
+    if part_of(weights)[0] == TRANSFORMER and TRANSFORMER in facts:
+        told = told_kind(weights)
+        facts["is"] = f"a {TRANSFORMER}, {_name(facts[TRANSFORMER])}" + (
+            " with its tokenizer" if TOKENIZER in facts else ""
+        ) + (f", {told}" if told else "")
+    for part in facts.keys() & _CONFIGS.keys():
+        try:
+            blank(canonical(weights, part), part)
+        except ValueError as error:
+            facts["is"] += f", but not whole: {error}"
+    if facts["is"] == "a LoRA":
+        try:
+            facts["LoRA"] = read_lora(weights).summary()
+        except WeightError as error:
+            facts["is"] += f", but none for VAREdit: {error}"
+    sizes = [math.prod(meta.shape) for meta in weights.meta.values()]
+    types = Counter[str]()
+    for meta, count in zip(weights.meta.values(), sizes):
+        types[str(meta.dtype).removeprefix("torch.")] += count
+    bytes_ = sum(meta.dtype.itemsize * count for meta, count in zip(weights.meta.values(), sizes))
+    return {
+        **facts,
+        "tensors": len(weights),
+        "parameters": sum(sizes),
+        "types": dict(types),
+        "bytes": bytes_,
+        "metadata": weights.metadata,
+    }
+
+
+def _sizes(weights: Weights, part: str, kind) -> dict | None:
+    try:
+        sizes = asdict(kind.from_shapes(canonical(weights, part).shapes))
+    except (ValueError, KeyError, IndexError):
+        return None
+    sizes.pop("source", None)  # no size, and no tensor tells it
+    return sizes
+
+
+def _name(sizes: dict) -> str:
+    text = f"{sizes['depth']} blocks of width {sizes['width']}"
+    known = [name for name, config in TRANSFORMERS.items() if asdict(config) == sizes | {"source": True}]
+    return f"{known[0]} ({text})" if known else text

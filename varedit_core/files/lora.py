@@ -1,0 +1,238 @@
+"""LoRA files for the transformer: low-rank updates, weight + strength * alpha / rank * up @ down (arXiv 2106.09685).
+
+Reads the two key styles that ComfyUI's LoRA loader reads, `diffusion_model.<layer>.lora_A.weight` / `.lora_B.weight`
+and `lora_unet_<layer, dots as underscores>.lora_down.weight` / `.lora_up.weight`, each with or without `.alpha` (the
+rank by default). Updates are merged into the weights, so that edits take no longer. Making such files is the
+business of `training.lora`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..model.transformer import Transformer
+from ..runtime.fp8 import EightBitLinear
+from .checkpoints import KIND, TOKENIZER, TRANSFORMER, blank, canonical, describe, holds, told_kind
+from .convert import ARCHITECTURES, Entry, check_result, check_space, write
+from .weights import WeightError, Weights, open_weights
+
+logger = logging.getLogger(__name__)
+
+PREFIX, FLAT_PREFIX = "diffusion_model.", "lora_unet_"
+_PARTS = {
+    "lora_A.weight": "down",
+    "lora_down.weight": "down",
+    "lora_B.weight": "up",
+    "lora_up.weight": "up",
+    "alpha": "alpha",
+}
+_KEY = re.compile(rf"({re.escape(PREFIX)}.+|{FLAT_PREFIX}[^.]+)\.({'|'.join(map(re.escape, _PARTS))})")
+
+
+@dataclass(frozen=True)
+class Update:
+    """One layer's update: the keys of down [rank, inputs] and up [outputs, rank], its rank and alpha."""
+
+    down: str
+    up: str
+    shape: tuple[int, int]
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file: its tensors, read when asked for, and the updates by the file's own names of the layers."""
+
+    weights: Weights
+    updates: dict[str, Update]
+
+    def matched(self, transformer: Transformer) -> dict[str, Update]:
+        """The updates by the transformer's names of its layers.
+
+        Raises WeightError unless every update belongs to a linear layer of that shape and has defined numbers.
+        """
+        path, layers = self.weights.path, linear_layers(transformer)
+        names = {prefix: name for name in layers for prefix in (PREFIX + name, FLAT_PREFIX + name.replace(".", "_"))}
+        found: dict[str, Update] = {}
+        for stem, update in self.updates.items():
+            if stem not in names:
+                raise WeightError(
+                    f"{path} has {update.down} but the transformer has no such layer; choose a LoRA trained for VAREdit"
+                )
+            name = names[stem]
+            wanted = (layers[name].out_features, layers[name].in_features)
+            if update.shape != wanted:
+                raise WeightError(
+                    f"{path} has {update.down} for a layer of shape {list(update.shape)} where the transformer has "
+                    f"{list(wanted)}; choose a LoRA trained for a transformer of this size"
+                )
+            if name in found:
+                raise WeightError(f"{path} has both {found[name].down} and {update.down}; remove one of them")
+            if not all(self.weights[key].float().isfinite().all() for key in (update.down, update.up)):
+                raise WeightError(
+                    f"{path} has infinite or undefined numbers in {update.down} or {update.up}; train or download it again"
+                )
+            found[name] = update
+        return found
+
+    def difference(self, update: Update, strength: float, device) -> Tensor:
+        """What is added to a layer's weight [outputs, inputs], in fp32."""
+        up, down = (self.weights[key].to(device, torch.float32) for key in (update.up, update.down))
+        return strength * update.alpha / update.rank * (up @ down)
+
+    def summary(self) -> dict:
+        """Number of layers, ranks, alphas, and how many layers of each kind (numbers in their names as `*`)."""
+        kinds = Counter(re.sub(r"\d+", "*", re.sub(f"^({PREFIX}|{FLAT_PREFIX})", "", stem)) for stem in self.updates)
+        return {
+            "layers": len(self.updates),
+            "rank": sorted({update.rank for update in self.updates.values()}),
+            "alpha": sorted({update.alpha for update in self.updates.values()}),
+            "targets": dict(kinds),
+        }
+
+
+def linear_layers(transformer: Transformer) -> dict[str, nn.Linear]:
+    """The layers a LoRA can update, by name."""
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+
+
+def read_lora(source: str | Path | Weights) -> Lora:
+    """Open a LoRA file. Raises WeightError where it is another file, incomplete, or holds more than plain LoRA."""
+    weights = source if isinstance(source, Weights) else open_weights(source)
+    keys: dict[str, dict[str, str]] = {}
+    foreign = []
+    for key in weights:
+        match = _KEY.fullmatch(key)
+        if match:
+            keys.setdefault(match[1], {})[_PARTS[match[2]]] = key
+        else:
+            foreign.append(key)
+    if foreign and describe(weights) != "a LoRA":
+        raise WeightError(f"{weights.path} is {describe(weights)}, not a LoRA; choose a LoRA trained for VAREdit")
+    if foreign or not keys:
+        named = f"has {min(foreign)}, which is no plain low-rank update of" if foreign else "holds no update of"
+        raise WeightError(
+            f"{weights.path} {named} a VAREdit layer; choose a LoRA trained for VAREdit, without DoRA or other variants"
+        )
+    return Lora(weights, {stem: _update(weights, stem, parts) for stem, parts in keys.items()})
+
+
+def _update(weights: Weights, stem: str, keys: Mapping[str, str]) -> Update:
+    missing = {"down", "up"} - keys.keys()
+    if missing:
+        raise WeightError(
+            f"{weights.path} lacks the {' and '.join(sorted(missing))} matrix of {stem}; save or download it again"
+        )
+    down, up = (tuple(weights.meta[keys[part]].shape) for part in ("down", "up"))
+    if len(down) != 2 or len(up) != 2 or down[0] != up[1] or not down[0]:
+        raise WeightError(
+            f"{weights.path} has {keys['down']} of shape {list(down)} and {keys['up']} of shape {list(up)} where "
+            "[rank, inputs] and [outputs, rank] were expected; choose a LoRA trained for VAREdit"
+        )
+    alpha = weights[keys["alpha"]].flatten().tolist() if "alpha" in keys else [down[0]]
+    if len(alpha) != 1 or not math.isfinite(alpha[0]):
+        raise WeightError(f"{weights.path} has {keys['alpha']}, which is not one number; save it again with one")
+    return Update(keys["down"], keys["up"], (up[0], down[1]), down[0], float(alpha[0]))
+
+
+def check_lora(checkpoint: str | Path, lora: str | Path) -> None:
+    """Raise WeightError where a LoRA does not belong to a transformer's file; reads no weights of the transformer."""
+    read_lora(lora).matched(blank(canonical(open_weights(checkpoint), TRANSFORMER), TRANSFORMER))
+
+
+@torch.no_grad()
+def apply_lora(transformer: Transformer, lora: str | Path, strength: float = 1.0) -> None:
+    """Merge a LoRA file into a loaded transformer's weights; several may follow each other.
+
+    Computed in fp32 and rounded to the weight's own type. Updated 8-bit layers become layers of the transformer's
+    `dtype`, at its cost in memory, rather than being rounded to 8 bits again. Raises WeightError, before anything has
+    changed, where the file is no LoRA for this transformer, and ValueError for a strength that is no number or layers
+    of `eight_bit`.
+    """
+    _check_strength(strength)
+    file = read_lora(lora)
+    updates = file.matched(transformer)
+    if any(isinstance(transformer.get_submodule(name), EightBitLinear) for name in updates):
+        # Rounded again, most of an update would vanish: it is smaller than the steps between 8-bit numbers.
+        raise ValueError("a LoRA cannot be merged into linear layers in 8 bits; apply it first, then call `eight_bit`")
+    if strength == 0:
+        return
+    for name, update in updates.items():
+        layer = transformer.get_submodule(name)
+        merged = file.difference(update, strength, layer.weight.device)
+        scale = getattr(layer, "weight_scale", None)
+        if scale is None:
+            layer.weight.copy_(merged.add_(layer.weight))
+        else:
+            merged += layer.weight.float() * scale.float()
+            layer.weight = nn.Parameter(merged.to(transformer.dtype), requires_grad=False)
+            layer.weight_scale = None
+
+
+def merge_lora(
+    checkpoint: str | Path,
+    lora: str | Path,
+    out: str | Path,
+    strength: float = 1.0,
+    overwrite: bool = False,
+    on_tensor: Callable[[int, int], None] | None = None,
+) -> dict[str, str]:
+    """Write a transformer with a LoRA merged into it, a tensor at a time; returns the metadata written.
+
+    The tensors keep their types and the file its metadata; the keys are canonical ones. on_tensor(done, total): bytes
+    written. Raises WeightError for files that are unusable, 8-bit or do not belong together, FileExistsError where
+    `out` exists, ValueError for a bad choice.
+    """
+    checkpoint, lora, out = Path(checkpoint), Path(lora), Path(out)
+    _check_strength(strength)
+    check_result(out, overwrite)
+    opened = open_weights(checkpoint)
+    weights = canonical(opened, TRANSFORMER)
+    if holds(opened, TOKENIZER):
+        logger.warning("%s holds a tokenizer too, which is left out; keep the file for it", checkpoint)
+    eight_bit = [key for key, meta in weights.meta.items() if meta.dtype.itemsize == 1]
+    if eight_bit:
+        raise WeightError(
+            f"{checkpoint} has {eight_bit[0]} in 8-bit; merge into the original or a bf16 file, then convert the result"
+        )
+    file = read_lora(lora)
+    updates = file.matched(blank(weights, TRANSFORMER))
+    plan = {key: Entry(key, meta.dtype, tuple(meta.shape)) for key, meta in weights.meta.items()}
+    earlier = weights.metadata.get("varedit.merged_lora")
+    merged = f"{lora.name}:{strength:g}"
+    told = told_kind(weights)  # by its name, perhaps, which the result has not
+    metadata = {
+        "format": "pt",
+        "varedit.architecture": ARCHITECTURES[TRANSFORMER],
+        "varedit.converted_from": checkpoint.name,
+        **({KIND: told} if told else {}),
+        **weights.metadata,
+        "varedit.merged_lora": f"{earlier}, {merged}" if earlier else merged,
+    }
+    total = sum(entry.nbytes for entry in plan.values())
+    check_space(out, total)
+    write(out, plan, metadata, _merged(weights, file, updates, strength), total, on_tensor)
+    return metadata
+
+
+def _merged(weights: Weights, file: Lora, updates: Mapping[str, Update], strength: float) -> Iterator[Tensor]:
+    for key in weights:
+        tensor, update = weights[key], updates.get(key.removesuffix(".weight"))
+        if update is not None and strength != 0:
+            tensor = file.difference(update, strength, tensor.device).add_(tensor).to(tensor.dtype)
+        yield tensor
+
+
+def _check_strength(strength: float) -> None:
+    if not math.isfinite(strength):
+        raise ValueError(f"the strength of a LoRA must be a number, got {strength}; 1 is as trained, 0 is without it")
