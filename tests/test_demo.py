@@ -9,8 +9,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from varedit_core import demo
+from varedit_core.cli import demo as showcase
 from varedit_core.cli.app import app, main
-from varedit_core.cli.app import demo as showcase
 from varedit_core.demo import SAMPLES, demo_files
 from varedit_core.files.info import inspect
 from varedit_core.files.lora import check_lora

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from support import GOLDEN
 
 from varedit_core import load_autoencoder, load_transformer
+from varedit_core.files import weights as weights_module
 from varedit_core.files.checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER, canonical, select
 from varedit_core.files.convert import convert
 from varedit_core.files.info import inspect
-from varedit_core.files.safe_write import weights as weights_module
 from varedit_core.files.weights import WeightError, open_weights
 
 RECORD = GOLDEN / "patchify_256.safetensors"

@@ -15,8 +15,8 @@ from varedit_core.runtime import approximations as shortcuts
 from varedit_core.runtime.approximations import BAND, bands, token_masks
 from varedit_core.runtime.stores import EightBitStore
 from varedit_core.runtime.workspace import Workspace
-from varedit_core.sampling.drafting import draft_and_refine
 from varedit_core.sampling import loop as sampling
+from varedit_core.sampling.drafting import draft_and_refine
 from varedit_core.sampling.loop import sample
 from varedit_core.shapeedit.evaluate import draw, evaluate
 from varedit_core.tokenizer.quantizer import area_resize
