@@ -270,7 +270,7 @@ class Probe:
         """Errors of inputs that do not belong."""
         torch, core = self.torch, self.core
         load = {
-            name: __import__(f"varedit_pack.nodes.{name}", fromlist=[name]) for name in ("model", "vae", "text_encoder")
+            name: __import__(f"varedit_pack.nodes.adapters.{name}", fromlist=[name]) for name in ("model", "vae", "text_encoder")
         }
         transformer, tokenizer = (
             DEMO / "diffusion_models" / "varedit_demo.safetensors",
@@ -439,7 +439,7 @@ class Probe:
         from varedit_pack.varedit_core import sample, schedule_for
 
         load = {
-            name: __import__(f"varedit_pack.nodes.{name}", fromlist=[name]) for name in ("model", "vae", "text_encoder")
+            name: __import__(f"varedit_pack.nodes.adapters.{name}", fromlist=[name]) for name in ("model", "vae", "text_encoder")
         }
         file = DEMO / "diffusion_models" / "varedit_demo.safetensors"
         features = self.source["samples"].to("meta")
@@ -869,8 +869,8 @@ class Probe:
 
     def layers(self) -> dict:
         """What our casting layers add to ComfyUI's."""
-        from varedit_pack.nodes.state import Casting
-        from varedit_pack.varedit_core import operations
+        from varedit_pack.nodes.adapters.state import Casting
+        from varedit_pack.varedit_core.model import layers as operations
 
         torch = self.torch
         torch.manual_seed(0)
@@ -899,7 +899,7 @@ class Probe:
 
     def recording(self) -> dict:
         """When passes may be recorded, and an edit in the form that it has then, only that nothing is recorded here."""
-        from varedit_pack.nodes.model import lies_still, load_model, unchanged
+        from varedit_pack.nodes.adapters.model import lies_still, load_model, unchanged
         from varedit_pack.varedit_core.model.transformer import FoldedText
         from varedit_pack.varedit_core.runtime.workspace import Workspace
 
