@@ -11,12 +11,14 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from varedit_core import Editor, SamplingSettings
-from varedit_core.defaults import AUTO_MASK, PRESETS, Controls
+from varedit_core.controls.auto_mask import AUTO_MASK
+from varedit_core.controls.registry import Controls
 from varedit_core.demo import GUIDANCE, SAMPLES, SIZE, demo_files
-from varedit_core.editor import Region
 from varedit_core.pictures.canvas import crop, extend, region_of, stitch
+from varedit_core.pictures.composite import Region
 from varedit_core.pictures.contact_sheet import Row, contact_sheet
 from varedit_core.pictures.images import load_image
+from varedit_core.sampling.settings import PRESETS
 
 SCENE, CAT = SAMPLES / "scene.png", SAMPLES / "cat.jpg"
 STAR, SQUARE, SEPIA = "recolour the black star in purple", "in the bottom centre, add a pink square", "make it sepia"

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from ..varedit_core.defaults import (
-    FLAT,
-    MOST_CANDIDATES,
-    MOST_FEATHER,
-    NEUTRAL,
-    PRESET,
-    PRESETS,
-    SCORES,
-    Controls,
-    Curve,
-)  # fmt: skip
+from ..varedit_core.controls.best_of import MOST_CANDIDATES, SCORES
+from ..varedit_core.controls.mask import MOST_FEATHER
+from ..varedit_core.controls.registry import NEUTRAL, Controls
+from ..varedit_core.sampling.settings import FLAT, PRESET, PRESETS, Curve
 from ._api import io
 from .shortcuts import MOST
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..varedit_core.defaults import NO_SHORTCUTS, Shortcuts
+from ..varedit_core.controls.registry import NO_SHORTCUTS, Shortcuts
 from ._api import io
 
 ShortcutsType = io.Custom("VAREDIT_SHORTCUTS")

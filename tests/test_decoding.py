@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from varedit_core.defaults import SamplingSettings
 from varedit_core.model.kv_cache import SOURCE, KeyValueStore
 from varedit_core.model.layers import sdpa
-from varedit_core.sampling.loop import sample
+from varedit_core.runtime.session import sample
+from varedit_core.sampling.settings import SamplingSettings
 from varedit_core.tokenizer.quantizer import decode, latent_grids, linear_resize, to_tokens
 from varedit_core.tokenizer.schedule import schedule_for
 from varedit_core.training.parallel import BlockCausal, TeacherForced, parallel_logits

@@ -11,10 +11,11 @@ from benchmarks.render import PAGES as RENDERED
 from benchmarks.render import rendered
 from varedit_core import Editor
 from varedit_core.cli.demo import EDITS
-from varedit_core.defaults import FIT, SIZE, SamplingSettings
+from varedit_core.defaults import FIT, SIZE
 from varedit_core.demo import GUIDANCE as DEMO_GUIDANCE
 from varedit_core.demo import SAMPLES
 from varedit_core.files.weights import open_weights
+from varedit_core.sampling.settings import SamplingSettings
 
 README = (ROOT / "README.md").read_text()
 PAGES = [

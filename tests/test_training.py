@@ -22,9 +22,9 @@ from support import ROOT
 accelerate = pytest.importorskip("accelerate")
 
 from varedit_core import Editor  # noqa: E402
-from varedit_core.defaults import SamplingSettings  # noqa: E402
 from varedit_core.model.config import AutoencoderConfig  # noqa: E402
 from varedit_core.model.transformer import PaddedTexts  # noqa: E402
+from varedit_core.sampling.settings import SamplingSettings
 from varedit_core.tokenizer.quantizer import encode, latent_grids, to_tokens  # noqa: E402
 from varedit_core.tokenizer.schedule import schedule_for  # noqa: E402
 from varedit_core.tokenizer.vae import Autoencoder  # noqa: E402

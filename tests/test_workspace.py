@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from varedit_core.defaults import SamplingSettings
 from varedit_core.model.kv_cache import KeyValueStore
 from varedit_core.model.transformer import Condition, FoldedText, PaddedTexts
 from varedit_core.runtime import workspace
 from varedit_core.runtime.graphs import State
 from varedit_core.runtime.workspace import Shape, Workspace
-from varedit_core.sampling.loop import sample
+from varedit_core.runtime.session import sample
+from varedit_core.sampling.settings import SamplingSettings
 
 SETTINGS = SamplingSettings(temperature=0.7, seed=5)
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass, fields, replace
 
 from PIL import Image
 
-from .defaults import DEFAULT_SETTINGS, FIT, NEUTRAL, PRESET, SIZE, SWEPT, Controls, SamplingSettings
+from .controls.registry import NEUTRAL, SWEPT, Controls
+from .defaults import FIT, SIZE
 from .editor import Editor, Picture
 from .pictures.contact_sheet import LETTERS, Row, contact_sheet
 from .pictures.images import load_image
+from .sampling.settings import DEFAULT_SETTINGS, PRESET, SamplingSettings
 
 CELL = 256
 """Largest side of a picture on the grid, in pixels."""

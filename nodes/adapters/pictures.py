@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ...varedit_core.controls.effects import differing
+from ...varedit_core.controls.auto_mask import differing
 from ...varedit_core.pictures.canvas import faded
 from ...varedit_core.pictures.contact_sheet import Row, contact_sheet
 from ...varedit_core.pictures.images import Fitting, fit, fit_mask, load_image, unfit, unfit_mask

@@ -15,15 +15,16 @@ import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from torch import Tensor
 
-from ...varedit_core.controls.effects import Certainty
-from ...varedit_core.defaults import DEFAULT_SETTINGS, NEUTRAL, NO_SHORTCUTS, Controls, SamplingSettings, Shortcuts
+from ...varedit_core.controls.confidence import Certainty
+from ...varedit_core.controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts
 from ...varedit_core.model.config import patch_size
 from ...varedit_core.model.layers import sdpa
 from ...varedit_core.runtime.memory import kept_bytes
 from ...varedit_core.runtime.plan import STORES, Job, Plan, described, gigabytes, plan, plans, too_large
 from ...varedit_core.runtime.workspace import Shape, Workspace
 from ...varedit_core.sampling.batch import Request, edits, repeated
-from ...varedit_core.sampling.loop import Scale
+from ...varedit_core.sampling.scale import Scale
+from ...varedit_core.sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS, schedule_for
 from ...varedit_core.tokenizer.tokens import Tokens, joined, tokens_of
 from .keeping import Keeper

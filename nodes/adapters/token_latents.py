@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...varedit_core.controls.effects import changed
+from ...varedit_core.controls.auto_mask import changed
 from ...varedit_core.pictures.images import Fitting
 from ...varedit_core.tokenizer.quantizer import encode, latent_grids
 from ...varedit_core.tokenizer.tokens import Tokens, notes_of

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, SIZES, SamplingSettings, Shortcuts
+from ..controls.registry import NO_SHORTCUTS, Shortcuts
+from ..defaults import SIZES
 from ..editor import Editor
 from ..model.config import TRANSFORMERS, TransformerConfig
 from ..model.transformer import Transformer
 from ..runtime.fp8 import LINEARS
 from ..runtime.stores import EightBitStore, HostStore
 from ..runtime.workspace import Workspace
+from ..sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from ..tokenizer.schedule import Schedule, schedule_for
 from .models import MODELS, random_transformer
 

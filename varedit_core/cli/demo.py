@@ -12,12 +12,13 @@ import typer
 from PIL import Image
 from rich.progress import Progress
 
-from ..defaults import FIT, SamplingSettings
+from ..defaults import FIT
 from ..demo import GUIDANCE, SAMPLES, SIZE, demo_files
 from ..editor import Editor
 from ..pictures.contact_sheet import Row, contact_sheet
 from ..pictures.images import FittedImage, SourceImage, check_target, load_image, save_image
-from ..sampling.loop import Scale
+from ..sampling.scale import Scale
+from ..sampling.settings import SamplingSettings
 from . import common as options
 from .common import console, progress
 

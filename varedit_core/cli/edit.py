@@ -13,30 +13,21 @@ import torch
 import typer
 from PIL import Image, ImageOps
 
-from ..defaults import (
-    DEFAULT_SETTINGS,
-    FILL,
-    FIT,
-    FITS,
-    KINDS,
-    NEGATIVE_PROMPT,
-    NEUTRAL,
-    NO_SHORTCUTS,
-    PRESET,
-    Controls,
-    SamplingSettings,
-    Shortcuts,
-)  # fmt: skip
+from ..controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts
+from ..defaults import FILL, FIT, FITS, KINDS, NEGATIVE_PROMPT
 from ..demo import NOTICE, demo_files
-from ..editor import Edited, Region, device_of
+from ..editor import device_of
 from ..files.checkpoints import load_autoencoder, load_transformer
 from ..files.weights import open_weights
 from ..pictures.canvas import Region as Crop
 from ..pictures.canvas import crop, extend, region_of, sides_from, stitch
+from ..pictures.composite import Region
 from ..pictures.contact_sheet import contact_sheet
+from ..pictures.edited import Edited
 from ..pictures.images import Fitting, SourceImage, check_target, load_image, load_mask, save_image, to_uint8, unfit
 from ..pictures.images import fit as fit_image
 from ..runtime.fp8 import LINEARS
+from ..sampling.settings import DEFAULT_SETTINGS, PRESET, SamplingSettings
 from ..tokenizer.tokens import SUFFIX, Tokens
 from ..tokenizer.tokens import check_target as check_tokens
 from . import common as options

@@ -10,19 +10,11 @@ from typing import Annotated, Optional
 
 import typer
 
-from ..defaults import (
-    KINDS,
-    NEGATIVE_PROMPT,
-    NO_SHORTCUTS,
-    RATIO,
-    RATIOS,
-    SIZE,
-    TEXT_SETTINGS,
-    SamplingSettings,
-    Shortcuts,
-)
+from ..controls.registry import NO_SHORTCUTS, Shortcuts
+from ..defaults import KINDS, NEGATIVE_PROMPT, RATIO, RATIOS, SIZE
 from ..pictures.images import check_target, load_image, load_mask, save_image
 from ..runtime.fp8 import LINEARS
+from ..sampling.settings import TEXT_SETTINGS, SamplingSettings
 from . import common as options
 from .common import DTYPES, SIZES, checked_loras, choice, console, load_editor, numbered, per_scale, progress
 from .demo import Watcher

@@ -10,10 +10,12 @@ from typing import Annotated, Optional
 
 import typer
 
-from ..defaults import DEFAULT_SETTINGS, FIT, FITS, KINDS, NEGATIVE_PROMPT, SWEPT, SamplingSettings
+from ..controls.registry import SWEPT
+from ..defaults import FIT, FITS, KINDS, NEGATIVE_PROMPT
 from ..demo import NOTICE, demo_files
 from ..pictures.images import check_target, load_image, load_mask, save_image
 from ..runtime.fp8 import LINEARS
+from ..sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from ..sweep import CELL, Axis, Cell, grid, planned
 from ..sweep import sweep as swept
 from . import common as options

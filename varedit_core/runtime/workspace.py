@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -70,12 +71,35 @@ class Workspace:
         self.state, self.record = state or State(), record
         self.store: KeyValueStore | None = None
         self.memory = None
+        self._lock, self._leaving = Lock(), False
+        self.busy = False
+        """Whether an edit is at work in it."""
         self.moved: dict[str, int] = {}
         """Bytes copied between host and device by the last store that was let go of."""
         self.forget()
 
+    def claim(self) -> bool:
+        """Take it for an edit, until `end`; False where another edit is at work in it."""
+        with self._lock:
+            free, self.busy = not self.busy, True
+        return free
+
+    def another(self) -> Workspace:
+        """One of the same kind that keeps nothing, already claimed."""
+        made = Workspace(self.kind, False, self.rows_at_once, self.fold, record=False)
+        made.claim()
+        return made
+
     def forget(self, host: bool = True) -> None:
-        """Give all memory back; host: that of the host, too, else the next store may have it."""
+        """Give all memory back; host: that of the host, too, else the next store may have it. While an edit is at work
+        in it, it keeps all, and gives it back at the end."""
+        if self.busy:
+            self._leaving = True
+            return
+        self._leaving = False
+        self._release(host)
+
+    def _release(self, host: bool) -> None:
         if self.store is not None:
             self.memory, self.moved = getattr(self.store, "memory", None), dict(getattr(self.store, "moved", {}))
             self.store.release()
@@ -117,7 +141,7 @@ class Workspace:
         # Another attention of the same kind is taken for the same.
         weights = self.state(transformer), getattr(attention, "recordable", False)
         if (shape, weights) != (self.shape, self.weights):
-            self.forget(host=False)
+            self._release(host=False)
         if self.store is None:
             size = transformer.config
             sizes = (size.depth, shape.rows, size.heads, size.head_size, shape.dtype, shape.device)
@@ -125,11 +149,9 @@ class Workspace:
             self.store, self.memory = self.kind.of(transformer, self.rows_at_once, shape.schedule, *sizes, **more), None
             self.passes = self.store.passes(shape.device)
             self.constants = transformer.constants(shape.device)
-            self.finite = torch.ones((), dtype=torch.bool, device=shape.device)
             self.foldable = all(block.ca.foldable(shape.dtype) for block in transformer.blocks)
             self.shape, self.weights = shape, weights
         self.transformer, self.attention = transformer, attention
-        self.finite.fill_(True)
         self.store.keep_rows(shape.rows)
         self.store.share(1)
         self.condition = self._condition(texts, beside)
@@ -194,17 +216,16 @@ class Workspace:
                 return self.transformer(x, condition, step, self.store, self.attention)
 
             x = self._in_turn(x, forward) if shared == 1 else forward(x, whole.rows(slice(0, rows)))
-            logits = self.transformer.logits(x[:asked], whole)
-            self.finite.logical_and_(logits.isfinite().all())
-            return logits
+            return self.transformer.logits(x[:asked], whole)
 
         return self._run((step, rows, asked, shared, self.lengths), rows * step.rotary.shape[1], run, *inputs)
 
     def end(self) -> None:
         """An edit is over, in whichever way. Unless kept, everything is let go of."""
         self.transformer = self.attention = None
-        if not self.kept:
-            self.forget(host=False)
+        self.busy = False
+        if self._leaving or not self.kept:
+            self.forget(host=self._leaving)
 
     @property
     def _recording(self) -> bool:

@@ -25,11 +25,12 @@ from ..cli.common import (
     per_scale,
     progress,
 )
-from ..defaults import NO_SHORTCUTS, SamplingSettings, Shortcuts
+from ..controls.registry import NO_SHORTCUTS, Shortcuts
 from ..demo import demo_files
 from ..files.safe_write import check_free, make_folder
 from ..pictures.images import check_target, save_image
 from ..runtime.fp8 import LINEARS
+from ..sampling.settings import SamplingSettings
 from .edits import FAMILIES
 from .evaluate import BATCH, Batch, Report, draw, evaluate, make, picture
 from .metrics import ssim_function

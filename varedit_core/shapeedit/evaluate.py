@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, SamplingSettings, Shortcuts
+from ..controls.registry import NO_SHORTCUTS, Shortcuts
 from ..editor import Editor
 from ..pictures.images import save_image, to_uint8
+from ..sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from ..tokenizer.quantizer import encode, latent_grids
 from ..tokenizer.schedule import TOKEN_PIXELS, Schedule, schedule_for
 from ..tokenizer.vae import Autoencoder

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..files.safe_write import check_free, make_folder
 from ..pictures.images import Fitting
-from ..sampling.loop import Scale
+from ..sampling.scale import Scale
 from .quantizer import codes, linear_resize
 from .schedule import TABLES, Grid, Schedule
 

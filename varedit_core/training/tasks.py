@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..defaults import EDIT, TEXT_TOKENS, SamplingSettings
+from ..defaults import EDIT, TEXT_TOKENS
 from ..files.checkpoints import TOKENIZER, TRANSFORMER, load_autoencoder, load_transformer
 from ..files.convert import ARCHITECTURES
 from ..model.config import AutoencoderConfig, TransformerConfig, patch_size
 from ..model.transformer import PaddedTexts, Transformer
-from ..sampling.loop import sample
+from ..runtime.session import sample
+from ..sampling.settings import SamplingSettings
 from ..shapeedit.edits import draw_sample
 from ..shapeedit.evaluate import reconstruct
 from ..shapeedit.metrics import psnr
