@@ -155,6 +155,8 @@ class Editor:
             raise ValueError("these edits have different sizes or aspect tables; go on from them one by one")
         if any(tokens.fitting is None for tokens in known if isinstance(pictures[0], Edited)):
             raise ValueError("the pictures of this edit have different sizes; go on from edits of one picture each")
+        for tokens in known:
+            tokens.check_vae(self.autoencoder.config.bits, self.autoencoder.config.stride)
         source, shown = joined(known).to(self.device), []
         for picture, tokens in zip(pictures, known):
             seen = picture.pictures if isinstance(picture, Edited) else self._shown(tokens.to(self.device))
@@ -378,7 +380,8 @@ class Editor:
         parts = self._parts(request, fitted, source, on_scale, variations, settings, explain, more)
         self._make_room(fitted[0])
         sums, shown = torch.cat([part.sums for part in parts]), repeated(fitted, variations)
-        results, found, tokens = self.decode(sums, shown), None, joined([part.tokens for part in parts])
+        results, found = self.decode(sums, shown), None
+        tokens = replace(joined([part.tokens for part in parts]), auto_mask=controls.auto_mask)
         moved = None
         if controls.auto_mask or explain:
             before = torch.cat([part.before for part in parts])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, SamplingSettings, Shortcuts
 from ..editor import Editor
+from ..files.safe_write import write_text
 from ..pictures.images import save_image, to_uint8
 from ..tokenizer.quantizer import encode, latent_grids
 from ..tokenizer.schedule import TOKEN_PIXELS, Schedule, schedule_for
@@ -275,7 +276,7 @@ def make(folder: str | Path, seed: int, count: int, split: str = "test", batch: 
                 image = picture(pixels)
                 save_image(image.convert("L") if kind == "mask" else image, folder / names[kind])
             lines.append(json.dumps({**names, "instruction": sample.instruction, "family": sample.family}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_text(folder / "metadata.jsonl", "".join(lines))
     return folder
 
 
