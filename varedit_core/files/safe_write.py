@@ -66,10 +66,15 @@ def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
         os.replace(temporary, target)
 
 
+def write_bytes(path: str | os.PathLike[str], data: bytes, overwrite: bool = True) -> None:
+    """Write bytes. Raises as `safe_write`."""
+    with safe_write(path, overwrite) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+
+
 def write_text(path: str | os.PathLike[str], text: str, overwrite: bool = True) -> None:
     """Write a text in UTF-8. Raises as `safe_write`."""
-    with safe_write(path, overwrite) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    write_bytes(path, text.encode(), overwrite)
 
 
 def write_json(path: str | os.PathLike[str], facts: object, indent: int = 1, overwrite: bool = True) -> None:

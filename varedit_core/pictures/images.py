@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..defaults import FITS
-from ..files.safe_write import check_free, make_folder, safe_write
+from ..files.safe_write import check_free, make_folder, write_bytes
 from ..tokenizer.fitting import Fitting, Size, canvas_size
 from ..tokenizer.schedule import Schedule, nearest_ratio, schedule_for
 
@@ -182,8 +183,9 @@ def save_image(
     check_target(path, _transparent(image), overwrite)
     image = image.convert("RGB") if image.mode == "RGBA" and _is_jpeg(path) else image
     format_name, options = _FORMATS[path.suffix.lower()]
-    with safe_write(path, overwrite) as temporary:
-        image.save(temporary, format_name, icc_profile=icc_profile, **options)
+    encoded = BytesIO()  # Pillow's encoders do not notice where a disk takes a part of what they write
+    image.save(encoded, format_name, icc_profile=icc_profile, **options)
+    write_bytes(path, encoded.getvalue(), overwrite)
 
 
 def check_target(path: str | os.PathLike[str], transparent: bool, overwrite: bool = False) -> None:

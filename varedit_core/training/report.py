@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+from io import BytesIO
 from pathlib import Path
 
 from torch import Tensor
 
-from ..files.safe_write import make_folder, safe_write, write_text
+from ..files.safe_write import make_folder, write_bytes, write_text
 from .settings import Stage
 
 logger = logging.getLogger(__name__)
@@ -103,8 +104,9 @@ class Report:
             axes.plot(*zip(*points), linewidth=1)
             axes.set(xlabel="step", ylabel="loss", title=self.stage.name)
             axes.grid(alpha=0.3)
-            with safe_write(self.folder / "loss.png") as temporary:
-                figure.savefig(temporary, dpi=100, format="png")
+            drawn = BytesIO()
+            figure.savefig(drawn, dpi=100, format="png")
+            write_bytes(self.folder / "loss.png", drawn.getvalue())
 
 
 def _step_of(line: str) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..defaults import EDIT, TEXT_TOKENS, SamplingSettings
 from ..files.checkpoints import TOKENIZER, TRANSFORMER, load_autoencoder, load_transformer
 from ..files.convert import ARCHITECTURES
-from ..files.safe_write import make_folder, safe_write, write_json, write_tensors
+from ..files.safe_write import make_folder, write_bytes, write_json, write_tensors
 from ..model.config import AutoencoderConfig, TransformerConfig, patch_size
 from ..model.transformer import PaddedTexts, Transformer
 from ..pictures.images import save_image
@@ -392,5 +391,4 @@ def save_text(folder: Path, text: T5Encoder, vocabulary: Path, write: bool = Tru
     beside = vocabulary if vocabulary.is_dir() else vocabulary.parent
     for file in (beside / "tokenizer.json", beside / "spiece.model"):
         if file.is_file() and file.parent != folder:
-            with safe_write(folder / file.name) as temporary:
-                shutil.copyfile(file, temporary)
+            write_bytes(folder / file.name, file.read_bytes())

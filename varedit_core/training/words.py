@@ -8,7 +8,7 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
-from ..files.safe_write import make_folder, safe_write
+from ..files.safe_write import make_folder, write_text
 from ..shapeedit.edits import draw_sample, words
 from ..text.encoder import END
 from ..text.t5 import T5Config, T5Encoder
@@ -41,8 +41,7 @@ def make_vocabulary(path: Path, size: int) -> None:
         single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", END)]
     )
     make_folder(path.parent)
-    with safe_write(path) as temporary:
-        tokenizer.save(str(temporary))
+    write_text(path, tokenizer.to_str(pretty=True))
 
 
 def new_text_encoder(sizes: NewText, vocabulary: int) -> T5Encoder:
