@@ -321,6 +321,8 @@ class Editor:
             raise ValueError("these edits have different sizes or aspect tables; go on from them one by one")
         if any(tokens.fitting is None for tokens in known if isinstance(pictures[0], Edited)):
             raise ValueError("the pictures of this edit have different sizes; go on from edits of one picture each")
+        for tokens in known:
+            tokens.check_vae(self.autoencoder.config.bits, self.autoencoder.config.stride)
         source, shown = joined(known).to(self.device), []
         for picture, tokens in zip(pictures, known):
             seen = picture.pictures if isinstance(picture, Edited) else self._shown(tokens.to(self.device))
@@ -348,9 +350,10 @@ class Editor:
         result = run(batch, self.memory, watch, wanted.steer, source, Wanted(False, before, wanted.explain))
         self._make_room(fitted[0])
         shown = [image for image in fitted for _ in range(copies)]
-        tokens = replace(result.tokens, fitting=fitted[0].fitting if len({i.fitting for i in fitted}) == 1 else None)
+        fitting = fitted[0].fitting if len({image.fitting for image in fitted}) == 1 else None
+        tokens = replace(result.tokens, fitting=fitting, auto_mask=controls.auto_mask)
         decoded = Decoded(self.decode_pixels, result.total, shown, result.before)
-        found = decoded.found(tokens, controls.auto_mask) if controls.auto_mask else None
+        found = decoded.found(tokens) if controls.auto_mask else None
         result.check()
         drawn = layers and [mask for mask in layers for _ in range(copies)]
         pictures = decoded.composited((drawn, found), wanted.seam)

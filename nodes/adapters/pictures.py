@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ...varedit_core.controls.auto_mask import differing
 from ...varedit_core.pictures.canvas import faded
+from ...varedit_core.pictures.composite import found_mask
 from ...varedit_core.pictures.contact_sheet import Row, contact_sheet
 from ...varedit_core.pictures.images import Fitting, fit, fit_mask, load_image, unfit, unfit_mask
 from ...varedit_core.pictures.preview import LEAST_DECODED, SIDE, ColourMap, at_own_size, enlarged
@@ -35,7 +35,7 @@ class Origin:
 
     colours: None where no VAE was at hand. scales: how many scales' sums of each picture the latent holds, one scale
     after the other; 0: the result alone. empty: whether the latent is a size alone, for pictures made of text. tokens:
-    whose sum the latent is, where it is one. auto_mask: by how much the edit found its own mask (see `controls`).
+    whose sum the latent is, where it is one.
     """
 
     fitting: Fitting
@@ -43,7 +43,11 @@ class Origin:
     scales: int = 0
     empty: bool = False
     tokens: Tokens | None = None
-    auto_mask: float = 0.0
+
+    @property
+    def auto_mask(self) -> float:
+        """By how much the edit found its own mask (see `Controls`)."""
+        return self.tokens.auto_mask if self.tokens else 0.0
 
 
 def to_pillow(image_HWC: Tensor) -> Image.Image:
@@ -264,12 +268,8 @@ def _found(
             "another node has changed the edit, so its own mask is lost and all of it is shown; connect the sampler's latent"
         )
         return None
-    if tokens.free is None:  # nothing was held to the source: all may have changed
-        return [Image.new("L", fitting.size, 255)] * len(levels)
-    before, free = tokens.under.total(), tokens.free.expand(len(levels), -1, -1, -1)
-    sources = (_levels(vae, one) for one in before)
-    pairs = zip(levels, sources, free, strict=True)
-    return [unfit_mask(differing(*pair, origin.auto_mask), fitting) for pair in pairs]
+    tokens = replace(tokens, fitting=fitting)
+    return [found_mask(tokens.of([n]), one, lambda x: _levels(vae, x)) for n, one in enumerate(levels)]
 
 
 def _composited(edited: Tensor, image: Tensor, masks: list[Image.Image], seam: int) -> tuple[Tensor, Tensor]:

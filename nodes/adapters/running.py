@@ -216,11 +216,12 @@ def sample_latent(
         return _run(models, request.to(model.load_device), known, edit, way, work, watcher)
 
     found, device = _as_it_fits(job, free, attempt, tell, each), mm.intermediate_device()
-    sums, tokens = found.sums.to(device), replace(found.tokens.to(device), fitting=origin.fitting)
+    sums = found.sums.to(device)
+    tokens = replace(found.tokens.to(device), fitting=origin.fitting, auto_mask=edit.controls.auto_mask)
     rest = {key: value for key, value in source.items() if key not in ("samples", "batch_index", KEY)}
-    origin = replace(origin, empty=False, tokens=tokens, auto_mask=edit.controls.auto_mask)
+    origin = replace(origin, empty=False, tokens=tokens)
     latent = {**rest, "samples": sums[-1].clone(), KEY: origin}  # a view would keep all scales
-    scales = {"samples": sums.flatten(0, 1), KEY: replace(origin, scales=len(sums), tokens=None, auto_mask=0.0)}
+    scales = {"samples": sums.flatten(0, 1), KEY: replace(origin, scales=len(sums), tokens=None)}
     return latent, scales, unfitted_mask(found.sure, origin.fitting).to(device)
 
 

@@ -1,4 +1,4 @@
-"""`varedit edit` and `varedit decode`: pictures, or the tokens of an edit, in; pictures, tokens and maps out."""
+"""`varedit edit`: pictures, or the tokens of an edit, in; pictures, tokens and maps out."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from PIL import Image, ImageOps
 from ..controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts
 from ..defaults import FILL, FIT, FITS, KINDS, NEGATIVE_PROMPT
 from ..demo import NOTICE, demo_files
-from ..editor import device_of
-from ..files.checkpoints import load_autoencoder, load_transformer
+from ..editor import Edited, Region
+from ..files.checkpoints import load_transformer
+from ..files.tokens import SUFFIX
+from ..files.tokens import check_target as check_tokens
 from ..files.weights import open_weights
 from ..pictures.canvas import Region as Crop
 from ..pictures.canvas import crop, extend, region_of, sides_from, stitch
 from ..pictures.composite import Region
 from ..pictures.contact_sheet import contact_sheet
-from ..pictures.edited import Edited
-from ..pictures.images import Fitting, SourceImage, check_target, load_image, load_mask, save_image, to_uint8, unfit
+from ..pictures.images import Fitting, SourceImage, check_target, load_image, load_mask, save_image
 from ..pictures.images import fit as fit_image
 from ..runtime.fp8 import LINEARS
-from ..sampling.settings import DEFAULT_SETTINGS, PRESET, SamplingSettings
-from ..tokenizer.tokens import SUFFIX, Tokens
-from ..tokenizer.tokens import check_target as check_tokens
+from ..tokenizer.tokens import Tokens
 from . import common as options
 from .common import (
     DTYPES,
@@ -175,30 +174,6 @@ def edit(
         }  # fmt: skip
         times = {"load_seconds": round(loaded - begin, 4), "edit_seconds": round(seconds, 4)}
         print(json.dumps({**facts, **times, "device": str(editor.device), "scales": watcher.scales}))
-
-
-def decode(
-    tokens: Annotated[Path, typer.Argument(help="Tokens of an edit, as varedit edit --save-tokens writes them.")],
-    vae: Annotated[
-        Optional[Path], typer.Option(help="Tokenizer file; by default the demo model's.")
-    ] = None,
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Result; by default NAME.png beside it.")] = None,
-    scales: Annotated[int, typer.Option(min=0, help="Only so many first scales; 0: all.")] = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace the output files if they exist.")] = False,
-    device: options.Device = None,
-) -> None:
-    """Decode the tokens of edits to pictures again, or of their first scales to drafts."""
-    target, found = output or tokens.with_suffix(".png"), Tokens.load(tokens)
-    found = found.first(scales) if scales else found
-    targets = numbered(target, found.images)
-    for path in targets:
-        check_target(path, False, overwrite)
-    place = device_of(device)
-    network = load_autoencoder(vae or demo_files()[1], device=place)
-    with torch.no_grad():
-        for total, path in zip(found.to(place).total(), targets):
-            save_image(unfit(to_uint8(network.decode(total[None])[0]), found.shown), path, overwrite)
-    console.print(f"{', '.join(map(str, targets))} ({found.shown.size[0]}x{found.shown.size[1]})", soft_wrap=True, highlight=False)
 
 
 @dataclass(frozen=True, eq=False)

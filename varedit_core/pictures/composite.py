@@ -5,7 +5,7 @@ Shape suffixes: P pictures, R regions, (y, x) pixels of the fitted pictures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -14,8 +14,10 @@ import torch
 from PIL import Image, ImageChops
 from torch import Tensor
 
+from ..controls.auto_mask import differing
+from ..tokenizer.tokens import Tokens
 from .canvas import faded
-from .images import FittedImage, fit_mask
+from .images import FittedImage, fit_mask, unfit_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,3 +93,14 @@ def masked(edited: Image.Image, image: FittedImage, mask: Image.Image, seam: int
     if image.source.alpha is not None:
         result.putalpha(image.source.alpha)
     return result
+
+
+def found_mask(tokens: Tokens, levels_3yx: Tensor, decode: Callable[[Tensor], Tensor]) -> Image.Image:
+    """Where an edit with an auto mask changed its picture (see `auto_mask.differing`): white, mode L, of its size.
+
+    tokens: of one edit. levels_3yx: of the decoded edit, in 8 bits. decode: the same of a running sum [d, H, W].
+    """
+    if tokens.free is None:  # nothing was held to the source: all may have changed
+        return Image.new("L", tokens.shown.size, 255)
+    before = decode(tokens.under.total()[0])
+    return unfit_mask(differing(levels_3yx, before, tokens.free[0], tokens.auto_mask), tokens.shown)

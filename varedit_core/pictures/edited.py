@@ -6,17 +6,16 @@ Shape suffixes: N results, d bits a latent position, (H, W) latent grid, (y, x) 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
-import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..controls.auto_mask import changed, differing
+from ..controls.auto_mask import changed
 from ..tokenizer.tokens import Tokens
-from .composite import masked
+from .composite import found_mask, masked
 from .images import FittedImage, to_uint8, unfit, unfit_mask
 
 
@@ -69,12 +68,13 @@ class Decoded:
         levels = cache(lambda n: self._levels(self.before[n]))
         return [levels(first[id(image)]) for image in self.shown]
 
-    def found(self, tokens: Tokens, amount: float) -> list[Image.Image]:
-        """The masks that edits found by themselves."""
-        free = tokens.free if tokens.free is not None else torch.ones(1, 1, *tokens.grid, dtype=torch.bool)
-        free = free.any(1, keepdim=True).expand(len(self.total), -1, -1, -1).to(self.total.device)
-        each = zip(self.levels, self.sources(), free, self.shown)
-        return [unfit_mask(differing(edit, source, own, amount), image.fitting) for edit, source, own, image in each]
+    def found(self, tokens: Tokens) -> list[Image.Image]:
+        """The masks that edits found by themselves. tokens: theirs."""
+        each = zip(self.levels, self.sources(), self.shown)
+        return [
+            found_mask(replace(tokens.of([n]), fitting=image.fitting), edit, lambda _, own=source: own)
+            for n, (edit, source, image) in enumerate(each)
+        ]
 
     def maps(self, confidence_NHW: Tensor) -> tuple[list[Image.Image], list[Image.Image]]:
         """How much each place changed, and how sure the model was of it."""

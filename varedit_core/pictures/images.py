@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -17,10 +17,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..defaults import FITS
-from ..files.safe_write import check_free, make_folder
+from ..files.safe_write import check_free, make_folder, write_bytes
+from ..tokenizer.fitting import Fitting, Size, canvas_size
 from ..tokenizer.schedule import Schedule, nearest_ratio, schedule_for
-
-Size = tuple[int, int]
 
 # The published code truncates: half a level darker on average, but the pack must equal its output.
 PUBLISHED_ROUNDING = "truncate"
@@ -51,24 +50,6 @@ class SourceImage:
     def opaque(self) -> bool:
         """Whether nothing shines through: no alpha, or one that is full everywhere."""
         return self.alpha is None or _is_full(self.alpha)
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """How a picture of `size` (width, height) was brought to the schedule's pixels.
-
-    padded_size: (width, height) of the canvas that was resized to them; the picture lies at its top left.
-    """
-
-    schedule: Schedule
-    padded_size: Size
-    size: Size
-
-    @classmethod
-    def exact(cls, schedule: Schedule) -> Fitting:
-        """Of a picture that has exactly the schedule's pixels."""
-        height, width = schedule.pixels
-        return cls(schedule, (width, height), (width, height))
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,12 +183,9 @@ def save_image(
     check_target(path, _transparent(image), overwrite)
     image = image.convert("RGB") if image.mode == "RGBA" and _is_jpeg(path) else image
     format_name, options = _FORMATS[path.suffix.lower()]
-    temporary = path.with_name(f".{uuid4().hex}.tmp")
-    try:
-        image.save(temporary, format_name, icc_profile=icc_profile, **options)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    encoded = BytesIO()  # Pillow's encoders do not notice where a disk takes a part of what they write
+    image.save(encoded, format_name, icc_profile=icc_profile, **options)
+    write_bytes(path, encoded.getvalue(), overwrite)
 
 
 def check_target(path: str | os.PathLike[str], transparent: bool, overwrite: bool = False) -> None:
@@ -268,11 +246,3 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if "transparency" in image.info:
         grey.putalpha(Image.fromarray((values != image.info["transparency"]).astype(np.uint8) * 255))
     return grey
-
-
-def canvas_size(size: Size, pixels: Size) -> Size:
-    """The smallest (width, height) that holds `size`, shaped as the grid `pixels` (height, width)."""
-    (width, height), (grid_height, grid_width) = size, pixels
-    if height * grid_width >= width * grid_height:
-        return max(width, round(height * grid_width / grid_height)), height
-    return width, max(height, round(width * grid_height / grid_width))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +26,7 @@ from ..cli.common import (
 )
 from ..controls.registry import NO_SHORTCUTS, Shortcuts
 from ..demo import demo_files
-from ..files.safe_write import check_free, make_folder
+from ..files.safe_write import check_free, make_folder, write_json
 from ..pictures.images import check_target, save_image
 from ..runtime.fp8 import LINEARS
 from ..sampling.settings import SamplingSettings
@@ -128,9 +127,7 @@ def evaluate_command(
     if report:
         facts = {"seed": seed, "count": count, "style": style, "loras": [[str(f), strength] for f, strength in loras]}
         named = {"linears": linears, "masked": masked, "shortcuts": asdict(shortcuts), **dict(zip(("model", "vae", "text_encoder"), (path.name for path in files)))}
-        report.write_text(
-            json.dumps({**facts, **named, **hardware(editor), **figures.to_json(samples=True)}, indent=1) + "\n"
-        )
+        write_json(report, {**facts, **named, **hardware(editor), **figures.to_json(samples=True)}, overwrite=overwrite)
     _print(figures)
 
 
