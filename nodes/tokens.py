@@ -7,9 +7,9 @@ from pathlib import Path
 
 import folder_paths
 
+from ..varedit_core.defaults import MOST_SCALES
 from ._api import io, ui
 from .files import NO_FILE, stamp
-from .shortcuts import MOST
 
 SUFFIX = ".safetensors"
 PREFIX = "varedit/tokens"
@@ -141,7 +141,7 @@ class VAREditFirstScales(io.ComfyNode):
                     "scales",
                     default=FIRST,
                     min=1,
-                    max=MOST,
+                    max=MOST_SCALES,
                     tooltip="How many to keep, from the coarsest on; an edit at 256 has 7, at 512 10 and at 1024 13.",
                 ),
             ],

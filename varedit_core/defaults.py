@@ -5,6 +5,8 @@ Those of a draw are in `sampling.settings`, those of a control in its own file i
 
 SIZES = {"256": "0.06M", "512": "0.25M", "768": "0.60M", "1024": "1M"}
 """Side of a square picture in pixels -> its named size (see `schedule.AREAS`)."""
+MOST_SCALES = 13
+"""Scales of the largest size."""
 SIDE = "512"
 SIZE = SIZES[SIDE]
 FITS = ("square", "aspect")  # padded as published, or to the nearest table's shape (experimental)

@@ -182,15 +182,20 @@ class Editor:
 
     def encode(self, images: Sequence[FittedImage], prompts: Sequence[str | Tensor]) -> tuple[Tensor, list[Tensor]]:
         """`encode_source` of pictures and the text features of prompts, side by side where the device can."""
-        features, texts, stream = self._encoded(images, prompts)
-        if stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(stream)
+        features, texts, hints = self.begin(images, prompts)
+        if hints["stream"] is not None:
+            torch.cuda.current_stream(self.device).wait_stream(hints["stream"])
         return features, texts
 
-    def _encoded(self, images, prompts) -> tuple[Tensor, list[Tensor], torch.cuda.Stream | None]:
-        """`encode`, and the stream on which the texts may still be made."""
+    def begin(
+        self, images: Sequence[FittedImage], prompts: Sequence[str | Tensor]
+    ) -> tuple[Tensor, list[Tensor], dict]:
+        """`encode` for an edit that follows at once, and what saves it time: the fields `fresh` and `stream` of `EditBatch`.
+        The device works on the texts while it still encodes the pictures."""
+        given = [image.pixels for image in images], list(prompts)
+        fresh, self._last = not _alike(given, self._last), given
         if self._beside is None:
-            return self.encode_source(images), self._texts(prompts), None
+            return self.encode_source(images), self._texts(prompts), {"fresh": fresh, "stream": None}
         here, beside = torch.cuda.current_stream(self.device), self._beside
         beside.wait_stream(here)
         with torch.cuda.stream(beside):  # the text's kernels are too small to keep the device busy
@@ -198,7 +203,7 @@ class Editor:
         features = self.encode_source(images)
         for text in texts:
             text.record_stream(here)
-        return features, texts, beside
+        return features, texts, {"fresh": fresh, "stream": beside}
 
     @torch.no_grad()
     def decode(self, latents_PdHW: Tensor, images: Sequence[FittedImage]) -> list[Image.Image]:
@@ -225,10 +230,13 @@ class Editor:
         """The loop with the editor's transformer and workspace. more: further fields of `EditBatch`, such as controls,
         shortcuts and mask. ValueError where there is no drafter. Several may run in turns: one that finds the workspace
         taken has one of its own."""
-        batch = EditBatch.of(features, texts, schedule, settings, negatives, variations, **more)
+        yield from checked(self.scales(EditBatch.of(features, texts, schedule, settings, negatives, variations, **more), steer))
+
+    def scales(self, batch: EditBatch, steer: Sequence[Callable[[Scale], None]] = ()) -> Iterator[Scale]:
+        """`sample` for a batch; whether the logits were numbers is left to `Scale.check`, which waits for the device."""
         check(batch, self.drafter is not None)
         networks = self.memory.networks[: 1 + (batch.shortcuts.drafted > 0)]
-        yield from checked(sample(engine_of(networks, [self.workspace, self.memory.drafts]), batch, steer))
+        return sample(engine_of(networks, [self.workspace, self.memory.drafts]), batch, steer)
 
     def edit(self, *args, **more) -> list[Image.Image]:
         """The pictures of `run`: each edited by its own instruction, in one batch, and of exactly its input's size."""
@@ -271,7 +279,11 @@ class Editor:
                 )
             return self._run(fitted, instructions, negatives, settings, on_scale, wanted, source)
 
-    def generate(
+    def generate(self, *args, **more) -> list[Image.Image]:
+        """The pictures of `make`."""
+        return self.make(*args, **more).pictures
+
+    def make(
         self,
         prompts: Sequence[str | Tensor] | str | Tensor,
         size: str = SIZE,
@@ -281,7 +293,7 @@ class Editor:
         picture: Picture | None = None,
         on_scale: Callable[[Scale, list[FittedImage]], None] | None = None,
         **options,
-    ) -> list[Image.Image]:
+    ) -> Edited:
         """Pictures of texts alone, in one batch, by a transformer that reads no source; of the model's size and the
         nearest table to `ratio` (height / width).
 
@@ -306,7 +318,7 @@ class Editor:
             wanted.controls.check_source()
         with self._lock:
             made = self.fit(picture, size, FITS[1]) if picture is not None else empty(schedule_for(size, nearest_ratio(ratio)))
-            return self._run([made] * max(1, len(texts)), texts, negatives, settings, on_scale, wanted).pictures
+            return self._run([made] * max(1, len(texts)), texts, negatives, settings, on_scale, wanted)
 
     def _sources(self, pictures: Sequence, size: str, method: str) -> tuple[list[FittedImage], Tokens | None]:
         """Pictures as the model sees them; of tokens, which are decoded for this alone, with the tokens."""
@@ -369,19 +381,16 @@ class Editor:
         unwanted = [None if isinstance(n, str) and not n else self._texts([n])[0] for n in unwanted]
         places, layers, mask = areas(regions, fitted, drawn_masks(wanted.mask, count))
         total = source and source.total()
-        features, stream = wanted.features if source is None else total, None
-        given = [image.pixels for image in fitted], list(rows)
-        fresh = False
+        features, hints = wanted.features if source is None else total, {}
         if features is None:
-            fresh, self._last = not _alike(given, self._last), given
-            features, texts, stream = self._encoded(fitted, rows)
+            features, texts, hints = self.begin(fitted, rows)
         else:
             texts = self._texts(rows)
         each_row = len(rows) // count
         batch = EditBatch.of(
             features, [texts[n : n + each_row] for n in range(0, len(texts), each_row)], fitted[0].schedule, settings,
             unwanted, wanted.variations, controls=wanted.controls, shortcuts=wanted.shortcuts, mask=mask, areas=places,
-            prefix=wanted.given.to(self.device).bits if wanted.given else (), source_total=total, fresh=fresh, stream=stream,
+            prefix=wanted.given.to(self.device).bits if wanted.given else (), source_total=total, **hints,
         )  # fmt: skip
         return batch, layers
 

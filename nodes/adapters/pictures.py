@@ -19,11 +19,10 @@ from ...varedit_core.pictures.canvas import faded
 from ...varedit_core.pictures.composite import found_mask
 from ...varedit_core.pictures.contact_sheet import Row, contact_sheet
 from ...varedit_core.pictures.images import Fitting, fit, fit_mask, load_image, unfit, unfit_mask
-from ...varedit_core.pictures.preview import LEAST_DECODED, SIDE, ColourMap, at_own_size, enlarged
-from ...varedit_core.sampling.batch import repeated
+from ...varedit_core.pictures.preview import LEAST_DECODED, SIDE, at_own_size, enlarged
 from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS, Schedule, schedule_for
 from ...varedit_core.tokenizer.tokens import Tokens
-from .vae import VAREditVAE, checked_vae
+from .vae import Colours, VAREditVAE, checked_vae
 
 KEY = "varedit"
 """Where a LATENT keeps its `Origin`."""
@@ -39,7 +38,7 @@ class Origin:
     """
 
     fitting: Fitting
-    colours: ColourMap | None = None
+    colours: Colours | None = None
     scales: int = 0
     empty: bool = False
     tokens: Tokens | None = None
@@ -174,7 +173,7 @@ def scale_picture(
     patch = running_sum_BdHW.shape[-2] // fitting.schedule.grids[-1][0]
     cells = (grid[0] * patch, grid[1] * patch)
     if method == "fast":
-        return enlarged(origin.colours(at_own_size(running_sum_BdHW, cells))[0], part, side)
+        return enlarged(origin.colours.map()(at_own_size(running_sum_BdHW, cells))[0], part, side)
     decoded = vae.decode(at_own_size(running_sum_BdHW, cells, LEAST_DECODED))
     return enlarged(decoded[0].movedim(-1, 0) * 2 - 1, part, side)
 
@@ -240,7 +239,7 @@ def _drawn(
     if edits % len(masks):
         raise ValueError(f"there are {len(masks)} masks for {edits} pictures; connect one, or one for each")
     levels = (masks * 255).round().to(torch.uint8).numpy()
-    return repeated([Image.fromarray(one) for one in levels], edits // len(levels))
+    return [Image.fromarray(one) for one in levels for _ in range(edits // len(levels))]
 
 
 def _found(

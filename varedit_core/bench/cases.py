@@ -16,6 +16,7 @@ from ..model.transformer import Transformer
 from ..runtime.fp8 import LINEARS
 from ..runtime.stores import EightBitStore, HostStore
 from ..runtime.workspace import Workspace
+from ..sampling.batch import EditBatch
 from ..sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from ..tokenizer.schedule import Schedule, schedule_for
 from .models import MODELS, random_transformer
@@ -164,8 +165,9 @@ def work(config: TransformerConfig, case: Case) -> list[tuple[Work, ...]]:
     """
     schedule, width = case.schedule, config.width
     weights = config.depth * (6 * width**2 + 2 * width * config.hidden)
-    guidance = [g for g, _, _ in case.shortcuts.planned(case.settings.per_scale(len(schedule)))]
-    guided = max((k + 1 for k, g in enumerate(guidance) if g != 1), default=0)
+    empty = torch.empty(1, config.token_bits, *schedule.grids[-1], device="meta")
+    batch = EditBatch.of(empty, [empty], schedule, case.settings, shortcuts=replace(case.shortcuts, inside=0))
+    guidance, guided = [g for g, _, _ in batch.plan], batch.guided
 
     def one(tokens: int, seen: int, rows: int) -> Work:
         return Work(2 * weights * tokens * rows, 4 * config.depth * width * tokens * seen * rows, weights)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_type_hints
@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..controls.base import Knob
 from ..controls.registry import Controls, Shortcuts, knob, knobs, problems
 from ..defaults import FIT, FITS, KINDS, NEGATIVE_PROMPT, SIZE
 from ..defaults import SIZES as SIDES
@@ -27,9 +28,12 @@ from ..demo import SIZE as DEMO_SIZE
 from ..demo import demo_files
 from ..editor import Editor
 from ..files.lora import apply_lora, check_lora
+from ..pictures.composite import Region
+from ..pictures.images import load_mask
 from ..runtime.fp8 import LINEARS, check_linears, eight_bit
 from ..sampling.settings import DEFAULT_SETTINGS, PRESET, Curve, SamplingSettings
 from ..tokenizer.schedule import AREAS
+from ..tokenizer.tokens import Tokens
 
 console = Console(stderr=True, markup=False, highlight=False)
 
@@ -38,6 +42,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = SIDES | {area: area for area in AREAS}
 """Names of sizes on the command line."""
 
+Regions = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        help="INSTRUCTION@MASK, in place of an instruction: what to change where; may be given several times, later ones "
+        "lie on top; without @MASK it is for everywhere.",
+        show_default=False,
+    ),
+]
+Variations = Annotated[int, typer.Option(min=1, help="Results of so many seeds, from one pass over the picture.")]
+Seam = Annotated[int, typer.Option(min=0, help="Pixels from a mask's edge inwards over which the edit fades in.")]
+SaveTokens = Annotated[
+    Optional[Path],
+    typer.Option(
+        help="Write the edit's tokens, some kilobytes, as .safetensors: to decode, finish, branch or edit again."
+    ),
+]
 Device = Annotated[Optional[str], typer.Option(help="cuda, cpu, mps; by default cuda where there is one.")]
 Dtype = Annotated[Optional[str], typer.Option(help=f"Of the transformer's blocks: {', '.join(DTYPES)}.")]
 Kind = Annotated[
@@ -51,7 +71,8 @@ Mask = Annotated[
     ),
 ]
 JsonReport = Annotated[bool, typer.Option("--json", help="Print a JSON report on standard output.")]
-_PER_SCALE = "one number, one a scale (3,3,2,1), or from the first to the last (3:1)."
+NEGATIVE = "Negative prompt, in place of the learned unconditional features."
+PER_SCALE = "one number, one a scale (3,3,2,1), or from the first to the last (3:1)."
 
 
 @dataclass(frozen=True)
@@ -114,11 +135,11 @@ class Draw:
     guidance: Annotated[
         Optional[str],
         typer.Option(
-            help=f"Classifier-free guidance; {_PER_SCALE}",
+            help=f"Classifier-free guidance; {PER_SCALE}",
             show_default=f"{DEFAULT_SETTINGS.guidance:g}; {DEMO_GUIDANCE:g} for the demo model",
         ),
     ] = None
-    temperature: Annotated[str, typer.Option(help=f"Temperature; 0 is greedy; {_PER_SCALE}")] = (
+    temperature: Annotated[str, typer.Option(help=f"Temperature; 0 is greedy; {PER_SCALE}")] = (
         f"{DEFAULT_SETTINGS.temperature:g}"
     )
     top_p: Annotated[str, typer.Option(help="Drop bit values of probability <= 1 - top_p.")] = f"{DEFAULT_SETTINGS.top_p:g}"
@@ -135,10 +156,35 @@ class Draw:
 class Words:
     """What the bits are drawn of, beside the instruction."""
 
-    negative: Annotated[
-        str, typer.Option(help="Negative prompt, in place of the learned unconditional features.")
-    ] = NEGATIVE_PROMPT
+    negative: Annotated[str, typer.Option(help=NEGATIVE)] = NEGATIVE_PROMPT
     preset: Annotated[str, typer.Option(help=knob("curves", "preset").option)] = PRESET
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The first scales of an edit that was begun before."""
+
+    begun: Annotated[
+        Optional[Path],
+        typer.Option(help="Tokens of the first scales of this edit, to finish it; with --variations, to branch off."),
+    ] = None
+    from_scale: Annotated[
+        int, typer.Option(min=0, help="Draw from this scale on; of --begun only the earlier ones are kept.")
+    ] = 0
+
+    def tokens(self) -> Tokens | None:
+        """Those before `from_scale`, all by default. ValueError where the options do not go together."""
+        file, scale = self.begun, self.from_scale
+        if file is None:
+            if scale:
+                raise ValueError("--from-scale counts scales of an edit that was begun; name its tokens with --begun")
+            return None
+        tokens = Tokens.load(file)
+        last = min(len(tokens) + 1, len(tokens.schedule))
+        if (scale or len(tokens) + 1) not in range(2, last + 1):
+            was = f"--from-scale {scale}" if scale else "the whole edit"
+            raise ValueError(f"{file} has tokens of {len(tokens)} scales: give --from-scale from 2 to {last}, not {was}")
+        return tokens.first(scale - 1) if scale else tokens
 
 
 @dataclass(frozen=True)
@@ -177,12 +223,19 @@ def numbered(path: Path, count: int) -> list[Path]:
     return [path.with_stem(f"{path.stem}-{n + 1}") for n in range(count)] if count > 1 else [path]
 
 
-def knob_options(kind: type, group: str) -> type:
-    """The options of a group of knobs, as a class with a field each: `kind` with annotations for the command line."""
-    texts = {one.name: one.option or one.help for one in knobs(group)}
-    hints = {field.name: Annotated[type(field.default), typer.Option(help=texts[field.name])] for field in fields(kind)}
-    kind.__annotations__ = hints
-    return kind
+def knob_options(kind: type, group: str, but: Callable[[Knob], bool] = lambda knob: False) -> type:
+    """A class of options with a field for each knob of a group; `values` makes `kind` of them. but: knobs to leave out."""
+    own = [knob for knob in knobs(group) if not but(knob)]
+    made = [
+        (knob.name, Annotated[type(knob.default), typer.Option(help=knob.option or knob.help)], field(default=knob.default))
+        for knob in own
+    ]
+    values = {"values": lambda self: kind(**vars(self)), "__module__": __name__}
+    return make_dataclass(f"{kind.__name__}Options", made, frozen=True, namespace=values)
+
+
+ControlOptions = knob_options(Controls, "controls")
+ShortcutOptions = knob_options(Shortcuts, "shortcuts")
 
 
 def command(function: Callable) -> Callable:
@@ -228,6 +281,16 @@ def choice(text: str, table: dict[str, Any], name: str) -> Any:
     if text not in table:
         raise typer.BadParameter(f"unknown {name} {text!r}; choose one of {', '.join(table)}")
     return table[text]
+
+
+def region_of(text: str) -> Region:
+    """INSTRUCTION@MASK of --region."""
+    words, at, file = text.rpartition("@")
+    if not at:
+        return Region(text)
+    if not words.strip():
+        raise ValueError(f"the region {text!r} has no instruction; write INSTRUCTION@MASK, what to change and where")
+    return Region(words.strip(), load_mask(file))
 
 
 def checked_loras(model: Path, texts: list[str] | None) -> list[tuple[Path, float]]:

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..defaults import MOST_SCALES
 from .base import Control, Knob
 
 MOST_CANDIDATES = 64
-MOST_SCALES = 13
-"""Scales of the largest size."""
 SCORES = ("likelihood", "instruction", "near", "far")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..defaults import MOST_SCALES
 from .base import Control, Knob
-from .best_of import MOST_SCALES
 
 
 class Drafted(Control):

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch.nn.functional as F
 
+from ..defaults import MOST_SCALES
 from .base import Control, Knob
-from .best_of import MOST_SCALES
 from .mask import token_masks
 
 SEAM = 2

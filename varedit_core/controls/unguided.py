@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..defaults import MOST_SCALES
 from .base import Control, Knob, Plan
-from .best_of import MOST_SCALES
 
 
 @dataclass(frozen=True)

@@ -90,26 +90,32 @@ def load_mask(image: str | os.PathLike[str] | Image.Image) -> Image.Image:
     return source.rgb.convert("L") if source.opaque else source.alpha
 
 
+def fitting_for(size: Size, area: str, method: str) -> Fitting:
+    """How a picture of a size (width, height) is brought to the model's; arguments and errors as of `fit`."""
+    if method not in FITS:
+        raise ValueError(f"unknown fit {method!r}; choose one of {', '.join(FITS)}")
+    width, height = size
+    schedule = schedule_for(area, 1.0 if method == "square" else nearest_ratio(height / width))
+    padded_size = canvas_size(size, schedule.pixels)
+    if padded_size[0] * padded_size[1] > MAX_CANVAS_PIXELS:
+        raise ValueError(
+            f"a {width}x{height} image needs a canvas of {padded_size[0]}x{padded_size[1]}; make it smaller"
+        )
+    return Fitting(schedule, padded_size, size)
+
+
 def fit(source: SourceImage, area: str, method: str) -> FittedImage:
     """Pad the source with white at the right and bottom, then resize it (Lanczos) to the model's size.
 
     area: a key of schedule.AREAS. method: one of FITS. Raises ValueError for another area or method and
     for a canvas of more than MAX_CANVAS_PIXELS.
     """
-    if method not in FITS:
-        raise ValueError(f"unknown fit {method!r}; choose one of {', '.join(FITS)}")
-    width, height = source.size
-    schedule = schedule_for(area, 1.0 if method == "square" else nearest_ratio(height / width))
-    padded_size = canvas_size(source.size, schedule.pixels)
-    if padded_size[0] * padded_size[1] > MAX_CANVAS_PIXELS:
-        raise ValueError(
-            f"a {width}x{height} image needs a canvas of {padded_size[0]}x{padded_size[1]}; make it smaller"
-        )
-    canvas = Image.new("RGB", padded_size, "white")
+    fitting = fitting_for(source.size, area, method)
+    canvas = Image.new("RGB", fitting.padded_size, "white")
     canvas.paste(source.rgb)
-    resized = canvas.resize(schedule.pixels[::-1], Image.Resampling.LANCZOS)
+    resized = canvas.resize(fitting.schedule.pixels[::-1], Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    return FittedImage(pixels, Fitting(schedule, padded_size, source.size), source)
+    return FittedImage(pixels, fitting, source)
 
 
 def empty(schedule: Schedule) -> FittedImage:

@@ -115,8 +115,9 @@ class TorchMemory:
         self.others: Sequence[nn.Module] = ()
         """Networks that may make way meanwhile."""
         self.drafter: Transformer | None = None
-        self.exact = self.fixed = False
-        self.workspace, self.drafts, self.elsewhere = Workspace(), Workspace(), Elsewhere()
+        self.exact = False
+        self.workspace = self._planned = Workspace()
+        self.drafts, self.elsewhere = Workspace(), Elsewhere()
         self.recordings: Sequence = ()
         """What keeps recorded work of other networks, to be forgotten when these move."""
 
@@ -129,8 +130,13 @@ class TorchMemory:
         return sum(map(nbytes, self.others)) if self.device.type == "cuda" and not self.fixed else 0
 
     def use(self, workspace: Workspace) -> None:
-        """Run all in a workspace of the caller's."""
-        self.workspace, self.fixed = workspace, True
+        """Run all in a workspace of the caller's, until it is given the former one back."""
+        self.workspace = workspace
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the workspace is the caller's."""
+        return self.workspace is not self._planned
 
     def free(self, job: Job) -> float:
         if self.device.type != "cuda" or self.fixed:
@@ -149,7 +155,7 @@ class TorchMemory:
 
     def within(self, plan: Plan, drafts: bool, loop: Callable[[Engine], T]) -> T:
         if not self.fixed:
-            self.workspace = self._workspace(plan)
+            self.workspace = self._planned = self._workspace(plan)
         others = self.others if plan.movable else ()
         for kept in self.recordings if others else ():
             kept.forget()
