@@ -6,7 +6,7 @@ Knows no command, so that every module of commands can import it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -223,5 +223,6 @@ def progress() -> Iterator[Progress]:
         TextColumn("{task.percentage:3.0f}%"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with bar if console.is_terminal else nullcontext():  # rich before 14.3 ends a disabled one with an empty line
         yield bar

@@ -17,8 +17,8 @@ from ..model.kv_cache import KeyValueStore, Pass
 from ..model.layers import Attention
 from ..model.transformer import BlockConstants, Condition, PaddedTexts, Transformer
 from ..tokenizer.schedule import Schedule
-from .graphs import Answer, Captured, State, can_record, on
-from .kernels import can_attend_to_text
+from .graphs import Answer, Recordings, State, can_record, on
+from .kernels import can_attend_to_text, widens
 
 RECORDED_TOKENS = 2304
 """Passes of up to so many tokens, all rows together, wait for their launches and are recorded; longer ones keep the
@@ -72,6 +72,7 @@ class Workspace:
         self.memory = None
         self.moved: dict[str, int] = {}
         """Bytes copied between host and device by the last store that was let go of."""
+        self.recordings = Recordings()
         self.forget()
 
     def forget(self, host: bool = True) -> None:
@@ -93,9 +94,7 @@ class Workspace:
         self.source: tuple[Tensor, ...] = ()
         self._unchanged: Answer | None = None
         self.lengths: tuple[int, ...] = ()
-        self.seen: set[tuple] = set()
-        self.recorded: dict[tuple, Captured] = {}
-        self.pool = None
+        self.recordings.forget()
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +125,8 @@ class Workspace:
             self.passes = self.store.passes(shape.device)
             self.constants = transformer.constants(shape.device)
             self.finite = torch.ones((), dtype=torch.bool, device=shape.device)
-            self.foldable = all(block.ca.foldable(shape.dtype) for block in transformer.blocks)
+            short = shape.text in FOLDED and all(block.ca.foldable(shape.dtype) for block in transformer.blocks)
+            self.foldable = short and widens(shape.device, shape.dtype)  # asked once, as the answer may change
             self.shape, self.weights = shape, weights
         self.transformer, self.attention = transformer, attention
         self.finite.fill_(True)
@@ -174,8 +174,7 @@ class Workspace:
             self.changed = made()
             self._depends = tuple(x.clone() if isinstance(x, Tensor) else x for x in depends)
             present = {"text", "source", *self.passes, *self.changed}
-            self.recorded = {name: graph for name, graph in self.recorded.items() if name[0] in present}
-            self.seen = {name for name in self.seen if name[0] in present}
+            self.recordings.keep(lambda name: name[0] in present)
         return self.changed
 
     def run(self, tokens: Callable[..., Tensor], step: Pass, rows: int, asked: int, *inputs: Tensor) -> Tensor:
@@ -215,7 +214,7 @@ class Workspace:
     @property
     def _folding(self) -> bool:
         """Whether cross-attention's projections are folded into the text: it takes memory, and saves a tenth."""
-        return self.fold and self._recording and self.shape.text in FOLDED and self.foldable
+        return self.fold and self._recording and self.foldable
 
     def _in_turn(self, x_RnC: Tensor, function: Callable[[Tensor, Condition], Tensor | None]) -> Tensor | None:
         """A pass over all rows, or over some after the other."""
@@ -234,19 +233,7 @@ class Workspace:
         """The result of a function, recorded if it may be and was run before. tokens: of its pass, all rows together."""
         if not self._recording or tokens > RECORDED_TOKENS:
             return function(*inputs)
-        if name not in self.recorded and name not in self.seen:
-            self.seen.add(name)
-            return function(*inputs)
-        if name not in self.recorded:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            made = Captured(function, inputs, self.shape.device, self.pool)
-            if not made.complete:  # memory is short
-                self.record = False
-                return made.first
-            self.recorded[name] = made
-            return made.first
-        result = self.recorded[name](*inputs)
-        return None if result is None else result.clone()  # the next edit's replay writes there again
+        return self.recordings(name, function, inputs, self.shape.device)
 
     def _condition(self, texts: Sequence[Tensor], beside: torch.cuda.Stream | None) -> Condition:
         """What depends on the text alone, its rows repeated for every copy; where recorded passes find it."""

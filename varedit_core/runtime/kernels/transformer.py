@@ -3,8 +3,7 @@
 All arithmetic is fp32, whatever the tensors hold; nothing is reduced across programs, so results are the same run by run.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects: the interpreter of Triton 3.0 knows no constexpr whose annotation is a text.
 import torch
 import triton
 import triton.language as tl
