@@ -4,6 +4,7 @@ import ast
 import errno
 import logging
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def flaky(results):
 def fresh_triton(monkeypatch, results):
     kernels._runs_triton.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(kernels, "_triton", lambda name: type("Kernels", (), {"add_norm": staticmethod(flaky(results))}))
+    monkeypatch.setattr(kernels, "_triton", lambda name: SimpleNamespace(add_norm=flaky(results)))
     return lambda: kernels.has_triton(CPU)
 
 
@@ -128,7 +129,7 @@ PROBES = {
     # Every memo that asks a device: how to ask it anew, an answer of what it asks, and what that makes.
     "varedit_core.runtime.kernels._runs_triton": (fresh_triton, None, True),
     "varedit_core.runtime.kernels._widens": (fresh_products, torch.ones(1), True),
-    "varedit_core.runtime.kernels._processors": (fresh_processors, type("Device", (), {"multi_processor_count": 132}), 132),
+    "varedit_core.runtime.kernels._processors": (fresh_processors, SimpleNamespace(multi_processor_count=132), 132),
     "varedit_core.runtime.kernels.multiplies_eight_bit": (fresh_eight_bit, (9, 0), True),
     "varedit_core.runtime.graphs._recording_stream": (fresh_stream, "stream", "stream"),
 }
@@ -205,7 +206,7 @@ def test_triton_is_asked_of_each_device(monkeypatch):
     devices = [torch.device("meta"), CPU]
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0) if device == CPU else (7, 5))
-    monkeypatch.setattr(kernels, "_triton", lambda name: type("Kernels", (), {"add_norm": staticmethod(flaky([None]))}))
+    monkeypatch.setattr(kernels, "_triton", lambda name: SimpleNamespace(add_norm=flaky([None])))
     assert [kernels.has_triton(device) for device in devices * 2] == [False, True] * 2
     kernels._runs_triton.cache_clear()
 
@@ -242,8 +243,10 @@ def test_products_in_fp32_wherever_they_are_made(bmm, dtype, monkeypatch):
     x, y = torch.randn(2, 5, 7).to(dtype), torch.randn(2, 7, 3).to(dtype)
     monkeypatch.setattr(torch, "bmm", bmm)
     kernels._widens.cache_clear()
-    found = [matmul_fp32(x.as_subclass(OnCuda), y.as_subclass(OnCuda)) for _ in range(2)]
-    assert all(f.dtype == torch.float32 and torch.equal(f.as_subclass(torch.Tensor), REAL_BMM(x.float(), y.float())) for f in found)
+    wanted = REAL_BMM(x.float(), y.float())
+    for _ in range(2):
+        found = matmul_fp32(x.as_subclass(OnCuda), y.as_subclass(OnCuda)).as_subclass(torch.Tensor)
+        assert found.dtype == torch.float32 and torch.equal(found, wanted)
     assert kernels._widens(CPU, torch.bfloat16) == (bmm is widening)
     kernels._widens.cache_clear()
 

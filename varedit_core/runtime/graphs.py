@@ -81,7 +81,7 @@ def can_record() -> bool:
 
 @cache
 def _recording_stream(device: int) -> torch.cuda.Stream:
-    """The device's stream for recording. Always the same: cuBLAS keeps 32 MiB for every stream that it ever worked on."""
+    """The device's stream for recording. Always the same: cuBLAS keeps 32 MiB for every stream it ever worked on."""
     return torch.cuda.Stream(device)
 
 
@@ -126,7 +126,10 @@ class State:
             self.tensors = [part for m in modules for part in (m._parameters, m._buffers) if part]
             present = self.held = [network, *(child for children in self.children for child in children.values())]
         weights = [
-            (t.data_ptr(), t.is_inference() or t._version) for part in self.tensors for t in part.values() if t is not None
+            (t.data_ptr(), t.is_inference() or t._version)
+            for part in self.tensors
+            for t in part.values()
+            if t is not None
         ]
         return tuple(map(id, present)), tuple(weights)
 

@@ -230,7 +230,7 @@ class Workspace:
     def _run(
         self, name: tuple, tokens: int, function: Callable[..., Tensor | None], *inputs: Tensor
     ) -> Tensor | None:
-        """The result of a function, recorded if it may be and was run before. tokens: of its pass, all rows together."""
+        """The result of a function, recorded if it may be and was run before. tokens: of its pass, all rows."""
         if not self._recording or tokens > RECORDED_TOKENS:
             return function(*inputs)
         return self.recordings(name, function, inputs, self.shape.device)

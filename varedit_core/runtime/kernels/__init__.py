@@ -144,8 +144,10 @@ def widens(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type != "cuda" or dtype == torch.float32 or _widens(device, dtype)
 
 
-@tried_once("torch multiplies no 16-bit matrices into fp32 here (it does on CUDA from torch 2.8 on), so edits with short "
-            "texts take a little longer: %s")  # fmt: skip
+@tried_once(
+    "torch multiplies no 16-bit matrices into fp32 here (on CUDA it does from torch 2.8 on), so edits with short texts "
+    "take a little longer: %s"
+)
 def _widens(device: torch.device, dtype: torch.dtype) -> bool:
     probe = torch.ones(1, 16, 16, device=device, dtype=dtype)
     return torch.bmm(probe, probe, out_dtype=torch.float32).dtype == torch.float32
@@ -167,9 +169,9 @@ def _triton(name: str):
 def fuses_pictures(x_BCHW: Tensor) -> bool:
     """Whether kernels run for pictures like this one: on a GPU, channels-last."""
     # Asked first: what is being compiled must not look for Triton.
-    return (
-        not torch.compiler.is_compiling() and fusable(x_BCHW) and x_BCHW.is_contiguous(memory_format=torch.channels_last)
-    )
+    if torch.compiler.is_compiling():
+        return False
+    return fusable(x_BCHW) and x_BCHW.is_contiguous(memory_format=torch.channels_last)
 
 
 def group_norm_silu(

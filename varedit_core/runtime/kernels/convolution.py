@@ -1,4 +1,6 @@
-"""What lies between the convolutions of channels-last pictures as Triton kernels; `__init__` has their meaning and chooses.
+"""What lies between the convolutions of channels-last pictures, as Triton kernels.
+
+`__init__` has their meaning and chooses.
 
 Shape suffixes: B images, C channels, P positions of a picture, G groups of channels, N chunks of positions.
 

@@ -32,8 +32,8 @@ def may_pass(error: BaseException | None) -> bool:
 def tried_once(message: str) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
     """Makes a function remember what it answers to each set of arguments.
 
-    An error is a no, with a warning: for good, unless it may pass, when the next call tries again. message: the warning;
-    %s in it becomes the first line of the error.
+    An error is a no, with a warning: for good, unless it may pass, when the next call tries again. message: the
+    warning; %s in it becomes the first line of the error.
     """
 
     def decorate(trial: Callable[..., bool]) -> Callable[..., bool]:
