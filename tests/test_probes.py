@@ -114,6 +114,7 @@ def fresh_processors(monkeypatch, results):
 
 def fresh_eight_bit(monkeypatch, results):
     kernels.multiplies_eight_bit.cache_clear()
+    monkeypatch.setattr(torch, "__version__", "2.13.0")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", flaky(results))
     return lambda: kernels.multiplies_eight_bit(torch.device("cuda", 7))
