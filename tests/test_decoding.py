@@ -29,6 +29,8 @@ def run(record, texts, features=None, settings=GREEDY, negatives=None, schedule=
 @pytest.mark.parametrize("store", [TeacherForced, BlockCausal])
 @pytest.mark.parametrize("layout", ["patchify", "plain"])
 def test_cached_decoding_equals_uncached_forward(layout, store, request):
+    if store is BlockCausal:  # training has a later floor of torch than editing
+        pytest.importorskip("torch.nn.attention.flex_attention")
     record = request.getfixturevalue(layout)
     scales = run(record, record.texts("text"), settings=FREE)
     schedule, patch, bits = record.schedule, 2 if layout == "patchify" else 1, [s.bits for s in scales]

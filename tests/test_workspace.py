@@ -51,8 +51,12 @@ def edit(record, workspace=None, settings=SETTINGS, features=None, texts=None, *
 
 
 def same(found, wanted, atol=0.0):
+    """Equal numbers; with a tolerance, up to the first scale where a draw was so close that it fell the other way."""
     for (bits, logits), (expected_bits, expected) in zip(found, wanted, strict=True):
         torch.testing.assert_close(logits, expected, atol=atol, rtol=0)
+        if atol and not torch.equal(bits, expected_bits):
+            assert (bits != expected_bits).sum() <= 1 + bits.numel() / 1000
+            return
         assert torch.equal(bits, expected_bits)
 
 

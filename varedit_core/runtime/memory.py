@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from traceback import clear_frames
 from typing import Protocol, TypeVar
 
 import torch
@@ -233,16 +234,54 @@ class Elsewhere:
 
     @contextmanager
     def __call__(self, networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-        """Networks in host memory within; they come back to `device` however it ends."""
+        """Networks in host memory within; they come back to `device` however it ends.
+
+        One that cannot come back, for want of memory, stays in host memory. An error from within is raised as it is, and
+        the log names the network; where all went well within, an error names it (torch.cuda.OutOfMemoryError).
+        """
+        moved: dict[nn.Module, list[Tensor]] = {}
         try:
             for network in networks:
-                self._put(network, self._copies(network))
+                copies = self._copies(network)
+                moved[network] = copies
+                self._put(network, copies)
             yield
-        finally:
-            for network in networks:
-                here = [copy.to(device, non_blocking=True) for copy in self.copies[network][1]]
-                self._put(network, here)
-                self.copies[network] = self.state(network), self.copies[network][1]
+        except BaseException as error:
+            try:
+                self._come_back(moved, device, error)
+            except RuntimeError as left:
+                logger.error("%s", left)
+            raise
+        self._come_back(moved, device)
+
+    def _come_back(
+        self, moved: dict[nn.Module, list[Tensor]], device: torch.device, within: BaseException | None = None
+    ) -> None:
+        """Bring networks to a device; an error names those for which it has no room. within: an error whose frames may
+        hold memory."""
+        failed = self._returned(moved, device)
+        if failed:
+            clear_frames(within and within.__traceback__)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            failed = self._returned({network: moved[network] for network in failed}, device)
+        if failed:
+            names, reason = ", ".join(type(network).__name__ for network in failed), [*failed.values()][-1]
+            kind = torch.cuda.OutOfMemoryError if isinstance(reason, torch.cuda.OutOfMemoryError) else RuntimeError
+            advice = f"free memory on {device}, then load the model again"
+            raise kind(f"{names} could not come back from host memory; {advice}") from reason
+
+    def _returned(self, moved: dict[nn.Module, list[Tensor]], device: torch.device) -> dict[nn.Module, Exception]:
+        """Put each network on a device. Returns those that stayed in host memory, whole, and why."""
+        failed = {}
+        for network, copies in moved.items():
+            try:
+                self._put(network, [copy.to(device, non_blocking=True) for copy in copies])
+            except Exception as error:
+                self._put(network, copies)
+                failed[network] = error.with_traceback(None)
+            self.copies[network] = self.state(network), copies
+        return failed
 
     def forget(self) -> None:
         """Give host memory back."""

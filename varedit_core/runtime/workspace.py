@@ -18,8 +18,8 @@ from ..model.kv_cache import KeyValueStore, Pass
 from ..model.layers import Attention
 from ..model.transformer import BlockConstants, Condition, PaddedTexts, Transformer
 from ..tokenizer.schedule import Schedule
-from .graphs import Answer, Captured, State, can_record, on
-from .kernels import can_attend_to_text
+from .graphs import Answer, Recordings, State, can_record, on
+from .kernels import can_attend_to_text, widens
 
 RECORDED_TOKENS = 2304
 """Passes of up to so many tokens, all rows together, wait for their launches and are recorded; longer ones keep the
@@ -76,6 +76,7 @@ class Workspace:
         """Whether an edit is at work in it."""
         self.moved: dict[str, int] = {}
         """Bytes copied between host and device by the last store that was let go of."""
+        self.recordings = Recordings()
         self.forget()
 
     def claim(self) -> bool:
@@ -117,9 +118,7 @@ class Workspace:
         self.source: tuple[Tensor, ...] = ()
         self._unchanged: Answer | None = None
         self.lengths: tuple[int, ...] = ()
-        self.seen: set[tuple] = set()
-        self.recorded: dict[tuple, Captured] = {}
-        self.pool = None
+        self.recordings.forget()
 
     @property
     def nbytes(self) -> int:
@@ -149,7 +148,8 @@ class Workspace:
             self.store, self.memory = self.kind.of(transformer, self.rows_at_once, shape.schedule, *sizes, **more), None
             self.passes = self.store.passes(shape.device)
             self.constants = transformer.constants(shape.device)
-            self.foldable = all(block.ca.foldable(shape.dtype) for block in transformer.blocks)
+            short = shape.text in FOLDED and all(block.ca.foldable(shape.dtype) for block in transformer.blocks)
+            self.foldable = short and widens(shape.device, shape.dtype)  # asked once, as the answer may change
             self.shape, self.weights = shape, weights
         self.transformer, self.attention = transformer, attention
         self.store.keep_rows(shape.rows)
@@ -196,8 +196,7 @@ class Workspace:
             self.changed = made()
             self._depends = tuple(x.clone() if isinstance(x, Tensor) else x for x in depends)
             present = {"text", "source", *self.passes, *self.changed}
-            self.recorded = {name: graph for name, graph in self.recorded.items() if name[0] in present}
-            self.seen = {name for name in self.seen if name[0] in present}
+            self.recordings.keep(lambda name: name[0] in present)
         return self.changed
 
     def run(self, tokens: Callable[..., Tensor], step: Pass, rows: int, asked: int, *inputs: Tensor) -> Tensor:
@@ -236,7 +235,7 @@ class Workspace:
     @property
     def _folding(self) -> bool:
         """Whether cross-attention's projections are folded into the text: it takes memory, and saves a tenth."""
-        return self.fold and self._recording and self.shape.text in FOLDED and self.foldable
+        return self.fold and self._recording and self.foldable
 
     def _in_turn(self, x_RnC: Tensor, function: Callable[[Tensor, Condition], Tensor | None]) -> Tensor | None:
         """A pass over all rows, or over some after the other."""
@@ -252,22 +251,10 @@ class Workspace:
     def _run(
         self, name: tuple, tokens: int, function: Callable[..., Tensor | None], *inputs: Tensor
     ) -> Tensor | None:
-        """The result of a function, recorded if it may be and was run before. tokens: of its pass, all rows together."""
+        """The result of a function, recorded if it may be and was run before. tokens: of its pass, all rows."""
         if not self._recording or tokens > RECORDED_TOKENS:
             return function(*inputs)
-        if name not in self.recorded and name not in self.seen:
-            self.seen.add(name)
-            return function(*inputs)
-        if name not in self.recorded:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            made = Captured(function, inputs, self.shape.device, self.pool)
-            if not made.complete:  # memory is short
-                self.record = False
-                return made.first
-            self.recorded[name] = made
-            return made.first
-        result = self.recorded[name](*inputs)
-        return None if result is None else result.clone()  # the next edit's replay writes there again
+        return self.recordings(name, function, inputs, self.shape.device)
 
     def _condition(self, texts: Sequence[Tensor], beside: torch.cuda.Stream | None) -> Condition:
         """What depends on the text alone, its rows repeated for every copy; where recorded passes find it."""
