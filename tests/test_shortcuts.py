@@ -8,12 +8,12 @@ import torch
 from varedit_core import Editor
 from varedit_core.defaults import SamplingSettings, Shortcuts
 from varedit_core.demo import demo_files
-from varedit_core.model.kv_cache import KeyValueStore
 from varedit_core.model.layers import sdpa
 from varedit_core.model.transformer import Transformer
 from varedit_core.runtime import approximations as shortcuts
 from varedit_core.runtime.approximations import BAND, bands, token_masks
-from varedit_core.runtime.stores import EightBitStore
+from varedit_core.runtime.eight_bit_cache import EightBitCache
+from varedit_core.runtime.kv_caches import DeviceCache
 from varedit_core.runtime.workspace import Workspace
 from varedit_core.sampling import loop as sampling
 from varedit_core.sampling.drafting import draft_and_refine
@@ -139,7 +139,7 @@ def test_a_mask_of_everything_changes_nothing(patchify):
     assert all(torch.equal(a, b) for a, b in zip(bits(whole), bits(masked)))
 
 
-@pytest.mark.parametrize("store", [KeyValueStore, EightBitStore])
+@pytest.mark.parametrize("store", [DeviceCache, EightBitCache])
 def test_every_copy_has_its_pictures_mask(patchify, store):
     features = patchify["ref.vae_features"].float().repeat(2, 1, 1, 1)
     mask = torch.zeros(2, 16, 16)

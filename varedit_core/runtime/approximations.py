@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..defaults import NEUTRAL, Shortcuts
-from ..model.kv_cache import Bands, Pass
 from ..tokenizer.schedule import Grid, Schedule
+from .kv_caches import Bands, RowPass
 
 BAND = 128
 """Queries that share a window."""
@@ -43,17 +43,18 @@ def token_masks(mask_Byx: Tensor, schedule: Schedule, feather: int = NEUTRAL.fea
 
 
 def passes(
-    given: Sequence[Pass],
+    given: Sequence[RowPass],
     schedule: Schedule,
     shortcuts: Shortcuts,
     masks: Sequence[Tensor] | None,
     source_bias: float = 0.0,
-) -> list[Pass]:
+) -> list[RowPass]:
     """The passes of an edit with its shortcuts, the source's first; those that stay as they are are the given ones.
 
     masks: of `token_masks`. source_bias: see `Pass`. Waits for the device where tokens are skipped.
     """
     made, begin = [given[0]], given[0].end
+    source = begin > 0
     for step in given[1:]:
         if source_bias:
             step = replace(step, source_bias=source_bias)
@@ -64,20 +65,22 @@ def passes(
             if len(kept) < step.rotary.shape[1]:
                 step = replace(step, rotary=step.rotary[:, kept], tokens=kept)
         if shortcuts.window and late <= WINDOWED:
-            pair = (bands(schedule, step.index, shortcuts.window, first, step.rotary.device) for first in (False, True))
-            step = replace(step, bands=tuple(pair))
+            args = schedule, step.index, shortcuts.window, source
+            pair = tuple(bands(*args, first, step.rotary.device) for first in (False, True))
+            step = replace(step, bands=pair)
         made.append(step if step.begin == begin else replace(step, begin=begin))
         begin = made[-1].end
     return made
 
 
-def bands(schedule: Schedule, index: int, window: float, first: bool, device="cpu") -> Bands:
+def bands(schedule: Schedule, index: int, window: float, source: bool, first: bool, device="cpu") -> Bands:
     """The keys that each band of a scale's queries sees: rows within `window` of the height, of the source, earlier
-    scales and their own; coarse scales whole. first: of the first block, whose source is pooled to the scale's grid."""
+    scales and their own; coarse scales whole. source: whether there is one. first: of the first block, whose source is
+    pooled to the scale's grid."""
     height, width = schedule.grids[index]
-    source = [schedule.grids[index] if first else schedule.grids[-1]] if schedule.source else []
-    seen = [*source, *schedule.grids[: index + 1]]
-    if index == len(schedule) - 1:  # as `KeyValueStore.seen` has them
+    before = [schedule.grids[index] if first else schedule.grids[-1]] if source else []
+    seen = [*before, *schedule.grids[: index + 1]]
+    if index == len(schedule) - 1:  # as `DeviceCache.seen` has them
         seen = [seen[-1], *seen[:-1]]
     listed = []
     for start in range(0, height * width, BAND):

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..model.transformer import Transformer
+from .eight_bit_cache import exact_heads, query_scales
 from .graphs import State
 from .plan import STORES, Job, Plan, described, plan
-from .stores import exact_heads, query_scales
 from .tiling import free_memory
 from .workspace import FOLDED, RECORDED_TOKENS, Shape, Workspace
 

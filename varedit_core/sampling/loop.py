@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -214,7 +214,7 @@ def sample(
         raise ValueError("this transformer reads no source, so source_attention has nothing to weigh; leave it at 1")
     if shortcuts.drafted:
         raise ValueError("drafted scales need a second transformer; use drafting.draft_and_refine")
-    patch, schedule = _patch(transformer, features_BdHW, schedule), replace(schedule, source=transformer.config.source)
+    patch = _patch(transformer, features_BdHW, schedule)
     grids, device = latent_grids(schedule, patch), features_BdHW.device
     plan = shortcuts.planned(settings.per_scale(len(schedule)))
     guided = max((k + 1 for k, (guidance, _, _) in enumerate(plan) if guidance != 1), default=0)
@@ -238,7 +238,7 @@ def sample(
 
     try:
         work.begin(transformer, texts, shape, attention, promises.beside)
-        if schedule.source:
+        if transformer.config.source:
             work.expect((features_BdHW, *texts), promises.fresh)
             work.read_source(source, features_BdHW)
         features = features_BdHW.float()
@@ -253,12 +253,11 @@ def sample(
         generators = [torch.Generator().manual_seed((settings.seed + i) % 2**64) for i in draws or range(batch)]
         for k, (guidance, temperature, top_p) in enumerate(plan):
             if k == guided and rows > batch:
-                work.store.keep_rows(rows := batch)
+                rows = batch
             shared = copies if k < together else 1
-            work.store.share(shared)
             tokens = _Tokens(transformer, work.condition, grids[k], patch, k, steps[k].tokens, rows // shared, shared)
             asked = (rows if guidance != 1 else batch) // shared
-            logits = work.run(tokens, steps[k], rows // shared, asked, *[total] * (k > 0))
+            logits = work.run(tokens, steps[k], rows // shared, asked, *[total] * (k > 0), shared=shared)
             logits = logits.repeat_interleave(shared, 0) if shared > 1 else logits
             odds = _everywhere(_guided_log_odds(logits, batch, guidance), steps[k], schedule.tokens[k])
             log_odds = from_tokens(odds, schedule.grids[k], patch)
