@@ -77,7 +77,7 @@ def test_bands_cover_every_query_once_and_stay_within_their_window():
     for index in (11, 12):
         height, width = schedule.grids[index]
         for first in (False, True):
-            found = bands(schedule, index, 0.1, first)
+            found = bands(schedule, index, 0.1, True, first)
             offset = schedule.grids[index] if first else schedule.grids[-1]
             own = offset[0] * offset[1] + sum(schedule.tokens[:index])
             assert found.tokens * len(found.listed) >= height * width > found.tokens * (len(found.listed) - 1)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 class TransformerConfig:
     """Sizes of the transformer (VAREdit 2B: 32 blocks of width 2048; 8B: 40 of 3584).
 
-    token_bits: bits of one token, counting all positions of a patch. text_width: channels of the text
-    features. text_length: most text tokens the unconditional features cover. levels: rows of `lvl_embed`. source: whether
-    it reads the tokens of a source picture first (VAREdit) or a text alone (Infinity, its parent); no shape tells.
+    token_bits: bits of one token, counting all positions of a patch. text_width: channels of the text features.
+    text_length: most text tokens the unconditional features cover. levels: rows of `lvl_embed`. source: whether it
+    reads the tokens of a source picture first (VAREdit) or a text alone (Infinity, its parent); no shape tells.
     """
 
     depth: int

@@ -4,7 +4,8 @@ The runtime may know a faster way to the same numbers, up to rounding: an operat
 `REPLACEMENTS`. That table is empty until `varedit_core.runtime` is imported, which fills it with its kernels. Whoever
 loads networks or edits with them has imported it, so nobody has to choose.
 
-Shape suffixes: R rows (images, then their unconditional twins), n tokens, C width, H heads, D head size, (H, W) pictures.
+Shape suffixes: R rows (images, then their unconditional twins), n tokens, C width, H heads, D head size; pictures
+[B, C, H, W].
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ SOURCE = -1
 class Pass:
     """The tokens of one pass through the blocks: the source (index SOURCE) or one scale. Equal to itself only.
 
-    rotary: [2, n, D / 2]. begin: where its tokens lie in the cache. source_bias: added to the logits of the source's keys.
+    rotary: [2, n, D / 2]. begin: where its tokens lie in the cache. source_bias: added to the logits of the source.
     """
 
     index: int
@@ -55,7 +55,7 @@ class KVCache:
         self.references: list[tuple[Tensor, Tensor]] = []
 
     def passes(self, device) -> list[Pass]:
-        """The source's pass (of no tokens where there is none), then one a scale, with their rotary tables on `device`."""
+        """The source's pass (of no tokens where there is none), then one a scale; rotary tables on `device`."""
         tables = rotary(self.schedule, self.head_size, self.source > 0, device)
         begins = accumulate([0, self.source, *self.schedule.tokens])
         return [Pass(index, table, begin) for index, (table, begin) in enumerate(zip(tables, begins), start=SOURCE)]
@@ -95,9 +95,9 @@ class KVCache:
 
 
 def pooled(k: Tensor, v: Tensor, source: Grid, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The source's k and v [R, H, n, D], of its grid, area-pooled to a scale's (VAREdit, arXiv 2508.15772, section 3.3).
+    """The source's k and v [R, H, n, D], of its grid, area-pooled to a scale's.
 
-    Pooled from k and v as they arrive (k still in fp32).
+    The scale-aligned reference (VAREdit, arXiv 2508.15772, section 3.3). k and v are pooled as they arrive, k in fp32.
     """
 
     def pool(x: Tensor) -> Tensor:

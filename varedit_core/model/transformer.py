@@ -1,8 +1,8 @@
 """The VAREdit transformer: source tokens and text in, the logits of one scale's bits out.
 
-Knows blocks, text conditioning and the head; the loop over scales is in `sampling`, the keys and values of earlier passes
-are in the `KVCache` that the caller passes in. The backbone is Infinity's (arXiv 2412.04431); source prefix and
-scale-aligned reference are VAREdit's (arXiv 2508.15772, section 3).
+Knows blocks, text conditioning and the head; the loop over scales is in `sampling`, the keys and values of earlier
+passes are in the `KVCache` that the caller passes in. The backbone is Infinity's (arXiv 2412.04431); source prefix
+and scale-aligned reference are VAREdit's (arXiv 2508.15772, section 3).
 
 Shape suffixes: R rows (images, then their unconditional twins), n tokens of a pass, L text tokens, C width,
 H heads, D head size, T text channels. The residual stream, norms, modulation, embeddings and head are fp32;
@@ -80,7 +80,7 @@ class BlockCondition:
 
 @dataclass(frozen=True)
 class Condition:
-    """One edit's text, computed once: pooled vector [R, C], every block's part, the head's scale and shift [R, 2, C]."""
+    """One edit's text, computed once: pooled [R, C], every block's part, the head's scale and shift [R, 2, C]."""
 
     pooled_RC: Tensor
     blocks: tuple[BlockCondition, ...]
@@ -249,8 +249,8 @@ class Transformer(nn.Module):
     ) -> Condition:
         """Text features [L_i, T] of every row -> all that depends on the text alone.
 
-        constants: of `constants`, where they are known. real: boolean [R, L], which tokens are real, where texts are padded
-        to one length [R, L, T].
+        constants: of `constants`, where they are known. real: boolean [R, L], which tokens are real, where texts are
+        padded to one length [R, L, T].
         """
         pooled_RC, modulation_R6C, head_R2C, memory_RLC = self.read_text(texts, attention, real)
         lengths, mask = tuple(map(len, texts)), None if real is None else real[:, None, None]

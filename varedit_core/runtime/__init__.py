@@ -1,8 +1,8 @@
 """Why it is fast and why it fits: graphs, kernels, caches of keys and values, plans. Nobody needs it to understand the
 model.
 
-Importing anything of it puts the runtime's forms of the networks' operations in their place (`functional.REPLACEMENTS`).
-Each runs only where it can; everywhere else the plain one does.
+Importing anything of it puts the runtime's forms of the networks' operations in their place
+(`functional.REPLACEMENTS`). Each runs only where it can; everywhere else the plain one does.
 """
 
 from ..model.functional import REPLACEMENTS

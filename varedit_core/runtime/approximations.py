@@ -36,8 +36,8 @@ def reached(mask_Byx: Tensor, grid: Grid, steps: int) -> Tensor:
 
 
 def token_masks(mask_Byx: Tensor, schedule: Schedule, feather: int = NEUTRAL.feather) -> list[Tensor]:
-    """A mask of any size -> boolean [B, 1, h, w] of every scale: tokens that touch it, and those within `feather` tokens
-    of the finest grid, at coarser scales at least one where any."""
+    """A mask of any size -> boolean [B, 1, h, w] of every scale: tokens that touch it, and those within `feather`
+    tokens of the finest grid, at coarser scales at least one where any."""
     finest = max(schedule.grids[-1])
     return [reached(mask_Byx, grid, -(-feather * max(grid) // finest)) for grid in schedule.grids]
 

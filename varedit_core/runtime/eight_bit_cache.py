@@ -1,4 +1,7 @@
-"""The KV cache in 8 bits: half the memory of bf16, an approximation. Shape suffixes as in `kv_caches`; r rows at once."""
+"""The KV cache in 8 bits: half the memory of bf16, an approximation.
+
+Shape suffixes as in `kv_caches`; r rows at once.
+"""
 
 from __future__ import annotations
 
@@ -74,8 +77,8 @@ class EightBitCache(ElsewhereCache):
         cls, config: TransformerConfig, schedule: Schedule, rows: int, dtype: torch.dtype, *,
         at_once: int | None = None, exact_keys: int | None = None,
     ) -> int:  # fmt: skip
-        """Also at_once: most rows of a pass. exact_keys: of how many heads, all blocks together, keys are not coded; None:
-        as if of all."""
+        """Also at_once: most rows of a pass. exact_keys: of how many heads, all blocks together, keys are not coded;
+        None: as if of all."""
         length, heads, size = kept_tokens(config, schedule), config.heads, config.head_size
         blocks = config.depth - cls.plain_blocks(config.depth)
         exact = blocks * heads if exact_keys is None else exact_keys

@@ -1,8 +1,8 @@
 """The text of an edit in forms that serve recorded passes: read by a kernel that counts its tokens, or folded into
 cross-attention's projections, in memory that stays in place.
 
-Shape suffixes: R rows (images, then their unconditional twins), r sources, n tokens of a pass, L text tokens, C width, H
-heads, D head size, T text channels.
+Shape suffixes: R rows (images, then their unconditional twins), r sources, n tokens of a pass, L text tokens, C
+width, H heads, D head size, T text channels.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from .kernels import can_attend_to_text, matmul_fp32, text_attention, text_weigh
 
 @dataclass(frozen=True)
 class CountedText(Text):
-    """A text whose real tokens are counted on the device, int32 [R]: a kernel reads no others, in a recorded pass too."""
+    """A text whose real tokens are counted on the device: a kernel reads no others, in a recorded pass too.
+
+    counts: int32 [R].
+    """
 
     counts: Tensor | None = None
 
@@ -39,9 +42,9 @@ class CountedText(Text):
 class FoldedText:
     """The text with both projections of cross-attention folded in: exact, and less work while H * L < C.
 
-    Scores are h @ keys + bias instead of (h @ Wq + bq) @ k, results weights @ values instead of (weights @ v) @ Wo + bo.
-    keys, values: [r, H * L, C]; bias: fp32 [r, H * L]; counts: real tokens, int32 [r]. Each row serves `copies` rows of
-    a pass.
+    Scores are h @ keys + bias instead of (h @ Wq + bq) @ k, results weights @ values instead of (weights @ v) @ Wo +
+    bo. keys, values: [r, H * L, C]; bias: fp32 [r, H * L]; counts: real tokens, int32 [r]. Each row serves `copies`
+    rows of a pass.
     """
 
     keys: Tensor

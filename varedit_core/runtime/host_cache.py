@@ -1,4 +1,7 @@
-"""The KV cache in host memory, for small devices: exact, and slower. Shape suffixes as in `kv_caches`; r rows at once."""
+"""The KV cache in host memory, for small devices: exact, and slower.
+
+Shape suffixes as in `kv_caches`; r rows at once.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The KV cache as edits use it: preallocated, never holding the last scale, its work done by kernels where they run.
 
-Each block keeps [source][scale 1]...[scale K-1], one block behind the other in one piece of memory. Nobody reads the last
-scale's keys and values after it, so its pass leaves them in front of the block's source, where the block before keeps its
-scales, which nobody needs then. Shape suffixes: R rows (images, then their unconditional twins), H heads, n tokens of the
-pass, D head size.
+Each block keeps [source][scale 1]...[scale K-1], one block behind the other in one piece of memory. Nobody reads the
+last scale's keys and values after it, so its pass leaves them in front of the block's source, where the block before
+keeps its scales, which nobody needs then. Shape suffixes: R rows (images, then their unconditional twins), H heads, n
+tokens of the pass, D head size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .kernels import banded_attention, heads_into, split_attention
 
 @dataclass(frozen=True, eq=False)
 class Bands:
-    """Queries that see only some keys: each `tokens` consecutive ones their own pieces of what `DeviceCache.seen` gives.
+    """Queries that see only some keys: each `tokens` consecutive ones their own pieces of `DeviceCache.seen`.
 
     pieces: int32 [bands, P, 2], begin and end of each; empty ones fill up. listed: the same on the host.
     """
@@ -61,9 +61,9 @@ class RowPass(Pass):
 class DeviceCache(KVCache):
     """Keys and values of every block on the device, in the compute dtype.
 
-    config: of the transformer. rows: R. copies: how many consecutive rows share one source, whose pass then has R / copies
-    rows. All is allocated here; `nbytes` counts it. `HostCache` and `EightBitCache` keep all blocks but the first elsewhere
-    or in fewer bits.
+    config: of the transformer. rows: R. copies: how many consecutive rows share one source, whose pass then has R /
+    copies rows. All is allocated here; `nbytes` counts it. `HostCache` and `EightBitCache` keep all blocks but the
+    first elsewhere or in fewer bits.
     """
 
     shares_source = recordable = True
@@ -103,8 +103,8 @@ class DeviceCache(KVCache):
         copies: int = 1,
         memory=None,
     ) -> DeviceCache:
-        """The cache for edits with a transformer. rows_at_once: most rows of a pass, where they are not all. memory: host
-        memory of a cache before it, for one that has a use for it."""
+        """The cache for edits with a transformer. rows_at_once: most rows of a pass, where they are not all. memory:
+        host memory of a cache before it, for one that has a use for it."""
         return cls(transformer.config, schedule, rows, dtype, device, copies)
 
     @staticmethod
@@ -114,7 +114,7 @@ class DeviceCache(KVCache):
 
     @staticmethod
     def step(config: TransformerConfig, schedule: Schedule) -> int:
-        """Tokens from one block to the next: source and scales, and at least room for the last scale after the source."""
+        """Tokens from one block to the next: source and scales, with room for the last scale after the source."""
         return source_tokens(config, schedule) + max(sum(schedule.tokens[:-1]), schedule.tokens[-1])
 
     @classmethod
@@ -216,7 +216,7 @@ class DeviceCache(KVCache):
         return tuple(self._from(part, *self.span(first, step)[1]) for part in kept)
 
     def span(self, first: bool, step: RowPass) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Begin and end of a pass's own tokens, and of all that it sees; those of the last scale lie before the start."""
+        """Begin and end of a pass's own tokens, and of all that it sees; the last scale's lie before the start."""
         start = self._start(first, step)
         if self.is_last(step):
             before = start - (step.end - step.begin)

@@ -125,8 +125,8 @@ def parallel_logits(
     """Logits [B, n, D, 2] of every scale in one pass.
 
     source_BnD: tokens of the source's features. inputs: tokens [B, n, D] of the running sum at every scale from the
-    second on. texts: features of every row, [L_i, T]; padded to one length, [B, L, T], where `real` (boolean [B, L]) says
-    which tokens are real. store: how the tokens attend to each other.
+    second on. texts: features of every row, [L_i, T]; padded to one length, [B, L, T], where `real` (boolean [B, L])
+    says which tokens are real. store: how the tokens attend to each other.
     """
     schedule = store.schedule
     condition = transformer.condition(texts, attention, real=real)

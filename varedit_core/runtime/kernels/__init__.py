@@ -1,9 +1,9 @@
 """Operations that are worth fusing: in one Triton kernel each on a GPU, in plain PyTorch everywhere else.
 
 Both forms have the same meaning and agree up to rounding. The plain ones are those of `model.functional` for what the
-networks compute, which ask the forms here first (None: the plain one is to run), and `plain` for what only the runtime
-does. Triton is asked for only where a tensor lies on a CUDA device, gradients are off and nothing is being traced; where
-it is missing (Windows, macOS, CPU builds of torch) the plain form runs.
+networks compute, which ask the forms here first (None: the plain one is to run), and `plain` for what only the
+runtime does. Triton is asked for only where a tensor lies on a CUDA device, gradients are off and nothing is being
+traced; where it is missing (Windows, macOS, CPU builds of torch) the plain form runs.
 """
 
 from __future__ import annotations
@@ -157,10 +157,9 @@ def _triton(name: str):
 
 def fuses_pictures(x_BCHW: Tensor) -> bool:
     """Whether kernels run for pictures like this one: on a GPU, channels-last."""
-    # Asked first: what is being compiled must not look for Triton.
-    return (
-        not torch.compiler.is_compiling() and fusable(x_BCHW) and x_BCHW.is_contiguous(memory_format=torch.channels_last)
-    )
+    if torch.compiler.is_compiling():  # asked first: what is being compiled must not look for Triton
+        return False
+    return fusable(x_BCHW) and x_BCHW.is_contiguous(memory_format=torch.channels_last)
 
 
 def group_norm_silu(
@@ -219,7 +218,10 @@ def _heads_form(staged: Tensor):
 
 @lru_cache(maxsize=8)
 def multiplies_eight_bit(device: torch.device) -> bool:
-    """Whether a device multiplies float8_e4m3fn matrices with a scale a row and a column: Ada from torch 2.7, Hopper on."""
+    """Whether a device multiplies float8_e4m3fn matrices with a scale a row and a column.
+
+    Ada from torch 2.7, Hopper always.
+    """
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
