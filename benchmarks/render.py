@@ -175,7 +175,9 @@ def shortcuts() -> str:
 
 def library_memory() -> str:
     facts = json.loads((FOLDER / "library_memory_h100.json").read_text())
-    stores = {"KeyValueStore": "on the GPU", "HostStore": "in host memory", "EightBitStore": "in 8 bits"}
+    stores = {"DeviceCache": "on the GPU", "HostCache": "in host memory", "EightBitCache": "in 8 bits"}
+    # As older records name them.
+    stores |= {"KeyValueStore": "on the GPU", "HostStore": "in host memory", "EightBitStore": "in 8 bits"}
     rows = []
     for case in facts["cases"]:
         moved = case["moved_gb"]

@@ -373,10 +373,10 @@ class Probe:
     @staticmethod
     def _stored() -> int:
         """Tensors that stores still hold; without a collection, which ComfyUI makes only now and then."""
-        from varedit_pack.varedit_core.model.kv_cache import KeyValueStore
+        from varedit_pack.varedit_core.runtime.kv_caches import DeviceCache
 
         # By type: an instance check would ask weak references to what is gone.
-        return sum(len(store.keys) for store in gc.get_objects() if issubclass(type(store), KeyValueStore))
+        return sum(len(store.keys) for store in gc.get_objects() if issubclass(type(store), DeviceCache))
 
     def formats(self) -> dict:
         """The transformer's file in ComfyUI's quantised formats: layers, and share of bits that stay."""
@@ -871,7 +871,7 @@ class Probe:
     def layers(self) -> dict:
         """What our casting layers add to ComfyUI's."""
         from varedit_pack.nodes.adapters.state import Casting
-        from varedit_pack.varedit_core.model import layers as operations
+        from varedit_pack.varedit_core.runtime.folded_text import matrix
 
         torch = self.torch
         torch.manual_seed(0)
@@ -879,20 +879,20 @@ class Probe:
         torch.nn.init.normal_(layer.weight), torch.nn.init.normal_(layer.bias)
         x, run = torch.randn(2, 3, 8), {}
         expected = torch.nn.functional.gelu(layer(x), approximate="tanh")
-        run["gelu"] = torch.equal(operations.gelu(layer, x), expected)
+        run["gelu"] = torch.equal(layer.gelu(x), expected)
         fused = sys.modules["varedit_pack.nodes.adapters.state"]
         real = fused.fuses_gelu, fused.linear_gelu
         fused.fuses_gelu = lambda *_: True
         fused.linear_gelu = lambda x, w, b: torch.nn.functional.gelu(torch.nn.functional.linear(x, w, b), approximate="tanh")
-        run["fused"] = torch.equal(operations.gelu(layer, x), expected)
+        run["fused"] = torch.equal(layer.gelu(x), expected)
         layer.weight_function = [lambda weight: weight * 2]
-        run["patched"] = torch.equal(operations.gelu(layer, x), torch.nn.functional.gelu(layer(x), approximate="tanh"))
+        run["patched"] = torch.equal(layer.gelu(x), torch.nn.functional.gelu(layer(x), approximate="tanh"))
         fused.fuses_gelu, fused.linear_gelu = real
-        shown = [operations.matrix(layer, torch.bfloat16)]
+        shown = [matrix(layer, torch.bfloat16)]
         layer.weight_function = []
-        shown += [operations.matrix(layer, torch.bfloat16), operations.matrix(layer, torch.float32)]
+        shown += [matrix(layer, torch.bfloat16), matrix(layer, torch.float32)]
         layer.prev_comfy_cast_weights = False  # as ComfyUI marks a layer that it moves at every call
-        shown.append(operations.matrix(layer, torch.bfloat16))
+        shown.append(matrix(layer, torch.bfloat16))
         run["matrix"] = [m is layer.weight for m in shown]
         linears = [m for m in self.model.model.modules() if isinstance(m, torch.nn.Linear)]
         run["ours"] = all(isinstance(m, Casting.Linear) for m in linears) and len(linears) > 56
@@ -901,7 +901,7 @@ class Probe:
     def recording(self) -> dict:
         """When passes may be recorded, and an edit in the form that it has then, only that nothing is recorded here."""
         from varedit_pack.nodes.adapters.model import lies_still, load_model, unchanged
-        from varedit_pack.varedit_core.model.transformer import FoldedText
+        from varedit_pack.varedit_core.runtime.folded_text import FoldedText
         from varedit_pack.varedit_core.runtime.workspace import Workspace
 
         torch, file = self.torch, DEMO / "diffusion_models" / "varedit_demo.safetensors"

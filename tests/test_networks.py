@@ -12,6 +12,7 @@ from torch import nn
 from benchmarks.real_size import published_shapes
 from varedit_core import load_autoencoder, load_transformer, sample
 from varedit_core.files.checkpoints import TRANSFORMER, canonical
+from varedit_core.files.shapes import autoencoder_config, transformer_config
 from varedit_core.files.weights import Weights
 from varedit_core.model.config import AUTOENCODERS, TRANSFORMERS, AutoencoderConfig, TransformerConfig, patch_size
 from varedit_core.model.layers import Operations
@@ -90,7 +91,7 @@ def test_transformer_sizes_are_read_off_the_shapes(depth, width, heads, bits, te
         for key, shape in published_shapes(depth, width, heads, bits, text).items()
     }
     weights = canonical(Weights(ROOT / "x.pth", meta, meta.__getitem__), TRANSFORMER)
-    config = TransformerConfig.from_shapes(weights.shapes)
+    config = transformer_config(weights.shapes)
     assert config == TransformerConfig(depth, width, heads, bits, text, 512, round(4 * width / 256) * 256, 15)
     assert count is None or config in TRANSFORMERS.values()
     network = Transformer(config, device="meta")
@@ -109,7 +110,7 @@ def test_transformer_sizes_are_read_off_the_shapes(depth, width, heads, bits, te
 )
 def test_autoencoder_sizes_are_read_off_the_shapes(config):
     network = Autoencoder(config, device="meta")
-    assert AutoencoderConfig.from_shapes({key: tuple(t.shape) for key, t in network.state_dict().items()}) == config
+    assert autoencoder_config({key: tuple(t.shape) for key, t in network.state_dict().items()}) == config
 
 
 @torch.no_grad()
@@ -181,31 +182,6 @@ assert not [name for name in sys.modules if name.split(".")[0] == "transformers"
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "(451, 300)", done.stderr
-
-
-def _code_lines(path):
-    text = path.read_text()
-    tree = ast.parse(text)
-    docs = {
-        line
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        for line in range(node.lineno, node.end_lineno + 1)
-    }
-    return sum(
-        bool(line.strip()) and not line.strip().startswith("#") and number not in docs
-        for number, line in enumerate(text.splitlines(), start=1)
-    )
-
-
-def test_the_inference_path_stays_short():
-    """Lines of code (no docstrings, comments, blanks), from a picture and loaded networks to the edited picture."""
-    path = """
-        editor pictures/images text/encoder sampling/loop model/transformer model/kv_cache tokenizer/quantizer
-        tokenizer/vae tokenizer/schedule model/config model/layers defaults
-    """
-    # 1,200 before the fast path (recorded passes, masks, shortcuts, 8-bit layers), 1,650 before the controls.
-    assert sum(_code_lines(ROOT / "varedit_core" / f"{name}.py") for name in path.split()) <= 2100
 
 
 def test_loaders_give_inference_networks(published_file):

@@ -10,11 +10,11 @@ from varedit_core.controls.mask import token_masks
 from varedit_core.controls.registry import Shortcuts
 from varedit_core.controls.window import BAND, bands
 from varedit_core.demo import demo_files
-from varedit_core.model.kv_cache import KeyValueStore
 from varedit_core.model.layers import sdpa
 from varedit_core.model.transformer import Transformer
 from varedit_core.runtime import approximations as shortcuts
-from varedit_core.runtime.stores import EightBitStore
+from varedit_core.runtime.eight_bit_cache import EightBitCache
+from varedit_core.runtime.kv_caches import DeviceCache
 from varedit_core.runtime.workspace import Workspace
 from varedit_core.sampling import loop as sampling
 from varedit_core.sampling.drafting import draft_and_refine
@@ -79,7 +79,7 @@ def test_bands_cover_every_query_once_and_stay_within_their_window():
     for index in (11, 12):
         height, width = schedule.grids[index]
         for first in (False, True):
-            found = bands(schedule, index, 0.1, first)
+            found = bands(schedule, index, 0.1, True, first)
             offset = schedule.grids[index] if first else schedule.grids[-1]
             own = offset[0] * offset[1] + sum(schedule.tokens[:index])
             assert found.tokens * len(found.listed) >= height * width > found.tokens * (len(found.listed) - 1)
@@ -141,7 +141,7 @@ def test_a_mask_of_everything_changes_nothing(patchify):
     assert all(torch.equal(a, b) for a, b in zip(bits(whole), bits(masked)))
 
 
-@pytest.mark.parametrize("store", [KeyValueStore, EightBitStore])
+@pytest.mark.parametrize("store", [DeviceCache, EightBitCache])
 def test_every_copy_has_its_pictures_mask(patchify, store):
     features = patchify["ref.vae_features"].float().repeat(2, 1, 1, 1)
     mask = torch.zeros(2, 16, 16)

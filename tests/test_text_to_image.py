@@ -26,6 +26,7 @@ from varedit_core.files.info import inspect
 from varedit_core.files.lora import merge_lora
 from varedit_core.files.weights import open_weights
 from varedit_core.model.config import TRANSFORMERS
+from varedit_core.model.positions import rotary
 from varedit_core.pictures.images import load_mask
 from varedit_core.runtime.plan import STORES, Job
 from varedit_core.runtime.workspace import Workspace
@@ -180,7 +181,7 @@ def test_the_features_are_not_read(network, texts):
 )  # fmt: skip
 def test_positions_are_those_of_infinitys_code(ratio, area, count, figures):
     """Cosine and sine of the second height and width angle of some tokens, head size 64, as Infinity's code has them."""
-    source, *scales = replace(schedule_for(area, ratio), source=False).rotary(64)
+    source, *scales = rotary(schedule_for(area, ratio), 64, False)
     tables = torch.cat(scales, dim=1)
     assert source.shape == (2, 0, 32) and tables.shape == (2, count, 32)
     for token, figure in figures.items():
@@ -300,11 +301,11 @@ def test_a_window_of_the_whole_height_changes_nothing(network, texts):
 
 @pytest.mark.parametrize("first", [False, True])
 def test_bands_count_no_source(first):
-    schedule = replace(schedule_for("0.25M"), source=False)
+    schedule = schedule_for("0.25M")
     for index, grid in enumerate(schedule.grids):
         seen = sum(schedule.tokens[: index + 1])
-        assert all(pieces == (slice(0, seen),) for pieces in bands(schedule, index, 1.0, first).listed)
-        narrow = bands(schedule, index, 0.1, first).listed
+        assert all(pieces == (slice(0, seen),) for pieces in bands(schedule, index, 1.0, False, first).listed)
+        narrow = bands(schedule, index, 0.1, False, first).listed
         assert max(piece.stop for pieces in narrow for piece in pieces) <= seen
         shortest = min(sum(piece.stop - piece.start for piece in pieces) for pieces in narrow)
         assert shortest < seen if grid[0] > 16 else shortest == seen

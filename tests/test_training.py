@@ -23,8 +23,7 @@ accelerate = pytest.importorskip("accelerate")
 
 from varedit_core import Editor  # noqa: E402
 from varedit_core.model.config import AutoencoderConfig  # noqa: E402
-from varedit_core.model.transformer import PaddedTexts  # noqa: E402
-from varedit_core.sampling.settings import SamplingSettings
+from varedit_core.sampling.settings import SamplingSettings  # noqa: E402
 from varedit_core.tokenizer.quantizer import encode, latent_grids, to_tokens  # noqa: E402
 from varedit_core.tokenizer.schedule import schedule_for  # noqa: E402
 from varedit_core.tokenizer.vae import Autoencoder  # noqa: E402
@@ -268,8 +267,8 @@ def test_blocks_compile_twice_a_text_length_whatever_the_depth():
     store = BlockCausal(SCHEDULE, 32, "cpu")
     source, *inputs = (torch.randn(2, n, 4 * BITS) for n in (256, *SCHEDULE.tokens[1:]))
     for length, expected in ((8, 2), (16, 4), (8, 4)):
-        texts = PaddedTexts(torch.randn(2, length, 128), torch.ones(2, length, dtype=torch.bool))
-        parallel_logits(network, source, inputs, texts, store)
+        texts, real = torch.randn(2, length, 128), torch.ones(2, length, dtype=torch.bool)
+        parallel_logits(network, source, inputs, texts, store, real=real)
         assert len(graphs) == expected
 
 
@@ -295,8 +294,8 @@ def test_dropped_texts_are_the_learned_ones(parts):
     task = task_of(parts)
     batch = next(pairs.pair_batches(task, 0))
     texts = task.model._texts(batch, torch.tensor([True, False]))
-    learned = task.transformer.unconditional(texts.features.shape[1], "cpu")
-    assert torch.equal(texts.features[0], learned) and torch.equal(texts.features[1], batch["features"][1])
+    learned = task.transformer.unconditional(texts.shape[1], "cpu")
+    assert torch.equal(texts[0], learned) and torch.equal(texts[1], batch["features"][1])
 
 
 def test_checkpointing_gives_the_same_gradients(parts):

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from varedit_core.model.kv_cache import KeyValueStore
-from varedit_core.model.transformer import Condition, FoldedText, PaddedTexts
+from varedit_core.model.layers import sdpa
 from varedit_core.runtime import workspace
+from varedit_core.runtime.folded_text import FoldedText, fill, room
 from varedit_core.runtime.graphs import State
+from varedit_core.runtime.kv_caches import DeviceCache
 from varedit_core.runtime.workspace import Shape, Workspace
 from varedit_core.runtime.session import sample
 from varedit_core.sampling.settings import SamplingSettings
@@ -130,8 +131,8 @@ def test_a_folded_text_is_cross_attention(patchify):
         row[: len(text)] = text
     real = torch.arange(32) < torch.tensor([len(text) for text in texts])[:, None]
     constants = network.constants(features.device)
-    room = Condition.room(network.config, constants, 4, 2, 32, True, torch.float32)
-    folded, plain = network.condition(PaddedTexts(features, real), room=room), network.condition(texts)
+    folded, plain = room(network.config, constants, 4, 2, 32, True, torch.float32), network.condition(texts)
+    fill(folded, network, features, real, sdpa)
     torch.manual_seed(0)
     h = torch.randn(2, 7, network.config.width)
     for block, one, other in zip(network.blocks, plain.blocks, folded.blocks):
@@ -218,7 +219,7 @@ def test_the_state_of_a_network_tells_of_every_change():
 
 
 def test_a_store_of_another_kind(patchify):
-    class Counted(KeyValueStore):
+    class Counted(DeviceCache):
         made = 0
 
         def __init__(self, *args, **kw):

@@ -26,6 +26,7 @@ from .runtime.fp8 import LINEARS
 from .runtime.graphs import Recorder
 from .runtime.memory import TorchMemory, engine_of, make_room
 from .runtime.session import checked
+from .runtime.tiling import bytes_to_decode
 from .runtime.workspace import Workspace
 from .sampling.batch import EditBatch
 from .sampling.driver import Wanted, check, run, unused
@@ -397,7 +398,7 @@ class Editor:
     def _make_room(self, image: FittedImage, times: float = 1) -> None:
         """Forget what is kept between edits where it leaves too little to decode a picture, or that several times."""
         tokens = image.schedule.tokens[-1] * patch_size(self.transformer.config, self.autoencoder.config) ** 2
-        make_room(self.workspace, self.device, times * tokens * self.autoencoder.bytes_to_decode)
+        make_room(self.workspace, self.device, times * tokens * bytes_to_decode(self.autoencoder))
 
 
 def each(given, count: int, name: str) -> list:

@@ -49,7 +49,7 @@ class Layers(comfy.ops.manual_cast):
 class VAREditAutoencoder(Autoencoder):
     """The tokenizer where ComfyUI has memory in hand: it makes room beforehand and has tiles of its own."""
 
-    decode = Autoencoder.decode_whole
+    decode = Autoencoder.decode.plain
 
 
 class VAREditVAE(comfy.sd.VAE):

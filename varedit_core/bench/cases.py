@@ -13,8 +13,9 @@ from ..defaults import SIZES
 from ..editor import Editor
 from ..model.config import TRANSFORMERS, TransformerConfig
 from ..model.transformer import Transformer
+from ..runtime.eight_bit_cache import EightBitCache
 from ..runtime.fp8 import LINEARS
-from ..runtime.stores import EightBitStore, HostStore
+from ..runtime.host_cache import HostCache
 from ..runtime.workspace import Workspace
 from ..sampling.batch import EditBatch
 from ..sampling.settings import DEFAULT_SETTINGS, SamplingSettings
@@ -97,8 +98,8 @@ KINDS: dict[str, dict] = {
     "reroll": {"reroll": True},
     "variations": {"variations": 4},
     "unguided": {"settings": SamplingSettings(guidance=1.0)},
-    "8-bit-kv": {"editor": {"workspace": lambda editor: Workspace(EightBitStore)}},
-    "host-kv": {"editor": {"workspace": lambda editor: Workspace(HostStore, kept=False)}},
+    "8-bit-kv": {"editor": {"workspace": lambda editor: Workspace(EightBitCache)}},
+    "host-kv": {"editor": {"workspace": lambda editor: Workspace(HostCache, kept=False)}},
     **{f"unguided-{count}": {"shortcuts": Shortcuts(unguided=count)} for count in (1, 2, 3, 4)},
     "window": {"shortcuts": Shortcuts(window=0.125)},
     "inside": {"shortcuts": Shortcuts(inside=3), "masked": 0.25},
@@ -108,7 +109,7 @@ KINDS: dict[str, dict] = {
         "editor": {"drafter": lambda editor: editor.transformer, "transformer": _refiner},
     },
     "8-bit": {"linears": "8-bit"},
-    "8-bit-all": {"linears": "8-bit", "editor": {"workspace": lambda editor: Workspace(EightBitStore, fold=False)}},
+    "8-bit-all": {"linears": "8-bit", "editor": {"workspace": lambda editor: Workspace(EightBitCache, fold=False)}},
     "fast": _FAST,
     "fast-inside": {**_FAST, "shortcuts": Shortcuts(unguided=3, inside=3), "masked": 0.25},
     "fast-inside-6-new": {

@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from ..model.kv_cache import Bands
 from ..tokenizer.schedule import Schedule
 from .base import Control, Knob
 
@@ -20,6 +20,18 @@ WHOLE = 16
 """Coarser scales than so many rows are seen whole."""
 WINDOWED = 3
 """Windows are for the last scales, this many."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bands:
+    """Queries that see only some keys: each `tokens` consecutive ones their own pieces of `runtime.kv_caches.DeviceCache.seen`.
+
+    pieces: int32 [bands, P, 2], begin and end of each; empty ones fill up. listed: the same on the host.
+    """
+
+    tokens: int
+    pieces: Tensor
+    listed: tuple[tuple[slice, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -55,17 +67,19 @@ class Window(Control):
     def step(self, step, source):
         if len(self.schedule) - step.index > WINDOWED:
             return step
-        schedule = replace(self.schedule, source=source)
-        made = (bands(schedule, step.index, self.share, first, step.rotary.device) for first in (False, True))
+        made = [
+            bands(self.schedule, step.index, self.share, source, first, step.rotary.device) for first in (False, True)
+        ]
         return replace(step, bands=tuple(made))
 
 
-def bands(schedule: Schedule, index: int, window: float, first: bool, device="cpu") -> Bands:
+def bands(schedule: Schedule, index: int, window: float, source: bool, first: bool, device="cpu") -> Bands:
     """The keys that each band of a scale's queries sees: rows within `window` of the height, of the source, earlier
-    scales and their own; coarse scales whole. first: of the first block, whose source is pooled to the scale's grid."""
+    scales and their own; coarse scales whole. source: whether there is one. first: of the first block, whose source is pooled to the scale's
+    grid."""
     height, width = schedule.grids[index]
-    source = [schedule.grids[index] if first else schedule.grids[-1]] if schedule.source else []
-    seen = [*source, *schedule.grids[: index + 1]]
+    read = [schedule.grids[index] if first else schedule.grids[-1]] if source else []
+    seen = [*read, *schedule.grids[: index + 1]]
     if index == len(schedule) - 1:  # as `KeyValueStore.seen` has them
         seen = [seen[-1], *seen[:-1]]
     listed = []

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..defaults import EDIT, KINDS, TEXT_TO_IMAGE
-from ..model.config import AutoencoderConfig, TransformerConfig
-from ..model.layers import Operations
 from ..model.transformer import Transformer
 from ..runtime.fp8 import LINEARS, EightBitLinear, check_linears, prepare, quantise_weight
 from ..runtime.kernels import has_triton
+from ..runtime.layers import Operations
 from ..tokenizer.vae import Autoencoder
+from .shapes import autoencoder_config, transformer_config
 from .weights import WeightError, Weights, open_weights, under
 
 logger = logging.getLogger(__name__)
@@ -245,9 +245,10 @@ def blank(
     kind: of a transformer, where not as the file says. more: further arguments of the network. Raises WeightError where
     the weights are not exactly those of one.
     """
-    sizes, network = {TRANSFORMER: (TransformerConfig, Transformer), TOKENIZER: (AutoencoderConfig, Autoencoder)}[part]
+    kinds = {TRANSFORMER: (transformer_config, Transformer), TOKENIZER: (autoencoder_config, Autoencoder)}
+    read_sizes, network = kinds[part]
     try:
-        config = sizes.from_shapes(weights.shapes)
+        config = read_sizes(weights.shapes)
         if part == TRANSFORMER:
             config = replace(config, source=(kind or told_kind(weights)) != TEXT_TO_IMAGE)
         with Unfilled():

@@ -6,7 +6,6 @@ d bits a latent position, (H, W) latent grid of the last scale, n tokens of a sc
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -16,7 +15,7 @@ from ..defaults import SIZES
 from ..tokenizer.quantizer import area_resize, linear_resize, to_tokens
 from ..tokenizer.schedule import AREAS
 from .config import TransformerConfig
-from .kv_cache import KeyValueStore
+from .kv_cache import KVCache
 from .layers import Attention, sdpa
 from .transformer import Transformer
 
@@ -52,16 +51,16 @@ class PlainEngine:
     def prefill(self, batch: EditBatch) -> None:
         network, config = self.transformer, self.transformer.config
         check(batch, config)
+        if batch.shortcuts.inside or batch.shortcuts.window:
+            raise ValueError("the plain engine computes and sees every scale whole; leave out inside and window")
         texts = row_texts(batch, network)
         self.batch, device = batch, batch.features.device
-        schedule = replace(batch.schedule, source=config.source)
-        sizes = (config.depth, len(texts), config.heads, config.head_size, network.dtype)
-        self.cache = KeyValueStore(schedule, *sizes, device)
+        self.cache = KVCache(config, batch.schedule, len(texts), network.dtype, device)
         source, *scales = batch.steps(self.cache.passes(device))
         self.condition, self.steps = network.condition(texts, self.attention), scales
         if config.source:
             tokens = to_tokens(area_resize(batch.each_row(batch.features).float(), batch.grids[-1]), batch.patch)
-            x = every_row(network.embed(tokens, len(schedule) - 1), len(texts))
+            x = every_row(network.embed(tokens, len(batch.schedule) - 1), len(texts))
             network.read_source(x, self.condition, source, self.cache, self.attention)
 
     @torch.no_grad()
@@ -69,18 +68,16 @@ class PlainEngine:
         network, step = self.transformer, self.steps[k]
         rows = len(total) * (2 if k < self.batch.guided else 1)  # also unasked ones, which later scales attend to
         condition = self.condition.rows(slice(0, rows))
-        self.cache.keep_rows(rows)
         x = network.start(condition) if k == 0 else self._embedded(k, total, rows)
         x = network(x, condition, step, self.cache, self.attention)
         return network.logits(x if guided else x[: len(total)], condition)
 
     def _embedded(self, k: int, total: Tensor, rows: int) -> Tensor:
         tokens = to_tokens(linear_resize(total, self.batch.grids[k]), self.batch.patch)
-        which = self.tokens(k)
-        return every_row(self.transformer.embed(tokens if which is None else tokens[:, which], k), rows)
+        return every_row(self.transformer.embed(tokens, k), rows)
 
     def tokens(self, k: int) -> Tensor | None:
-        return self.steps[k].tokens
+        return None
 
     def close(self) -> None:
         self.cache = self.condition = None

@@ -25,7 +25,7 @@ from ..sampling.drafting import Drafting
 from .graphs import State
 from .plan import STORES, Job, Plan, described, plan, plans, too_large
 from .session import Session
-from .stores import exact_heads, query_scales
+from .eight_bit_cache import exact_heads, query_scales
 from .tiling import free_memory
 from .workspace import FOLDED, RECORDED_TOKENS, Shape, Workspace
 

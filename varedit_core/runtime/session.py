@@ -7,7 +7,7 @@ rows, d bits a latent position, (H, W) latent grid of the last scale, n tokens o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -55,8 +55,7 @@ class Session:
         features = batch.each_row(batch.features) if apart else batch.each_source(batch.features)
         with on(batch.stream):
             texts = row_texts(batch, network, copies=apart)
-        schedule = replace(batch.schedule, source=config.source)
-        shape = Shape.of(schedule, texts, self.copies, network.dtype, device)
+        shape = Shape.of(batch.schedule, texts, self.copies, network.dtype, device)
         self.rows = len(texts) * self.copies
         work.begin(network, texts, shape, self.attention, batch.stream)
         if config.source:
@@ -75,13 +74,11 @@ class Session:
         sources = len(total) // self.results
         if k == batch.guided and self.rows > sources * self.copies:
             self.rows = sources * self.copies
-            work.store.keep_rows(self.rows)
         shared = self.copies if k < self.shared else 1
-        work.store.share(shared)
         repeats = self.results if shared > 1 else 1
         rows, own = self.rows // shared, len(total) // repeats
         tokens = _Tokens(self.transformer, work.condition, batch.grids[k], batch.patch, k, step.tokens, rows, shared)
-        logits = work.run(tokens, step, rows, rows if guided else own, *[total[::repeats]] * (k > 0))
+        logits = work.run(tokens, step, rows, rows if guided else own, *[total[::repeats]] * (k > 0), shared=shared)
         return logits.repeat_interleave(repeats, 0) if repeats > 1 else logits
 
     def tokens(self, k: int) -> Tensor | None:

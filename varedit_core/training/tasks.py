@@ -20,8 +20,9 @@ from ..files.checkpoints import TOKENIZER, TRANSFORMER, load_autoencoder, load_t
 from ..files.convert import ARCHITECTURES
 from ..files.safe_write import make_folder, write_bytes, write_json, write_tensors
 from ..model.config import AutoencoderConfig, TransformerConfig, patch_size
-from ..model.transformer import PaddedTexts, Transformer
+from ..model.transformer import Transformer
 from ..pictures.images import save_image
+from ..runtime.layers import Operations
 from ..runtime.session import sample
 from ..sampling.settings import SamplingSettings
 from ..shapeedit.edits import draw_sample
@@ -139,18 +140,17 @@ class EditModel(nn.Module):
             summed = torch.rand(count, 1, 1, 1, generator=generator, device=device) < settings.sums
             source = torch.where(summed, encode(source, latent_grids(self.schedule, self.patch))[1], source)
         source = to_tokens(source, self.patch)
-        logits = parallel_logits(self.transformer, source, taught.inputs, texts, self.store)
+        logits = parallel_logits(self.transformer, source, taught.inputs, texts, self.store, real=batch["real"])
         weights = token_weights(self.schedule, batch.get("region"), settings.inside, settings.power)
         return bit_loss(logits, taught.labels, weights)
 
-    def _texts(self, batch: dict[str, Tensor], dropped: Tensor) -> PaddedTexts:
+    def _texts(self, batch: dict[str, Tensor], dropped: Tensor) -> Tensor:
         if self.text is None:
             features = batch["features"]
         else:
             features = self.text(batch["ids"], batch["real"])
         learned = self.transformer.unconditional(features.shape[1], features.device)
-        features = torch.where(dropped[:, None, None], learned, features.float())
-        return PaddedTexts(features, batch["real"])
+        return torch.where(dropped[:, None, None], learned, features.float())
 
 
 class TransformerTask:
@@ -315,7 +315,7 @@ def new_autoencoder(sizes: NewTokenizer, seed: int) -> Autoencoder:
         sizes.decoder_blocks,
         sizes.stride,
     )
-    return Autoencoder(config)
+    return Autoencoder(config, Operations)
 
 
 def new_transformer(
@@ -328,7 +328,7 @@ def new_transformer(
     config = TransformerConfig(
         sizes.depth, sizes.width, sizes.heads, bits, text_width, text_length, sizes.hidden, sizes.levels
     )
-    network = Transformer(config)
+    network = Transformer(config, Operations)
     for name, parameter in network.named_parameters():
         if name.endswith("scale_mul.weight"):
             nn.init.constant_(parameter, math.log(4))
