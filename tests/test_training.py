@@ -501,7 +501,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 
-@pytest.mark.parametrize(("broken", "log_every"), zip(BROKEN, (1, 99, 99)))
+@pytest.mark.parametrize(("broken", "log_every"), [*zip(BROKEN, (1, 99, 99))])
 def test_an_undefined_loss_stops_before_it_is_written(parts, tmp_path, monkeypatch, broken, log_every):
     """Between two saved steps, of figures that are read or not: checkpoint and result stay those of the step before."""
     (stage,) = edits(parts, f"a.log_every={log_every}", "a.save_every=2", "a.steps=4")
