@@ -752,7 +752,8 @@ class Probe:
         decode(self.vae, {**auto, "samples": auto["samples"] + 1}, picture)
         own = as_mask(white((0, 0, 150, 230), small.size))
         by_mask, used = decode(self.vae, auto, picture, own).result
-        ignored = decode(self.vae, {**auto, "varedit": replace(auto["varedit"], auto_mask=0.0)}, picture, own).result[0]
+        unmasked = replace(auto["varedit"], tokens=replace(auto["varedit"].tokens, auto_mask=0.0))
+        ignored = decode(self.vae, {**auto, "varedit": unmasked}, picture, own).result[0]
         found["auto told"] = [*said, bool((ones == 1).all()), list(ones.shape)]
         found["own mask"] = [torch.equal(by_mask, ignored), torch.equal(used, own.expand(2, -1, -1))]
 
