@@ -281,8 +281,8 @@ def headlines() -> str:
     whole = json.loads((FOLDER / "shapeedit_demo.json").read_text())["families"][-1]
     return "\n".join(
         [
-            f"- **Fast:** on an H100 an edit with the 8B size takes {seconds} at 1024 and 512 pixels, {ratios} times as "
-            "fast as the published implementation: [SPEED](docs/SPEED.md).",
+            f"- **Fast:** on an H100 an edit with the 8B size takes {seconds} at 1024 and 512 pixels, {ratios} times "
+            "as fast as the published implementation: [SPEED](docs/SPEED.md).",
             f"- **Exact:** logits of recorded small networks differ from the published implementation's by at most "
             f"{max(errors):.1e} in fp32, and {equal:.0%} of the bits are equal: [EXACTNESS](docs/EXACTNESS.md).",
             f"- **Measured:** the demo model does {whole['success']:.0%} of {whole['count']} held-out edits of drawn "
@@ -294,13 +294,13 @@ def headlines() -> str:
 
 def options(name: str) -> str:
     """Arguments and options of a command. Those that are exactly `varedit edit`'s are only named."""
-    command, edit = _command(name), _command("edit")
-    known = set() if command is edit else {_row(option) for option in edit.params}
+    own, edit = command(name), command("edit")
+    known = set() if own is edit else {_row(option) for option in edit.params}
     rows, same = [], []
-    for parameter in command.params:
+    for parameter in own.params:
         row = _row(parameter)
         (same if row in known else rows).append(row)
-    parts = [f"`varedit {name}`: {_first_paragraph(command.help)}"]
+    parts = [f"`varedit {name}`: {_first_paragraph(own.help)}"]
     if rows:
         parts.append(table(["option", "default", "what it does"], [list(row) for row in rows]))
     if same:
@@ -317,7 +317,7 @@ def _commands():
     return typer.main.get_command(app)
 
 
-def _command(name: str):
+def command(name: str):
     """A command by its words, such as `shapeedit make`."""
     return functools.reduce(lambda group, word: group.commands[word], name.split(), _commands())
 
@@ -325,8 +325,8 @@ def _command(name: str):
 def command_names(group=None, before: str = "") -> list[str]:
     """The words of every command."""
     names = []
-    for word, command in (group or _commands()).commands.items():
-        names += command_names(command, f"{before}{word} ") if hasattr(command, "commands") else [before + word]
+    for word, one in (group or _commands()).commands.items():
+        names += command_names(one, f"{before}{word} ") if hasattr(one, "commands") else [before + word]
     return names
 
 
