@@ -281,8 +281,8 @@ def headlines() -> str:
     whole = json.loads((FOLDER / "shapeedit_demo.json").read_text())["families"][-1]
     return "\n".join(
         [
-            f"- **Fast:** on an H100 an edit with the 8B size takes {seconds} at 1024 and 512 pixels, {ratios} times "
-            "as fast as the published implementation: [SPEED](docs/SPEED.md).",
+            f"- **Fast:** on an H100 an edit of the 8B size (random weights) takes {seconds} at 1024 and 512 pixels, "
+            f"{ratios} times as fast as the published implementation: [SPEED](docs/SPEED.md).",
             f"- **Exact:** logits of recorded small networks differ from the published implementation's by at most "
             f"{max(errors):.1e} in fp32, and {equal:.0%} of the bits are equal: [EXACTNESS](docs/EXACTNESS.md).",
             f"- **Measured:** the demo model does {whole['success']:.0%} of {whole['count']} held-out edits of drawn "
