@@ -1,5 +1,6 @@
 """What the documentation says is so: tables, defaults, links, names, words, commands and code."""
 
+import pkgutil
 import re
 
 import pytest
@@ -102,6 +103,12 @@ def test_files_that_are_named_are_there(page):
 
 NOT_OURS = {"tokenizer.json", "settings.json", "finished.json", "KEY.json", "extra_model_paths.yaml"}
 """Files that are not the repository's."""
+
+
+@every_page(but=HISTORY)
+def test_python_names_are_there(page):
+    for name in re.findall(r"`[^`\n]*?\b(varedit_core(?:\.\w+)+)", page.read_text(encoding="utf-8")):
+        assert pkgutil.resolve_name(name), name
 
 
 @every_page(but=HISTORY)
