@@ -38,8 +38,9 @@ def planned(
     """The best way to run a job within what is free on a CUDA device, and the workspace for it; elsewhere, where nobody
     tells what is free, all at once.
 
-    workspace: the present one. What it has ready for such a job is used, else its memory is given back. others: networks
-    that may be moved to host memory while the loop runs. exact: not in 8 bits. Logs a line where not all runs at once.
+    workspace: the present one. What it has ready for such a job is used, else its memory is given back. others:
+    networks that may be moved to host memory while the loop runs. exact: not in 8 bits. Logs a line where not all runs
+    at once.
     Raises ValueError where nothing fits.
     """
     best = Plan(job)
@@ -99,8 +100,8 @@ class Elsewhere:
     def __call__(self, networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
         """Networks in host memory within; they come back to `device` however it ends.
 
-        One that cannot come back, for want of memory, stays in host memory. An error from within is raised as it is, and
-        the log names the network; where all went well within, an error names it (torch.cuda.OutOfMemoryError).
+        One that cannot come back, for want of memory, stays in host memory. An error from within is raised as it is,
+        and the log names the network; where all went well within, an error names it (torch.cuda.OutOfMemoryError).
         """
         moved: dict[nn.Module, list[Tensor]] = {}
         try:
