@@ -7,6 +7,7 @@ compares `State` before every replay and records anew where something has moved.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -28,7 +29,11 @@ class Captured:
     """
 
     def __init__(
-        self, function: Callable[..., Tensor | None], inputs: tuple[Tensor, ...], device: torch.device, pool=None
+        self,
+        function: Callable[..., Tensor | None],
+        inputs: tuple[Tensor, ...],
+        device: torch.device,
+        pool: tuple[int, int],
     ) -> None:
         self.inputs = tuple(x.clone() for x in inputs)
         self.graph, self.failure = torch.cuda.CUDAGraph(), None
@@ -44,16 +49,30 @@ class Captured:
                 self.first.record_stream(here)
             before = torch.cuda.memory_reserved()
             try:
-                # Other threads of the process may use the device meanwhile.
-                with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    self.output = function(*self.inputs)
+                self._record(function, pool, stream)
             except RuntimeError as error:  # memory ran out, or the function asks for what no graph can hold
                 self.failure = (str(error).strip() or type(error).__name__).splitlines()[0]
-            finally:  # a recording that is broken off leaves its stream the present one
-                torch.cuda.set_stream(here)
             self.device, self.nbytes = here.device, max(0, torch.cuda.memory_reserved() - before)
         if self.failure is None:
             _living.add(self)
+
+    def _record(self, function: Callable[..., Tensor | None], pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
+        """Record the function on a stream. Its own error is raised even where the end of the recording fails, too."""
+        here, own = torch.cuda.current_stream(), None
+        try:
+            # Other threads of the process may use the device meanwhile.
+            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                try:
+                    self.output = function(*self.inputs)
+                except BaseException as error:
+                    own = error
+                    raise
+        except BaseException as error:
+            torch.cuda.set_stream(here)
+            _settle(pool, stream)
+            raise (own or error) from None
+        finally:
+            own = None  # errors hold this frame
 
     def __call__(self, *inputs: Tensor) -> Tensor | None:
         """The function's result for other inputs of the same shapes; it holds until the next call of any graph of the
@@ -63,6 +82,32 @@ class Captured:
             static.copy_(x)
         self.graph.replay()
         return self.output
+
+
+def _settle(pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
+    """Undo what torch leaves behind where not even the end of a recording succeeds.
+
+    Many versions then take the pool to be recorded for ever, so that nothing else is recorded with it and no memory
+    that waits for a stream is given back, and the device's random numbers as well, so that drawing any is an error.
+    """
+    names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # the second up to 2.6 or so
+    end = next((getattr(torch._C, name) for name in names if hasattr(torch._C, name)), None)
+    try:
+        if end is not None:
+            end(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+    except RuntimeError:  # it had ended
+        pass
+    here = torch.cuda.current_stream()
+    try:  # a recording of nothing, of which the end frees the random numbers
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it holds nothing
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+                pass
+    except RuntimeError as error:
+        logger.debug("a recording of nothing failed, too: %s", error)
+    finally:
+        torch.cuda.set_stream(here)
 
 
 _living: WeakSet[Captured] = WeakSet()

@@ -236,8 +236,8 @@ class Elsewhere:
     def __call__(self, networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
         """Networks in host memory within; they come back to `device` however it ends.
 
-        One that cannot come back, for want of memory, stays in host memory. An error from within is raised as it is, and
-        the log names the network; where all went well within, an error names it (torch.cuda.OutOfMemoryError).
+        One that cannot come back, for want of memory, stays in host memory. An error from within is raised as it is,
+        and the log names the network; where all went well within, an error names it (torch.cuda.OutOfMemoryError).
         """
         moved: dict[nn.Module, list[Tensor]] = {}
         try:
