@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from varedit_core.defaults import SamplingSettings
+from varedit_core.controls.registry import Controls
 from varedit_core.model.kv_cache import KVCache
 from varedit_core.model.layers import sdpa
 from varedit_core.model.transformer import Text
 from varedit_core.runtime.folded_text import CountedText, counted
 from varedit_core.runtime.kv_caches import DeviceCache, RowPass
-from varedit_core.sampling.loop import sample
+from varedit_core.runtime.session import sample
+from varedit_core.sampling.settings import SamplingSettings
 from varedit_core.tokenizer.quantizer import codes, from_tokens, latent_grids, linear_resize, to_tokens
 
 GUIDANCE = [3.0, 3.0, 2.0, 3.0, 1.0, 1.0, 1.0]
@@ -63,7 +64,7 @@ def test_the_plain_cache_gives_what_the_fast_one_gives(layout, case, request):
         network.config = replace(network.config, source=False)
     settings = SamplingSettings(guidance=GUIDANCE, temperature=0)
     given = record["ref.vae_features"].float(), record.texts("text"), record.schedule, settings
-    scales = list(sample(network, *given, source_attention=attention))
+    scales = list(sample(network, *given, controls=Controls(source_attention=attention)))
     bias = torch.tensor(attention).log().item()
     for (bits, logits), scale in zip(decode_plainly(record, network, bias), scales, strict=True):
         torch.testing.assert_close(logits, scale.logits, atol=2e-5, rtol=0)

@@ -28,9 +28,11 @@ from varedit_core.files.weights import open_weights
 from varedit_core.model.config import TRANSFORMERS
 from varedit_core.model.positions import rotary
 from varedit_core.pictures.images import load_mask
+from varedit_core.runtime.memory import engine_of
 from varedit_core.runtime.plan import STORES, Job
 from varedit_core.runtime.workspace import Workspace
-from varedit_core.sampling.drafting import draft_and_refine
+from varedit_core.sampling import loop
+from varedit_core.sampling.batch import EditBatch
 from varedit_core.sampling.settings import TEXT_SETTINGS
 from varedit_core.tokenizer.schedule import TABLES
 
@@ -203,7 +205,7 @@ def test_copies_are_runs_with_the_next_seeds(network, texts):
     schedule, settings = schedule_for("0.06M"), replace(DRAWN, guidance=[3, 3, 2, 1, 3, 1, 1])
     both = [texts[0], texts[0][:4]]
     for work in (None, Workspace()):
-        found = run(network, both, schedule, settings, copies=2, workspace=work)
+        found = run(network, both, schedule, settings, variations=2, workspace=work)
         for row in range(4):
             alone = run(network, [both[row // 2]], schedule, replace(settings, seed=settings.seed + row))
             equal = equal_bits([(bits[row : row + 1], None) for bits, _ in found], alone)
@@ -233,7 +235,7 @@ def test_memory_that_stays_in_place(network, texts, monkeypatch):
 
     monkeypatch.setattr(Workspace, "_run", noted)
     for given in ([texts[0], texts[0][:4]], [texts[0][:5], texts[0].flip(0)]):
-        found = run(network, given, schedule, GREEDY, copies=2, workspace=work)
+        found = run(network, given, schedule, GREEDY, variations=2, workspace=work)
         wanted = run(network, [text for text in given for _ in range(2)], schedule, GREEDY)
         for (_, logits), (_, expected) in zip(found[:1], wanted):
             torch.testing.assert_close(logits, expected, atol=3e-5, rtol=0)
@@ -329,10 +331,11 @@ def test_bits_outside_the_mask_are_the_pictures(network, texts):
 
 def test_a_drafter_of_the_other_kind(network, texts):
     other, schedule = editing(network[0]), schedule_for("0.06M")
-    args = (nothing(network, schedule), texts, schedule, Shortcuts(drafted=3), GREEDY)
+    given = nothing(network, schedule), texts, schedule, GREEDY
+    batch = EditBatch.of(*given, shortcuts=Shortcuts(drafted=3))
     with pytest.raises(ValueError, match="must both edit or both make pictures of text"):
-        next(draft_and_refine(other, network[0], *args))
-    drafted = [scale.bits for scale in draft_and_refine(network[0], network[0], *args)]
+        engine_of([network[0], other], [None, None])
+    drafted = [scale.bits for scale in loop.sample(engine_of([network[0]] * 2, [None, None]), batch)]
     assert equal_bits([(bits, None) for bits in drafted], run(network, texts, schedule)) > 0.999
 
 

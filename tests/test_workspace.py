@@ -12,8 +12,8 @@ from varedit_core.runtime import workspace
 from varedit_core.runtime.folded_text import FoldedText, fill, room
 from varedit_core.runtime.graphs import State
 from varedit_core.runtime.kv_caches import DeviceCache
-from varedit_core.runtime.workspace import Shape, Workspace
 from varedit_core.runtime.session import sample
+from varedit_core.runtime.workspace import Shape, Workspace
 from varedit_core.sampling.settings import SamplingSettings
 
 SETTINGS = SamplingSettings(temperature=0.7, seed=5)
@@ -153,7 +153,7 @@ def test_copies_are_edits_with_the_next_seeds(patchify, passes, form, request):
     features = torch.cat([patchify["ref.vae_features"].float(), patchify["ref.vae_features"].float().flip(-1)])
     texts = [patchify.texts("text")[0], patchify.texts("text")[0][:4]]
     settings = replace(SETTINGS, guidance=[3, 3, 2, 1, 3, 1, 1])
-    found = edit(patchify, Workspace(), settings, features, texts, copies=3)
+    found = edit(patchify, Workspace(), settings, features, texts, variations=3)
     assert passes["source"] == 1
     for image in range(2):
         for copy in range(3):
@@ -251,7 +251,7 @@ def test_a_recorded_pass_serves_other_lengths_only_where_a_kernel_reads_them(pat
 
 
 def test_copies_of_a_source_are_not_taken_apart(patchify):
-    found, wanted = (edit(patchify, Workspace(rows_at_once=rows), copies=2) for rows in (1, None))
+    found, wanted = (edit(patchify, Workspace(rows_at_once=rows), variations=2) for rows in (1, None))
     same(found, wanted, atol=2e-5)
 
 
