@@ -10,12 +10,13 @@ from support import ROOT
 from typer.testing import CliRunner
 
 from varedit_core import Editor
+from varedit_core.cli.common import Files
 from varedit_core.cli.sweep import sweep as command
 from varedit_core.controls.registry import NEUTRAL, SWEPT, Controls
 from varedit_core.demo import GUIDANCE, SIZE, demo_files
 from varedit_core.pictures.contact_sheet import Row, contact_sheet
 from varedit_core.sampling.settings import SamplingSettings
-from varedit_core.sweep import MOST, Axis, grid, planned, sweep
+from varedit_core.sweep import MOST, Axis, Swept, grid, planned, sweep
 
 CAT, WORDS = ROOT / "samples" / "cat.jpg", "make it sepia"
 
@@ -82,7 +83,7 @@ def test_a_cell_is_the_edit_with_its_settings_and_the_picture_is_encoded_once(ed
     ]
     encoded, encode, seen = [], editor.encode_source, []
     monkeypatch.setattr(editor, "encode_source", lambda images: encoded.append(len(images)) or encode(images))
-    made = sweep(editor, picture, WORDS, cells, size=SIZE, on_cell=lambda cell, result: seen.append((cell, result)))
+    made = sweep(editor, Swept(picture, WORDS, size=SIZE), cells, lambda cell, result: seen.append((cell, result)))
     assert encoded == [1]
     assert [cell for cell, _ in seen] == [c for row in cells for c in row]
     assert [result.tobytes() for _, result in seen] == [p.tobytes() for row in made for p in row]
@@ -96,9 +97,9 @@ def test_a_mask_and_a_negative_prompt_count(editor, picture):
     cells = planned(Axis.parse("guidance=2"))
     mask = Image.new("L", (120, 90))
     mask.paste(255, (60, 0, 120, 90))
-    ((plain,),) = sweep(editor, picture, WORDS, cells, size=SIZE)
-    ((masked,),) = sweep(editor, picture, WORDS, cells, size=SIZE, mask=mask)
-    ((other,),) = sweep(editor, picture, WORDS, cells, negative="make it a negative", size=SIZE)
+    ((plain,),) = sweep(editor, Swept(picture, WORDS, size=SIZE), cells)
+    ((masked,),) = sweep(editor, Swept(picture, WORDS, size=SIZE, mask=mask), cells)
+    ((other,),) = sweep(editor, Swept(picture, WORDS, "make it a negative", SIZE), cells)
     before, after = (np.asarray(p.convert("RGB"), dtype=int) for p in (Image.open(picture), masked))
     assert np.abs(after - before)[:, :59].max() == 0 < np.abs(after - before)[:, 62:].mean()
     assert other.tobytes() != plain.tobytes()
@@ -120,7 +121,7 @@ def run():
 
 
 def test_the_command_writes_a_grid_and_its_cells(run, editor, picture, tmp_path, monkeypatch):
-    monkeypatch.setattr("varedit_core.cli.sweep.load_editor", lambda *args, **more: editor)
+    monkeypatch.setattr(Files, "load", lambda *args: editor)
     arguments = [picture, WORDS, "--x", "guidance=1,2", "--y", "strength=1", "--cell", 64, "--folder", tmp_path / "cells"]
     done = run(*arguments, "-o", tmp_path / "grid.png", "--json")
     assert done.exit_code == 0, done.output
@@ -147,6 +148,6 @@ def test_the_command_writes_a_grid_and_its_cells(run, editor, picture, tmp_path,
     ],
 )
 def test_the_command_refuses_before_it_loads(run, picture, monkeypatch, arguments, message):
-    monkeypatch.setattr("varedit_core.cli.sweep.load_editor", lambda *args, **more: pytest.fail("loaded"))
+    monkeypatch.setattr(Files, "load", lambda *args: pytest.fail("loaded"))
     done = run(picture, WORDS, *(picture if a == "PICTURE" else a for a in arguments))
     assert isinstance(done.exception, ValueError) and message in str(done.exception)
