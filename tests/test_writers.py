@@ -339,7 +339,8 @@ ALLOWED = {
     # Lines are added to it while a training runs.
     ("varedit_core/training/report.py", "open(folder / METRICS, 'a')"),
     # Methods that end in a writer of the list.
-    ("varedit_core/cli/edit.py", "edited.tokens.save"), ("nodes/adapters/token_latents.py", "tokens.save"),
+    ("varedit_core/cli/edit.py", "edited.tokens.save"), ("varedit_core/cli/generate.py", "made.tokens.save"),
+    ("nodes/adapters/token_latents.py", "tokens.save"),
     ("varedit_core/shapeedit/cli.py", "gallery.save"),
 }  # fmt: skip
 
