@@ -59,7 +59,9 @@ def own(editor, task):
 def test_neutral_controls_change_nothing(editor, task, free):
     again = list(editor.sample(*task, DRAWN, controls=Controls()))
     assert NEUTRAL == Controls()
-    assert all(torch.equal(a.bits, b.bits) and torch.equal(a.logits, b.logits) for a, b in zip(free, again, strict=True))
+    assert all(
+        torch.equal(a.bits, b.bits) and torch.equal(a.logits, b.logits) for a, b in zip(free, again, strict=True)
+    )
 
 
 @pytest.mark.parametrize("controls", [Controls(strength=0.0), Controls(preserve=1.0)])
@@ -226,7 +228,9 @@ def test_shared_passes_of_branches_run_once(editor, task, free, monkeypatch):
     rows = []
     transformer = editor.transformer
     forward = type(transformer).forward
-    monkeypatch.setattr(type(transformer), "forward", lambda self, x, *a: (rows.append(len(x)), forward(self, x, *a))[1])
+    monkeypatch.setattr(
+        type(transformer), "forward", lambda self, x, *a: (rows.append(len(x)), forward(self, x, *a))[1]
+    )
     given = [s.bits for s in free[:4]]
     list(editor.sample(*task, DRAWN, variations=3, prefix=given))
     assert rows == [2] * 4 + [6] * 3
@@ -284,7 +288,9 @@ def test_two_regions_do_both_edits_and_nothing_else(editor, task):
         halves.append(Image.new("L", (256, 256)))
         halves[-1].paste(255, box)
     settings = SamplingSettings(guidance=GUIDANCE)
-    alone = [editor.edit(SCENE, words, size=SIZE, settings=settings, mask=m)[0] for words, m in zip((STAR, SQUARE), halves)]
+    alone = [
+        editor.edit(SCENE, words, size=SIZE, settings=settings, mask=m)[0] for words, m in zip((STAR, SQUARE), halves)
+    ]
     both = editor.run(SCENE, size=SIZE, settings=settings, regions=[Region(STAR, halves[0]), Region(SQUARE, halves[1])])
 
     def far(a, b, box) -> float:
@@ -297,7 +303,9 @@ def test_two_regions_do_both_edits_and_nothing_else(editor, task):
 
 
 def test_an_auto_mask_finds_the_edit_and_keeps_the_rest(editor, task):
-    result = editor.run(SCENE, SQUARE, size=SIZE, settings=SamplingSettings(guidance=GUIDANCE), controls=Controls(auto_mask=0.5))
+    result = editor.run(
+        SCENE, SQUARE, size=SIZE, settings=SamplingSettings(guidance=GUIDANCE), controls=Controls(auto_mask=0.5)
+    )
     (mask,) = result.masks
     left, top, right, bottom = mask.getbbox()
     assert 70 < left and right < 190 and top > 150, "a square in the bottom centre"
@@ -431,7 +439,9 @@ def test_what_does_not_belong_together_is_one_sentence(editor, task, free):
     with pytest.raises(ValueError, match="from 1 to 3 of them"):
         tokens.first(4)
     small = schedule_for(SIZE, 1.5)
-    other = Tokens(small, tuple(torch.zeros(1, 16, 2 * h, 2 * w, dtype=torch.bool) for h, w in small.grids[:3]), (42, 28))
+    other = Tokens(
+        small, tuple(torch.zeros(1, 16, 2 * h, 2 * w, dtype=torch.bool) for h, w in small.grids[:3]), (42, 28)
+    )
     with pytest.raises(ValueError, match="same size, shape and number"):
         run(picture, STAR, size=SIZE, given=other)
 
@@ -461,7 +471,9 @@ def test_a_chain_of_edits_keeps_the_first_pictures_pixels(editor):
 
 
 def test_an_edit_explains_itself(editor):
-    result = editor.run(SCENE, SQUARE, size=SIZE, settings=SamplingSettings(guidance=GUIDANCE), explain=True, variations=2)
+    result = editor.run(
+        SCENE, SQUARE, size=SIZE, settings=SamplingSettings(guidance=GUIDANCE), explain=True, variations=2
+    )
     assert len(result.changes) == len(result.certainty) == 2 and result.masks is None
     for change, sure in zip(result.changes, result.certainty):
         assert change.size == sure.size == result.pictures[0].size
@@ -497,7 +509,13 @@ def test_regions_go_with_other_controls_batches_and_seeds(editor, task):
 
 def test_an_auto_mask_leaves_an_edit_of_the_whole_picture_alone(editor):
     free = editor.run(SCENE, "make it sepia", size=SIZE, settings=SamplingSettings(guidance=GUIDANCE))
-    held = editor.run(SCENE, "make it sepia", size=SIZE, settings=SamplingSettings(guidance=GUIDANCE), controls=Controls(auto_mask=0.5))
+    held = editor.run(
+        SCENE,
+        "make it sepia",
+        size=SIZE,
+        settings=SamplingSettings(guidance=GUIDANCE),
+        controls=Controls(auto_mask=0.5),
+    )
     assert held.masks[0].getextrema() == (255, 255)
     difference = ImageChops.difference(held.pictures[0], free.pictures[0]).convert("L")
     assert sum(difference.histogram()[24:]) < 0.02 * 256 * 256

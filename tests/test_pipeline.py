@@ -101,7 +101,9 @@ def test_a_picture_known_to_be_new_is_read_without_asking(monkeypatch):
     monkeypatch.setattr(Session, "prefill", lambda self, batch: (told.append(batch.fresh), original(self, batch))[1])
     pictures = [Image.effect_noise((256, 256), 50 + i).convert("RGB") for i in range(2)]
     for picture, words in [(0, "a"), (0, "a"), (1, "a"), (1, "b"), (0, "b")]:
-        editor.edit(pictures[picture], words, size="0.06M", settings=SamplingSettings(guidance=1.0), shortcuts=Shortcuts(stop=2))
+        editor.edit(
+            pictures[picture], words, size="0.06M", settings=SamplingSettings(guidance=1.0), shortcuts=Shortcuts(stop=2)
+        )
     assert told == [True, False, True, True, True]
     editor.forget()
     editor.edit(pictures[0], "b", size="0.06M", shortcuts=Shortcuts(stop=2))

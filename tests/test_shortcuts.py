@@ -137,7 +137,9 @@ def test_shapeedit_of_single_pictures_skips_what_a_batch_computes(monkeypatch):
     editor = Editor.load(*demo_files())
     samples = draw(77, 6, families=["recolour"])
     for batch in (1, 6):
-        evaluate(editor, samples, SamplingSettings(guidance=1.0), batch, shortcuts=Shortcuts(inside=3, stop=5), masked=True)
+        evaluate(
+            editor, samples, SamplingSettings(guidance=1.0), batch, shortcuts=Shortcuts(inside=3, stop=5), masked=True
+        )
     assert sum(counts[:6]) > counts[6]
 
 
@@ -164,9 +166,7 @@ def test_assigned_bits_do_not_leave_the_mask(patchify):
     mask = torch.zeros(1, 16, 16)
     mask[:, :4] = 1
     features = patchify["ref.vae_features"].float()
-    for scale in sample(
-        patchify.transformer, features, patchify.texts("text"), patchify.schedule, GREEDY, mask=mask
-    ):
+    for scale in sample(patchify.transformer, features, patchify.texts("text"), patchify.schedule, GREEDY, mask=mask):
         scale.bits = torch.zeros_like(scale.bits)
         free = scale.free.expand_as(scale.bits)
         assert not scale.bits[free].any() and torch.equal(scale.bits[~free], scale.source_bits[~free])

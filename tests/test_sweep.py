@@ -56,7 +56,11 @@ def test_values_have_the_kind_of_their_setting():
         ("score=best", None, r"unknown score 'best'; choose one of .*"),
         ("preset=wild", None, r"unknown preset 'wild'; choose one of .*"),
         ("seed=1", "seed=2", r"both axes are seed; choose another setting for one of them"),
-        (f"seed={','.join(map(str, range(51)))}", "strength=0,1", rf"the sweep has 102 edits; give fewer values, for at most {MOST}"),
+        (
+            f"seed={','.join(map(str, range(51)))}",
+            "strength=0,1",
+            rf"the sweep has 102 edits; give fewer values, for at most {MOST}",
+        ),
     ],
 )  # fmt: skip
 def test_a_wrong_sweep_is_one_sentence(x, y, message):
@@ -65,7 +69,9 @@ def test_a_wrong_sweep_is_one_sentence(x, y, message):
 
 
 def test_the_plan_has_all_other_settings_as_given():
-    cells = planned(Axis.parse("guidance=1,4"), Axis.parse("strength=1,0.5"), SamplingSettings(seed=7), Controls(preserve=0.2))
+    cells = planned(
+        Axis.parse("guidance=1,4"), Axis.parse("strength=1,0.5"), SamplingSettings(seed=7), Controls(preserve=0.2)
+    )
     assert [[(c.column, c.row) for c in row] for row in cells] == [
         [("guidance 1", "strength 1"), ("guidance 4", "strength 1")],
         [("guidance 1", "strength 0.5"), ("guidance 4", "strength 0.5")],
@@ -122,7 +128,18 @@ def run():
 
 def test_the_command_writes_a_grid_and_its_cells(run, editor, picture, tmp_path, monkeypatch):
     monkeypatch.setattr(Files, "load", lambda *args: editor)
-    arguments = [picture, WORDS, "--x", "guidance=1,2", "--y", "strength=1", "--cell", 64, "--folder", tmp_path / "cells"]
+    arguments = [
+        picture,
+        WORDS,
+        "--x",
+        "guidance=1,2",
+        "--y",
+        "strength=1",
+        "--cell",
+        64,
+        "--folder",
+        tmp_path / "cells",
+    ]
     done = run(*arguments, "-o", tmp_path / "grid.png", "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))

@@ -21,7 +21,7 @@ SETTINGS = SamplingSettings(temperature=0.7, seed=5)
 
 @pytest.fixture
 def folding(monkeypatch):
-    """Workspaces on the CPU take the form they have on CUDA: memory that stays, folded texts; only nothing is recorded."""
+    """Workspaces on the CPU take the form they have on CUDA: memory that stays, folded texts; nothing is recorded."""
     monkeypatch.setattr(Workspace, "_recording", property(lambda self: self.kept))
     monkeypatch.setattr(Workspace, "_run", lambda self, name, step, function, *inputs: function(*inputs))
 
@@ -45,9 +45,7 @@ def passes(monkeypatch, patchify):
 def edit(record, workspace=None, settings=SETTINGS, features=None, texts=None, **more):
     features = record["ref.vae_features"].float() if features is None else features
     texts = texts or record.texts("text")
-    scales = sample(
-        record.transformer, features, texts, record.schedule, settings, workspace=workspace, **more
-    )
+    scales = sample(record.transformer, features, texts, record.schedule, settings, workspace=workspace, **more)
     return [(scale.bits.clone(), scale.logits.clone()) for scale in scales]
 
 
@@ -257,7 +255,9 @@ def test_copies_of_a_source_are_not_taken_apart(patchify):
 
 def test_an_edit_that_cannot_begin_leaves_nothing(patchify, monkeypatch):
     work = Workspace(kept=False)
-    monkeypatch.setattr(type(patchify.transformer), "condition", lambda *args, **kw: (_ for _ in ()).throw(RuntimeError("stop")))
+    monkeypatch.setattr(
+        type(patchify.transformer), "condition", lambda *args, **kw: (_ for _ in ()).throw(RuntimeError("stop"))
+    )
     with pytest.raises(RuntimeError, match="stop"):
         edit(patchify, work)
     assert work.store is None and work.transformer is None
