@@ -28,7 +28,7 @@ class Engine(Protocol):
 
     def prefill(self, batch: EditBatch) -> None:
         """Read the texts, then the sources: all that stays of them are keys and values. ValueError where the batch and the
-        network do not belong together."""
+        network do not belong together. Where it fails the engine is as it was: there is nothing to close."""
 
     def logits(self, k: int, total: Tensor, guided: bool) -> Tensor:
         """Logits [B or 2B, n, D, 2] of scale k, given the running sum [B, d, H, W] of the scales before it; guided: also of

@@ -38,13 +38,20 @@ class Session:
         self.workspace = workspace or Workspace(kept=False)
         self.work: Workspace | None = None
 
-    @torch.no_grad()
     def prefill(self, batch: EditBatch) -> None:
-        network, config = self.transformer, self.transformer.config
-        check(batch, config)
+        check(batch, self.transformer.config)
         if self.work is not None:
             raise ValueError("this engine is in the middle of another batch; close that first, or make another engine")
         self.work = self.workspace if self.workspace.claim() else self.workspace.another()
+        try:
+            self._begin(batch)
+        except BaseException:
+            self.close()
+            raise
+
+    @torch.no_grad()
+    def _begin(self, batch: EditBatch) -> None:
+        network, config = self.transformer, self.transformer.config
         work, self.batch, device = self.work, batch, batch.features.device
         # Stores that keep a row of its own for every result read every source as often.
         apart = batch.copies > 1 and not work.kind.shares_source

@@ -72,19 +72,20 @@ class Workspace:
         self.state, self.record = state or State(), record
         self.store: DeviceCache | None = None
         self.memory = None
-        self._lock, self._leaving = Lock(), False
-        self.busy = False
-        """Whether an edit is at work in it."""
+        self._claimed, self._leaving = Lock(), False
         self.moved: dict[str, int] = {}
         """Bytes copied between host and device by the last store that was let go of."""
         self.recordings = Recordings()
         self.forget()
 
+    @property
+    def busy(self) -> bool:
+        """Whether an edit is at work in it."""
+        return self._claimed.locked()
+
     def claim(self) -> bool:
         """Take it for an edit, until `end`; False where another edit is at work in it."""
-        with self._lock:
-            free, self.busy = not self.busy, True
-        return free
+        return self._claimed.acquire(blocking=False)
 
     def another(self) -> Workspace:
         """One of the same kind that keeps nothing, already claimed."""
@@ -95,11 +96,18 @@ class Workspace:
     def forget(self, host: bool = True) -> None:
         """Give all memory back; host: that of the host, too, else the next store may have it. While an edit is at work
         in it, it keeps all, and gives it back at the end."""
-        if self.busy:
-            self._leaving = True
-            return
-        self._leaving = False
-        self._release(host)
+        self._leaving = True
+        while self._leaving and self.claim():
+            self._give_back(host)
+
+    def _give_back(self, host: bool) -> None:
+        """Release the memory, if it is to be, and the claim."""
+        try:
+            leaving, self._leaving = self._leaving, False
+            if leaving or not self.kept:
+                self._release(host)
+        finally:
+            self._claimed.release()
 
     def _release(self, host: bool) -> None:
         if self.store is not None:
@@ -225,9 +233,9 @@ class Workspace:
     def end(self) -> None:
         """An edit is over, in whichever way. Unless kept, everything is let go of."""
         self.transformer = self.attention = None
-        self.busy = False
-        if self._leaving or not self.kept:
-            self.forget(host=self._leaving)
+        self._give_back(host=self._leaving)
+        if self._leaving:  # another thread has asked since
+            self.forget()
 
     @property
     def _recording(self) -> bool:

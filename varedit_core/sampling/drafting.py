@@ -39,9 +39,9 @@ class Drafting:
                 f"the drafter would draw {count} scales but {len(batch.prefix)} are begun already; set drafted to more, or "
                 "leave the drafter out"
             )
+        self.drafter.prefill(batch)
         self.batch, self.count, self.present = batch, count, self.drafter
         self.totals: list[tuple[Tensor, bool]] = []
-        self.drafter.prefill(batch)
 
     def logits(self, k: int, total: Tensor, guided: bool) -> Tensor:
         if k < self.count:

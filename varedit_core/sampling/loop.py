@@ -29,8 +29,8 @@ def sample(engine: Engine, batch: EditBatch, controls: Sequence[Callable[[Scale]
     device.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in batch.row_seeds()]
+    engine.prefill(batch)
     try:
-        engine.prefill(batch)
         source, finite = batch.source(), None
         total = torch.zeros_like(source.features)
         for k, (guidance, temperature, _) in enumerate(batch.plan):
