@@ -224,7 +224,7 @@ def one_case(folder: Path, comfyui: Path, limit: float, kind: str, file: str, si
             facts["weights_gb"] = round(model.model_size() / GB, 2)
             facts["ballast_gb"] = round(ballast.nbytes / GB, 2) if ballast is not None else 0
         work = model.model.keeper(model.load_device).work
-        facts["recorded"] = len(work.recorded)
+        facts["recorded"] = len(work.recordings)
         if work.shape is not None:
             timed("sampler, other seed", nodes["VAREditSampler"].execute, model, source, text, 1, 3.0, 0.1)
             facts["other_seed"] = times["sampler, other seed"]

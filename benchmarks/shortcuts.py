@@ -17,7 +17,7 @@ import torch
 
 from varedit_core import Editor, SamplingSettings, load_transformer
 from varedit_core.cli.common import hardware
-from varedit_core.defaults import NO_SHORTCUTS, Shortcuts
+from varedit_core.controls.registry import NO_SHORTCUTS, Shortcuts
 from varedit_core.demo import FOLDER, GUIDANCE, demo_files
 from varedit_core.runtime.eight_bit_cache import EightBitCache
 from varedit_core.runtime.workspace import Workspace

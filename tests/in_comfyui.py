@@ -614,7 +614,7 @@ class Probe:
         from PIL import Image
 
         from varedit_core import SamplingSettings, load_transformer, sample, schedule_for
-        from varedit_core.defaults import Shortcuts
+        from varedit_core.controls.registry import Shortcuts
         from varedit_core.pictures.images import fit_mask
         from varedit_core.sampling.drafting import draft_and_refine
 
@@ -679,9 +679,10 @@ class Probe:
         from PIL import Image
 
         from varedit_core import Editor, SamplingSettings
-        from varedit_core.defaults import Controls, Curve
+        from varedit_core.controls.registry import Controls
         from varedit_core.demo import demo_files
-        from varedit_core.editor import Region
+        from varedit_core.pictures.composite import Region
+        from varedit_core.sampling.settings import Curve
 
         torch, editor = self.torch, Editor.load(*demo_files(), device="cpu")
         execute, decode = (self.nodes[f"VAREdit{name}"].execute for name in ("Sampler", "Decode"))
@@ -751,7 +752,8 @@ class Probe:
         decode(self.vae, {**auto, "samples": auto["samples"] + 1}, picture)
         own = as_mask(white((0, 0, 150, 230), small.size))
         by_mask, used = decode(self.vae, auto, picture, own).result
-        ignored = decode(self.vae, {**auto, "varedit": replace(auto["varedit"], auto_mask=0.0)}, picture, own).result[0]
+        unmasked = replace(auto["varedit"], tokens=replace(auto["varedit"].tokens, auto_mask=0.0))
+        ignored = decode(self.vae, {**auto, "varedit": unmasked}, picture, own).result[0]
         found["auto told"] = [*said, bool((ones == 1).all()), list(ones.shape)]
         found["own mask"] = [torch.equal(by_mask, ignored), torch.equal(used, own.expand(2, -1, -1))]
 
@@ -824,8 +826,8 @@ class Probe:
         import numpy as np
 
         from varedit_core import Editor
-        from varedit_core.defaults import TEXT_SETTINGS
         from varedit_core.demo import demo_files
+        from varedit_core.sampling.settings import TEXT_SETTINGS
 
         torch, said, sampler = self.torch, [], sys.modules["varedit_pack.nodes.sampler"]
         model = self.run("ModelLoader", "varedit_demo.safetensors", "fp32", "text-to-image")

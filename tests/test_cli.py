@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from varedit_core.cli.app import app, main
 from varedit_core.cli.common import guidance_or_default
-from varedit_core.defaults import FIT, SIZE, SamplingSettings
+from varedit_core.defaults import FIT, SIZE
 from varedit_core.demo import GUIDANCE as DEMO_GUIDANCE
 from varedit_core.demo import SIZE as DEMO_SIZE
+from varedit_core.sampling.settings import SamplingSettings
 
 RECORD = GOLDEN / "patchify_256.safetensors"
 EDIT = [

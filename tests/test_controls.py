@@ -8,14 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
+from varedit_core.controls.effects import hold, preserve
 
 from varedit_core import Editor
-from varedit_core.controls.effects import Candidates, Certainty, changed, exclusive, hold, preserve
-from varedit_core.defaults import NEUTRAL, PRESETS, Controls, Curve, SamplingSettings, Shortcuts
+from varedit_core.controls.auto_mask import changed
+from varedit_core.controls.best_of import Candidates
+from varedit_core.controls.confidence import Certainty
+from varedit_core.controls.regions import exclusive
+from varedit_core.controls.registry import NEUTRAL, Controls, Shortcuts
 from varedit_core.demo import GUIDANCE, SAMPLES, SIZE, demo_files
-from varedit_core.editor import Region, masked
+from varedit_core.pictures.composite import Region, masked
 from varedit_core.pictures.images import fit_mask
-from varedit_core.sampling.loop import sample
+from varedit_core.runtime.session import sample
+from varedit_core.sampling.settings import PRESETS, Curve, SamplingSettings
 from varedit_core.tokenizer.quantizer import encode, latent_grids
 from varedit_core.tokenizer.schedule import schedule_for
 from varedit_core.tokenizer.tokens import Tokens

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from varedit_core.defaults import SamplingSettings
 from varedit_core.model.config import TransformerConfig
 from varedit_core.model.kv_cache import SOURCE
 from varedit_core.model.layers import sdpa
 from varedit_core.runtime.kv_caches import DeviceCache
-from varedit_core.sampling.loop import sample
+from varedit_core.runtime.session import sample
+from varedit_core.sampling.settings import SamplingSettings
 from varedit_core.tokenizer.quantizer import decode, latent_grids, linear_resize, to_tokens
 from varedit_core.tokenizer.schedule import schedule_for
 from varedit_core.training.parallel import BlockCausal, TeacherForced, parallel_logits
@@ -31,6 +31,8 @@ def run(record, texts, features=None, settings=GREEDY, negatives=None, schedule=
 @pytest.mark.parametrize("store", [TeacherForced, BlockCausal])
 @pytest.mark.parametrize("layout", ["patchify", "plain"])
 def test_cached_decoding_equals_uncached_forward(layout, store, request):
+    if store is BlockCausal:  # training has a later floor of torch than editing
+        pytest.importorskip("torch.nn.attention.flex_attention")
     record = request.getfixturevalue(layout)
     scales = run(record, record.texts("text"), settings=FREE)
     schedule, patch, bits = record.schedule, 2 if layout == "patchify" else 1, [s.bits for s in scales]

@@ -492,7 +492,7 @@ def test_a_loader_offers_the_files_of_its_folder(nodes, models, name, folder):
 @pytest.mark.parametrize(("name", "folder"), LOADERS.items())
 def test_a_loader_says_where_a_missing_file_belongs(nodes, models, name, folder, monkeypatch):
     adapter = {"diffusion_models": "model", "text_encoders": "text_encoder", "vae": "vae"}[folder]
-    module = type(sys)(f"pack_x_varedit.nodes.{adapter}")  # the real one imports ComfyUI's own modules
+    module = type(sys)(f"pack_x_varedit.nodes.adapters.{adapter}")  # the real one imports ComfyUI's own modules
     module.load_model = module.load_clip = module.load_vae = None
     monkeypatch.setitem(sys.modules, module.__name__, module)
     rest = [slot.default for slot in nodes[name].define_schema().inputs[1:]]

@@ -6,7 +6,7 @@ from PIL import Image
 from support import GOLDEN, ROOT
 
 from varedit_core import Editor, SamplingSettings
-from varedit_core.defaults import Shortcuts
+from varedit_core.controls.registry import Shortcuts
 from varedit_core.demo import demo_files
 from varedit_core.files.weights import open_weights
 

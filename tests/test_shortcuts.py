@@ -6,18 +6,20 @@ import pytest
 import torch
 
 from varedit_core import Editor
-from varedit_core.defaults import SamplingSettings, Shortcuts
+from varedit_core.controls.mask import token_masks
+from varedit_core.controls.registry import Shortcuts
+from varedit_core.controls.window import BAND, bands
 from varedit_core.demo import demo_files
 from varedit_core.model.layers import sdpa
 from varedit_core.model.transformer import Transformer
 from varedit_core.runtime import approximations as shortcuts
-from varedit_core.runtime.approximations import BAND, bands, token_masks
 from varedit_core.runtime.eight_bit_cache import EightBitCache
 from varedit_core.runtime.kv_caches import DeviceCache
 from varedit_core.runtime.workspace import Workspace
 from varedit_core.sampling import loop as sampling
 from varedit_core.sampling.drafting import draft_and_refine
-from varedit_core.sampling.loop import sample
+from varedit_core.runtime.session import sample
+from varedit_core.sampling.settings import SamplingSettings
 from varedit_core.shapeedit.evaluate import draw, evaluate
 from varedit_core.tokenizer.quantizer import area_resize
 from varedit_core.tokenizer.schedule import schedule_for

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from varedit_core import Editor
 from varedit_core.cli.sweep import sweep as command
-from varedit_core.defaults import NEUTRAL, SWEPT, Controls, SamplingSettings
+from varedit_core.controls.registry import NEUTRAL, SWEPT, Controls
 from varedit_core.demo import GUIDANCE, SIZE, demo_files
 from varedit_core.pictures.contact_sheet import Row, contact_sheet
+from varedit_core.sampling.settings import SamplingSettings
 from varedit_core.sweep import MOST, Axis, grid, planned, sweep
 
 CAT, WORDS = ROOT / "samples" / "cat.jpg", "make it sepia"

@@ -15,7 +15,10 @@ from typer.testing import CliRunner
 from benchmarks.real_size import published_shapes, random_tensor
 from varedit_core import Editor, SamplingSettings, load_transformer, sample, schedule_for
 from varedit_core.cli.app import app
-from varedit_core.defaults import KINDS, RATIOS, TEXT_SETTINGS, Shortcuts
+from varedit_core.controls.mask import token_masks
+from varedit_core.controls.registry import Shortcuts
+from varedit_core.controls.window import bands
+from varedit_core.defaults import KINDS, RATIOS
 from varedit_core.demo import demo_files
 from varedit_core.files.checkpoints import KIND
 from varedit_core.files.convert import convert
@@ -25,10 +28,10 @@ from varedit_core.files.weights import open_weights
 from varedit_core.model.config import TRANSFORMERS
 from varedit_core.model.positions import rotary
 from varedit_core.pictures.images import load_mask
-from varedit_core.runtime.approximations import bands, token_masks
 from varedit_core.runtime.plan import STORES, Job
 from varedit_core.runtime.workspace import Workspace
 from varedit_core.sampling.drafting import draft_and_refine
+from varedit_core.sampling.settings import TEXT_SETTINGS
 from varedit_core.tokenizer.schedule import TABLES
 
 GREEDY = SamplingSettings(temperature=0.0)

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from varedit_core.defaults import SamplingSettings
 from varedit_core.model.layers import sdpa
 from varedit_core.runtime import workspace
 from varedit_core.runtime.folded_text import FoldedText, fill, room
 from varedit_core.runtime.graphs import State
 from varedit_core.runtime.kv_caches import DeviceCache
 from varedit_core.runtime.workspace import Shape, Workspace
-from varedit_core.sampling.loop import sample
+from varedit_core.runtime.session import sample
+from varedit_core.sampling.settings import SamplingSettings
 
 SETTINGS = SamplingSettings(temperature=0.7, seed=5)
 
@@ -52,8 +52,12 @@ def edit(record, workspace=None, settings=SETTINGS, features=None, texts=None, *
 
 
 def same(found, wanted, atol=0.0):
+    """Equal numbers; with a tolerance, up to the first scale where a draw was so close that it fell the other way."""
     for (bits, logits), (expected_bits, expected) in zip(found, wanted, strict=True):
         torch.testing.assert_close(logits, expected, atol=atol, rtol=0)
+        if atol and not torch.equal(bits, expected_bits):
+            assert (bits != expected_bits).sum() <= 1 + bits.numel() / 1000
+            return
         assert torch.equal(bits, expected_bits)
 
 

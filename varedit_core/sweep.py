@@ -9,11 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from PIL import Image
+from torch import Tensor
 
-from .defaults import DEFAULT_SETTINGS, FIT, NEUTRAL, PRESET, SIZE, SWEPT, Controls, SamplingSettings
+from .controls.registry import NEUTRAL, SWEPT, Controls
+from .defaults import FIT, SIZE
 from .editor import Editor, Picture
 from .pictures.contact_sheet import LETTERS, Row, contact_sheet
 from .pictures.images import load_image
+from .sampling.settings import DEFAULT_SETTINGS, PRESET, SamplingSettings
 
 CELL = 256
 """Largest side of a picture on the grid, in pixels."""
@@ -97,31 +100,39 @@ def _with(values: dict, settings: SamplingSettings, controls: Controls) -> tuple
     return settings, replace(controls, **own(Controls))
 
 
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """What every edit of a sweep has in common; the arguments are those of `Editor.run`."""
+
+    picture: Picture
+    instruction: str | Tensor
+    negative: str = ""
+    size: str = SIZE
+    method: str = FIT
+    mask: Image.Image | None = None
+
+
 def sweep(
     editor: Editor,
-    picture: Picture,
-    instruction,
+    swept: Swept,
     cells: Sequence[Sequence[Cell]],
-    negative: str = "",
-    size: str = SIZE,
-    method: str = FIT,
-    mask: Image.Image | None = None,
     on_cell: Callable[[Cell, Image.Image], None] | None = None,
 ) -> list[list[Image.Image]]:
     """The pictures of the edits that `planned` lists; picture and instruction are encoded once.
 
-    The arguments are those of `Editor.run`. on_cell: called with every edit when it is done.
+    on_cell: called with every edit when it is done.
     """
-    source = load_image(picture) if not hasattr(picture, "rgb") else picture
-    features = editor.encode_source([editor.fit(source, size, method)])
-    prompt = editor.encode_text([instruction])[0] if isinstance(instruction, str) else instruction
-    unwanted = [editor.encode_text([negative])[0]] if negative else None
-    more = dict(size=size, method=method, mask=mask, features=features)
+    source = swept.picture if hasattr(swept.picture, "rgb") else load_image(swept.picture)
+    features = editor.encode_source([editor.fit(source, swept.size, swept.method)])
+    words = swept.instruction
+    prompt = editor.encode_text([words])[0] if isinstance(words, str) else words
+    unwanted = [editor.encode_text([swept.negative])[0]] if swept.negative else None
+    more = dict(size=swept.size, method=swept.method, mask=swept.mask, features=features)
     rows = []
     for row in cells:
         rows.append([])
         for cell in row:
-            (result,) = editor.run(source, prompt, unwanted, settings=cell.settings, controls=cell.controls, **more).pictures
+            (result,) = editor.edit(source, prompt, unwanted, settings=cell.settings, controls=cell.controls, **more)
             rows[-1].append(result)
             if on_cell:
                 on_cell(cell, result)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, SIZES, SamplingSettings, Shortcuts
+from ..controls.registry import NO_SHORTCUTS, Shortcuts
+from ..defaults import SIZES
 from ..editor import Editor
 from ..model.config import TRANSFORMERS, TransformerConfig
 from ..model.transformer import Transformer
@@ -16,6 +17,8 @@ from ..runtime.eight_bit_cache import EightBitCache
 from ..runtime.fp8 import LINEARS
 from ..runtime.host_cache import HostCache
 from ..runtime.workspace import Workspace
+from ..sampling.batch import EditBatch
+from ..sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from ..tokenizer.schedule import Schedule, schedule_for
 from .models import MODELS, random_transformer
 
@@ -163,8 +166,9 @@ def work(config: TransformerConfig, case: Case) -> list[tuple[Work, ...]]:
     """
     schedule, width = case.schedule, config.width
     weights = config.depth * (6 * width**2 + 2 * width * config.hidden)
-    guidance = [g for g, _, _ in case.shortcuts.planned(case.settings.per_scale(len(schedule)))]
-    guided = max((k + 1 for k, g in enumerate(guidance) if g != 1), default=0)
+    empty = torch.empty(1, config.token_bits, *schedule.grids[-1], device="meta")
+    batch = EditBatch.of(empty, [empty], schedule, case.settings, shortcuts=replace(case.shortcuts, inside=0))
+    guidance, guided = [g for g, _, _ in batch.plan], batch.guided
 
     def one(tokens: int, seen: int, rows: int) -> Work:
         return Work(2 * weights * tokens * rows, 4 * config.depth * width * tokens * seen * rows, weights)

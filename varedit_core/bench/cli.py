@@ -16,6 +16,7 @@ import typer
 from ..cli import common as options
 from ..cli.common import console
 from ..editor import device_of
+from ..files.safe_write import write_json
 from .cases import KINDS, PLAIN, Case, choose
 from .ceilings import Ceilings, measure_ceilings
 from .measure import Result, measure
@@ -49,7 +50,7 @@ def bench(
     targets = _targets(report, save, device_name(place))
     facts = run(chosen, place, repeats, published)
     for target in targets:
-        target.write_text(json.dumps(merged(target, facts), indent=1) + "\n")
+        write_json(target, merged(target, facts))
     print(json.dumps(facts))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..editor import Editor
 from ..pictures.images import FittedImage, SourceImage, fit
-from ..sampling.loop import Promises
+from ..sampling.batch import EditBatch
 from .cases import MASK_SIDE, Case, Work, work
 from .ceilings import Ceilings
 from .clock import Marks, Timed, synchronize, timed
@@ -103,18 +103,19 @@ class Runs:
         phase, moment = phase or _nothing, moment or _nothing
         self.count += 1
         source = self.pictures[self.count % PICTURES]
-        promises = Promises(checks=True)
+        hints = {}
         if self.kept:
             features, texts = self.kept
         elif phase is _nothing:
-            features, texts, promises = self.editor.begin([source], [PROMPT])
+            features, texts, hints = self.editor.begin([source], [PROMPT])
         else:
             features, texts = self._encoded(source, phase)
         moment()
         settings, options = replace(self.case.settings, seed=self.count), dict(self.options)
         if self.case.new_masks:
             options["mask"] = options["mask"].roll(self.count % MASK_SIDE, -1)
-        for scale in self.editor.sample(features, texts, self.case.schedule, settings, promises=promises, **options):
+        batch = EditBatch.of(features, texts, self.case.schedule, settings, **options, **hints)
+        for scale in self.editor.scales(batch):
             moment()
             last = scale
         latents = last.running_sum

@@ -23,8 +23,9 @@ from ..shapeedit.cli import app as shapeedit
 from ..training.cli import train
 from . import common as options
 from .common import DTYPES, choice, console, progress
+from .decode import decode
 from .demo import demo
-from .edit import decode, edit
+from .edit import edit
 from .generate import generate
 from .sweep import sweep
 

@@ -199,8 +199,8 @@ def load_transformer(
     """Load a transformer of any size; its sizes are read off the file.
 
     dtype: of the blocks (everything else is fp32). linears: "exact", or "8-bit" (see `eight_bit`): every matrix is
-    rounded as it comes. kind: "edit" or "text-to-image"; auto does as the file says (see `told_kind`), and edits where it
-    says nothing. Tensors go to `device` one by one, so that the peak there is the network plus one tensor.
+    rounded as it comes. kind: "edit" or "text-to-image"; auto does as the file says (see `told_kind`), and edits
+    where it says nothing. Tensors go to `device` one by one, so that the peak there is the network plus one tensor.
     Raises WeightError, and ValueError for unknown linears or kinds; never loads a part.
     """
     check_linears(linears)
@@ -282,8 +282,8 @@ def _filled(network: Transformer | Autoencoder, weights: Weights, device) -> Tra
     foreign = sorted(key for key in weights if key.endswith(_BESIDE[1:]))
     if foreign:
         raise WeightError(
-            f"{weights.path} is quantised in a way that only ComfyUI runs ({foreign[0]}); use the original or convert it "
-            "with `varedit convert`"
+            f"{weights.path} is quantised in a way that only ComfyUI runs ({foreign[0]}); use the original or convert "
+            "it with `varedit convert`"
         )
     rounded = {f"{name}.weight" for name, m in network.named_modules() if isinstance(m, EightBitLinear)}
     network.load_state_dict(dict(_placed(expected(network), weights, device, rounded)), assign=True)
@@ -332,5 +332,6 @@ def check(weights: Weights, wanted: dict[str, Sequence[int]]) -> None:
         packed = key in scaled and weights.meta[key].dtype in (torch.uint8, torch.int8)
         if weights.meta[key].shape[: 1 if packed else None] != torch.Size(shape)[: 1 if packed else None]:
             raise WeightError(
-                f"{weights.path} has {key} of shape {list(weights.meta[key].shape)} where {list(shape)} was expected; nothing was loaded"
+                f"{weights.path} has {key} of shape {list(weights.meta[key].shape)} where {list(shape)} was expected; "
+                "nothing was loaded"
             )

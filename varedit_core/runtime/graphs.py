@@ -6,13 +6,17 @@ compares `State` before every replay and records anew where something has moved.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache
+from functools import cache
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 
 class Captured:
@@ -21,14 +25,18 @@ class Captured:
     function: called with static copies of `inputs`, once before it is recorded (kernels are compiled and chosen then);
     it must not wait for the device and must find everything else in place. first: the result of that call; it stands,
     as a second one may find changed what the first has read. device: of all that it touches. pool: memory shared with
-    other graphs, of which never two run at once. complete: whether it could be recorded; not where memory ran out.
+    other graphs, of which never two run at once. failure: why it could not be recorded, a line; None where it was.
     """
 
     def __init__(
-        self, function: Callable[..., Tensor | None], inputs: tuple[Tensor, ...], device: torch.device, pool=None
+        self,
+        function: Callable[..., Tensor | None],
+        inputs: tuple[Tensor, ...],
+        device: torch.device,
+        pool: tuple[int, int],
     ) -> None:
         self.inputs = tuple(x.clone() for x in inputs)
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph, self.failure = torch.cuda.CUDAGraph(), None
         with torch.cuda.device(device):
             here, stream = torch.cuda.current_stream(), _recording_stream(torch.cuda.current_device())
             stream.wait_stream(here)
@@ -41,14 +49,30 @@ class Captured:
                 self.first.record_stream(here)
             before = torch.cuda.memory_reserved()
             try:
-                # Other threads of the process may use the device meanwhile.
-                with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    self.output = function(*self.inputs)
-                self.complete = True
-            except torch.cuda.OutOfMemoryError:
-                self.complete = False
+                self._record(function, pool, stream)
+            except RuntimeError as error:  # memory ran out, or the function asks for what no graph can hold
+                self.failure = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.device, self.nbytes = here.device, max(0, torch.cuda.memory_reserved() - before)
-        _living.add(self)
+        if self.failure is None:
+            _living.add(self)
+
+    def _record(self, function: Callable[..., Tensor | None], pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
+        """Record the function on a stream. Its own error is raised even where the end of the recording fails, too."""
+        here, own = torch.cuda.current_stream(), None
+        try:
+            # Other threads of the process may use the device meanwhile.
+            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                try:
+                    self.output = function(*self.inputs)
+                except BaseException as error:
+                    own = error
+                    raise
+        except BaseException as error:
+            torch.cuda.set_stream(here)
+            _settle(pool, stream)
+            raise (own or error) from None
+        finally:
+            own = None  # errors hold this frame
 
     def __call__(self, *inputs: Tensor) -> Tensor | None:
         """The function's result for other inputs of the same shapes; it holds until the next call of any graph of the
@@ -60,6 +84,32 @@ class Captured:
         return self.output
 
 
+def _settle(pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
+    """Undo what torch leaves behind where not even the end of a recording succeeds.
+
+    Many versions then take the pool to be recorded for ever, so that nothing else is recorded with it and no memory
+    that waits for a stream is given back, and the device's random numbers as well, so that drawing any is an error.
+    """
+    names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # the second up to 2.6 or so
+    end = next((getattr(torch._C, name) for name in names if hasattr(torch._C, name)), None)
+    try:
+        if end is not None:
+            end(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+    except RuntimeError:  # it had ended
+        pass
+    here = torch.cuda.current_stream()
+    try:  # a recording of nothing, of which the end frees the random numbers
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it holds nothing
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
+                pass
+    except RuntimeError as error:
+        logger.debug("a recording of nothing failed, too: %s", error)
+    finally:
+        torch.cuda.set_stream(here)
+
+
 _living: WeakSet[Captured] = WeakSet()
 
 
@@ -69,7 +119,6 @@ def recorded_bytes(device: torch.device) -> int:
     return sum(graph.nbytes for graph in _living if graph.device.index == index)
 
 
-@lru_cache(maxsize=1)
 def can_record() -> bool:
     """Whether functions can be recorded: Triton refuses memory of a graph that CUDA's own allocator made."""
     return torch.cuda.is_available() and torch.cuda.get_allocator_backend() == "native"
@@ -77,7 +126,7 @@ def can_record() -> bool:
 
 @cache
 def _recording_stream(device: int) -> torch.cuda.Stream:
-    """The device's stream for recording. Always the same: cuBLAS keeps 32 MiB for every stream that it ever worked on."""
+    """The device's stream for recording. Always the same: cuBLAS keeps 32 MiB for every stream it ever worked on."""
     return torch.cuda.Stream(device)
 
 
@@ -122,47 +171,92 @@ class State:
             self.tensors = [part for m in modules for part in (m._parameters, m._buffers) if part]
             present = self.held = [network, *(child for children in self.children for child in children.values())]
         weights = [
-            (t.data_ptr(), t.is_inference() or t._version) for part in self.tensors for t in part.values() if t is not None
+            (t.data_ptr(), t.is_inference() or t._version)
+            for part in self.tensors
+            for t in part.values()
+            if t is not None
         ]
         return tuple(map(id, present)), tuple(weights)
+
+
+class Recordings:
+    """Functions of one device by name, each recorded when it is run for the second time.
+
+    One that cannot be recorded is run as it is from then on, until `forget`: a line in the log says so once.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def __len__(self) -> int:
+        return len(self.recorded)
+
+    def __contains__(self, name: Hashable) -> bool:
+        """Whether it is known how a function runs: recorded, or not to be recorded."""
+        return name in self.recorded or name in self.failed
+
+    def forget(self) -> None:
+        """Give back what recorded functions hold."""
+        self.seen: set[Hashable] = set()
+        self.failed: set[Hashable] = set()
+        self.recorded: dict[Hashable, Captured] = {}
+        self.pool = None
+
+    def keep(self, wanted: Callable[[Hashable], bool]) -> None:
+        """Forget all functions but those whose names are wanted."""
+        self.seen, self.failed = ({name for name in names if wanted(name)} for names in (self.seen, self.failed))
+        self.recorded = {name: graph for name, graph in self.recorded.items() if wanted(name)}
+
+    def __call__(
+        self, name: Hashable, function: Callable[..., Tensor | None], inputs: tuple[Tensor, ...], device: torch.device
+    ) -> Tensor | None:
+        """The result of a function of this name, in memory of its own. See `Captured`."""
+        if name in self.recorded:
+            result = self.recorded[name](*inputs)
+            return None if result is None else result.clone()  # the next replay writes there again
+        if name in self.failed or name not in self.seen:
+            self.seen.add(name)
+            return function(*inputs)
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        try:
+            made = Captured(function, inputs, device, self.pool)
+        except RuntimeError:  # the function's own; where recording took the memory, the next call may do without
+            self.failed.add(name)
+            raise
+        if made.failure is None:
+            self.recorded[name] = made
+        else:
+            if not self.failed:
+                logger.warning("work that cannot be recorded runs without, which is slower: %s", made.failure)
+            self.failed.add(name)
+        return made.first
 
 
 class Recorder:
     """A function of a network, recorded for every shape of input that comes a second time; CUDA only, else just called.
 
     function: of tensors of one device, to a tensor. most: inputs of more numbers, together, are never recorded, as they
-    keep the device busy without. With more than SHAPES shapes it begins anew.
+    keep the device busy without. With more than SHAPES shapes it begins anew, and so it does where the network changed.
     """
 
     SHAPES = 8
 
     def __init__(self, network: nn.Module, function: Callable[..., Tensor], most: float = float("inf")) -> None:
         self.network, self.function, self.most = network, function, most
-        self.state = State()
-        self.forget()
+        self.state, self.recordings = State(), Recordings()
+        self.held: Hashable = None
 
     def forget(self) -> None:
         """Give back what recorded work holds."""
-        self.held: Hashable = None
-        self.seen: set[tuple] = set()
-        self.recorded: dict[tuple, Captured] = {}
-        self.pool = None
+        self.held = None
+        self.recordings.forget()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """The function's result, in memory of its own."""
         if not inputs[0].is_cuda or not can_record() or sum(x.numel() for x in inputs) > self.most:
             return self.function(*inputs)
-        state, key = self.state(self.network), tuple(tuple(x.shape) for x in inputs)
-        if state != self.held or (key not in self.recorded and len(self.recorded) == self.SHAPES):
-            self.forget()
+        state, shapes = self.state(self.network), tuple(tuple(x.shape) for x in inputs)
+        if state != self.held or (shapes not in self.recordings and len(self.recordings) == self.SHAPES):
+            self.recordings.forget()
             self.held = state
-        if key not in self.seen:
-            self.seen.add(key)
-            return self.function(*inputs)
-        if key not in self.recorded:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            made = Captured(self.function, inputs, inputs[0].device, self.pool)
-            if made.complete:
-                self.recorded[key] = made
-            return made.first
-        return self.recorded[key](*inputs).clone()
+        return self.recordings(shapes, self.function, inputs, inputs[0].device)

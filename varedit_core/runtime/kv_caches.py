@@ -14,24 +14,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from ..controls.window import Bands
 from ..model.config import TransformerConfig
 from ..model.functional import split_heads
 from ..model.kv_cache import SOURCE, KVCache, Pass, pooled
 from ..model.layers import Attention
 from ..tokenizer.schedule import Schedule
 from .kernels import banded_attention, heads_into, split_attention
-
-
-@dataclass(frozen=True, eq=False)
-class Bands:
-    """Queries that see only some keys: each `tokens` consecutive ones their own pieces of `DeviceCache.seen`.
-
-    pieces: int32 [bands, P, 2], begin and end of each; empty ones fill up. listed: the same on the host.
-    """
-
-    tokens: int
-    pieces: Tensor
-    listed: tuple[tuple[slice, ...], ...]
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ from ..model.layers import Attention
 from ..model.transformer import BlockConstants, Condition, Transformer
 from ..tokenizer.schedule import Schedule
 from .folded_text import counted, fill, foldable, room
-from .graphs import Answer, Captured, State, can_record, on
-from .kernels import can_attend_to_text
+from .graphs import Answer, Recordings, State, can_record, on
+from .kernels import can_attend_to_text, widens
 from .kv_caches import DeviceCache, RowPass
 
 RECORDED_TOKENS = 2304
@@ -71,12 +72,36 @@ class Workspace:
         self.state, self.record = state or State(), record
         self.store: DeviceCache | None = None
         self.memory = None
+        self._lock, self._leaving = Lock(), False
+        self.busy = False
+        """Whether an edit is at work in it."""
         self.moved: dict[str, int] = {}
         """Bytes copied between host and device by the last store that was let go of."""
+        self.recordings = Recordings()
         self.forget()
 
+    def claim(self) -> bool:
+        """Take it for an edit, until `end`; False where another edit is at work in it."""
+        with self._lock:
+            free, self.busy = not self.busy, True
+        return free
+
+    def another(self) -> Workspace:
+        """One of the same kind that keeps nothing, already claimed."""
+        made = Workspace(self.kind, False, self.rows_at_once, self.fold, record=False)
+        made.claim()
+        return made
+
     def forget(self, host: bool = True) -> None:
-        """Give all memory back; host: that of the host, too, else the next store may have it."""
+        """Give all memory back; host: that of the host, too, else the next store may have it. While an edit is at work
+        in it, it keeps all, and gives it back at the end."""
+        if self.busy:
+            self._leaving = True
+            return
+        self._leaving = False
+        self._release(host)
+
+    def _release(self, host: bool) -> None:
         if self.store is not None:
             self.memory, self.moved = getattr(self.store, "memory", None), dict(getattr(self.store, "moved", {}))
             self.store.release()
@@ -94,9 +119,7 @@ class Workspace:
         self.source: tuple[Tensor, ...] = ()
         self._unchanged: Answer | None = None
         self.lengths: tuple[int, ...] = ()
-        self.seen: set[tuple] = set()
-        self.recorded: dict[tuple, Captured] = {}
-        self.pool = None
+        self.recordings.forget()
 
     @property
     def nbytes(self) -> int:
@@ -118,18 +141,17 @@ class Workspace:
         # Another attention of the same kind is taken for the same.
         weights = self.state(transformer), transformer.config, getattr(attention, "recordable", False)
         if (shape, weights) != (self.shape, self.weights):
-            self.forget(host=False)
+            self._release(host=False)
         if self.store is None:
             sizes = (shape.schedule, shape.rows, shape.dtype, shape.device)
             more = {"copies": shape.copies, "memory": self.memory}
             self.store, self.memory = self.kind.of(transformer, self.rows_at_once, *sizes, **more), None
             self.passes = self.store.passes(shape.device)
             self.constants = transformer.constants(shape.device)
-            self.finite = torch.ones((), dtype=torch.bool, device=shape.device)
-            self.foldable = foldable(transformer, shape.dtype)
+            short = shape.text in FOLDED and foldable(transformer, shape.dtype)
+            self.foldable = short and widens(shape.device, shape.dtype)  # asked once, as the answer may change
             self.shape, self.weights = shape, weights
         self.transformer, self.attention = transformer, attention
-        self.finite.fill_(True)
         self.condition = self._condition(texts, beside)
 
     def expect(self, identity: Sequence[Tensor], fresh: bool = False) -> None:
@@ -172,8 +194,7 @@ class Workspace:
             self.changed = made()
             self._depends = tuple(x.clone() if isinstance(x, Tensor) else x for x in depends)
             present = {"text", "source", *self.passes, *self.changed}
-            self.recorded = {name: graph for name, graph in self.recorded.items() if name[0] in present}
-            self.seen = {name for name in self.seen if name[0] in present}
+            self.recordings.keep(lambda name: name[0] in present)
         return self.changed
 
     def run(
@@ -197,17 +218,16 @@ class Workspace:
                 x = forward(x, whole.rows(slice(0, rows)), own)
             else:
                 x = self._in_turn(x, step, forward)
-            logits = self.transformer.logits(x[:asked], whole)
-            self.finite.logical_and_(logits.isfinite().all())
-            return logits
+            return self.transformer.logits(x[:asked], whole)
 
         return self._run((step, rows, asked, shared, self.lengths), rows * step.rotary.shape[1], run, *inputs)
 
     def end(self) -> None:
         """An edit is over, in whichever way. Unless kept, everything is let go of."""
         self.transformer = self.attention = None
-        if not self.kept:
-            self.forget(host=False)
+        self.busy = False
+        if self._leaving or not self.kept:
+            self.forget(host=self._leaving)
 
     @property
     def _recording(self) -> bool:
@@ -218,7 +238,7 @@ class Workspace:
     @property
     def _folding(self) -> bool:
         """Whether cross-attention's projections are folded into the text: it takes memory, and saves a tenth."""
-        return self.fold and self._recording and self.shape.text in FOLDED and self.foldable
+        return self.fold and self._recording and self.foldable
 
     def _in_turn(
         self, x_RnC: Tensor, step: RowPass, function: Callable[[Tensor, Condition, RowPass], Tensor | None]
@@ -235,22 +255,10 @@ class Workspace:
     def _run(
         self, name: tuple, tokens: int, function: Callable[..., Tensor | None], *inputs: Tensor
     ) -> Tensor | None:
-        """The result of a function, recorded if it may be and was run before. tokens: of its pass, all rows together."""
+        """The result of a function, recorded if it may be and was run before. tokens: of its pass, all rows."""
         if not self._recording or tokens > RECORDED_TOKENS:
             return function(*inputs)
-        if name not in self.recorded and name not in self.seen:
-            self.seen.add(name)
-            return function(*inputs)
-        if name not in self.recorded:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            made = Captured(function, inputs, self.shape.device, self.pool)
-            if not made.complete:  # memory is short
-                self.record = False
-                return made.first
-            self.recorded[name] = made
-            return made.first
-        result = self.recorded[name](*inputs)
-        return None if result is None else result.clone()  # the next edit's replay writes there again
+        return self.recordings(name, function, inputs, self.shape.device)
 
     def _condition(self, texts: Sequence[Tensor], beside: torch.cuda.Stream | None) -> Condition:
         """What depends on the text alone, its rows repeated for every copy; where recorded passes find it."""

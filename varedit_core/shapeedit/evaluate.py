@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, SamplingSettings, Shortcuts
+from ..controls.registry import NO_SHORTCUTS, Shortcuts
 from ..editor import Editor
+from ..files.safe_write import write_text
 from ..pictures.images import save_image, to_uint8
+from ..sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from ..tokenizer.quantizer import encode, latent_grids
 from ..tokenizer.schedule import TOKEN_PIXELS, Schedule, schedule_for
 from ..tokenizer.vae import Autoencoder
@@ -275,7 +277,7 @@ def make(folder: str | Path, seed: int, count: int, split: str = "test", batch: 
                 image = picture(pixels)
                 save_image(image.convert("L") if kind == "mask" else image, folder / names[kind])
             lines.append(json.dumps({**names, "instruction": sample.instruction, "family": sample.family}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_text(folder / "metadata.jsonl", "".join(lines))
     return folder
 
 

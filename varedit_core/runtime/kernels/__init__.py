@@ -8,7 +8,6 @@ traced; where it is missing (Windows, macOS, CPU builds of torch) the plain form
 
 from __future__ import annotations
 
-import logging
 from functools import cache, lru_cache
 from importlib import import_module
 
@@ -19,8 +18,7 @@ from torch import Tensor, nn
 from ...model import functional
 from . import plain
 from .plain import Rounded
-
-logger = logging.getLogger(__name__)
+from .probes import tried_once
 
 FEW_QUERIES = 64
 """So many queries do not keep a GPU busy with one program a head."""
@@ -29,22 +27,23 @@ FEW_ROWS, _NARROW_ROWS, _NARROW = 64, 128, 4096
 """8-bit products of so many rows, or of more but few columns, are bound by reading the weight: cuBLAS is slow at it."""
 
 
-@lru_cache(maxsize=1)
-def has_triton() -> bool:
-    """Whether Triton works here: it also needs a compiler, which many installations lack."""
-    if not torch.cuda.is_available() or (torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0)):
-        return False
-    try:
-        probe = torch.ones(2, 1, 16, device="cuda")
-        _triton("transformer").add_norm(probe, None, None, probe[:1, 0], probe[:1, 0], 1e-6, torch.float32)
-        return True
-    except Exception as error:  # whatever a broken installation raises
-        logger.warning("Triton does not work here, so plain PyTorch is used, which is slower: %s", _first_line(error))
-        return False
+def has_triton(device: torch.device | None = None) -> bool:
+    """Whether Triton works on a CUDA device, by default the present one: it also needs a compiler, which many
+    installations lack."""
+    if device is None:
+        if not torch.cuda.is_available():
+            return False
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _runs_triton(device)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+@tried_once("Triton does not work here, so plain PyTorch is used, which is slower: %s")
+def _runs_triton(device: torch.device) -> bool:
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    probe = torch.ones(2, 1, 16, device=device)
+    _triton("transformer").add_norm(probe, None, None, probe[:1, 0], probe[:1, 0], 1e-6, torch.float32)
+    return True
 
 
 def fusable(x: Tensor) -> bool:
@@ -53,7 +52,7 @@ def fusable(x: Tensor) -> bool:
         x.is_cuda
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and x.requires_grad)
-        and has_triton()
+        and has_triton(x.device)
     )
 
 
@@ -136,9 +135,24 @@ def _processors(device: torch.device) -> int:
 
 def matmul_fp32(x_Rnk: Tensor, y_Rkm: Tensor) -> Tensor:
     """Products [R, n, m] in fp32 of matrices in any type."""
-    if x_Rnk.dtype != torch.float32 and x_Rnk.is_cuda and not torch.compiler.is_compiling():
+    narrow = x_Rnk.dtype != torch.float32 and x_Rnk.is_cuda
+    if narrow and not torch.compiler.is_compiling() and _widens(x_Rnk.device, x_Rnk.dtype):
         return torch.bmm(x_Rnk, y_Rkm, out_dtype=torch.float32)
     return torch.bmm(x_Rnk.float(), y_Rkm.float())
+
+
+def widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `matmul_fp32` reads matrices of this type as they are. Elsewhere it is right, but copies them to fp32."""
+    return device.type != "cuda" or dtype == torch.float32 or _widens(device, dtype)
+
+
+@tried_once(
+    "torch multiplies no 16-bit matrices into fp32 here (on CUDA it does from torch 2.8 on), so edits with short texts "
+    "take a little longer: %s"
+)
+def _widens(device: torch.device, dtype: torch.dtype) -> bool:
+    probe = torch.ones(1, 16, 16, device=device, dtype=dtype)
+    return torch.bmm(probe, probe, out_dtype=torch.float32).dtype == torch.float32
 
 
 def text_weights(scores_RnS: Tensor, bias_RS: Tensor, counts: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
@@ -157,7 +171,8 @@ def _triton(name: str):
 
 def fuses_pictures(x_BCHW: Tensor) -> bool:
     """Whether kernels run for pictures like this one: on a GPU, channels-last."""
-    if torch.compiler.is_compiling():  # asked first: what is being compiled must not look for Triton
+    # Asked first: what is being compiled must not look for Triton.
+    if torch.compiler.is_compiling():
         return False
     return fusable(x_BCHW) and x_BCHW.is_contiguous(memory_format=torch.channels_last)
 
@@ -218,13 +233,11 @@ def _heads_form(staged: Tensor):
 
 @lru_cache(maxsize=8)
 def multiplies_eight_bit(device: torch.device) -> bool:
-    """Whether a device multiplies float8_e4m3fn matrices with a scale a row and a column.
-
-    Ada from torch 2.7, Hopper always.
-    """
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
+    """Whether a device multiplies float8_e4m3fn matrices with a scale a row and a column: Ada from torch 2.7 on, Hopper
+    from 2.5 on, before which `torch._scaled_mm` is called in another way."""
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if device.type != "cuda" or torch.version.hip is not None or version < (2, 5):
+        return False
     return torch.cuda.get_device_capability(device) >= ((8, 9) if version >= (2, 7) else (9, 0))
 
 

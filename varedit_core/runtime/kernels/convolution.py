@@ -1,4 +1,6 @@
-"""What lies between the convolutions of channels-last pictures as Triton kernels; `__init__` has their meaning and chooses.
+"""What lies between the convolutions of channels-last pictures, as Triton kernels.
+
+`__init__` has their meaning and chooses.
 
 Shape suffixes: B images, C channels, P positions of a picture, G groups of channels, N chunks of positions.
 
@@ -8,8 +10,7 @@ numbers from which a mean nearby was taken, so a large mean costs no digits. How
 alone and nothing is added by atomics, so results are the same run by run and picture by picture.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects: the interpreter of Triton 3.0 knows no constexpr whose annotation is a text.
 import torch
 import triton
 import triton.language as tl

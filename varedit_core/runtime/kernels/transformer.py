@@ -1,10 +1,10 @@
 """The transformer's operations as Triton kernels; `plain` has their meaning, `__init__` chooses.
 
-All arithmetic is fp32, whatever the tensors hold; nothing is reduced across programs, so results are the same run by run.
+All arithmetic is fp32, whatever the tensors hold; nothing is reduced across programs, so results are the same run by
+run.
 """
 
-from __future__ import annotations
-
+# Annotations stay objects: the interpreter of Triton 3.0 knows no constexpr whose annotation is a text.
 import torch
 import triton
 import triton.language as tl
@@ -130,8 +130,8 @@ def _see(
     q, k_ptr, v_ptr, k_token, v_token, begin, end, scale, most, total, out,
     D: tl.constexpr, KEYS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Softmax attention of queries to the tokens begin to end, joined to what they have seen: largest score, total weight
-    and weighted sum. scale: of scores whose power of 2 is a weight."""
+    """Softmax attention of queries to the tokens begin to end, joined to what they have seen: largest score, total
+    weight and weighted sum. scale: of scores whose power of 2 is a weight."""
     whole = tl.arange(0, D)
     precision: tl.constexpr = "ieee" if EXACT else "tf32"
     for first in range(begin, end, KEYS):
