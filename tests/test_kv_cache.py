@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from varedit_core.defaults import SamplingSettings
+from varedit_core.controls.registry import Controls
 from varedit_core.model import functional
+from varedit_core.model.engine import PlainEngine
 from varedit_core.model.kv_cache import KVCache
 from varedit_core.model.layers import sdpa
 from varedit_core.model.transformer import Text
@@ -17,46 +18,14 @@ from varedit_core.runtime import kernels
 from varedit_core.runtime.folded_text import CountedText, counted
 from varedit_core.runtime.kernels import plain
 from varedit_core.runtime.kv_caches import DeviceCache, RowPass
+from varedit_core.runtime.session import Session, sample
 from varedit_core.runtime.workspace import Workspace
-from varedit_core.sampling.loop import sample
-from varedit_core.tokenizer.quantizer import codes, from_tokens, latent_grids, linear_resize, to_tokens
+from varedit_core.sampling import loop
+from varedit_core.sampling.batch import EditBatch
+from varedit_core.sampling.settings import SamplingSettings
 from varedit_core.tokenizer.vae import ResidualBlock
 
-GUIDANCE = [3.0, 3.0, 2.0, 3.0, 1.0, 1.0, 1.0]
-
-
-def patch_of(record) -> int:
-    return record["ref.vae_features"].shape[-1] // record.schedule.grids[-1][1]
-
-
-def decode_plainly(record, network, source_bias: float = 0.0):
-    """An edit with nothing of the runtime: greedy bits and logits of every scale."""
-    schedule, patch = record.schedule, patch_of(record)
-    grids, features = latent_grids(schedule, patch), record["ref.vae_features"].float()
-    texts = record.texts("text")
-    texts = [*texts, network.unconditional(len(texts[0]), "cpu")]
-    condition = network.condition(texts)
-    cache = KVCache(network.config, schedule, 2, torch.float32, "cpu")
-    source, *steps = cache.passes("cpu")
-    if network.config.source:
-        tokens = network.embed(to_tokens(features, patch), len(schedule) - 1)
-        network.read_source(tokens.repeat(2, 1, 1), condition, source, cache)
-    total, found = torch.zeros_like(features), []
-    for k, (step, guidance) in enumerate(zip(steps, GUIDANCE)):
-        rows = 1 if guidance == 1 and all(g == 1 for g in GUIDANCE[k:]) else 2
-        own = condition.rows(slice(0, rows))
-        if k:
-            x = network.embed(to_tokens(linear_resize(total, grids[k]), patch), k).repeat(rows, 1, 1)
-        else:
-            x = network.start(own)
-        x = network(x, own, replace(step, source_bias=source_bias), cache)
-        logits = network.logits(x[: 1 if guidance == 1 else 2], own)
-        odds = logits[..., 1] - logits[..., 0]
-        odds = odds if len(odds) == 1 else guidance * odds[:1] + (1 - guidance) * odds[1:]
-        bits = from_tokens(odds, schedule.grids[k], patch) > 0
-        found.append((bits, logits))
-        total = total + linear_resize(codes(bits), grids[-1])
-    return found
+SETTINGS = SamplingSettings(guidance=[3, 3, 2, 3, 1, 1, 1], temperature=0)
 
 
 @torch.no_grad()
@@ -64,17 +33,16 @@ def decode_plainly(record, network, source_bias: float = 0.0):
 @pytest.mark.parametrize("case", ["edit", "source attention", "text alone"])
 def test_the_plain_cache_gives_what_the_fast_one_gives(layout, case, request):
     record = request.getfixturevalue(layout)
-    network, attention = record.transformer, 0.4 if case == "source attention" else 1.0
+    network, controls = record.transformer, Controls(source_attention=0.4 if case == "source attention" else 1.0)
     if case == "text alone":
         network = copy(network)
         network.config = replace(network.config, source=False)
-    settings = SamplingSettings(guidance=GUIDANCE, temperature=0)
-    given = record["ref.vae_features"].float(), record.texts("text"), record.schedule, settings
-    scales = list(sample(network, *given, source_attention=attention))
-    bias = torch.tensor(attention).log().item()
-    for (bits, logits), scale in zip(decode_plainly(record, network, bias), scales, strict=True):
-        torch.testing.assert_close(logits, scale.logits, atol=2e-5, rtol=0)
-        assert torch.equal(bits, scale.bits)
+    given = record["ref.vae_features"].float(), record.texts("text"), record.schedule, SETTINGS
+    batch = EditBatch.of(*given, controls=controls)
+    plainly, fast = (list(loop.sample(kind(network), batch)) for kind in (PlainEngine, Session))
+    for one, other in zip(plainly, fast, strict=True):
+        torch.testing.assert_close(one.logits, other.logits, atol=2e-5, rtol=0)
+        assert torch.equal(one.bits, other.bits)
 
 
 def test_passes_lie_one_behind_the_other(patchify):
