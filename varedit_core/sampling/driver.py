@@ -22,7 +22,7 @@ from ..model.engine import Engine
 from ..runtime.memory import Memory, as_it_fits
 from ..runtime.plan import Job, Plan
 from ..tokenizer.tokens import Tokens, joined, tokens_of
-from .batch import EditBatch
+from .batch import EditBatch, one_edit_each
 from .loop import sample
 from .scale import Scale
 
@@ -100,10 +100,7 @@ def check(batch: EditBatch, drafter: bool) -> None:
             f"{len(batch.prefix)} scales are begun but the best is chosen after {batch.controls.best_at}; set best_at to more"
         )
     if batch.prefix and len(batch.prefix[0]) != batch.pictures:
-        raise ValueError(
-            f"there are tokens of {len(batch.prefix[0])} edits for {batch.pictures} pictures; go on from one edit of each "
-            "picture"
-        )
+        raise ValueError(one_edit_each(len(batch.prefix[0]), batch.pictures))
 
 
 def unused(batch: EditBatch, spelled: Callable[[str], str] = str) -> list[str]:
