@@ -1,4 +1,4 @@
-"""The command line: `varedit edit | generate | demo | info | convert | merge | train | bench | parity | shapeedit`. Thin: options in, library calls, tables out."""
+"""The command line, `varedit COMMAND`. Thin: options in, library calls, tables out."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def info(
 @app.command(name="convert")
 def convert_command(
     source: Annotated[
-        Path, typer.Argument(help=".pth, .safetensors or a sharded folder: transformer, tokenizer or text encoder.")
+        Path, typer.Argument(help=".pth, .safetensors or a sharded folder: transformer, VAE or text encoder.")
     ],
     target: Annotated[Path, typer.Argument(help="Result, ending in .safetensors.")],
     precision: Annotated[
