@@ -17,6 +17,7 @@ from varedit_core.cli.app import app, main
 from varedit_core.controls.registry import knobs
 from varedit_core.demo import FILES, FOLDER, SAMPLES
 from varedit_core.editor import each
+from varedit_core.pictures.contact_sheet import Row, contact_sheet
 from varedit_core.runtime.memory import TorchMemory
 from varedit_core.sampling import loop
 from varedit_core.sampling.settings import PRESETS
@@ -205,7 +206,7 @@ def named(tmp_path_factory):
     mask.paste(255, (160, 0, 256, 90))
     mask.save(folder / "mask.png")
     schedule = schedule_for("0.06M")
-    bits = tuple(torch.zeros(1, 14, 2 * h, 2 * w, dtype=torch.bool) for h, w in schedule.grids)
+    bits = tuple(torch.zeros(1, 16, 2 * h, 2 * w, dtype=torch.bool) for h, w in schedule.grids)
     Tokens(schedule, bits, (32, 32)).save(folder / "tokens.safetensors")
     Tokens(schedule, bits[:3], (32, 32)).save(folder / "begun.safetensors")
     recorded = GOLDEN / "patchify_256.safetensors"
@@ -333,7 +334,7 @@ def test_tokens_and_texts_that_the_library_cannot_use(editor, named):
         with pytest.raises(ValueError, match="leave out size and method"):
             editor.run(tokens, STAR, **more)
     with pytest.raises(ValueError, match="leave out features"):
-        editor.run(tokens, STAR, features=torch.zeros(1, 14, 32, 32))
+        editor.run(tokens, STAR, features=torch.zeros(1, 16, 32, 32))
     with pytest.raises(ValueError, match="1 picture but 2 instructions"):
         each([STAR, STAR], 1, "instruction")
 
@@ -383,9 +384,9 @@ def parts(monkeypatch):
     return limited
 
 
-def columns(path, cell: int = 256) -> int:
-    """Pictures beside each other on a contact sheet."""
-    return (Image.open(path).width - 6) // (cell + 6)
+def width(pictures: int) -> int:
+    """Pixels of a contact sheet of so many columns."""
+    return contact_sheet([Row("", [Image.open(SCENE)] * pictures)], [""] * pictures).width
 
 
 @pytest.mark.parametrize(
@@ -409,7 +410,7 @@ def test_previews_and_the_sheet_however_an_edit_runs(parts, tmp_path, more, want
     assert names == [f"{stem}-scale-{k + 1:02d}-{grid}.png" for k, grid in enumerate(grids)]
     last = Image.open(tmp_path / "p" / names[-1])
     assert last.tobytes() == Image.open(tmp_path / results[0]).convert(last.mode).tobytes()
-    assert columns(tmp_path / "s.png") == SCALES + 2
+    assert Image.open(tmp_path / "s.png").width == width(SCALES + 2) != width(SCALES + 1)
     assert len({Image.open(tmp_path / "p" / name).tobytes() for name in names}) > 1
 
 
@@ -431,7 +432,7 @@ def infinity(tmp_path_factory):
     transformer, vae, text = (FOLDER / name for name in FILES)
     width = Editor.load(transformer, vae, text, device="cpu").transformer.config.text_width
     torch.manual_seed(3)
-    shapes = published_shapes(depth=8, width=128, heads=2, token_bits=56, text=width)
+    shapes = published_shapes(depth=8, width=128, heads=2, token_bits=64, text=width)
     path = tmp_path_factory.mktemp("infinity") / "infinity_8b.pth"
     torch.save({key: random_tensor(key, shape, "cpu") for key, shape in shapes.items()}, path)
     return ["--model", path, "--vae", vae, "--text-encoder", text, "--size", "256"]
