@@ -51,7 +51,7 @@ IDLE = [
     ([*EDIT, "--best-of", "2", "--stop", "3"], "--best-at is 4 but --stop ends the edit after 3 scales"),
     ([*EDIT, "--inside", "2", *MASK, "--stop", "5"], "--stop ends the edit before them"),
     ([*EDIT, "--auto-mask", "0.5", "--stop", "5"], "--auto-mask counts at the last 2 scales, and --stop ends the edit"),
-    ([*EDIT, "--unguided", "2", "--stop", "5"], "--unguided ends guidance, but none of the last 2 scales runs with any"),
+    ([*EDIT, "--unguided", "2", "--stop", "5"], "--unguided ends guidance, but none of the last 2"),
     ([*EDIT, *BEGUN, "--stop", "3"], "3 scales are begun and --stop ends the edit after 3: nothing is drawn"),
     ([*MAKE, "--stop", "8"], "--stop is 8 but the edit has 7 scales"),
     ([*MAKE, "--unguided", "8"], "--unguided is 8 but the edit has 7 scales"),
@@ -93,7 +93,7 @@ IDLE = [
     (["train", "t.toml", "--check-data", "-o", "{tmp}/out"], "--check-data trains nothing; leave out --output"),
     (["train", "t.toml", "--check-data", "--resume"], "--check-data trains nothing"),
     (["train", "t.toml", "--check-data", "--stop-after", "9"], "--check-data trains nothing"),
-    (["bench", "--models", "tiny", "--cases", "reroll", "--published", "{tmp}"], "--published is timed beside plain edits"),
+    (["bench", "--models", "tiny", "--cases", "reroll", "--published", "{tmp}"], "--published is timed beside"),
     (["convert", FOLDER / FILES[1], "{tmp}/x.safetensors", "--kind", "edit"], "only a transformer has a kind"),
     (["decode", "{begun}", "--scales", "4", "-o", "{tmp}/x.png"], "keep from 1 to 3 of them, not 4"),
     (["decode", "{begun}", "--image", SCENE, "-o", "{tmp}/x.png"], "nothing of --image would show"),
@@ -112,10 +112,10 @@ IDLE = [
     ([*TOKENS, "--fit", "aspect"], "leave out --size and --fit"),
     ([*TOKENS, "--extend", "9"], "want a picture"),
     # what was begun
-    ([*EDIT, *BEGUN, "--best-of", "2", "--best-at", "3"], "3 scales are begun but the best is chosen after 3; set --best-at"),
-    ([*EDIT, *BEGUN, "--best-of", "2", "--best-at", "2"], "3 scales are begun but the best is chosen after 2; set --best-at"),
-    ([*MAKE, *BEGUN, "--best-of", "2", "--best-at", "3"], "3 scales are begun but the best is chosen after 3; set --best-at"),
-    ([*EDIT, *BEGUN, "--drafted", "3", "--drafter", REFINER], "would draw 3 scales but 3 are begun already; set --drafted"),
+    ([*EDIT, *BEGUN, "--best-of", "2", "--best-at", "3"], "the best is chosen after 3; set --best-at"),
+    ([*EDIT, *BEGUN, "--best-of", "2", "--best-at", "2"], "the best is chosen after 2; set --best-at"),
+    ([*MAKE, *BEGUN, "--best-of", "2", "--best-at", "3"], "the best is chosen after 3; set --best-at"),
+    ([*EDIT, *BEGUN, "--drafted", "3", "--drafter", REFINER], "but 3 are begun already; set --drafted"),
     ([*EDIT, "--begun", "{tokens}"], "give --from-scale from 2 to 7, not the whole edit"),
     # no guidance
     ([*EDIT, "--negative", "blurred", "--guidance", "1"], "--negative counts only with guidance, which is 1"),
@@ -257,11 +257,12 @@ def test_what_does_something_is_loaded_for(started, arguments):
 
 
 ALWAYS = {
-    "what is worked on": {"image", "instruction", "prompt", "features", "region", "source", "target", "file", "files", "model",
-                          "lora", "config", "tokens", "x", "y", "folder"},
+    "what is worked on": {"image", "instruction", "prompt", "features", "region", "source", "target", "file", "files",
+                          "model", "lora", "config", "tokens", "x", "y", "folder"},
     "how it is loaded": {"device", "dtype", "linears", "kind"},
-    "numbers that always count": {"guidance", "temperature", "strength", "preserve", "source_attention", "precision", "split",
-                                  "count", "batch", "repeats", "models", "sizes", "cases", "cell", "family", "changes"},
+    "numbers that always count": {"guidance", "temperature", "strength", "preserve", "source_attention", "precision",
+                                  "split", "count", "batch", "repeats", "models", "sizes", "cases", "cell",
+                                  "family", "changes"},
     "a seed does no harm where nothing is drawn": {"seed"},
     "where something may change": {"mask", "protect", "extend"},
     "what is written": {"output", "save_tokens", "maps", "preview_dir", "sheet", "report", "save", "pictures"},
@@ -354,7 +355,9 @@ def test_every_knob_with_a_need_or_scales_has_its_sentence():
     said = " ".join(said for _, said in [*IDLE, *LIBRARY])
     for knob in (*knobs("controls"), *knobs("shortcuts")):
         if set(knob.needs.split()) - {"source"}:
-            assert f"{knob.name} counts only" in said or f"--{knob.name.replace('_', '-')} counts only" in said, knob.name
+            assert f"{knob.name} counts only" in said or f"--{knob.name.replace('_', '-')} counts only" in said, (
+                knob.name
+            )
         if knob.scales and knob.name != "drafted":  # a drafter leaves at least one, which is another sentence
             assert f"{knob.name} is" in said or f"--{knob.name.replace('_', '-')} is" in said, knob.name
 
@@ -373,7 +376,9 @@ def parts(monkeypatch):
     counted, real = [], loop.sample
 
     def limited(rows: int) -> list:
-        monkeypatch.setattr(TorchMemory, "free", lambda self, job: rows and job.needed("exact") * (rows + 0.5) / job.images)
+        monkeypatch.setattr(
+            TorchMemory, "free", lambda self, job: rows and job.needed("exact") * (rows + 0.5) / job.images
+        )
         return counted
 
     def noted(engine, batch, controls=()):
@@ -400,7 +405,16 @@ def width(pictures: int) -> int:
 )
 def test_previews_and_the_sheet_however_an_edit_runs(parts, tmp_path, more, wanted):
     counted = parts(1)
-    varedit(*EDIT[:3], "-o", tmp_path / "x.png", "--preview-dir", tmp_path / "p", "--contact-sheet", tmp_path / "s.png", *more)
+    varedit(
+        *EDIT[:3],
+        "-o",
+        tmp_path / "x.png",
+        "--preview-dir",
+        tmp_path / "p",
+        "--contact-sheet",
+        tmp_path / "s.png",
+        *more,
+    )
     assert counted == wanted
     results = sorted(path.name for path in tmp_path.glob("x*.png"))
     assert len(results) == max(1, len(wanted) if "--best-of" not in more else 2)
@@ -461,7 +475,17 @@ def test_generate_with_controls_regions_begun_and_tokens(infinity, named, tmp_pa
     varedit(*make, "-o", tmp_path / "c.png", *best, "--save-tokens", tmp_path / "c.safetensors")
     chosen = [Tokens.load(tmp_path / "c.safetensors").bits[1]]
     for seed in range(3):
-        varedit(*make, "-o", tmp_path / f"{seed}.png", "--seed", seed, "--stop", "2", "--save-tokens", tmp_path / f"{seed}.safetensors")
+        varedit(
+            *make,
+            "-o",
+            tmp_path / f"{seed}.png",
+            "--seed",
+            seed,
+            "--stop",
+            "2",
+            "--save-tokens",
+            tmp_path / f"{seed}.safetensors",
+        )
         chosen.append(Tokens.load(tmp_path / f"{seed}.safetensors").bits[1])
     assert any(torch.equal(chosen[0], candidate) for candidate in chosen[1:])
     regions = ("--region", "a dog", "--region", f"a cat@{named['mask']}")
@@ -472,7 +496,15 @@ def test_generate_with_controls_regions_begun_and_tokens(infinity, named, tmp_pa
 def test_a_margin_counts_where_a_picture_is_repainted(infinity, named, tmp_path):
     repaint = ("generate", "a cat", *infinity, "--image", SCENE, "--mask", named["mask"], "--temperature", "0")
     for margin in ("0", "4"):
-        varedit(*repaint, "--feather", margin, "-o", tmp_path / f"{margin}.png", "--save-tokens", tmp_path / f"{margin}.safetensors")
+        varedit(
+            *repaint,
+            "--feather",
+            margin,
+            "-o",
+            tmp_path / f"{margin}.png",
+            "--save-tokens",
+            tmp_path / f"{margin}.safetensors",
+        )
     narrow, wide = (Tokens.load(tmp_path / f"{margin}.safetensors").free for margin in ("0", "4"))
     assert narrow.any() and (narrow & ~wide).sum() == 0 and wide.sum() > narrow.sum()
 

@@ -51,7 +51,8 @@ torch.set_num_threads(1)
 editor = Editor.load(*demo_files(), device="cpu")
 settings, found = SamplingSettings(guidance=2.0, temperature=1.0, seed=5), []
 for controls in json.loads(sys.argv[1]):
-    made = editor.run(SAMPLES / "scene.png", "make it sepia", size="0.06M", settings=settings, controls=Controls(**controls))
+    controls = Controls(**controls)
+    made = editor.run(SAMPLES / "scene.png", "make it sepia", size="0.06M", settings=settings, controls=controls)
     bits = b"".join(bits.numpy().tobytes() for bits in made.tokens.bits)
     found.append([hashlib.sha256(bits).hexdigest(), hashlib.sha256(made.pictures[0].tobytes()).hexdigest()])
 print(json.dumps(found))
@@ -74,8 +75,8 @@ nodes = {node.define_schema().node_id: node for node in asyncio.run(ask())}
 node = nodes["VAREditControls"]
 slots = node.define_schema().inputs
 given = {slot.id: slot.default for slot in slots} | {sys.argv[1]: 0.5}
-facts = [[slot.id, slot.kind, slot.default, slot.tooltip] + [getattr(slot, name, None) for name in ("min", "max", "step")]
-         for slot in slots]
+names = ("id", "kind", "default", "tooltip", "min", "max", "step")
+facts = [[getattr(slot, name, None) for name in names] for slot in slots]
 made = node.execute(**given).result[0] if sys.argv[1] in {slot.id for slot in slots} else None
 print(json.dumps({"slots": facts, "value": made and getattr(made, sys.argv[1]), "changed": made and made.changed}))
 """
@@ -136,7 +137,9 @@ def test_it_is_an_input_of_the_node(copied):
 
 def test_it_is_a_setting_to_sweep(copied):
     done = python(copied, "-m", "varedit_core", "sweep", "samples/scene.png", "x", "--x", "nothing=1")
-    assert done.returncode == 1 and "sharpness" in done.stderr.partition("choose one of")[2].replace("\n", " ").split(", ")
+    assert done.returncode == 1 and "sharpness" in done.stderr.partition("choose one of")[2].replace("\n", " ").split(
+        ", "
+    )
     code = "import json; from varedit_core.sweep import Axis; print(json.dumps(Axis.parse('sharpness=0,0.5').labels))"
     assert answer(copied, code) == ["sharpness 0", "sharpness 0.5"]
     beyond = python(copied, "-m", "varedit_core", "sweep", "samples/scene.png", "x", "--x", "sharpness=0,2")

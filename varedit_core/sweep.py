@@ -24,7 +24,9 @@ CELL = 256
 """Largest side of a picture on the grid, in pixels."""
 MOST = 100
 """Edits of a sweep, at most."""
-_NEUTRAL = {field.name: field.default for kind in (SamplingSettings, Controls) for field in fields(kind)} | {"preset": PRESET}
+_NEUTRAL = {field.name: field.default for kind in (SamplingSettings, Controls) for field in fields(kind)} | {
+    "preset": PRESET
+}
 _PREFERRED_LETTERS = 16  # pixels of a cell to one of its label
 
 
@@ -37,7 +39,8 @@ class Axis:
 
     @classmethod
     def read(cls, name: str, texts: str) -> Axis:
-        """Values with commas between them, each once. ValueError for an unknown setting and for what is none of its values."""
+        """Values with commas between them, each once. ValueError for an unknown setting, and for what is none of its
+        values."""
         if name not in SWEPT:
             raise ValueError(f"there is no setting {name!r} to sweep; choose one of {', '.join(SWEPT)}")
         kind = type(_NEUTRAL[name])
@@ -60,7 +63,9 @@ class Axis:
 
     @property
     def labels(self) -> list[str]:
-        return [f"{self.name} {value:g}" if isinstance(value, float) else f"{self.name} {value}" for value in self.values]
+        return [
+            f"{self.name} {value:g}" if isinstance(value, float) else f"{self.name} {value}" for value in self.values
+        ]
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,8 @@ class Cell:
 def planned(
     x: Axis, y: Axis | None = None, settings: SamplingSettings = DEFAULT_SETTINGS, controls: Controls = NEUTRAL
 ) -> list[list[Cell]]:
-    """The edits of a sweep, row by row, with all other settings as given. ValueError, before anything runs, where two axes
-    are one setting, where a value is out of its setting's range, and for too many edits."""
+    """The edits of a sweep, row by row, with all other settings as given. ValueError, before anything runs, where two
+    axes are one setting, where a value is out of its setting's range, and for too many edits."""
     if y is not None and x.name == y.name:
         raise ValueError(f"both axes are {x.name}; choose another setting for one of them")
     count = len(x.values) * (len(y.values) if y else 1)
@@ -93,9 +98,7 @@ def planned(
     ]
 
 
-def check(
-    cells: Sequence[Sequence[Cell]], schedule: Schedule, mask: bool = False, negative: bool = False
-) -> None:
+def check(cells: Sequence[Sequence[Cell]], schedule: Schedule, mask: bool = False, negative: bool = False) -> None:
     """Raise ValueError, before anything runs, for edits with settings that count for nothing (`registry.problems`), and
     where two values of an axis give the same edits."""
     listed = [cell for row in cells for cell in row]
@@ -109,14 +112,19 @@ def check(
             same = seen.setdefault(tuple(_acts(cell, schedule) for cell in line), line)
             if same is not line:
                 one, other = (getattr(each[0], name) for each in (same, line))
-                found[f"{one} and {other} give the same (without temperature no seed and no top_p counts); leave one out"] = None
+                found[
+                    f"{one} and {other} give the same (without temperature no seed and no top_p counts); leave one out"
+                ] = None
     if found:
         raise ValueError("; ".join(found))
 
 
 def _acts(cell: Cell, schedule: Schedule) -> tuple:
     """All of a cell that an edit depends on."""
-    plan = [(guidance, warmth, top_p if warmth else None) for guidance, warmth, top_p in cell.settings.per_scale(len(schedule))]
+    plan = [
+        (guidance, warmth, top_p if warmth else None)
+        for guidance, warmth, top_p in cell.settings.per_scale(len(schedule))
+    ]
     return tuple(plan), cell.settings.seed if any(warmth for _, warmth, _ in plan) else None, cell.controls
 
 

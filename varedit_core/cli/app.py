@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 app.add_typer(shapeedit, name="shapeedit")
 
+
 def main() -> None:
     """Entry point: one sentence on standard error instead of a traceback for errors the user can mend."""
     logging.basicConfig(
@@ -83,10 +84,16 @@ def convert_command(
     with progress() as bar:
         task = bar.add_task("converting", total=None)
         metadata = convert(
-            source, target, precision, overwrite, lambda done, total: bar.update(task, completed=done, total=total), kind
+            source,
+            target,
+            precision,
+            overwrite,
+            lambda done, total: bar.update(task, completed=done, total=total),
+            kind,
         )
     console.print(
-        f"{target}: {metadata['varedit.architecture']}, {metadata['varedit.precision']}, {target.stat().st_size / 1e9:.2f} GB",
+        f"{target}: {metadata['varedit.architecture']}, {metadata['varedit.precision']}, "
+        f"{target.stat().st_size / 1e9:.2f} GB",
         soft_wrap=True,
     )
 

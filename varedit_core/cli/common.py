@@ -45,8 +45,8 @@ SIZES = SIDES | {area: area for area in AREAS}
 Regions = Annotated[
     Optional[list[str]],
     typer.Option(
-        help="INSTRUCTION@MASK, in place of an instruction: what to change where; may be given several times, later ones "
-        "lie on top; without @MASK it is for everywhere.",
+        help="INSTRUCTION@MASK, in place of an instruction: what to change where; may be given several times, later "
+        "ones lie on top; without @MASK it is for everywhere.",
         show_default=False,
     ),
 ]
@@ -100,8 +100,8 @@ class Files:
     ] = LINEARS[0]
 
     def check(self, demo: bool = True) -> None:
-        """Raise where options do not belong together or are unknown, before anything is loaded. demo: whether the demo model
-        is taken whole or not at all."""
+        """Raise where options do not belong together or are unknown, before anything is loaded. demo: whether the demo
+        model is taken whole or not at all."""
         if demo and self.model is None and any((self.vae, self.text_encoder, self.tokenizer)):
             raise ValueError("--vae, --text-encoder and --tokenizer belong to a model of yours; name it with --model")
         if self.tokenizer and not self.text_encoder:
@@ -111,8 +111,8 @@ class Files:
         check_linears(self.linears)
 
     def paths(self, words: str = "an instruction") -> tuple[Path, Path, Path | None]:
-        """Transformer, VAE and text encoder, the demo model's without a model. words: what there is to encode, empty for
-        nothing. ValueError where a text encoder is missing, or has nothing to do."""
+        """Transformer, VAE and text encoder, the demo model's without a model. words: what there is to encode, empty
+        for nothing. ValueError where a text encoder is missing, or has nothing to do."""
         if self.model is None:
             return demo_files()
         if words and self.text_encoder is None:
@@ -147,7 +147,9 @@ class Draw:
     temperature: Annotated[str, typer.Option(help=f"Temperature; 0 is greedy; {PER_SCALE}")] = (
         f"{DEFAULT_SETTINGS.temperature:g}"
     )
-    top_p: Annotated[str, typer.Option(help="Drop bit values of probability <= 1 - top_p.")] = f"{DEFAULT_SETTINGS.top_p:g}"
+    top_p: Annotated[str, typer.Option(help="Drop bit values of probability <= 1 - top_p.")] = (
+        f"{DEFAULT_SETTINGS.top_p:g}"
+    )
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = DEFAULT_SETTINGS.seed
 
     def settings(self, model: Path | None) -> SamplingSettings:
@@ -163,7 +165,9 @@ class Draw:
     def check(self, settings: SamplingSettings, scales: int) -> None:
         """Raise ValueError where a list has not one number a scale, and for a --top-p that does nothing."""
         if self.set("top_p") and not any(temperature for _, temperature, _ in settings.per_scale(scales)):
-            raise ValueError("--top-p counts only where temperature is above 0; raise --temperature, or leave --top-p out")
+            raise ValueError(
+                "--top-p counts only where temperature is above 0; raise --temperature, or leave --top-p out"
+            )
         settings.per_scale(scales)
 
 
@@ -179,8 +183,8 @@ class Words:
         bent = settings.preset(self.preset)
         if self.preset != PRESET and bent.per_scale(scales) == settings.per_scale(scales):
             raise ValueError(
-                f"--preset {self.preset} bends guidance above 1 and temperature above 0, and here is neither; raise one of "
-                "them, or leave --preset out"
+                f"--preset {self.preset} bends guidance above 1 and temperature above 0, and here is neither; raise "
+                "one of them, or leave --preset out"
             )
         return bent
 
@@ -208,7 +212,9 @@ class Begun:
         last = min(len(tokens) + 1, len(tokens.schedule))
         if (scale or len(tokens) + 1) not in range(2, last + 1):
             was = f"--from-scale {scale}" if scale else "the whole edit"
-            raise ValueError(f"{file} has tokens of {len(tokens)} scales: give --from-scale from 2 to {last}, not {was}")
+            raise ValueError(
+                f"{file} has tokens of {len(tokens)} scales: give --from-scale from 2 to {last}, not {was}"
+            )
         return tokens.first(scale - 1) if scale else tokens
 
 
@@ -220,7 +226,9 @@ class Canvas:
         Optional[str],
         typer.Option(help=f"Working size: {', '.join(SIZES)}.", show_default=f"{SIZE}; {DEMO_SIZE} for the demo model"),
     ] = None
-    fit: Annotated[Optional[str], typer.Option(help="square (as published) or aspect (experimental).", show_default=FIT)] = None
+    fit: Annotated[
+        Optional[str], typer.Option(help="square (as published) or aspect (experimental).", show_default=FIT)
+    ] = None
 
     def area(self, model: Path | None) -> str:
         """The size as one of AREAS. model: None for the demo model, which has a default of its own."""
@@ -249,10 +257,15 @@ def numbered(path: Path, count: int) -> list[Path]:
 
 
 def knob_options(kind: type, group: str, but: Callable[[Knob], bool] = lambda knob: False) -> type:
-    """A class of options with a field for each knob of a group; `values` makes `kind` of them. but: knobs to leave out."""
+    """A class of options with a field for each knob of a group; `values` makes `kind` of them. but: knobs to leave
+    out."""
     own = [knob for knob in knobs(group) if not but(knob)]
     made = [
-        (knob.name, Annotated[type(knob.default), typer.Option(help=knob.option or knob.help)], field(default=knob.default))
+        (
+            knob.name,
+            Annotated[type(knob.default), typer.Option(help=knob.option or knob.help)],
+            field(default=knob.default),
+        )
         for knob in own
     ]
     values = {"values": lambda self: kind(**vars(self)), "__module__": __name__}
@@ -274,9 +287,9 @@ def command(function: Callable) -> Callable:
         own = get_type_hints(kind, include_extras=True)
         parts[name] = kind, [field.name for field in fields(kind)]
         made += [
-            inspect.Parameter(field.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=field.default, annotation=own[field.name])
+            parameter.replace(name=field.name, default=field.default, annotation=own[field.name])
             for field in fields(kind)
-        ]  # fmt: skip
+        ]
 
     @wraps(function)
     def run(**given) -> None:

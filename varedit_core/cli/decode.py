@@ -50,8 +50,8 @@ def decode(
     found.check_vae(network.config.bits, network.config.stride, f"the tokens of {tokens.name}", advice)
     if found.auto_mask and source is None:
         console.print(
-            "the edit has found its own mask; name the picture that was edited with --image, and all outside of it stays "
-            "as it was",
+            "the edit has found its own mask; name the picture that was edited with --image, and all outside of it "
+            "stays as it was",
             soft_wrap=True,
         )
 

@@ -66,8 +66,8 @@ class Place:
     extend: Annotated[
         Optional[str],
         typer.Option(
-            help="Outpaint: LEFT,TOP,RIGHT,BOTTOM of new picture, in pixels, or shares such as 25%; one number: all sides. "
-            "16 pixels of the old picture beside it may change, too."
+            help="Outpaint: LEFT,TOP,RIGHT,BOTTOM of new picture, in pixels, or shares such as 25%; one number: all "
+            "sides. 16 pixels of the old picture beside it may change, too."
         ),
     ] = None
     fill: Annotated[
@@ -220,7 +220,8 @@ def edit(
     draw.check(settings, len(schedule))
     settings = asked.bent(settings, len(schedule))
     complain(Known(
-        schedule, settings, named, saved, task.masked, len(given or ()), outputs.variations, place.seam, bool(asked.negative)
+        schedule, settings, named, saved, task.masked, len(given or ()), outputs.variations, place.seam,
+        bool(asked.negative),
     ))  # fmt: skip
     outputs.check(image, not task.opaque)
     prompt, loras = () if place.region else asked.prompt(), checked_loras(paths[0], files.lora)

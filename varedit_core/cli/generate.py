@@ -65,8 +65,11 @@ class Shape:
     ] = RATIO
     image: Annotated[
         Optional[Path],
-        typer.Option(help="Picture to repaint a part of, with --mask: it is read only outside the mask, and gives size and shape."),
-    ] = None  # fmt: skip
+        typer.Option(
+            help="Picture to repaint a part of, with --mask: it is read only outside the mask, and gives size and "
+            "shape."
+        ),
+    ] = None
     mask: options.Mask = None
     region: options.Regions = None
 

@@ -33,9 +33,9 @@ class Outputs:
     ] = None
     folder: Annotated[Optional[Path], typer.Option(help="Write every edit into this folder, too.")] = None
     overwrite: Annotated[bool, typer.Option(help="Replace files that exist.")] = False
-    cell: Annotated[
-        int, typer.Option(min=32, max=2048, help="Largest side of a picture on the grid, in pixels.")
-    ] = CELL
+    cell: Annotated[int, typer.Option(min=32, max=2048, help="Largest side of a picture on the grid, in pixels.")] = (
+        CELL
+    )
     report: options.JsonReport = False
 
 

@@ -111,7 +111,9 @@ def evaluate_command(files: Files, asked: Samples, draws: Draw, shortcuts: _Shor
         check_free(outputs.report, outputs.overwrite)
         make_folder(outputs.report.parent)
     ssim_function()
-    paths = [own or demo for own, demo in zip((files.model, files.vae or files.model, files.text_encoder), demo_files())]
+    paths = [
+        own or demo for own, demo in zip((files.model, files.vae or files.model, files.text_encoder), demo_files())
+    ]
     loras = checked_loras(paths[0], files.lora)
     editor = files.load(paths, loras)
     with progress() as bar:
