@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..varedit_core.controls.registry import Shortcuts
 from ._api import io
-from .widgets import widgets
+from .widgets import takes, widgets
 
 ShortcutsType = io.Custom("VAREDIT_SHORTCUTS")
 
@@ -25,5 +25,6 @@ class VAREditShortcuts(io.ComfyNode):
         )
 
     @classmethod
+    @takes("shortcuts")
     def execute(cls, **values) -> io.NodeOutput:
         return io.NodeOutput(Shortcuts(**values))
