@@ -13,6 +13,7 @@ import sys
 import traceback
 import weakref
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 
 from support import ROOT
@@ -39,7 +40,8 @@ class Probe:
 
         torch.set_num_threads(2)
         self.core, self.torch, self.pack = core, torch, sys.modules["varedit_pack"]
-        self.running = __import__("varedit_pack.nodes.adapters.running", fromlist=["running"])
+        self.running = self.module("nodes.adapters.running")
+        self.memory = self.module("varedit_core.runtime.memory")
         self.model = self.run("ModelLoader", "varedit_demo.safetensors", "auto")
         self.clip = self.run("TextEncoderLoader", "varedit_demo_t5.safetensors")
         self.vae = self.run("VAELoader", "varedit_demo_tokenizer.safetensors")
@@ -47,6 +49,11 @@ class Probe:
         self.source = self.run("SourceEncode", self.vae, self.cat, "256", "square")
         self.text = self.run("TextEncode", self.clip, "make it sepia")
         self.sepia = self.sample()
+
+    @staticmethod
+    def module(name: str):
+        """A module of the pack."""
+        return import_module(f"varedit_pack.{name}")
 
     def run(self, name: str, *arguments, **kw):
         """A node's first output."""
@@ -236,7 +243,7 @@ class Probe:
     def scales(self) -> dict:
         """The sampler's second output, and its pictures."""
         _, scales, *_ = self.nodes["VAREditSampler"].execute(self.model, self.source, self.text, 0, 2.0, 0.1).result
-        module = __import__("varedit_pack.nodes.adapters.pictures", fromlist=["pictures"])
+        module = self.module("nodes.adapters.pictures")
         found = {"sums": list(scales["samples"].shape), "last": self.torch.equal(scales["samples"][-1:], self.sepia)}
         for method in ("full", "own", "fast"):
             images, sheet = module.scale_pictures(self.vae, scales, method)
@@ -270,7 +277,7 @@ class Probe:
         """Errors of inputs that do not belong."""
         torch, core = self.torch, self.core
         load = {
-            name: __import__(f"varedit_pack.nodes.adapters.{name}", fromlist=[name]) for name in ("model", "vae", "text_encoder")
+            name: self.module(f"nodes.adapters.{name}") for name in ("model", "vae", "text_encoder")
         }
         transformer, tokenizer = (
             DEMO / "diffusion_models" / "varedit_demo.safetensors",
@@ -319,14 +326,12 @@ class Probe:
         import comfy.model_management as mm
         from varedit_pack.varedit_core.runtime.plan import plans
 
-        def name(way) -> str:
-            return f"{way.job.images} {way.store}" + (" apart" if way.rows_at_once else "")
-
         two = self.torch.cat([self.cat, self.cat])
         source = self.run("SourceEncode", self.vae, two, "256", "square")
         expected = self.sample(source=source)
         job = self._job(source, 2)
-        real, run, plan, found = self.running.free_memory, self.running._run, self.running.plan, {}
+        comfy_memory, found = self.running.ComfyMemory, {}
+        real, within, plan = self.running.free_memory, comfy_memory.within, self.memory.plan
         sampler = sys.modules["varedit_pack.nodes.sampler"]
         for index, way in enumerate(plans(job)):
             said = found[f"said of {name(way)}"] = []
@@ -334,18 +339,18 @@ class Probe:
             if index < 2:  # chosen by what is free
                 self.running.free_memory = lambda model, need=way.needed: need
             else:
-                self.running.free_memory, self.running.plan = real, lambda *_, way=way: way
+                self.running.free_memory, self.memory.plan = real, lambda *_, way=way: way
             found[name(way)] = (self.sample(source=source) == expected).float().mean().item()
-        self.running.plan = plan
+        self.memory.plan = plan
         self.running.free_memory = lambda model: 1000
         found["nothing fits"] = self.error(self.sample, source=source)
         self.running.free_memory = real
         tried, held, attention_of = [], [], self.running.attention_of
 
-        def noting(*arguments):
-            tried.append(name(arguments[4]))
+        def noting(memory, plan, *arguments):
+            tried.append(name(plan))
             held.append(self._stored())
-            return run(*arguments)
+            return within(memory, plan, *arguments)
 
         def scarce(*arguments):
             """Attention that runs out of memory in the middle of the first two attempts."""
@@ -362,12 +367,12 @@ class Probe:
         said = []
         sampler.tell = lambda node, text: said.append(text)
         mm.unload_all_models()
-        self.running._run, self.running.attention_of = noting, scarce
+        comfy_memory.within, self.running.attention_of = noting, scarce
         self.sample(source=source)
         self.running.attention_of = attention_of
-        self.running._run = lambda *arguments: (_ for _ in ()).throw(self.torch.OutOfMemoryError("never enough"))
+        comfy_memory.within = lambda *_: (_ for _ in ()).throw(self.torch.OutOfMemoryError("never enough"))
         found["never enough"] = self.error(self.sample, source=source)
-        self.running._run = run
+        comfy_memory.within = within
         return {**found, "tried": tried, "held": held, "said": said}
 
     @staticmethod
@@ -439,7 +444,7 @@ class Probe:
         from varedit_pack.varedit_core import sample, schedule_for
 
         load = {
-            name: __import__(f"varedit_pack.nodes.adapters.{name}", fromlist=[name]) for name in ("model", "vae", "text_encoder")
+            name: self.module(f"nodes.adapters.{name}") for name in ("model", "vae", "text_encoder")
         }
         file = DEMO / "diffusion_models" / "varedit_demo.safetensors"
         features = self.source["samples"].to("meta")
@@ -573,7 +578,7 @@ class Probe:
         source = self.run("SourceEncode", self.vae, two, "256", "square")
         noisy = {"seed": 2**64 - 2, "temperature": 1.0}
         latent, scales, *_ = self._edit(source, variations=2, **noisy)
-        module = __import__("varedit_pack.nodes.adapters.pictures", fromlist=["pictures"])
+        module = self.module("nodes.adapters.pictures")
         images, _ = module.scale_pictures(self.vae, scales, "fast")
         singles = []
         for image in range(2):
@@ -581,15 +586,14 @@ class Probe:
             for copy in range(2):
                 singles.append(self.sample(source=one, **{**noisy, "seed": (noisy["seed"] + 2 * image + copy) % 2**64}))
         equal = [(a == b).float().mean().item() for a, b in zip(singles, latent["samples"])]
-        ways, plan = {}, self.running.plan
-        for way in self.running.plans(self._job(source, 4)):
+        ways, plan = {}, self.memory.plan
+        for way in self.module("varedit_core.runtime.plan").plans(self._job(source, 4)):
             if way.store == "8-bit" or way.job.images == 2:  # two at once are the batches of three: a whole picture's
                 continue
-            self.running.plan = lambda *_, way=way: way
+            self.memory.plan = lambda *_, way=way: way
             found = self._edit(source, variations=2, **noisy)[0]["samples"]
-            name = f"{way.job.images} {way.store}" + (" apart" if way.rows_at_once else "")
-            ways[name] = (found == latent["samples"]).float().mean().item()
-        self.running.plan = plan
+            ways[name(way)] = (found == latent["samples"]).float().mean().item()
+        self.memory.plan = plan
         mask = torch.zeros(2, 30, 45)
         mask[0, :, 20:], mask[1, :, :20] = 1, 1
         masked = decode(self.vae, latent, two, mask).result[0]
@@ -599,15 +603,32 @@ class Probe:
         return {
             "equal": equal, "different": (latent["samples"][0] != latent["samples"][1]).any().item(),
             "ways": ways, "sums": list(scales["samples"].shape), "pictures": [list(image.shape) for image in images],
-            "batches": [list(self.running.batches(*sizes)) == wanted for sizes, wanted in (
-                ((2, 3, 6), [(slice(0, 2), 0, 3)]), ((3, 2, 5), [(slice(0, 2), 0, 2), (slice(2, 3), 4, 2)]),
-                ((2, 3, 2), [(slice(0, 1), 0, 2), (slice(0, 1), 2, 1), (slice(1, 2), 3, 2), (slice(1, 2), 5, 1)]),
+            "batches": [self._batches(*sizes) == wanted for sizes, wanted in (
+                ((2, 3, 6), [([0, 1], 0, 3)]), ((3, 2, 5), [([0, 1], 0, 2), ([2], 4, 2)]),
+                ((2, 3, 2), [([0], 0, 2), ([0], 2, 1), ([1], 3, 2), ([1], 5, 1)]),
             )],
             "decoded": list(masked.shape),
             "kept": [torch.equal(x[:, part], y[:, part]) for x, y, part in zip(masked, rows, kept)],
             "three images": self.error(decode, self.vae, latent, torch.cat([two, self.cat])),
             "progress": [calls[-1][0], sum(size is not None for *_, size in calls)],
         }  # fmt: skip
+
+    def _batches(self, pictures: int, copies: int, at_once: int) -> list:
+        """What the driver runs together of a batch: pictures, the first result's number, and results of each."""
+        driver, batch = self.module("varedit_core.sampling.driver"), self.module("varedit_core.sampling.batch")
+        part, joined, found = driver._Task._part, driver._joined, []
+        text, features = self.text[0][0][0], self.source["samples"].expand(pictures, -1, -1, -1)
+        schedule = self.source["varedit"].fitting.schedule
+        asked = batch.EditBatch.of(features, [text] * pictures, schedule, variations=copies)
+
+        def noted(task, engine, part, roomy, results, numbers):
+            found.append((list(numbers), results[0], part.copies))
+            assert len(results) == part.copies * len(numbers)
+
+        driver._Task._part, driver._joined = noted, list
+        driver._Task(asked, None, (), None, driver.Wanted()).run(None, at_once)
+        driver._Task._part, driver._joined = part, joined
+        return found
 
     def shortcuts(self) -> dict:
         """Work left out and masks: as the library does it, and what does not belong together."""
@@ -616,7 +637,9 @@ class Probe:
         from varedit_core import SamplingSettings, load_transformer, sample, schedule_for
         from varedit_core.controls.registry import Shortcuts
         from varedit_core.pictures.images import fit_mask
-        from varedit_core.sampling.drafting import draft_and_refine
+        from varedit_core.runtime.memory import engine_of
+        from varedit_core.sampling import loop
+        from varedit_core.sampling.batch import EditBatch
 
         torch, files = self.torch, DEMO / "diffusion_models"
         mask = torch.zeros(40, 60)
@@ -626,7 +649,7 @@ class Probe:
         made = {name: load_transformer(files / f"varedit_demo{name}.safetensors") for name in ("", "_refiner")}
         args = (self.source["samples"], list(self.text[0][0]), schedule_for("0.06M"))
         settings, refiner = SamplingSettings(2.0), self.run("ModelLoader", "varedit_demo_refiner.safetensors", "auto")
-        pair = (made[""], made["_refiner"])
+        drafting = engine_of([made["_refiner"], made[""]], [None, None])
         wanted = {
             "unguided": (dict(unguided=3), {}), "window": (dict(window=0.125), {}), "stop": (dict(stop=4), {}),
             "inside": (dict(inside=3), dict(mask=mask)), "mask": ({}, dict(mask=mask[None])),
@@ -638,7 +661,7 @@ class Probe:
             chosen = self.run("Shortcuts", **values)
             result = self.sample(shortcuts=chosen, **more)
             kind, held = Shortcuts(**values), fitted if "mask" in more else None
-            run = draft_and_refine(*pair, *args, kind, settings) if kind.drafted else sample(
+            run = loop.sample(drafting, EditBatch.of(*args, settings, shortcuts=kind)) if kind.drafted else sample(
                 made[""], *args, settings, shortcuts=kind, mask=held)  # fmt: skip
             *_, last = run
             found[name] = [(result == last.running_sum).float().mean().item(), not torch.equal(result, self.sepia)]
@@ -650,7 +673,7 @@ class Probe:
         ]
         found["empty mask"] = torch.equal(self.sample(mask=torch.zeros(1, 64, 64)), self.sepia)
         latent, scales, *_ = self._edit(self.source, shortcuts=stop)
-        module = __import__("varedit_pack.nodes.adapters.pictures", fromlist=["pictures"])
+        module = self.module("nodes.adapters.pictures")
         images, _ = module.scale_pictures(self.vae, scales, "own")
         found["stopped"] = [len(images), list(scales["samples"].shape), [v for v, *_ in self._progress(shortcuts=stop)]]
         two = self.run("SourceEncode", self.vae, torch.cat([self.cat, self.cat]), "256", "square")
@@ -938,7 +961,7 @@ class Probe:
 
     def _job(self, source, results: int):
         config, schedule = self.model.model.diffusion_model.config, source["varedit"].fitting.schedule
-        return self.running.Job(config, schedule, results, True, self.torch.float32, self.text[0][0].shape[1])
+        return self.module("varedit_core.runtime.plan").Job(config, schedule, results, True, self.torch.float32, self.text[0][0].shape[1])
 
     def _progress(self, **kw) -> list:
         """What the progress bar is told of an edit: value, total, size of the picture."""
@@ -954,6 +977,11 @@ class Probe:
 
     def plan(self) -> str:
         return self.run("MemoryPlan", self.model, "256", 2, True)
+
+
+def name(way) -> str:
+    """A way to run in a few letters."""
+    return f"{way.job.images} {way.store}" + (" apart" if way.rows_at_once else "")
 
 
 PARTS = (
