@@ -13,6 +13,7 @@ import sys
 import traceback
 import weakref
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -696,8 +697,6 @@ class Probe:
     def controls(self) -> dict:
         """Controls, curves, regions, first scales and chains: largest differences in 8-bit levels from the library's
         pictures, and what does not belong together."""
-        from dataclasses import replace
-
         import numpy as np
         from PIL import Image
 
@@ -955,6 +954,191 @@ class Probe:
         found["equal"] = [(x == expected[0]).float().mean().item() for x in (result[0], several[0])]
         return found
 
+    def told(self) -> dict:
+        """Knobs that would do nothing, and ones beyond the scales: what is said of each, and whether the edit is as without
+        it, or as with all scales."""
+        registry, said, found = self.module("varedit_core.controls.registry"), [], {}
+        sampler = sys.modules["varedit_pack.nodes.sampler"]
+        mask, scales = self.torch.ones(1, 20, 30), 7
+        mask[:, :, 12:] = 0
+        before, sampler.tell = sampler.tell, lambda node, text: said.append(text)
+
+        def edited(group: str, neutral, values: dict, masked: bool):
+            said.clear()
+            made = self.run(group.capitalize(), **{**vars(neutral), **values})
+            return self.sample(**{group: made}, **({"mask": mask} if masked else {}))
+
+        for group, neutral in (("controls", registry.NEUTRAL), ("shortcuts", registry.NO_SHORTCUTS)):
+            knobs = registry.knobs(group)
+            for knob in knobs:
+                needs = knob.needs.split()
+                other = {need: 2 for need in needs if need in [one.name for one in knobs]}
+                if (other or "mask" in needs) and knob.name != "inside":  # which is an error of the sampler's
+                    changed = knob.choices[-1] if knob.choices else knob.low if knob.low != knob.default else knob.high
+                    same = self.torch.equal(edited(group, neutral, {knob.name: changed}, False), self.sepia)
+                    found[f"{knob.name} alone"] = [same, said[:]]
+                if knob.scales and knob.name != "drafted":  # which is an error, too
+                    masked = "mask" in needs
+                    whole = edited(group, neutral, {**other, knob.name: scales}, masked)
+                    quiet = said[:]
+                    same = self.torch.equal(edited(group, neutral, {**other, knob.name: knob.high}, masked), whole)
+                    found[f"{knob.name} beyond"] = [same and not quiet, said[:]]
+        sampler.tell = before
+        return found
+
+    def asked_back(self) -> dict:
+        """ComfyUI wants the memory of an edit while that is at work, before every scale: what it gets, whether the cache
+        stays, and what is left at the end."""
+        import comfy.model_management as mm
+
+        keeper, watcher = self.model.model.keeper(self.model.load_device), self.running.Watcher
+        show, device = watcher.__call__, self.model.load_device
+
+        def by_comfyui() -> int:
+            free, taken = mm.get_free_memory, keeper.loaded_size()
+            mm.get_free_memory = lambda *args, **kw: free(*args, **kw) if kw else 0
+            mm.free_memory(taken // 2, device)
+            mm.get_free_memory = free
+            return 0
+
+        ways = {
+            "partially_unload": lambda: keeper.partially_unload(device, 2**60),
+            "detach": lambda: keeper.detach() and 0,
+            "free_memory": by_comfyui,
+            "unload_all_models": lambda: mm.unload_all_models() or 0,
+        }
+        found = {}
+        for name, ask in ways.items():
+            freed, held = [], []
+
+            def asking(own, *arguments, ask=ask, freed=freed, held=held):
+                freed.append(ask())
+                held.append(keeper.work.nbytes)
+                return show(own, *arguments)
+
+            mm.unload_all_models()
+            watcher.__call__ = asking
+            same = self.torch.equal(self.sample(preview="decoded", vae=self.vae), self.sepia)
+            watcher.__call__ = show
+            left = [keeper.work.nbytes, keeper.work.shape is None, self._stored()]
+            again = self.torch.equal(self.sample(), self.sepia) and keeper in mm.loaded_models()
+            found[name] = {"same": same, "freed": freed, "held": held, "left": left, "again": again}
+        return found
+
+    def colours(self) -> dict:
+        """Encodes that are made for the colours of previews, and whether before the loop, by choice and by setting."""
+        from comfy.cli_args import LatentPreviewMethod, args
+
+        events, memory, found = [], self.running.ComfyMemory, {}
+        within, setting = memory.within, args.preview_method
+
+        def noted(*arguments):
+            events.append("loop")
+            return within(*arguments)
+
+        memory.within = noted
+        for live in (LatentPreviewMethod.NoPreviews, LatentPreviewMethod.Latent2RGB):
+            for choice in ("auto", "fast", "decoded", "off"):
+                vae = self.run("VAELoader", "varedit_demo_tokenizer.safetensors")
+                source = self.run("SourceEncode", vae, self.cat, "256", "square")
+                encode, args.preview_method = vae.encode, live
+                vae.encode = lambda pixels, encode=encode: events.append("encode") or encode(pixels)
+                events.clear()
+                same = self.torch.equal(self.sample(source=source, preview=choice, vae=vae), self.sepia)
+                first = events[:]
+                events.clear()
+                self.sample(source=source, preview=choice, vae=vae, seed=1)
+                found[f"{choice}, {live.value}"] = {"same": same, "first": first, "second": events[:]}
+        memory.within, args.preview_method = within, setting
+        return found
+
+    def same_job(self) -> dict:
+        """Jobs of all kinds by nodes and by the library: whether tokens and sums are the same, bit for bit, and what was
+        planned for each."""
+        from dataclasses import asdict
+
+        import numpy as np
+        from PIL import Image
+
+        from varedit_core import Editor, SamplingSettings, load_transformer
+        from varedit_core.controls.registry import Controls, Shortcuts
+        from varedit_core.demo import demo_files
+        from varedit_core.pictures.composite import Region
+        from varedit_core.sampling import driver
+
+        torch, (transformer, *rest) = self.torch, demo_files()
+        editor, found = Editor.load(transformer, *rest, device="cpu"), {}
+        small = Editor.load(transformer.with_name("varedit_demo_refiner.safetensors"), *rest, device="cpu")
+        small.drafter = load_transformer(transformer)
+        refiner = self.run("ModelLoader", "varedit_demo_refiner.safetensors", "auto")
+        settings, planned = SamplingSettings(2.0, 0.7, seed=11), []
+        for module in (driver, self.module("varedit_core.sampling.driver")):
+
+            def noted(job, *arguments, fits=module.as_it_fits):
+                planned.append({**asdict(job), "dtype": str(job.dtype), "rows": job.rows})
+                return fits(job, *arguments)
+
+            module.as_it_fits = noted
+        words = "recolour the black star in purple", "recolour the red hexagon in orange"
+        ones = [self.run("TextEncode", self.clip, one) for one in words]
+        both = [[torch.cat([one[0][0] for one in ones]), ones[0][0][1]]]
+        scene = self.image(SCENE)
+        pictures = [Image.fromarray((255 * one).round().numpy().astype(np.uint8)) for one in (scene[0], scene[0].flip(1))]
+        source = self.run("SourceEncode", self.vae, scene, "256", "square")
+        pair = self.run("SourceEncode", self.vae, torch.cat([scene, scene.flip(2)]), "256", "square")
+        drawn = Image.new("L", (256, 256))
+        drawn.paste(255, (100, 0, 256, 140))
+        mask = torch.from_numpy(np.array(drawn, dtype=np.float32) / 255)[None]
+        whole = editor.run(pictures[0], words[0], size="0.06M", settings=settings)
+        begun = self.nodes["VAREditSampler"].execute(self.model, source, ones[0], 11, 2.0, 0.7).result[0]
+        tokens = begun["varedit"].tokens.first(3)
+        begun = {"samples": tokens.total(), "varedit": replace(begun["varedit"], tokens=tokens)}
+        above = self.run("Region", ones[1], mask)
+        held, best = dict(auto_mask=0.5), dict(best_of=3, best_at=2)
+        layers = dict(regions=[Region(words[0]), Region(words[1], drawn)])
+        two = dict(source=pair, text=both)
+        jobs = {
+            "plain": ({}, {}),
+            "variations": (dict(variations=3), dict(variations=3)),
+            "two pictures, two instructions": (two, {}),
+            "two pictures, variations": (dict(**two, variations=2), dict(variations=2)),
+            "best of": (dict(controls=best), {}),
+            "best of, variations": (dict(controls=best, variations=2), dict(variations=2)),
+            "best of, two pictures, variations": (dict(**two, controls=best, variations=2), dict(variations=2)),
+            "mask": (dict(mask=mask), dict(mask=drawn)),
+            "mask, margin": (dict(mask=mask, controls=dict(feather=3)), dict(mask=drawn)),
+            "regions": (dict(regions=above), layers),
+            "regions, variations": (dict(regions=above, variations=2), dict(**layers, variations=2)),
+            "regions, best of": (dict(regions=above, controls=best), layers),
+            "auto mask": (dict(controls=held), {}),
+            "auto mask, variations": (dict(controls=held, variations=2), dict(variations=2)),
+            "begun": (dict(begun=begun), dict(given=whole.tokens.first(3))),
+            "begun, variations": (dict(begun=begun, variations=2), dict(given=whole.tokens.first(3), variations=2)),
+            "drafted": (dict(model=refiner, drafter=self.model, shortcuts=dict(drafted=5)), {}),
+            "unguided, strength": (dict(shortcuts=dict(unguided=3), controls=dict(strength=0.6)), {}),
+        }  # fmt: skip
+        for name, (given, options) in jobs.items():
+            given, planned[:] = dict(given), []
+            controls, shortcuts = (kind(**given.pop(part, {})) for part, kind in (("controls", Controls), ("shortcuts", Shortcuts)))
+            nodes = {"controls": self.run("Controls", **vars(controls)), "shortcuts": self.run("Shortcuts", **vars(shortcuts))}
+            model, text = given.pop("model", self.model), given.pop("text", ones[0])
+            latent = self.nodes["VAREditSampler"].execute(
+                model, given.pop("source", source), text, 11, 2.0, 0.7, **nodes, **given
+            ).result[0]
+            images, prompts = (pictures, list(words)) if text is both else (pictures[0], words[0])
+            result = (small if shortcuts.drafted else editor).run(
+                images, () if "regions" in options else prompts, size="0.06M", settings=settings, controls=controls,
+                shortcuts=shortcuts, **options,
+            )  # fmt: skip
+            bits = zip(latent["varedit"].tokens.bits, result.tokens.bits, strict=True)
+            found[name] = {
+                "bits": all(torch.equal(*pair) for pair in bits),
+                "sums": torch.equal(latent["samples"], result.tokens.total()),
+                "results": len(latent["samples"]), "job": planned[0] == planned[1] and len(planned) == 2,
+                "images": planned[0]["images"], "text": planned[0]["text_tokens"],
+            }  # fmt: skip
+        return found
+
     def _edit(self, source, seed=0, temperature=0.1, **kw):
         """Both outputs of the sampler."""
         return self.nodes["VAREditSampler"].execute(self.model, source, self.text, seed, 2.0, temperature, **kw).result
@@ -986,7 +1170,8 @@ def name(way) -> str:
 
 PARTS = (
     "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text", "ladder", "formats",
-    "partial", "leftovers", "keeping", "variations", "shortcuts", "controls", "text_to_image", "layers", "recording", "plan",
+    "partial", "leftovers", "keeping", "variations", "shortcuts", "controls", "text_to_image", "layers", "recording", "told", "asked_back",
+    "colours", "same_job", "plan",
 )  # fmt: skip
 ONE_EDIT = ("pictures", "formats", "variations")  # parts that decode one edit again and again
 
