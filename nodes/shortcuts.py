@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..varedit_core.controls.registry import Shortcuts
 from ._api import io
-from .widgets import widgets
+from .widgets import takes, widgets
 
 ShortcutsType = io.Custom("VAREDIT_SHORTCUTS")
 
@@ -16,7 +16,8 @@ class VAREditShortcuts(io.ComfyNode):
             node_id="VAREditShortcuts",
             display_name="VAREdit Shortcuts",
             category="VAREdit",
-            description="Work that the sampler leaves out to be faster. All off at first: none is exact, and the README's table has what each costs.",
+            description="Work that the sampler leaves out to be faster. All off at first: none is exact; docs/SPEED.md has what "
+            "each costs.",
             search_aliases=["speed", "faster", "turbo", "draft", "two models"],
             inputs=widgets("shortcuts"),
             outputs=[
@@ -25,5 +26,6 @@ class VAREditShortcuts(io.ComfyNode):
         )
 
     @classmethod
+    @takes("shortcuts")
     def execute(cls, **values) -> io.NodeOutput:
         return io.NodeOutput(Shortcuts(**values))

@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts
+from .controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts, problems
 from .defaults import FIT, FITS, KINDS, SIZE
 from .files.checkpoints import load_autoencoder, load_transformer
 from .model.config import patch_size
 from .model.transformer import Transformer
-from .pictures.composite import Region, areas, check_regions, drawn_masks
+from .pictures.composite import Region, areas, check_regions, check_rest, drawn_masks
 from .pictures.edited import Decoded, Edited
-from .pictures.images import FittedImage, SourceImage, empty, fit, load_image, restore, to_uint8, unfit
+from .pictures.images import FittedImage, SourceImage, empty, fit, fitting_for, load_image, restore, to_uint8, unfit
 from .runtime.fp8 import LINEARS
 from .runtime.graphs import Recorder
 from .runtime.memory import TorchMemory, engine_of, make_room
@@ -29,7 +29,7 @@ from .runtime.session import check_alone, checked
 from .runtime.tiling import bytes_to_decode
 from .runtime.workspace import Workspace
 from .sampling.batch import EditBatch
-from .sampling.driver import Wanted, check, run, unused
+from .sampling.driver import Wanted, check, run
 from .sampling.loop import sample
 from .sampling.scale import Scale
 from .sampling.settings import DEFAULT_SETTINGS, TEXT_SETTINGS, SamplingSettings
@@ -271,6 +271,8 @@ class Editor:
         pictures = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
         if not pictures:
             raise ValueError("there is no picture to edit; pass at least one")
+        if wanted.features is not None and any(isinstance(picture, (Tokens, Edited)) for picture in pictures):
+            raise ValueError("features are of pictures, and tokens have their own; leave out features")
         with self._lock:
             fitted, source = self._sources(pictures, size, method)
             if wanted.given is not None:
@@ -318,6 +320,9 @@ class Editor:
             raise ValueError("there is nothing to make; give at least one prompt")
         if picture is None:
             wanted.controls.check_source()
+            check_rest(wanted.regions)
+        elif ratio != 1:
+            raise ValueError("the picture gives the shape; leave out ratio")
         with self._lock:
             made = self.fit(picture, size, FITS[1]) if picture is not None else empty(schedule_for(size, nearest_ratio(ratio)))
             return self._run([made] * max(1, len(texts)), texts, negatives, settings, on_scale, wanted)
@@ -337,6 +342,9 @@ class Editor:
             raise ValueError("the pictures of this edit have different sizes; go on from edits of one picture each")
         for tokens in known:
             tokens.check_vae(self.autoencoder.config.bits, self.autoencoder.config.stride)
+            own = tokens.schedule if (size, method) == (SIZE, FIT) else fitting_for(tokens.shown.size, size, method).schedule
+            if own != tokens.schedule:
+                raise ValueError("tokens have the size and fit they were made with; leave out size and method")
         source, shown = joined(known).to(self.device), []
         for picture, tokens in zip(pictures, known):
             seen = picture.pictures if isinstance(picture, Edited) else self._shown(tokens.to(self.device))
@@ -354,7 +362,8 @@ class Editor:
         controls, copies = wanted.controls, wanted.variations
         self._make_room(fitted[0], 2)
         batch, layers = self._batch(fitted, instructions, negatives, settings, wanted, source)
-        complaints = unused(batch)
+        check(batch, self.drafter is not None)
+        complaints = problems(replace(batch.facts, seam=wanted.seam))
         if complaints:
             raise ValueError("; ".join(complaints))
         # Who watches may decode, so that the VAE stays; the text encoder is done.

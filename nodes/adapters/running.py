@@ -17,7 +17,7 @@ import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from torch import Tensor
 
-from ...varedit_core.controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts
+from ...varedit_core.controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts, problems
 from ...varedit_core.model.config import patch_size
 from ...varedit_core.model.engine import Engine
 from ...varedit_core.model.layers import sdpa
@@ -27,7 +27,7 @@ from ...varedit_core.runtime.memory import engine_of, kept_bytes
 from ...varedit_core.runtime.plan import STORES, Job, Plan, described, gigabytes, plan
 from ...varedit_core.runtime.workspace import Shape, Workspace
 from ...varedit_core.sampling.batch import EditBatch
-from ...varedit_core.sampling.driver import Wanted, run, unused
+from ...varedit_core.sampling.driver import Wanted, run
 from ...varedit_core.sampling.scale import Scale
 from ...varedit_core.sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS, schedule_for
@@ -202,6 +202,7 @@ class ComfyMemory:
         return True
 
     def recover(self) -> None:
+        checked_model(self.model).keeper(self.model.load_device).work.forget()
         mm.soft_empty_cache()
 
 
@@ -216,7 +217,7 @@ def sample_latent(model, source: dict, edit: Edit, preview: str, vae, tell: Tell
     origin = _origin(network, source, vae)
     method = preview_method(preview, vae, origin)
     batch, known = _batch(edit, source, origin, network.diffusion_model.config.source, tell)
-    for sentence in unused(batch):
+    for sentence in problems(batch.facts):
         tell(sentence)
     models = [model, *_drafter(edit)]
     decoder = vae if method == "own" else None

@@ -31,7 +31,7 @@ class Case:
 
     kind: key of KINDS. model: key of MODELS. size: side of the square in pixels, as text. settings: of the draw; every
     run has a seed of its own. variations, shortcuts: arguments of `Editor.sample`. masked: share of the picture that a
-    square mask covers; 0: no mask. linears: of the transformer, see `eight_bit.LINEARS`. editor: attributes that the
+    square mask covers; 0: no mask. linears: of the transformer, see `fp8.LINEARS`. editor: attributes that the
     editor has while the case runs, each made of the editor as it was. reroll: picture and instruction stay, only the
     seed is new. new_masks: every edit has another mask.
     """
@@ -85,7 +85,7 @@ MASK_SIDE = 64
 
 
 def _refiner(editor: Editor) -> Transformer:
-    """A transformer of the 2B size for the tokenizer and text encoder of another."""
+    """A transformer of the 2B size for the VAE and text encoder of another."""
     theirs = editor.transformer.config
     sizes = replace(TRANSFORMERS["2B"], token_bits=theirs.token_bits, text_width=theirs.text_width)
     return random_transformer(sizes, editor.device)

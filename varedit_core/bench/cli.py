@@ -45,6 +45,8 @@ def bench(
     if place.type not in ("cuda", "cpu"):
         raise ValueError(f"bench measures CUDA devices and CPUs, not {place.type}; choose another --device")
     chosen = choose(models.split(","), sizes.split(","), cases.split(","))
+    if published and all(case.kind != PLAIN for case in chosen):
+        raise ValueError(f"--published is timed beside plain edits only; add the case {PLAIN}, or leave it out")
     if place.type == "cpu" and any(case.model != "tiny" for case in chosen):
         raise ValueError("models of these sizes need a GPU; use --models tiny --sizes 256 on a CPU")
     targets = _targets(report, save, device_name(place))

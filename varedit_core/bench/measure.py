@@ -1,6 +1,6 @@
 """The measurement: whole edits with models of random weights, from a fitted picture to decoded pixels on the device.
 
-A whole edit is text encoder, tokenizer's encoder, all scales and decoder; reading and writing pictures is not in it.
+A whole edit is text encoder, VAE's encoder, all scales and decoder; reading and writing pictures is not in it.
 Whole edits, phases and scales are timed in runs of their own, as the last two wait for the device or mark its work.
 """
 
@@ -83,7 +83,7 @@ def _tera(count: float) -> float:
 
 
 class Runs:
-    """Edits of one case, each of another picture than the last, with a seed of its own; a re-roll only has the latter."""
+    """Edits of one case, each of another picture than the last, with its own seed; a re-roll only has the latter."""
 
     def __init__(self, editor: Editor, case: Case) -> None:
         self.editor, self.case, self.count = editor, case, 0
@@ -174,7 +174,7 @@ def _passes(runs: Runs) -> list[float]:
 
 
 def picture(case: Case) -> FittedImage:
-    """A picture of the case's size: smooth noise, as a flat one would be no work for a tokenizer."""
+    """A picture of the case's size: smooth noise, as a flat one would be no work for a VAE."""
     height, width = case.schedule.pixels
     coarse = np.random.default_rng(0).integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
     smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)

@@ -56,7 +56,7 @@ MODELS = {
 def build(name: str, device: torch.device, linears: str = LINEARS[0]) -> Editor:
     """An editor of random weights, in the types that `Editor.load` chooses for the device.
 
-    name: a key of MODELS. On CUDA: blocks and decoder bf16, text encoder fp16, the rest fp32. linears: see `eight_bit`.
+    name: a key of MODELS. On CUDA: blocks and decoder bf16, text encoder fp16, the rest fp32. linears: see `fp8`.
     """
     sizes, cuda = MODELS[name], device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32

@@ -1,4 +1,4 @@
-"""The command line: `varedit edit | generate | demo | info | convert | merge | train | bench | parity | shapeedit`. Thin: options in, library calls, tables out."""
+"""The command line, `varedit COMMAND`. Thin: options in, library calls, tables out."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 app.add_typer(shapeedit, name="shapeedit")
 
+
 def main() -> None:
     """Entry point: one sentence on standard error instead of a traceback for errors the user can mend."""
     logging.basicConfig(
@@ -70,7 +71,7 @@ def info(
 @app.command(name="convert")
 def convert_command(
     source: Annotated[
-        Path, typer.Argument(help=".pth, .safetensors or a sharded folder: transformer, tokenizer or text encoder.")
+        Path, typer.Argument(help=".pth, .safetensors or a sharded folder: transformer, VAE or text encoder.")
     ],
     target: Annotated[Path, typer.Argument(help="Result, ending in .safetensors.")],
     precision: Annotated[
@@ -83,10 +84,16 @@ def convert_command(
     with progress() as bar:
         task = bar.add_task("converting", total=None)
         metadata = convert(
-            source, target, precision, overwrite, lambda done, total: bar.update(task, completed=done, total=total), kind
+            source,
+            target,
+            precision,
+            overwrite,
+            lambda done, total: bar.update(task, completed=done, total=total),
+            kind,
         )
     console.print(
-        f"{target}: {metadata['varedit.architecture']}, {metadata['varedit.precision']}, {target.stat().st_size / 1e9:.2f} GB",
+        f"{target}: {metadata['varedit.architecture']}, {metadata['varedit.precision']}, "
+        f"{target.stat().st_size / 1e9:.2f} GB",
         soft_wrap=True,
     )
 

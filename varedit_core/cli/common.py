@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Optional, get_type_hints
@@ -19,8 +19,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..controls.base import Knob
-from ..controls.registry import Controls, Shortcuts, knob, knobs, problems
+from ..controls.base import Knob, Known
+from ..controls.registry import Controls, Shortcuts, check, knob, knobs, problems
 from ..defaults import FIT, FITS, KINDS, NEGATIVE_PROMPT, SIZE
 from ..defaults import SIZES as SIDES
 from ..demo import GUIDANCE as DEMO_GUIDANCE
@@ -45,8 +45,8 @@ SIZES = SIDES | {area: area for area in AREAS}
 Regions = Annotated[
     Optional[list[str]],
     typer.Option(
-        help="INSTRUCTION@MASK, in place of an instruction: what to change where; may be given several times, later ones "
-        "lie on top; without @MASK it is for everywhere.",
+        help="INSTRUCTION@MASK, in place of an instruction: what to change where; may be given several times, later "
+        "ones lie on top; without @MASK it is for everywhere.",
         show_default=False,
     ),
 ]
@@ -99,21 +99,26 @@ class Files:
         typer.Option(help="Of the transformer's blocks: exact, or 8-bit (half the memory, faster, an approximation)."),
     ] = LINEARS[0]
 
-    def check(self) -> None:
-        """Raise where options do not belong together or are unknown, before anything is loaded."""
-        if self.model is None and any((self.vae, self.text_encoder, self.tokenizer)):
+    def check(self, demo: bool = True) -> None:
+        """Raise where options do not belong together or are unknown, before anything is loaded. demo: whether the demo
+        model is taken whole or not at all."""
+        if demo and self.model is None and any((self.vae, self.text_encoder, self.tokenizer)):
             raise ValueError("--vae, --text-encoder and --tokenizer belong to a model of yours; name it with --model")
+        if self.tokenizer and not self.text_encoder:
+            raise ValueError("--tokenizer is that of a --text-encoder; name that too, or leave --tokenizer out")
         if self.dtype:
             choice(self.dtype, DTYPES, "dtype")
         check_linears(self.linears)
 
-    def paths(self, words: bool = True) -> tuple[Path, Path, Path | None]:
-        """Transformer, VAE and text encoder, the demo model's without a model. words: whether there are any to encode.
-        ValueError where they lack a text encoder."""
+    def paths(self, words: str = "an instruction") -> tuple[Path, Path, Path | None]:
+        """Transformer, VAE and text encoder, the demo model's without a model. words: what there is to encode, empty
+        for nothing. ValueError where a text encoder is missing, or has nothing to do."""
         if self.model is None:
             return demo_files()
         if words and self.text_encoder is None:
-            raise ValueError("an instruction needs --text-encoder")
+            raise ValueError(f"{words} needs --text-encoder")
+        if self.text_encoder and not words:
+            raise ValueError("--text-encoder has nothing to read beside --features; leave it out")
         return self.model, self.vae or self.model, self.text_encoder if words else None
 
     def load(self, paths: Sequence[Path | None], loras: Sequence[tuple[Path, float]]) -> Editor:
@@ -142,7 +147,9 @@ class Draw:
     temperature: Annotated[str, typer.Option(help=f"Temperature; 0 is greedy; {PER_SCALE}")] = (
         f"{DEFAULT_SETTINGS.temperature:g}"
     )
-    top_p: Annotated[str, typer.Option(help="Drop bit values of probability <= 1 - top_p.")] = f"{DEFAULT_SETTINGS.top_p:g}"
+    top_p: Annotated[str, typer.Option(help="Drop bit values of probability <= 1 - top_p.")] = (
+        f"{DEFAULT_SETTINGS.top_p:g}"
+    )
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = DEFAULT_SETTINGS.seed
 
     def settings(self, model: Path | None) -> SamplingSettings:
@@ -151,6 +158,18 @@ class Draw:
         guidance = own if self.guidance is None else per_scale(self.guidance)
         return SamplingSettings(guidance, per_scale(self.temperature), per_scale(self.top_p), self.seed)
 
+    def set(self, name: str) -> bool:
+        """Whether an option is not at its default."""
+        return getattr(self, name) != getattr(type(self), name)
+
+    def check(self, settings: SamplingSettings, scales: int) -> None:
+        """Raise ValueError where a list has not one number a scale, and for a --top-p that does nothing."""
+        if self.set("top_p") and not any(temperature for _, temperature, _ in settings.per_scale(scales)):
+            raise ValueError(
+                "--top-p counts only where temperature is above 0; raise --temperature, or leave --top-p out"
+            )
+        settings.per_scale(scales)
+
 
 @dataclass(frozen=True)
 class Words:
@@ -158,6 +177,16 @@ class Words:
 
     negative: Annotated[str, typer.Option(help=NEGATIVE)] = NEGATIVE_PROMPT
     preset: Annotated[str, typer.Option(help=knob("curves", "preset").option)] = PRESET
+
+    def bent(self, settings: SamplingSettings, scales: int) -> SamplingSettings:
+        """The settings with the preset's curves over them. ValueError where it has nothing to bend."""
+        bent = settings.preset(self.preset)
+        if self.preset != PRESET and bent.per_scale(scales) == settings.per_scale(scales):
+            raise ValueError(
+                f"--preset {self.preset} bends guidance above 1 and temperature above 0, and here is neither; raise "
+                "one of them, or leave --preset out"
+            )
+        return bent
 
 
 @dataclass(frozen=True)
@@ -183,7 +212,9 @@ class Begun:
         last = min(len(tokens) + 1, len(tokens.schedule))
         if (scale or len(tokens) + 1) not in range(2, last + 1):
             was = f"--from-scale {scale}" if scale else "the whole edit"
-            raise ValueError(f"{file} has tokens of {len(tokens)} scales: give --from-scale from 2 to {last}, not {was}")
+            raise ValueError(
+                f"{file} has tokens of {len(tokens)} scales: give --from-scale from 2 to {last}, not {was}"
+            )
         return tokens.first(scale - 1) if scale else tokens
 
 
@@ -195,7 +226,9 @@ class Canvas:
         Optional[str],
         typer.Option(help=f"Working size: {', '.join(SIZES)}.", show_default=f"{SIZE}; {DEMO_SIZE} for the demo model"),
     ] = None
-    fit: Annotated[Optional[str], typer.Option(help="square (as published) or aspect (experimental).", show_default=FIT)] = None
+    fit: Annotated[
+        Optional[str], typer.Option(help="square (as published) or aspect (experimental).", show_default=FIT)
+    ] = None
 
     def area(self, model: Path | None) -> str:
         """The size as one of AREAS. model: None for the demo model, which has a default of its own."""
@@ -224,10 +257,15 @@ def numbered(path: Path, count: int) -> list[Path]:
 
 
 def knob_options(kind: type, group: str, but: Callable[[Knob], bool] = lambda knob: False) -> type:
-    """A class of options with a field for each knob of a group; `values` makes `kind` of them. but: knobs to leave out."""
+    """A class of options with a field for each knob of a group; `values` makes `kind` of them. but: knobs to leave
+    out."""
     own = [knob for knob in knobs(group) if not but(knob)]
     made = [
-        (knob.name, Annotated[type(knob.default), typer.Option(help=knob.option or knob.help)], field(default=knob.default))
+        (
+            knob.name,
+            Annotated[type(knob.default), typer.Option(help=knob.option or knob.help)],
+            field(default=knob.default),
+        )
         for knob in own
     ]
     values = {"values": lambda self: kind(**vars(self)), "__module__": __name__}
@@ -249,9 +287,9 @@ def command(function: Callable) -> Callable:
         own = get_type_hints(kind, include_extras=True)
         parts[name] = kind, [field.name for field in fields(kind)]
         made += [
-            inspect.Parameter(field.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=field.default, annotation=own[field.name])
+            parameter.replace(name=field.name, default=field.default, annotation=own[field.name])
             for field in fields(kind)
-        ]  # fmt: skip
+        ]
 
     @wraps(function)
     def run(**given) -> None:
@@ -269,10 +307,12 @@ def spelled(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def complain(controls: Controls, shortcuts: Shortcuts, scales: int, mask: bool) -> None:
-    """Raise ValueError, in one sentence each, for options that would do nothing or more than there is."""
-    found = problems(controls, shortcuts, scales, mask, spelled)
-    if found:
+def complain(edit: Known) -> None:
+    """Raise ValueError, in one sentence each, for options that do not go together, and then for ones that would do
+    nothing or more than there is."""
+    named = replace(edit, spelled=spelled)
+    check(named)
+    if found := problems(named):
         raise ValueError("; ".join(found))
 
 

@@ -46,12 +46,12 @@ def decode(
         check_target(path, source is not None and not source.opaque, overwrite)
     place = device_of(device)
     network = load_autoencoder(vae or demo_files()[1], device=place)
-    advice = "name the VAE of the model that made them with --vae"
+    advice = "; name the VAE of the model that made them with --vae"
     found.check_vae(network.config.bits, network.config.stride, f"the tokens of {tokens.name}", advice)
     if found.auto_mask and source is None:
         console.print(
-            "the edit has found its own mask; name the picture that was edited with --image, and all outside of it stays "
-            "as it was",
+            "the edit has found its own mask; name the picture that was edited with --image, and all outside of it "
+            "stays as it was",
             soft_wrap=True,
         )
 

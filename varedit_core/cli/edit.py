@@ -13,14 +13,15 @@ import torch
 import typer
 from PIL import Image, ImageOps
 
-from ..defaults import FILL, FILLS
+from ..controls.base import Known
+from ..defaults import FILL, FILLS, FIT, SIZE
 from ..demo import NOTICE
 from ..files.checkpoints import load_transformer
 from ..files.tokens import SUFFIX
 from ..files.tokens import check_target as check_tokens
 from ..files.weights import open_weights
 from ..pictures.canvas import Crop, crop, crop_around, extend, sides_from, stitch
-from ..pictures.composite import Region
+from ..pictures.composite import Region, check_regions
 from ..pictures.contact_sheet import contact_sheet
 from ..pictures.edited import Edited
 from ..pictures.images import Fitting, SourceImage, check_target, fitting_for, load_image, load_mask, save_image
@@ -65,8 +66,8 @@ class Place:
     extend: Annotated[
         Optional[str],
         typer.Option(
-            help="Outpaint: LEFT,TOP,RIGHT,BOTTOM of new picture, in pixels, or shares such as 25%; one number: all sides. "
-            "16 pixels of the old picture beside it may change, too."
+            help="Outpaint: LEFT,TOP,RIGHT,BOTTOM of new picture, in pixels, or shares such as 25%; one number: all "
+            "sides. 16 pixels of the old picture beside it may change, too."
         ),
     ] = None
     fill: Annotated[
@@ -75,7 +76,7 @@ class Place:
     ] = None
     seam: options.Seam = 0
 
-    def check(self, instructed: bool, auto_mask: bool) -> None:
+    def check(self, instructed: bool) -> None:
         """Raise ValueError for options that do not go together, or would do nothing."""
         if self.mask and self.protect:
             raise ValueError("--mask and --protect are opposites; give one of them")
@@ -89,13 +90,6 @@ class Place:
             raise ValueError("--region does not go with --crop or --extend, whose pictures its masks do not fit")
         if self.fill and not self.extend:
             raise ValueError("--fill is for the new part of a picture; add --extend, or leave it out")
-        if self.seam and not (self.mask or self.protect or self.extend or auto_mask or self._covered):
-            raise ValueError("--seam fades an edit in at a mask's edge; give a mask, or leave it out")
-
-    @property
-    def _covered(self) -> bool:
-        """Whether every region has a mask."""
-        return bool(self.region) and all("@" in text for text in self.region)
 
 
 @dataclass(frozen=True)
@@ -214,18 +208,21 @@ def edit(
     Shortcuts save time and are not exact; docs/SPEED.md says what each costs. Controls are neutral by default.
     """
     files.check()
-    settings = draw.settings(files.model).preset(asked.preset)
     named, saved = controls.values(), shortcuts.values()
     if bool(files.drafter) != bool(saved.drafted):
         raise ValueError("--drafter and --drafted go together: a second transformer, and how many scales it draws")
     asked.check(place.region or ())
-    place.check(bool(asked.instruction or asked.features), bool(named.auto_mask))
-    paths = files.paths(bool(asked.instruction or place.region or asked.negative))
-    task = Task.read(image, canvas, place, files.model)
-    scales = len(task.fitting.schedule)
-    settings.per_scale(scales)
-    complain(named, saved, scales, task.masked)
-    given = begun.tokens()
+    place.check(bool(asked.instruction or asked.features))
+    words = asked.instruction or place.region or asked.negative
+    paths = files.paths("an instruction or a negative prompt" if words else "")
+    task, given = Task.read(image, canvas, place, files.model), begun.tokens()
+    schedule, settings = task.fitting.schedule, draw.settings(files.model)
+    draw.check(settings, len(schedule))
+    settings = asked.bent(settings, len(schedule))
+    complain(Known(
+        schedule, settings, named, saved, task.masked, len(given or ()), outputs.variations, place.seam,
+        bool(asked.negative),
+    ))  # fmt: skip
     outputs.check(image, not task.opaque)
     prompt, loras = () if place.region else asked.prompt(), checked_loras(paths[0], files.lora)
 
@@ -239,7 +236,7 @@ def edit(
     with progress() as bar:
         watcher = Watcher(editor, bar, outputs.sheet is not None, outputs.preview_dir, outputs.targets(image)[0].stem)
         edited = editor.run(
-            [task.given], prompt, asked.negative, canvas.area(files.model), canvas.method, settings, watcher,
+            [task.given], prompt, asked.negative, *task.size, settings, watcher,
             variations=outputs.variations, shortcuts=saved, mask=task.mask, controls=named, regions=task.regions,
             given=given, seam=0 if task.crop else place.seam, explain=outputs.maps is not None,
         )  # fmt: skip
@@ -268,7 +265,7 @@ def edit(
 @dataclass(frozen=True, eq=False)
 class Task:
     """What an edit works on. given: the picture, or the crop of it, or the tokens to go on from. source: the whole
-    picture, None for tokens. fitting: of what is given."""
+    picture, None for tokens. fitting: of what is given. size: named size and fit, that tokens have of their own."""
 
     given: SourceImage | Tokens
     source: SourceImage | None
@@ -276,6 +273,7 @@ class Task:
     mask: Image.Image | None = None
     regions: Sequence[Region] = ()
     crop: Crop | None = None
+    size: tuple[str, str] = (SIZE, FIT)
 
     @classmethod
     def read(cls, image: Path, canvas: Canvas, place: Place, model: Path | None) -> Task:
@@ -284,6 +282,7 @@ class Task:
         shown = load_mask(place.mask or place.protect) if place.mask or place.protect else None
         shown = ImageOps.invert(shown) if place.protect else shown
         parts = [region_of(text) for text in place.region or ()]
+        check_regions(parts, ())
         if image.suffix == SUFFIX:
             if place.extend or place.crop is not None:
                 raise ValueError("tokens have the size they were made with; --crop and --extend want a picture")
@@ -296,10 +295,10 @@ class Task:
         if place.extend:
             source, shown = extend(source, sides_from(place.extend), fill=place.fill or FILL)
         if place.crop is None:
-            return cls(source, source, fitting_for(source.size, area, fit), shown, parts)
+            return cls(source, source, fitting_for(source.size, area, fit), shown, parts, size=(area, fit))
         around = crop_around(source.size, shown, place.crop, fit)
         part, inner = crop(source, around)
-        return cls(part, source, fitting_for(part.size, area, fit), inner, parts, around)
+        return cls(part, source, fitting_for(part.size, area, fit), inner, parts, around, (area, fit))
 
     @property
     def masked(self) -> bool:

@@ -10,10 +10,12 @@ from typing import Annotated, Optional
 
 import typer
 
+from ..controls.base import Known
 from ..controls.registry import Controls, Shortcuts
-from ..defaults import RATIO, RATIOS, SIZE
+from ..defaults import FITS, RATIO, RATIOS, SIZE
 from ..files.tokens import check_target as check_tokens
-from ..pictures.images import check_target, load_image, load_mask, save_image
+from ..pictures.composite import Region, check_regions, check_rest
+from ..pictures.images import check_target, fitting_for, load_image, load_mask, save_image
 from ..sampling.settings import TEXT_SETTINGS
 from ..tokenizer.schedule import nearest_ratio, schedule_for
 from . import common as options
@@ -63,17 +65,34 @@ class Shape:
     ] = RATIO
     image: Annotated[
         Optional[Path],
-        typer.Option(help="Picture to repaint a part of, with --mask: it is read only outside the mask, and gives size and shape."),
-    ] = None  # fmt: skip
+        typer.Option(
+            help="Picture to repaint a part of, with --mask: it is read only outside the mask, and gives size and "
+            "shape."
+        ),
+    ] = None
     mask: options.Mask = None
     region: options.Regions = None
 
-    def check(self) -> None:
+    def check(self, prompt: str, controls: Controls) -> None:
         """Raise ValueError for options that do not go together."""
+        if not (prompt or self.region):
+            raise ValueError("say what the picture shows: give a prompt, or --region")
+        if prompt and self.region:
+            raise ValueError("give a prompt or --region, not both; a --region without a mask is for everywhere")
         if bool(self.image) != bool(self.mask):
             raise ValueError("--image and --mask go together: a picture, and where it is repainted")
+        if not self.image:
+            controls.check_source()
         if self.image and self.ratio != RATIO:
             raise ValueError("--image gives the shape; leave out --ratio")
+
+    def regions(self) -> list[Region]:
+        """Those of --region. ValueError where they do not belong together."""
+        regions = [region_of(text) for text in self.region or ()]
+        check_regions(regions, ())
+        if not self.image:
+            check_rest(regions)
+        return regions
 
 
 @dataclass(frozen=True)
@@ -107,23 +126,25 @@ def generate(
     if files.model is None:
         raise ValueError("name an Infinity transformer with --model; the demo model edits pictures")
     files.check()
-    shape.check()
-    settings = draw.settings(files.model).preset(words.preset)
     named, saved = controls.values(), shortcuts.values()
-    area, ratio = choice(shape.size, SIZES, "size"), _ratio(shape.ratio)
-    if outputs.seam and not shape.mask:
-        raise ValueError("--seam fades the new part in at a mask's edge; give --image and --mask, or leave it out")
-    scales = len(schedule_for(area, nearest_ratio(ratio)))
-    settings.per_scale(scales)
-    regions = [region_of(text) for text in shape.region or ()]
-    complain(named, saved, scales, bool(shape.mask) or (bool(regions) and all(region.mask for region in regions)))
+    shape.check(prompt, named)
+    area, ratio, regions = choice(shape.size, SIZES, "size"), _ratio(shape.ratio), shape.regions()
     source = load_image(shape.image) if shape.image else None
+    schedule, settings = schedule_for(area, nearest_ratio(ratio)), draw.settings(files.model)
+    if source:
+        schedule = fitting_for(source.size, area, FITS[1]).schedule
+    draw.check(settings, len(schedule))
+    settings, given = words.bent(settings, len(schedule)), begun.tokens()
+    complain(Known(
+        schedule, settings, named, saved, bool(shape.mask), len(given or ()), outputs.variations, outputs.seam,
+        bool(words.negative),
+    ))  # fmt: skip
     targets = numbered(outputs.output, outputs.variations)
     for path in targets:
         check_target(path, source is not None and not source.opaque, outputs.overwrite)
     if outputs.save_tokens:
         check_tokens(outputs.save_tokens, outputs.overwrite)
-    paths, given = files.paths(), begun.tokens()
+    paths = files.paths()
     loras = checked_loras(paths[0], files.lora)
 
     begin = time.perf_counter()

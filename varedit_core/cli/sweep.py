@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from ..controls.registry import NO_SHORTCUTS, SWEPT
+from ..controls.registry import SWEPT
 from ..defaults import NEGATIVE_PROMPT
 from ..demo import NOTICE
 from ..pictures.images import check_target, fitting_for, load_image, load_mask, save_image
-from ..sweep import CELL, Axis, Cell, Swept, grid, planned
+from ..sweep import CELL, Axis, Cell, Swept, check, grid, planned
 from ..sweep import sweep as swept
 from . import common as options
-from .common import NEGATIVE, Canvas, Draw, Files, checked_loras, command, complain, console, progress
+from .common import NEGATIVE, Canvas, Draw, Files, checked_loras, command, console, progress
 
 _AXIS = f"NAME=VALUE,VALUE,... of one of {', '.join(SWEPT)}"
 
@@ -32,9 +33,9 @@ class Outputs:
     ] = None
     folder: Annotated[Optional[Path], typer.Option(help="Write every edit into this folder, too.")] = None
     overwrite: Annotated[bool, typer.Option(help="Replace files that exist.")] = False
-    cell: Annotated[
-        int, typer.Option(min=32, max=2048, help="Largest side of a picture on the grid, in pixels.")
-    ] = CELL
+    cell: Annotated[int, typer.Option(min=32, max=2048, help="Largest side of a picture on the grid, in pixels.")] = (
+        CELL
+    )
     report: options.JsonReport = False
 
 
@@ -56,11 +57,12 @@ def sweep(
     if not instruction:
         raise ValueError("say what to change: give an instruction")
     paths, area, overwrite = files.paths(), canvas.area(files.model), outputs.overwrite
-    cells = planned(Axis.parse(x), Axis.parse(y) if y else None, draw.settings(files.model))
+    axes = [Axis.parse(text) for text in (x, y) if text]
+    cells = planned(*axes, settings=draw.settings(files.model))
     source, target = load_image(image), outputs.output or image.with_name(f"{image.stem}-sweep.png")
-    scales = len(fitting_for(source.size, area, canvas.method).schedule)
-    for one in (one for row in cells for one in row):
-        complain(one.controls, NO_SHORTCUTS, scales, mask is not None)
+    schedule = fitting_for(source.size, area, canvas.method).schedule
+    _check(draw, axes, cells, len(schedule))
+    check(cells, schedule, mask is not None, bool(negative))
     if target.resolve() == image.resolve():
         raise ValueError(f"the grid {target} would replace the picture; choose another name for it")
     check_target(target, False, overwrite)
@@ -100,6 +102,15 @@ def sweep(
         ]
         times = {"load_seconds": round(loaded - begin, 4), "edit_seconds": round(seconds, 4)}
         print(json.dumps({"output": str(target), "cells": facts, **times, "device": str(editor.device)}))
+
+
+def _check(draw: Draw, axes: Sequence[Axis], cells: Sequence[Sequence[Cell]], scales: int) -> None:
+    """Raise ValueError for options of settings that the sweep sets anew, or that count in none of its edits."""
+    for axis in axes:
+        if axis.name in vars(draw) and draw.set(axis.name):
+            raise ValueError(f"the sweep goes over {axis.name} itself; leave {options.spelled(axis.name)} out")
+    if all(axis.name != "temperature" for axis in axes):
+        draw.check(cells[0][0].settings, scales)
 
 
 def _named(cell: Cell) -> str:

@@ -15,7 +15,8 @@ from ..sampling.scale import Scale
 
 
 class Watcher:
-    """Follows the edit of one picture (the first of its variations) scale by scale: progress bar, seconds, and on request its pictures.
+    """Follows the edit of one picture (the first of its variations) scale by scale: progress bar, seconds, and on
+    request its pictures.
 
     Pictures are decoded from the scale's running sum, but for the last one: that is the result, which whoever edits
     gives to `take`. keep: hold them in `pictures`. folder: write them there, as STEM-scale-NN-HxW.png.

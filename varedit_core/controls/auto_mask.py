@@ -45,6 +45,13 @@ class AutoMask(Control):
         ),
     )  # fmt: skip
 
+    @classmethod
+    def idle(cls, edit):
+        if not edit.controls.auto_mask or edit.late(LATE):
+            return ""
+        name, stop = edit.spelled("auto_mask"), edit.spelled("stop")
+        return f"{name} counts at the last {LATE} scales, and {stop} ends the edit before them; choose one"
+
     def __init__(self, amount: float) -> None:
         self.amount = amount
         self.region: Tensor | None = None

@@ -6,15 +6,18 @@ names of sweeps, both languages' texts and the tables in docs are made from its 
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from ..model.config import TransformerConfig
     from ..model.kv_cache import Pass
     from ..sampling.batch import EditBatch
     from ..sampling.scale import Scale
+    from ..sampling.settings import SamplingSettings
+    from ..tokenizer.schedule import Schedule
 
 Value = float | int | str
 Plan = list[tuple[float, float, float]]
@@ -62,6 +65,50 @@ class Knob:
         raise ValueError(f"{self.name} must be {kind}{bounds}, got {value!r}")
 
 
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What is known of an edit before anything is loaded: enough to say what of it would do nothing.
+
+    controls, shortcuts: the knobs' values. mask: whether there is one. begun: scales that are there already.
+    variations: results of each picture. seam: pixels over which an edit fades in. negative: whether there is a negative
+    prompt. spelled: how the user writes a name.
+    """
+
+    schedule: Schedule
+    settings: SamplingSettings
+    controls: Any
+    shortcuts: Any
+    mask: bool = False
+    begun: int = 0
+    variations: int = 1
+    seam: int = 0
+    negative: bool = False
+    spelled: Callable[[str], str] = str
+
+    @property
+    def stop(self) -> int:
+        """How many scales run."""
+        return min(self.shortcuts.stop or len(self.schedule), len(self.schedule))
+
+    @cached_property
+    def drawn(self) -> Plan:
+        """(guidance, temperature, top_p) of the scales that run, where no shortcut ends guidance."""
+        return self.settings.per_scale(len(self.schedule))[: self.stop]
+
+    def late(self, count: int) -> range:
+        """Those of the edit's last `count` scales that run."""
+        return range(max(0, len(self.schedule) - count), self.stop)
+
+    def guided(self, scales: range) -> bool:
+        """Whether any of these scales has guidance."""
+        end = len(self.schedule) - self.shortcuts.unguided
+        return any(self.drawn[k][0] != 1 for k in scales if k < end)
+
+    def greedy(self, scales: range) -> bool:
+        """Whether none of these scales is drawn at random, so that no seed counts."""
+        return not any(self.drawn[k][1] for k in scales)
+
+
 class Control:
     """What holds, bends or chooses an edit. Subclasses override what they change; `of` makes one for a batch.
 
@@ -79,6 +126,17 @@ class Control:
         """The control for a batch of edits, None where its knobs are at their defaults. Knobs are the arguments."""
         values = [getattr(getattr(batch, cls.group), knob.name) for knob in cls.knobs]
         return None if values == [knob.default for knob in cls.knobs] else cls(*values)
+
+    @classmethod
+    def idle(cls, edit: Known) -> str:
+        """A sentence where its knobs are set but would do nothing, saying what to change; else an empty text. What
+        `needs` and `scales` of a knob say is asked elsewhere (`registry.problems`)."""
+        return ""
+
+    @classmethod
+    def refuse(cls, edit: Known) -> str:
+        """A sentence where its knobs do not go together with the rest of an edit; else an empty text."""
+        return ""
 
     def check(self, config: TransformerConfig) -> None:
         """Raise ValueError where a transformer cannot do it."""

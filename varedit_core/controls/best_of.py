@@ -13,6 +13,7 @@ from ..defaults import MOST_SCALES
 from .base import Control, Knob
 
 MOST_CANDIDATES = 64
+NO_INSTRUCTION = "the score instruction compares with no instruction; use a guidance other than 1"
 SCORES = ("likelihood", "instruction", "near", "far")
 
 
@@ -47,6 +48,32 @@ class BestOf(Control):
     )  # fmt: skip
 
     @classmethod
+    def idle(cls, edit):
+        count, at = edit.controls.best_of, edit.controls.best_at
+        if count == 1:
+            return ""
+        best_of, best_at, stop = map(edit.spelled, ("best_of", "best_at", "stop"))
+        if edit.stop < min(at, len(edit.schedule)):
+            return f"{best_at} is {at} but {stop} ends the edit after {edit.stop} scales; give at most {edit.stop}"
+        if edit.greedy(range(edit.begun, min(at, edit.stop))):
+            return (
+                f"{best_of} begins with several seeds, but {edit.spelled('temperature')} is 0 there, so that all are "
+                f"alike; raise that, or leave {best_of} at 1"
+            )
+        return ""
+
+    @classmethod
+    def refuse(cls, edit):
+        if edit.controls.best_of == 1:
+            return ""
+        at = min(edit.controls.best_at, edit.stop)
+        if edit.begun >= edit.controls.best_at:
+            best_at = edit.spelled("best_at")
+            return f"{edit.begun} scales are begun but the best is chosen after {at}; set {best_at} to more"
+        guided = all(edit.guided(range(k, k + 1)) for k in range(at))
+        return NO_INSTRUCTION if edit.controls.score == "instruction" and not guided else ""
+
+    @classmethod
     def of(cls, batch) -> None:
         return None
 
@@ -79,7 +106,7 @@ class Candidates:
         odds = [scale.on_grid(x[..., 1] - x[..., 0]) for x in scale.logits.split(len(bits))]
         terms = [F.logsigmoid(sign * x).sum((1, 2, 3)) for x in odds]
         if self.score == "instruction" and len(terms) == 1:
-            raise ValueError("the score instruction compares with no instruction; use a guidance other than 1")
+            raise ValueError(NO_INSTRUCTION)
         self.scores = self.scores + (terms[0] - terms[1] if self.score == "instruction" else terms[0])
 
 

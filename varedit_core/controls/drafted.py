@@ -23,5 +23,24 @@ class Drafted(Control):
     )  # fmt: skip
 
     @classmethod
+    def refuse(cls, edit):
+        drafted, count = edit.spelled("drafted"), edit.shortcuts.drafted
+        if not count:
+            return ""
+        if edit.controls.best_of > 1:
+            return f"{drafted} and {edit.spelled('best_of')} do not go together; choose one"
+        if edit.begun >= count:
+            return (
+                f"the drafter would draw {count} scales but {edit.begun} are begun already; set {drafted} to more, or "
+                "leave the drafter out"
+            )
+        return out_of_range(count, edit.stop) if count >= edit.stop else ""
+
+    @classmethod
     def of(cls, batch) -> None:
         return None
+
+
+def out_of_range(count: int, scales: int) -> str:
+    """Says how many scales a drafter may draw of those that run: at least one is the other's."""
+    return f"the drafter's scales must be from 1 to {scales - 1}, got {count}"

@@ -46,6 +46,14 @@ class Inside(Control):
         device = batch.features.device
         return cls(count, batch.mask.to(device), batch.controls.feather, batch.schedule) if count else None
 
+    @classmethod
+    def idle(cls, edit):
+        count = edit.shortcuts.inside
+        if not count or edit.late(count):
+            return ""
+        inside, stop = edit.spelled("inside"), edit.spelled("stop")
+        return f"{inside} is for the last {count} scales, and {stop} ends the edit before them; choose one"
+
     @property
     def depends(self) -> tuple:
         return self.count, self.mask, self.margin

@@ -18,6 +18,13 @@ class Prefix(Control):
         self.bits = bits
 
     @classmethod
+    def idle(cls, edit):
+        if not edit.shortcuts.stop or edit.begun < edit.stop:
+            return ""
+        stop = edit.spelled("stop")
+        return f"{edit.begun} scales are begun and {stop} ends the edit after {edit.stop}: nothing is drawn; raise it"
+
+    @classmethod
     def of(cls, batch) -> Prefix | None:
         if not batch.prefix:
             return None

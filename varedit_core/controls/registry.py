@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import field, fields, make_dataclass
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from ..sampling.settings import SamplingSettings
-from .base import Control, Knob
+from .base import Control, Knob, Known
 
 if TYPE_CHECKING:
     from ..sampling.batch import EditBatch
@@ -104,26 +104,48 @@ NEUTRAL = Controls()
 NO_SHORTCUTS = Shortcuts()
 
 
-def problems(
-    controls: Controls, shortcuts: Shortcuts, scales: int, mask: bool, spelled: Callable[[str], str] = str
-) -> list[str]:
-    """Knobs that would do nothing, or be cut to what there is: a sentence each, saying what to change.
+def check(edit: Known) -> None:
+    """Raise ValueError, saying what to change, where knobs do not go together with each other or with the rest."""
+    found = list(filter(None, (kind.refuse(edit) for kind in registered())))
+    if found:
+        raise ValueError("; ".join(found))
 
-    scales: of the edit. mask: whether it has one. spelled: how the user writes a knob's name.
-    """
-    found = []
-    for values, group in ((controls, "controls"), (shortcuts, "shortcuts")):
-        for knob in knobs(group):
-            name, value = spelled(knob.name), getattr(values, knob.name)
-            used = knob.name in values.changed
-            if used and "mask" in knob.needs.split() and not mask:
-                found.append(f"{name} counts only beside a mask; give a mask, or leave {name} at {knob.default}")
-            other = next((need for need in knob.needs.split() if need in _named(group)), None)
-            if used and other and other not in values.changed:
-                found.append(f"{name} counts only with {spelled(other)}; set that too, or leave {name} at {knob.default}")
-            counts = used or (other is not None and other in values.changed)
-            if knob.scales and counts and value > scales:
-                found.append(f"{name} is {value} but the edit has {scales} scales; give at most {scales}")
+
+def problems(edit: Known) -> list[str]:
+    """What of an edit would do nothing, or be cut to what there is: a sentence each, saying what to change."""
+    found = [text for group in ("controls", "shortcuts") for text in _unused(edit, group)]
+    found += filter(None, (kind.idle(edit) for kind in registered()))
+    rest, spelled = range(min(edit.begun, edit.stop), edit.stop), edit.spelled
+    if edit.variations > 1 and rest and edit.greedy(rest):
+        found.append(
+            f"{spelled('variations')} draws with several seeds, but {spelled('temperature')} is 0, so that all are "
+            f"alike; raise that, or leave {spelled('variations')} at 1"
+        )
+    if edit.negative and not edit.guided(range(edit.stop)):
+        found.append(
+            f"{spelled('negative')} counts only with guidance, which is 1 at every scale; raise {spelled('guidance')}, or "
+            "leave the negative prompt out"
+        )
+    if edit.seam and not (edit.mask or edit.controls.auto_mask):
+        found.append(f"{spelled('seam')} fades an edit in at a mask's edge; give a mask, or leave it at 0")
+    return found
+
+
+def _unused(edit: Known, group: str) -> list[str]:
+    """The same of what the knobs of a group say themselves."""
+    found, values, scales = [], getattr(edit, group), len(edit.schedule)
+    for knob in knobs(group):
+        name, value = edit.spelled(knob.name), getattr(values, knob.name)
+        used = knob.name in values.changed
+        if used and "mask" in knob.needs.split() and not edit.mask:
+            found.append(f"{name} counts only beside a mask; give a mask, or leave {name} at {knob.default}")
+        other = next((need for need in knob.needs.split() if need in _named(group)), None)
+        if used and other and other not in values.changed:
+            with_what = edit.spelled(other)
+            found.append(f"{name} counts only with {with_what}; set that too, or leave {name} at {knob.default}")
+        counts = used or (other is not None and other in values.changed)
+        if knob.scales and counts and value > scales:
+            found.append(f"{name} is {value} but the edit has {scales} scales; give at most {scales}")
     return found
 
 

@@ -23,6 +23,13 @@ class Unguided(Control):
     )  # fmt: skip
     count: int
 
+    @classmethod
+    def idle(cls, edit):
+        name, count = edit.spelled("unguided"), edit.shortcuts.unguided
+        if not count or any(edit.drawn[k][0] != 1 for k in edit.late(count)):
+            return ""
+        return f"{name} ends guidance, but none of the last {count} scales runs with any; raise it, or leave it at 0"
+
     def plan(self, plan: Plan) -> Plan:
         first = len(plan) - self.count
         return [(1.0 if k >= first else guidance, *rest) for k, (guidance, *rest) in enumerate(plan)]

@@ -60,6 +60,23 @@ class Window(Control):
     def of(cls, batch) -> Window | None:
         return cls(batch.shortcuts.window, batch.schedule) if batch.shortcuts.window else None
 
+    @classmethod
+    def idle(cls, edit):
+        grids = [edit.schedule.grids[k] for k in edit.late(WINDOWED)]
+        if not edit.shortcuts.window or any(rows > WHOLE for rows, _ in grids):
+            return ""
+        return (
+            f"{edit.spelled('window')} narrows grids of more than {WHOLE} rows at the last {WINDOWED} scales, and this "
+            "edit runs none; leave it at 0"
+        )
+
+    @classmethod
+    def refuse(cls, edit):
+        if not edit.shortcuts.window or edit.controls.source_attention == 1:
+            return ""
+        window, other = edit.spelled("window"), edit.spelled("source_attention")
+        return f"{window} and {other} do not go together; set {window} to 0, or {other} to 1"
+
     @property
     def depends(self) -> tuple:
         return (self.share,)

@@ -86,6 +86,14 @@ def check_regions(regions: Sequence[Region], prompts: Sequence) -> None:
             raise ValueError(f"region {number} has no instruction; say what to change in it, or leave it out")
 
 
+def check_rest(regions: Sequence[Region]) -> None:
+    """Raise ValueError where regions have all a mask though there is no picture to stay as it is beside them."""
+    if regions and all(region.mask is not None for region in regions):
+        raise ValueError(
+            "every region has a mask, so that nothing says what is beside them; add one without a mask, for everywhere"
+        )
+
+
 def masked(edited: Image.Image, image: FittedImage, mask: Image.Image, seam: int = 0) -> Image.Image:
     """The edit where the mask is white, the picture itself where it is black. seam: pixels from a mask's edge inwards
     over which the edit fades in."""

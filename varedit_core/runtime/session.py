@@ -127,8 +127,8 @@ def sample(
     schedule: Schedule,
     settings: SamplingSettings = DEFAULT_SETTINGS,
     negatives: Sequence[Tensor | None] | None = None,
-    workspace: Workspace | None = None,
     attention: Attention = sdpa,
+    workspace: Workspace | None = None,
     steer: Sequence[Callable[[Scale], None]] = (),
     **more,
 ) -> Iterator[Scale]:

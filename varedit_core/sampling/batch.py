@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..controls.base import Control, Plan
+from ..controls.base import Control, Known, Plan
 from ..controls.mask import checked_mask
 from ..controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts, active
 from ..model.kv_cache import Pass
@@ -146,6 +146,14 @@ class EditBatch:
         for control in self.active:
             plan = control.plan(plan)
         return plan
+
+    @property
+    def facts(self) -> Known:
+        """What is known of these edits, to ask whether all of it counts (`registry.problems`)."""
+        return Known(
+            self.schedule, self.settings, self.controls, self.shortcuts, self.mask is not None, len(self.prefix),
+            self.copies, negative=any(text is not None for text in self.negatives),
+        )  # fmt: skip
 
     @property
     def guided(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..controls.drafted import Drafted, out_of_range
 from ..model.config import TransformerConfig
 from ..model.engine import Engine
 from .batch import EditBatch
@@ -31,14 +32,10 @@ class Drafting:
         self.drafter, self.refiner = drafter, refiner
 
     def prefill(self, batch: EditBatch) -> None:
-        count, most = batch.shortcuts.drafted, len(batch.plan) - 1
-        if not 1 <= count <= most:
-            raise ValueError(f"the drafter's scales must be from 1 to {most}, got {count}")
-        if len(batch.prefix) >= count:
-            raise ValueError(
-                f"the drafter would draw {count} scales but {len(batch.prefix)} are begun already; set drafted to more, or "
-                "leave the drafter out"
-            )
+        count = batch.shortcuts.drafted
+        wrong = Drafted.refuse(batch.facts) if count else out_of_range(count, len(batch.plan))
+        if wrong:
+            raise ValueError(wrong)
         self.drafter.prefill(batch)
         self.batch, self.count, self.present = batch, count, self.drafter
         self.totals: list[tuple[Tensor, bool]] = []

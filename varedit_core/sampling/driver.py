@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..controls import registry
 from ..controls.best_of import Candidates, best
 from ..controls.confidence import Confidence
-from ..controls.registry import problems
 from ..model.engine import Engine
 from ..runtime.memory import Memory, as_it_fits
 from ..runtime.plan import Job, Plan
@@ -90,22 +90,12 @@ def run(
 
 
 def check(batch: EditBatch, drafter: bool) -> None:
-    """Raise ValueError for shortcuts that lack what they need, and for ones that do not go together."""
+    """Raise ValueError for shortcuts that lack what they need, and for what does not go together."""
     if batch.shortcuts.drafted and not drafter:
         raise ValueError("drafted scales need a second transformer; name a drafter, or leave drafted at 0")
-    if batch.shortcuts.drafted and batch.controls.best_of > 1:
-        raise ValueError("drafted and best_of do not go together; choose one")
-    if batch.controls.best_of > 1 and len(batch.prefix) >= batch.controls.best_at:
-        raise ValueError(
-            f"{len(batch.prefix)} scales are begun but the best is chosen after {batch.controls.best_at}; set best_at to more"
-        )
+    registry.check(batch.facts)
     if batch.prefix and len(batch.prefix[0]) != batch.pictures:
         raise ValueError(one_edit_each(len(batch.prefix[0]), batch.pictures))
-
-
-def unused(batch: EditBatch, spelled: Callable[[str], str] = str) -> list[str]:
-    """Knobs of a batch that would do nothing, or be cut to its scales: a sentence each (`registry.problems`)."""
-    return problems(batch.controls, batch.shortcuts, len(batch.schedule), batch.mask is not None, spelled)
 
 
 @dataclass(frozen=True, eq=False)

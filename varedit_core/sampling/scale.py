@@ -45,7 +45,7 @@ class Scale:
         _, temperature, self._top_p = batch.plan[index]
         self.temperature = temperature or 1.0
         """What divided the log-odds."""
-        self._uniform = uniform if temperature else None
+        self.uniform = uniform if temperature else None
         self.whole = logits.shape[1] == self.grid[0] * self.grid[1]
         """Whether all of its tokens were computed."""
         self.last = index + 1 == len(self.schedule)
@@ -99,8 +99,8 @@ class Scale:
     def bits(self) -> Tensor:
         """Boolean bits [B, d, h, w]."""
         if self._bits is None:
-            greedy = self._uniform is None
-            self._bits = self._within(self.log_odds > 0 if greedy else self._uniform < self.probability)
+            greedy = self.uniform is None
+            self._bits = self._within(self.log_odds > 0 if greedy else self.uniform < self.probability)
         return self._bits
 
     @bits.setter

@@ -13,32 +13,33 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cli.common import Draw, Files, checked_loras, command, complain, console, hardware, knob_options, progress
+from ..controls.base import Known
 from ..controls.registry import NEUTRAL, Shortcuts
-from ..demo import SIZE as DEMO_SIZE
 from ..demo import demo_files
 from ..files.safe_write import check_free, make_folder, write_json
 from ..pictures.images import check_target, save_image
 from ..tokenizer.schedule import schedule_for
 from .edits import FAMILIES
-from .evaluate import BATCH, Batch, Report, draw, evaluate, make, picture
+from .evaluate import AREA, BATCH, Batch, Report, draw, evaluate, make, picture
 from .metrics import ssim_function
 from .scenes import SIDE, STYLES
 
 COUNT, SEED = 1000, 0
+SHOWN = 4
 CAPTION = 24
 """Height of an instruction above its pictures, in pixels."""
 COLUMNS = {
     "family": "family",
     "count": "samples",
     "success": "success",
-    "ceiling_success": "(tokenizer's)",
+    "ceiling_success": "(VAE's)",
     "s": "S",
     "o": "O",
     "balance": "balance",
     "psnr": "background PSNR",
-    "ceiling_psnr": "(tokenizer's)",
+    "ceiling_psnr": "(VAE's)",
     "ssim": "SSIM",
-    "ceiling_ssim": "(tokenizer's)",
+    "ceiling_ssim": "(VAE's)",
 }
 
 app = typer.Typer(no_args_is_help=True, help="ShapeEdit, a procedural benchmark of edits with exact answers.")
@@ -80,8 +81,13 @@ class Outputs:
     pictures: Annotated[
         Optional[Path], typer.Option(help="Write source, edit and target of some samples here, a PNG a family.")
     ] = None
-    show: Annotated[int, typer.Option(min=1, help="How many samples of a family --pictures shows.")] = 4
+    show: Annotated[int, typer.Option(min=1, help="How many samples of a family --pictures shows.")] = SHOWN
     overwrite: Annotated[bool, typer.Option(help="Replace files that exist.")] = False
+
+    def check(self) -> None:
+        """Raise ValueError for a --show of nothing."""
+        if self.show != SHOWN and not self.pictures:
+            raise ValueError("--show counts what --pictures shows; name a folder with that, or leave --show out")
 
 
 @app.command("evaluate")
@@ -91,10 +97,13 @@ def evaluate_command(files: Files, asked: Samples, draws: Draw, shortcuts: _Shor
 
     --seed is that of the samples and of the draws; --model, --vae and --text-encoder are the demo model's by default.
     """
-    settings, saved = draws.settings(files.model), shortcuts.values()
+    settings, saved, schedule = draws.settings(files.model), shortcuts.values(), schedule_for(AREA)
+    files.check(demo=False)
+    outputs.check()
     if saved.inside and not asked.masked:
         raise ValueError("--inside computes inside a mask only; add --masked")
-    complain(NEUTRAL, saved, len(schedule_for(DEMO_SIZE)), asked.masked)
+    draws.check(settings, len(schedule))
+    complain(Known(schedule, settings, NEUTRAL, saved, asked.masked))
     samples = draw(draws.seed, asked.count, asked.family, asked.style)
     families = [sample.family for sample in samples]
     gallery = Gallery(outputs.pictures, outputs.show, outputs.overwrite, families) if outputs.pictures else None
@@ -102,7 +111,9 @@ def evaluate_command(files: Files, asked: Samples, draws: Draw, shortcuts: _Shor
         check_free(outputs.report, outputs.overwrite)
         make_folder(outputs.report.parent)
     ssim_function()
-    paths = [own or demo for own, demo in zip((files.model, files.vae or files.model, files.text_encoder), demo_files())]
+    paths = [
+        own or demo for own, demo in zip((files.model, files.vae or files.model, files.text_encoder), demo_files())
+    ]
     loras = checked_loras(paths[0], files.lora)
     editor = files.load(paths, loras)
     with progress() as bar:
