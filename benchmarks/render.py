@@ -1,7 +1,9 @@
 """Fill the tables of README and docs: `python benchmarks/render.py` rewrites them in place.
 
-Tables stand between `<!-- name -->` and `<!-- /name -->`. Those of measurements come from the JSON files beside this
-one, those of options (`<!-- options edit -->`) from the command line itself. A test fails where a page is out of date.
+`python dev.py render` does so. Tables stand between `<!-- name -->` and `<!-- /name -->`. Those of measurements come from
+the JSON files beside this one, those of options (`<!-- options edit -->`) from the command line itself, those of knobs
+(`<!-- knobs controls -->`) from the registry of controls, as do the nodes' texts in `locales`. A test fails where a file
+is out of date.
 """
 
 from __future__ import annotations
@@ -357,15 +359,55 @@ TABLES |= {"real size": real_size, "speed": speed, "shortcuts": shortcuts, "libr
 TABLES |= {"masks": masks, "dials": dials, "auto masks": auto_masks, "chains": chains, "presets": presets}
 
 
+NODES = {"VAREditControls": "controls", "VAREditShortcuts": "shortcuts", "VAREditCurves": "curves"}
+"""Nodes whose inputs are the knobs of a group."""
+LOCALES = {language: ROOT / "locales" / language / "nodeDefs.json" for language in ("en", "zh")}
+
+
+def knob_table(group: str) -> str:
+    """The knobs of a group of controls: option and input, values, default, and what each does."""
+    from varedit_core.controls.registry import knobs
+
+    rows = []
+    for knob in knobs(group):
+        values = ", ".join(f"`{choice}`" for choice in knob.choices) or f"{knob.low:g} to {knob.high:g}"
+        default = f"`{knob.default}`" if knob.choices else f"{knob.default:g}"
+        rows.append([f"`--{knob.name.replace('_', '-')}`, `{knob.name}`", values, default, knob.option or knob.help])
+    return table(["option, input", "values", "default", "what it does"], rows)
+
+
+def locale(language: str) -> str:
+    """A language's texts of the nodes, those of knobs as their controls state them."""
+    from varedit_core.controls.registry import knobs
+
+    texts = json.loads(LOCALES[language].read_text(encoding="utf-8"))
+    for node, group in NODES.items():
+        texts[node]["inputs"] = {
+            knob.name: {"name": knob.name, "tooltip": knob.help}
+            if language == "en"
+            else {"name": knob.label_zh or knob.name, "tooltip": knob.help_zh or knob.help}
+            for knob in knobs(group)
+        }
+    return json.dumps(texts, ensure_ascii=False, indent=2) + "\n"
+
+
+def outputs() -> dict[Path, str]:
+    """All that is made: every file with the text it should have."""
+    pages = {page: rendered(page.read_text(encoding="utf-8")) for page in PAGES}
+    return pages | {path: locale(language) for language, path in LOCALES.items()}
+
+
 def rendered(text: str) -> str:
     """A page with its tables filled. KeyError for a marker that no table has."""
     return MARKER.sub(lambda found: f"<!-- {found[1]} -->\n{_filled(found[1])}\n<!-- /{found[1]} -->", text)
 
 
 def _filled(name: str) -> str:
-    return options(name.removeprefix("options ")) if name.startswith("options ") else TABLES[name]()
+    kind, _, rest = name.partition(" ")
+    made = {"options": options, "knobs": knob_table}.get(kind)
+    return made(rest) if made else TABLES[name]()
 
 
 if __name__ == "__main__":
-    for page in PAGES:
-        page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, text in outputs().items():
+        path.write_text(text, encoding="utf-8")

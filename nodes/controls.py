@@ -6,7 +6,7 @@ from ..varedit_core.controls.curves import OWN
 from ..varedit_core.controls.registry import Controls
 from ..varedit_core.sampling.settings import PRESETS, Curve
 from ._api import io
-from .widgets import widgets
+from .widgets import takes, widgets
 
 ControlsType = io.Custom("VAREDIT_CONTROLS")
 CurvesType = io.Custom("VAREDIT_CURVES")
@@ -27,6 +27,7 @@ class VAREditControls(io.ComfyNode):
         )
 
     @classmethod
+    @takes("controls")
     def execute(cls, **values) -> io.NodeOutput:
         return io.NodeOutput(Controls(**values))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..varedit_core.controls.registry import Shortcuts
 from ._api import io
-from .widgets import widgets
+from .widgets import takes, widgets
 
 ShortcutsType = io.Custom("VAREDIT_SHORTCUTS")
 
@@ -26,5 +26,6 @@ class VAREditShortcuts(io.ComfyNode):
         )
 
     @classmethod
+    @takes("shortcuts")
     def execute(cls, **values) -> io.NodeOutput:
         return io.NodeOutput(Shortcuts(**values))

@@ -14,7 +14,8 @@ from test_nodes import comfy, models, nodes, pack  # noqa: F401  fixtures
 from varedit_core.defaults import CROP_MARGIN, FILLS, FITS, LEAST_MARGIN, OVERLAP
 from varedit_core.pictures import canvas
 from varedit_core.pictures.canvas import Crop, crop, extend, crop_around, sides_from, stitch
-from varedit_core.pictures.images import MAX_CANVAS_PIXELS, SourceImage, fit, load_image
+from varedit_core.pictures.images import SourceImage, fit, load_image
+from varedit_core.tokenizer.fitting import MAX_CANVAS_PIXELS
 from varedit_core.tokenizer.schedule import TABLES
 
 SIDES = st.integers(1, 300)
@@ -404,7 +405,10 @@ SOURCE = SourceImage(Image.new("RGB", SIZE))
         (lambda: crop_around(SIZE, EMPTY + 1, -0.1), "the margin must be at least 0, got -0.1"),
         (lambda: crop_around(SIZE, EMPTY + 1, float("nan")), "the margin must be at least 0, got nan"),
         (lambda: crop_around(SIZE, EMPTY + 1, 0, "round"), "unknown shape 'round'; choose one of square, aspect"),
-        (lambda: canvas.crop_pixels(PICTURES, crop_around(SIZE, torch.ones(3, 4, 4))), "there are 3 masks for 2 pictures"),
+        (
+            lambda: canvas.crop_pixels(PICTURES, crop_around(SIZE, torch.ones(3, 4, 4))),
+            "there are 3 masks for 2 pictures",
+        ),
         (lambda: canvas.crop_pixels(PICTURES[:, 1:], REGION), "the image is 60x39 but the region is of one of 60x40"),
         (lambda: canvas.crop_pixels(PICTURES[..., :2], REGION), "the image has 2 channels; connect one with 1, 3 or 4"),
         (lambda: canvas.crop_pixels(PICTURES[:0], REGION), "there is no picture"),

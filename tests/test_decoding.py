@@ -23,7 +23,9 @@ FREE = SamplingSettings(temperature=0.0, guidance=1.0)
 def run(record, texts, features=None, settings=GREEDY, negatives=None, schedule=None, attention=sdpa):
     features = record["ref.vae_features"].float() if features is None else features
     return list(
-        sample(record.transformer, features, texts, schedule or record.schedule, settings, negatives, attention)
+        sample(
+            record.transformer, features, texts, schedule or record.schedule, settings, negatives, attention=attention
+        )
     )
 
 

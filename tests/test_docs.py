@@ -45,10 +45,10 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 200, "what a user needs first stays, the rest goes to docs/"
 
 
-@pytest.mark.parametrize("page", render.PAGES, ids=name_of)
-def test_tables_are_those_of_the_measurements(page):
-    text = page.read_text(encoding="utf-8")
-    assert render.rendered(text) == text, "run python benchmarks/render.py"
+@pytest.mark.parametrize("path", render.outputs(), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_what_is_rendered_is_what_lies_here(path):
+    assert path.read_text(encoding="utf-8") == render.outputs()[path], "run python dev.py render"
+
 
 
 def test_every_table_stands_on_one_page():

@@ -65,7 +65,9 @@ def test_nothing_outside_the_layers_reads_a_weight(patchify):
     assert torch.equal(final.logits, expected.logits)
     assert torch.equal(autoencoder.decode(final.running_sum), patchify.autoencoder.decode(expected.running_sum))
     inner = transformer.blocks[3].sa.proj.inner[0]
-    inner.weight = nn.Parameter(torch.zeros_like(inner.weight))  # not in place: the record's network has the same memory
+    inner.weight = nn.Parameter(
+        torch.zeros_like(inner.weight)
+    )  # not in place: the record's network has the same memory
     changed = list(sample(transformer, features, patchify.texts("text"), patchify.schedule, settings))[-1]
     assert not torch.equal(changed.logits, expected.logits), "the hidden layers were not the ones used"
 
@@ -176,7 +178,8 @@ from varedit_core import Editor, SamplingSettings
 from varedit_core.files.weights import open_weights
 path = {str(GOLDEN / "patchify_256.safetensors")!r}
 editor = Editor.load(path, path, device="cpu")
-(picture,) = editor.edit({str(ROOT / "samples" / "cat.jpg")!r}, [open_weights(path)["in.text.0"]], size="0.06M", settings=SamplingSettings())
+text = open_weights(path)["in.text.0"]
+(picture,) = editor.edit({str(ROOT / "samples" / "cat.jpg")!r}, [text], size="0.06M", settings=SamplingSettings())
 print(picture.size)
 assert not [name for name in sys.modules if name.split(".")[0] == "transformers"], "imported before it is needed"
 """

@@ -1,4 +1,4 @@
-"""Tokens and their files: nothing in a file is believed, everything in it comes back, and a VAE that does not fit is named."""
+"""Tokens and their files: no size in a file is believed, all in it comes back, a VAE that does not fit is named."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ SQUARE = "in the bottom centre, add a pink square"
 SMALL = schedule_for("0.06M")
 
 
-def drawn(seed: int = 0, schedule: Schedule = SMALL, images: int = 2, channels: int = 3, patch: int = 2, scales: int = 99) -> Tokens:
+def drawn(
+    seed: int = 0, schedule: Schedule = SMALL, images: int = 2, channels: int = 3, patch: int = 2, scales: int = 99
+) -> Tokens:
     generator = torch.Generator().manual_seed(seed)
     shapes = [(images, channels, h * patch, w * patch) for h, w in schedule.grids[:scales]]
     bits = tuple(torch.rand(shape, generator=generator) > 0.5 for shape in shapes)
@@ -54,11 +56,14 @@ def same(a: Tokens | None, b: Tokens | None) -> bool:
 
 
 KINDS = {
-    "plain": drawn(), "held": held(), "draft": drawn(scales=3), "a patch of one": drawn(patch=1),
+    "plain": drawn(),
+    "held": held(),
+    "draft": drawn(scales=3),
+    "a patch of one": drawn(patch=1),
     "held of a draft": replace(held(), under=drawn(1, scales=4)),
     "one mask for all": replace(held(), free=torch.ones(1, 3, 32, 32, dtype=torch.bool)),
     **{f"ratio {ratio}": drawn(schedule=Schedule(ratio, TABLES[ratio][:9])) for ratio in TABLES},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,19 +133,37 @@ LIES = {
     "no shapes": (lambda f: told(f, shapes=[]), "its shapes are not of 1 to 7 scales"),
     "more shapes than scales": (lambda f: told(f, shapes=f["shapes"] * 2), "its shapes are not of 1 to 7 scales"),
     "shapes of fewer scales": (lambda f: told(f, scales=6), "its grid [32, 32] is none of the latents of 12x12 tokens"),
-    "a scale of another size": (lambda f: shapes(f, 3, 2, 3, 999, 999), "scale 4 has the shape [2, 3, 999, 999] where its grid is 12x12"),
+    "a scale of another size": (
+        lambda f: shapes(f, 3, 2, 3, 999, 999),
+        "scale 4 has the shape [2, 3, 999, 999] where its grid is 12x12",
+    ),
     "other edits in a scale": (lambda f: shapes(f, 2, 10**9, 3, 8, 8), "scale 3 has the shape"),
     "other bits in a scale": (lambda f: shapes(f, 0, 2, 10**9, 2, 2), "scale 2 has the shape"),
     "no edits": (lambda f: told(f, shapes=[[0, 3, *s[2:]] for s in f["shapes"]]), "scale 1 has the shape [0, 3"),
     "a shape of true": (lambda f: shapes(f, 0, True, 3, 2, 2), "scale 1 has the shape"),
     "a shape that is none": (lambda f: told(f, shapes=[7] * 7), "scale 1 has the shape 7"),
-    "many edits": (lambda f: told(f, fitting=None, shapes=[[MAX_EDITS + 1, 3, *s[2:]] for s in f["shapes"]]), "it has 4097 edits where at most 4096 are read"),
-    "a huge sum": (lambda f: told(without(without(f, "free"), "under"), **ONE), "its sum has 4194304000 numbers where at most 268435456 are read"),
+    "many edits": (
+        lambda f: told(f, fitting=None, shapes=[[MAX_EDITS + 1, 3, *s[2:]] for s in f["shapes"]]),
+        "it has 4097 edits where at most 4096 are read",
+    ),
+    "a huge sum": (
+        lambda f: told(without(without(f, "free"), "under"), **ONE),
+        "its sum has 4194304000 numbers where at most 268435456 are read",
+    ),
     "a huge canvas": (lambda f: told(f, **sized([10**6, 10**6], [10**6, 10**6])), "of more than 268435456 pixels"),
     "a canvas beyond numbers": (lambda f: told(f, **sized([10**400, 1], [1, 1])), "of more than 268435456 pixels"),
-    "a picture beyond its canvas": (lambda f: told(f, **sized([300, 300], [10**6, 10**6])), "of more than 268435456 pixels"),
-    "a picture larger than its canvas": (lambda f: told(f, **sized([300, 300], [301, 230])), "its picture of 301x230 does not fit a canvas of 300x300"),
-    "a canvas of another shape": (lambda f: told(f, **sized([600, 300], [300, 230])), "does not fit a canvas of 600x300"),
+    "a picture beyond its canvas": (
+        lambda f: told(f, **sized([300, 300], [10**6, 10**6])),
+        "of more than 268435456 pixels",
+    ),
+    "a picture larger than its canvas": (
+        lambda f: told(f, **sized([300, 300], [301, 230])),
+        "its picture of 301x230 does not fit a canvas of 300x300",
+    ),
+    "a canvas of another shape": (
+        lambda f: told(f, **sized([600, 300], [300, 230])),
+        "does not fit a canvas of 600x300",
+    ),
     "a picture of nothing": (lambda f: told(f, **sized([300, 300], [0, 230])), "its picture has no size"),
     "half a fitting": (lambda f: told(f, fitting={"size": [300, 230]}), "its picture has no size"),
     "a fitting that is none": (lambda f: told(f, fitting=3), "its picture has no size: 3"),
@@ -150,17 +173,26 @@ LIES = {
     "held to nothing": (lambda f: without(f, "under"), "it does not say what its tokens are of"),
     "held nowhere": (lambda f: without(f, "free"), "it is free in the shape None"),
     "held before its end": (lambda f: told(f, shapes=f["shapes"][:5]), "it is held to a source before its last scale"),
-    "a source of another size": (lambda f: beneath(f, scales=10, grid=[64, 64], shapes=[[2, 3, 2 * h, 2 * w] for h, w in TABLES[1.0][:10]]), "its source has other sizes than the edit"),
-    "a source of other bits": (lambda f: beneath(f, shapes=[[2, 4, *s[2:]] for s in f["shapes"]]), "its source has other sizes than the edit"),
+    "a source of another size": (
+        lambda f: beneath(f, scales=10, grid=[64, 64], shapes=[[2, 3, 2 * h, 2 * w] for h, w in TABLES[1.0][:10]]),
+        "its source has other sizes than the edit",
+    ),
+    "a source of other bits": (
+        lambda f: beneath(f, shapes=[[2, 4, *s[2:]] for s in f["shapes"]]),
+        "its source has other sizes than the edit",
+    ),
     "a source that lies": (lambda f: beneath(f, **sized([10**6, 10**6], [9, 9])), "of more than 268435456 pixels"),
     "a source that is none": (lambda f: told(f, under=[]), "it does not say what its tokens are of"),
     "a long chain": (lambda f: chain(f, MAX_CHAIN), "it is a chain of more than 100 edits"),
     "too much of an auto mask": (lambda f: told(f, auto_mask=1.5), "its auto mask is 1.5, not a number from 0 to 1"),
     "an auto mask that is none": (lambda f: told(f, auto_mask=float("nan")), "its auto mask is nan"),
     "an auto mask in words": (lambda f: told(f, auto_mask="half"), "its auto mask is 'half'"),
-    **{f"no {name}": (lambda f, name=name: without(f, name), f"it has no {name}") for name in ("ratio", "scales", "grid", "fitting", "shapes")},
+    **{
+        f"no {name}": (lambda f, name=name: without(f, name), f"it has no {name}")
+        for name in ("ratio", "scales", "grid", "fitting", "shapes")
+    },
     "a list": (lambda f: [f], "it does not say what its tokens are of"),
-}  # fmt: skip
+}
 
 
 def refused(path, *words: str) -> None:
@@ -204,7 +236,10 @@ def test_tensors_that_are_not_what_the_metadata_says_are_one_sentence(file, tmp_
     tensors, facts = file
     metadata = {"format": "varedit.tokens", "tokens": json.dumps(facts)}
     save_file(TENSORS[lie](tensors), tmp_path / "a.safetensors", metadata)
-    refused(tmp_path / "a.safetensors", "where" if lie not in ("missing", "no mask", "no source") else "does not contain tensor")
+    refused(
+        tmp_path / "a.safetensors",
+        "where" if lie not in ("missing", "no mask", "no source") else "does not contain tensor",
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "null"])
@@ -256,7 +291,9 @@ def test_a_vae_that_does_not_fit_is_named():
     tokens = drawn()
     tokens.check_vae(3, 8)
     for vae, words in (((4, 8), "takes 4 channels on 32x32"), ((3, 16), "takes 3 channels on 16x16")):
-        with pytest.raises(ValueError, match=f"^the tokens are of 3 bits on a grid of 32x32 but the VAE {words}; load the VAE of"):
+        with pytest.raises(
+            ValueError, match=f"^the tokens are of 3 bits on a grid of 32x32 but the VAE {words}; load the VAE of"
+        ):
             tokens.check_vae(*vae)
 
 
@@ -294,7 +331,9 @@ def pixels(path) -> bytes:
 def test_decoded_tokens_are_composited_as_the_edit_was(edited, tmp_path):
     assert Tokens.load(edited / "t.safetensors").auto_mask == 0.5
     said = varedit("decode", edited / "t.safetensors", "--image", edited / "a.png", "-o", tmp_path / "d.png")
-    assert all(pixels(tmp_path / f"d-{n}.png") == pixels(edited / f"e-{n}.png") for n in (1, 2)) and "--image" not in said
+    assert (
+        all(pixels(tmp_path / f"d-{n}.png") == pixels(edited / f"e-{n}.png") for n in (1, 2)) and "--image" not in said
+    )
     said = varedit("decode", edited / "t.safetensors", "-o", tmp_path / "whole.png")
     assert pixels(tmp_path / "whole-1.png") != pixels(edited / "e-1.png")
     assert "the edit has found its own mask; name the picture that was edited with --image" in said
@@ -307,7 +346,9 @@ def test_a_decoded_edit_keeps_the_pictures_alpha(edited, tmp_path):
     varedit("decode", edited / "t.safetensors", "--image", tmp_path / "alpha.png", "-o", tmp_path / "d.png")
     shown = Image.open(tmp_path / "d-1.png")
     assert shown.mode == "RGBA" and shown.getchannel("A").tobytes() == seen.getchannel("A").tobytes()
-    varedit("decode", edited / "t.safetensors", "--scales", 3, "--image", tmp_path / "alpha.png", "-o", tmp_path / "x.png")
+    varedit(
+        "decode", edited / "t.safetensors", "--scales", 3, "--image", tmp_path / "alpha.png", "-o", tmp_path / "x.png"
+    )
     draft = Image.open(tmp_path / "x-1.png")
     varedit("decode", edited / "t.safetensors", "--scales", 3, "-o", tmp_path / "y.png")
     assert ImageChops.difference(draft.convert("RGB"), Image.open(tmp_path / "y-1.png")).getbbox() is None
@@ -333,7 +374,9 @@ def test_tokens_of_another_model_are_one_sentence_that_names_the_vae(edited, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
     varedit("decode", tmp_path / "t.safetensors", "--vae", GOLDEN / "patchify_256.safetensors")
     assert Image.open(tmp_path / "t.png").size == (256, 256)
-    said = sentence(monkeypatch, capsys, "decode", edited / "t.safetensors", "--vae", GOLDEN / "patchify_256.safetensors")
+    said = sentence(
+        monkeypatch, capsys, "decode", edited / "t.safetensors", "--vae", GOLDEN / "patchify_256.safetensors"
+    )
     assert said.endswith("the VAE takes 14 channels on 32x32; name the VAE of the model that made them with --vae")
 
 

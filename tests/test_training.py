@@ -200,7 +200,9 @@ def test_the_manual_names_every_setting():
     tables = dict(re.findall(r"^### `([\w.\[\]]+)`.*?\n((?:.*\n)*?)(?=^#|\Z)", text, flags=re.MULTILINE))
     kinds = {
         "[[stage]]": settings.Stage, "stage.data": settings.Data, "stage.optimisation": settings.Optimisation,
-        "stage.objective": settings.Objective, "stage.reconstruction": settings.Reconstruction, "stage.lora": settings.Lora, "stage.new_transformer": NewTransformer,
+        "stage.objective": settings.Objective, "stage.reconstruction": settings.Reconstruction,
+        "stage.lora": settings.Lora,
+        "stage.new_transformer": NewTransformer,
         "stage.new_tokenizer": settings.NewTokenizer, "stage.new_text": NewText,
     }  # fmt: skip
     assert set(tables) == set(kinds)
@@ -749,6 +751,7 @@ def test_what_sharding_cannot_do_is_refused(parts, change, message):
 
 
 def test_editing_does_not_import_training():
-    code = "import sys, varedit_core.cli.app; print(sorted({'accelerate', 'peft', 'datasets', 'varedit_core.training.run'} & set(sys.modules)))"
+    heavy = "{'accelerate', 'peft', 'datasets', 'varedit_core.training.run'}"
+    code = f"import sys, varedit_core.cli.app; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr

@@ -25,7 +25,7 @@ from .pictures.images import FittedImage, SourceImage, empty, fit, fitting_for, 
 from .runtime.fp8 import LINEARS
 from .runtime.graphs import Recorder
 from .runtime.memory import TorchMemory, engine_of, make_room
-from .runtime.session import checked
+from .runtime.session import check_alone, checked
 from .runtime.tiling import bytes_to_decode
 from .runtime.workspace import Workspace
 from .sampling.batch import EditBatch
@@ -236,6 +236,7 @@ class Editor:
     def scales(self, batch: EditBatch, steer: Sequence[Callable[[Scale], None]] = ()) -> Iterator[Scale]:
         """`sample` for a batch; whether the logits were numbers is left to `Scale.check`, which waits for the device."""
         check(batch, self.drafter is not None)
+        check_alone(batch, self.drafter is not None)
         networks = self.memory.networks[: 1 + (batch.shortcuts.drafted > 0)]
         return sample(engine_of(networks, [self.workspace, self.memory.drafts]), batch, steer)
 

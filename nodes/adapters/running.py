@@ -202,6 +202,7 @@ class ComfyMemory:
         return True
 
     def recover(self) -> None:
+        checked_model(self.model).keeper(self.model.load_device).work.forget()
         mm.soft_empty_cache()
 
 

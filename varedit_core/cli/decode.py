@@ -46,7 +46,7 @@ def decode(
         check_target(path, source is not None and not source.opaque, overwrite)
     place = device_of(device)
     network = load_autoencoder(vae or demo_files()[1], device=place)
-    advice = "name the VAE of the model that made them with --vae"
+    advice = "; name the VAE of the model that made them with --vae"
     found.check_vae(network.config.bits, network.config.stride, f"the tokens of {tokens.name}", advice)
     if found.auto_mask and source is None:
         console.print(

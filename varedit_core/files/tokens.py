@@ -17,8 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..pictures.images import MAX_CANVAS_PIXELS
-from ..tokenizer.fitting import Fitting, canvas_size
+from ..tokenizer.fitting import MAX_CANVAS_PIXELS, Fitting, canvas_size
 from ..tokenizer.schedule import TABLES, TOKEN_PIXELS, Grid, Schedule
 from ..tokenizer.tokens import Tokens
 from .safe_write import check_free, make_folder, write_tensors

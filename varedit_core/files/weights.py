@@ -176,8 +176,8 @@ def _open_index(path: Path) -> Weights:
     absent = sorted(key for key, name in shard_of.items() if key not in shards[name])
     if absent:
         raise WeightError(
-            f"{path.parent / shard_of[absent[0]]} lacks the tensor {absent[0]} that {path.name} lists; download the shard "
-            "again"
+            f"{path.parent / shard_of[absent[0]]} lacks the tensor {absent[0]} that {path.name} lists; download the "
+            "shard again"
         )
     metadata = {key: value for shard in shards.values() for key, value in shard.metadata.items()}
     return Weights(

@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..defaults import CROP_MARGIN, FEATHER, FILL, FILLS, FIT, FITS, LEAST_MARGIN, OVERLAP, SIZE
-from ..tokenizer.fitting import Size, canvas_size
+from ..tokenizer.fitting import MAX_CANVAS_PIXELS, Size, canvas_size
 from ..tokenizer.schedule import nearest_ratio, schedule_for
-from .images import MAX_CANVAS_PIXELS, SourceImage
+from .images import SourceImage
 
 Box = tuple[int, int, int, int]
 Sides = Sequence[int | float]

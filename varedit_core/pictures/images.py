@@ -18,13 +18,12 @@ from torch import Tensor
 
 from ..defaults import FITS
 from ..files.safe_write import check_free, make_folder, write_bytes
-from ..tokenizer.fitting import Fitting, Size, canvas_size
+from ..tokenizer.fitting import MAX_CANVAS_PIXELS, Fitting, Size, canvas_size
 from ..tokenizer.schedule import Schedule, nearest_ratio, schedule_for
 
 # The published code truncates: half a level darker on average, but the pack must equal its output.
 PUBLISHED_ROUNDING = "truncate"
 ROUNDINGS = (PUBLISHED_ROUNDING, "nearest")
-MAX_CANVAS_PIXELS = 2**28  # 1 GiB in Pillow; a long thin picture padded to a square exceeds it quickly
 
 # Lossy only where the format is, so that repeated edits lose as little as they can.
 _JPEG = ("JPEG", {"quality": 95, "subsampling": 0})

@@ -120,8 +120,8 @@ def sample(
     schedule: Schedule,
     settings: SamplingSettings = DEFAULT_SETTINGS,
     negatives: Sequence[Tensor | None] | None = None,
-    workspace: Workspace | None = None,
     attention: Attention = sdpa,
+    workspace: Workspace | None = None,
     steer: Sequence[Callable[[Scale], None]] = (),
     **more,
 ) -> Iterator[Scale]:
@@ -133,7 +133,17 @@ def sample(
     where the logits were undefined numbers.
     """
     batch = EditBatch.of(features, texts, schedule, settings, negatives, **more)
+    check_alone(batch)
     yield from checked(loop.sample(Session(transformer, workspace, attention), batch, steer))
+
+
+def check_alone(batch: EditBatch, drafter: bool = False) -> None:
+    """Raise ValueError for what takes more than the loop: a second transformer, or the driver. drafter: whether there is
+    one."""
+    if batch.shortcuts.drafted and not drafter:
+        raise ValueError("drafted scales need a second transformer; give an Editor a drafter, or leave drafted at 0")
+    if batch.controls.best_of > 1:
+        raise ValueError("the loop alone does not choose the best of several; use Editor.run, or leave best_of at 1")
 
 
 def checked(scales: Iterator[Scale]) -> Iterator[Scale]:

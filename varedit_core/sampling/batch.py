@@ -93,7 +93,9 @@ class EditBatch:
 
     def _check_prefix(self) -> None:
         for k, (bits, grid) in enumerate(zip(self.prefix, self.grids)):
-            if bits.shape[-2:] != grid or len(bits) not in (self.pictures, len(self.seeds)):
+            if len(bits) not in (self.pictures, len(self.seeds)):
+                raise ValueError(one_edit_each(len(bits), self.pictures))
+            if bits.shape[-2:] != grid:
                 raise ValueError(
                     f"the tokens of scale {k + 1} have the shape {list(bits.shape)} but the edit needs {self.pictures} of a grid "
                     f"of {grid[0]}x{grid[1]}; use the same size, shape and number of pictures as in the edit that made them"
@@ -230,3 +232,8 @@ class EditBatch:
         moved = {name: getattr(self, name) for name in ("features", "source_total")}
         moved = {name: None if x is None else x.to(device) for name, x in moved.items()}
         return replace(self, **moved, prefix=[bits.to(device) for bits in self.prefix])
+
+
+def one_edit_each(edits: int, pictures: int) -> str:
+    """What to say of tokens of another number of edits than there are pictures."""
+    return f"there are tokens of {edits} edits for {pictures} pictures; go on from one edit of each picture"

@@ -22,7 +22,7 @@ from ..model.engine import Engine
 from ..runtime.memory import Memory, as_it_fits
 from ..runtime.plan import Job, Plan
 from ..tokenizer.tokens import Tokens, joined, tokens_of
-from .batch import EditBatch
+from .batch import EditBatch, one_edit_each
 from .loop import sample
 from .scale import Scale
 
@@ -95,10 +95,7 @@ def check(batch: EditBatch, drafter: bool) -> None:
         raise ValueError("drafted scales need a second transformer; name a drafter, or leave drafted at 0")
     registry.check(batch.facts)
     if batch.prefix and len(batch.prefix[0]) != batch.pictures:
-        raise ValueError(
-            f"there are tokens of {len(batch.prefix[0])} edits for {batch.pictures} pictures; go on from one edit of each "
-            "picture"
-        )
+        raise ValueError(one_edit_each(len(batch.prefix[0]), batch.pictures))
 
 
 @dataclass(frozen=True, eq=False)

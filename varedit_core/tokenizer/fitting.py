@@ -8,6 +8,9 @@ from .schedule import Grid, Schedule
 
 Size = tuple[int, int]
 
+MAX_CANVAS_PIXELS = 2**28
+"""Of a picture: 1 GiB in Pillow; a long thin one padded to a square exceeds it quickly."""
+
 
 @dataclass(frozen=True)
 class Fitting:

@@ -20,7 +20,7 @@ from .schedule import Grid, Schedule
 if TYPE_CHECKING:
     from ..sampling.scale import Scale
 
-VAE_ADVICE = "load the VAE of the model that made them"
+VAE_ADVICE = "; load the VAE of the model that made them"
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,13 +93,13 @@ class Tokens:
     def check_vae(self, channels: int, stride: int, name: str = "the tokens", advice: str = VAE_ADVICE) -> None:
         """Raise ValueError where a VAE of so many channels, whose latents cover `stride` pixels, cannot decode them.
 
-        name, advice: of the tokens and of what to do, for the sentence.
+        name, advice: of the tokens and of what to do, for the sentence's beginning and end.
         """
         bits, (height, width) = self.bits[0].shape[1], self.schedule.pixels
         if bits != channels or height != self.grid[0] * stride:
             raise ValueError(
                 f"{name} are of {bits} bits on a grid of {self.grid[1]}x{self.grid[0]} but the VAE takes {channels} "
-                f"channels on {width // stride}x{height // stride}; {advice}"
+                f"channels on {width // stride}x{height // stride}{advice}"
             )
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:

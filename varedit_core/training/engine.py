@@ -279,7 +279,7 @@ def _last_state(folder: Path) -> Path | None:
 
 
 def _save_state(folder: Path, step: int, accelerator) -> None:
-    """A new checkpoint, which takes its name when it is whole; only then the others go, and parts of killed trainings."""
+    """A checkpoint, which takes its name when it is whole. Only then the others go, and parts of killed trainings."""
     partial, final = folder / f"state-{step}.partial", folder / f"state-{step}"
     main = accelerator.is_main_process
     try:
