@@ -92,8 +92,6 @@ def convert(
         raise WeightError(
             f"{source} is {describe(opened)}; expected a VAREdit transformer, a tokenizer or a T5 encoder"
         )
-    if chosen and part != TRANSFORMER:
-        raise ValueError(f"only a transformer has a kind, and {source} is {describe(opened)}; leave kind at {KINDS[0]}")
     if part == TRANSFORMER and holds(opened, TOKENIZER):
         logger.warning("%s holds a tokenizer too, which is left out; keep the file for it", source)
     weights = _checked(opened, part)
