@@ -16,7 +16,8 @@ class VAREditChangeMap(io.ComfyNode):
             node_id="VAREditChangeMap",
             display_name="VAREdit Change Map",
             category="VAREdit",
-            description="Finds where an edit changed its picture, as masks: both are decoded, so that what the tokenizer alone changes does not count.",
+            description="Finds where an edit changed its picture, as masks: both are decoded, so that what the "
+            "tokenizer alone changes does not count.",
             search_aliases=["difference", "what changed", "auto mask", "diff mask"],
             inputs=[
                 io.Vae.Input("vae", tooltip="The tokenizer, from VAREdit VAE Loader."),
@@ -34,7 +35,9 @@ class VAREditChangeMap(io.ComfyNode):
             ],
             outputs=[
                 io.Mask.Output(
-                    "changed", display_name="changed", tooltip="1 where the picture changed, else 0; of the picture's size."
+                    "changed",
+                    display_name="changed",
+                    tooltip="1 where the picture changed, else 0; of the picture's size.",
                 ),
                 io.Mask.Output(
                     "amount",

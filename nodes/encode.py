@@ -22,7 +22,8 @@ class VAREditTextEncode(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     placeholder="what to change, as an order: make it a rainy night",
-                    tooltip="What to change in the picture, up to 512 tokens (64 with the demo model); parentheses are plain text, not weights.",
+                    tooltip="What to change in the picture, up to 512 tokens (64 with the demo model); parentheses are "
+                    "plain text, not weights.",
                 ),
             ],
             outputs=[
@@ -59,13 +60,15 @@ class VAREditSourceEncode(io.ComfyNode):
                     "size",
                     options=list(SIZES),
                     default=SIDE,
-                    tooltip="Working size in pixels: the one the weights were trained for (demo 256, 8B-512 512, 8B-1024 1024).",
+                    tooltip="Working size in pixels: the one the weights were trained for (demo 256, 8B-512 512, "
+                    "8B-1024 1024).",
                 ),
                 io.Combo.Input(
                     "fit",
                     options=list(FITS),
                     default=FIT,
-                    tooltip="square pads with white as published; aspect takes the nearest of 15 shapes (experimental).",
+                    tooltip="square pads with white as published; aspect takes the nearest of 15 shapes "
+                    "(experimental).",
                     advanced=True,
                 ),
             ],
@@ -100,7 +103,8 @@ class VAREditEmptySource(io.ComfyNode):
                     "size",
                     options=list(SIZES),
                     default=SIDE,
-                    tooltip="Side of a square of the same area, in pixels: the one the weights were trained for (Infinity 2B and 8B 1024).",
+                    tooltip="Side of a square of the same area, in pixels: the one the weights were trained for "
+                    "(Infinity 2B and 8B 1024).",
                 ),
                 io.Combo.Input(
                     "ratio",
@@ -108,11 +112,11 @@ class VAREditEmptySource(io.ComfyNode):
                     default=RATIO,
                     tooltip="Width to height.",
                 ),
-                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures, with one seed after the other."),
+                io.Int.Input(
+                    "batch_size", default=1, min=1, max=64, tooltip="Pictures, with one seed after the other."
+                ),
             ],
-            outputs=[
-                io.Latent.Output("source", display_name="source", tooltip="For the sampler's source.")
-            ],
+            outputs=[io.Latent.Output("source", display_name="source", tooltip="For the sampler's source.")],
         )
 
     @classmethod

@@ -84,7 +84,8 @@ class Record:
         weights = open_weights(path)
         if "in.image_u8" not in weights or "scale_schedule" not in weights.metadata:
             raise WeightError(
-                f"{path} is not a recorded run (it lacks in.image_u8 or scale_schedule); see docs/MODEL.md for the format"
+                f"{path} is not a recorded run (it lacks in.image_u8 or scale_schedule); see docs/MODEL.md for the "
+                "format"
             )
         files = {}
         for part in ("transformer", "vae"):
@@ -252,6 +253,7 @@ def _share(equal: Tensor) -> float:
 def _error(value: Tensor, reference: Tensor) -> float:
     if value.shape != reference.shape:
         raise WeightError(
-            f"the record's shape {tuple(reference.shape)} differs from ours, {tuple(value.shape)}; it belongs to another network"
+            f"the record's shape {tuple(reference.shape)} differs from ours, {tuple(value.shape)}; it belongs to "
+            "another network"
         )
     return (value.float() - reference.float()).abs().max().item()

@@ -27,7 +27,8 @@ class Layers(comfy.ops.manual_cast):
 
     class Conv2d(comfy.ops.manual_cast.Conv2d):
         def apart(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-            """The convolution without its bias, and the bias, where kernels run that add it in passing; else with it."""
+            """The convolution without its bias, and the bias, where kernels run that add it in passing; else with
+            it."""
             if not fuses_pictures(x):
                 return self(x), None
             comfy.ops.run_every_op()
@@ -53,7 +54,8 @@ class VAREditAutoencoder(Autoencoder):
 
 
 class VAREditVAE(comfy.sd.VAE):
-    """A VAE built from a tokenizer; `__init__` sets what that of `comfy.sd.VAE` would have found out from a state dict."""
+    """A VAE built from a tokenizer; `__init__` sets what that of `comfy.sd.VAE` would have found out from a state
+    dict."""
 
     def __init__(self, weights, disable_dynamic: bool = False) -> None:
         config = blank(weights, TOKENIZER).config

@@ -27,12 +27,12 @@ class Engine(Protocol):
     """A network at work on one batch at a time."""
 
     def prefill(self, batch: EditBatch) -> None:
-        """Read the texts, then the sources: all that stays of them are keys and values. ValueError where the batch and the
-        network do not belong together."""
+        """Read the texts, then the sources: all that stays of them are keys and values. ValueError where the batch and
+        the network do not belong together."""
 
     def logits(self, k: int, total: Tensor, guided: bool) -> Tensor:
-        """Logits [B or 2B, n, D, 2] of scale k, given the running sum [B, d, H, W] of the scales before it; guided: also of
-        the unconditional rows, behind the others."""
+        """Logits [B or 2B, n, D, 2] of scale k, given the running sum [B, d, H, W] of the scales before it; guided:
+        also of the unconditional rows, behind the others."""
 
     def tokens(self, k: int) -> Tensor | None:
         """Which tokens of scale k are computed; None: all."""
@@ -111,7 +111,8 @@ def check(batch: EditBatch, config: TransformerConfig) -> None:
     if (height, width) != (rows * patch, columns * patch) or batch.features.shape[1] * patch**2 != config.token_bits:
         raise ValueError(
             f"source features of shape {tuple(batch.features.shape)} do not fit a {rows}x{columns} grid of tokens of "
-            f"{config.token_bits} bits; encode the image at {schedule.pixels[1]}x{schedule.pixels[0]} with the model's tokenizer"
+            f"{config.token_bits} bits; encode the image at {schedule.pixels[1]}x{schedule.pixels[0]} with the model's "
+            "tokenizer"
         )
     if len(schedule) > config.levels:
         fitting = [side for side, area in SIZES.items() if AREAS[area] <= config.levels]

@@ -131,7 +131,8 @@ def plans(job: Job, movable: int = 0, exact: bool = False) -> list[Plan]:
     """All ways to run a job, the best first: exact ones on the device, in host memory, then (unless exact) in 8 bits.
 
     On the device: fewer images at a time, then rows one after the other, then both again with other networks' `movable`
-    bytes in host memory. Which way takes how much is not in this order: 8 bits take more of the device than host memory.
+    bytes in host memory. Which way takes how much is not in this order: 8 bits take more of the device than host
+    memory.
     """
     fewer = [Plan(replace(job, images=count)) for count in range(job.images, 0, -1)]
     one = fewer[-1]
@@ -182,7 +183,10 @@ def too_large(job: Job, budget: float, host_budget: float = math.inf, movable: i
     least = min(way.needed for way in ways(job))
     height, width = job.schedule.pixels
     what, how = ("an edit at", "encode the source") if job.config.source else ("a picture at", "make it")
-    text = f"{what} {width}x{height} takes at least {gigabytes(least)} beside the weights and {gigabytes(budget)} are free; "
+    text = (
+        f"{what} {width}x{height} takes at least {gigabytes(least)} beside the weights and {gigabytes(budget)} are "
+        "free; "
+    )
     for side, area in reversed(SIZES.items()):
         smaller = replace(job, images=1, schedule=schedule_for(area, job.schedule.ratio))
         fits = any(way.fits(budget, host_budget) for way in ways(smaller))

@@ -52,11 +52,11 @@ class Shape:
 class Workspace:
     """The memory of edits with one transformer.
 
-    store: kind of KV cache (see `kv_caches`). kept: whether anything stays when an edit is over; only then passes are recorded,
-    each when it is run for the second time. rows_at_once: rows that go through a pass together, all by default; fewer
-    make fewer activations. fold: whether short texts may take memory that saves work (see `folded_text`).
-    state: what must not change for recorded passes and the source's pass to be used again; by default where the weights
-    lie and whether they were written. record: whether passes may be recorded at all.
+    store: kind of KV cache (see `kv_caches`). kept: whether anything stays when an edit is over; only then passes are
+    recorded, each when it is run for the second time. rows_at_once: rows that go through a pass together, all by
+    default; fewer make fewer activations. fold: whether short texts may take memory that saves work (see
+    `folded_text`). state: what must not change for recorded passes and the source's pass to be used again; by default
+    where the weights lie and whether they were written. record: whether passes may be recorded at all.
     """
 
     def __init__(
@@ -165,7 +165,8 @@ class Workspace:
             self._unchanged = Answer(torch.stack([(a == b).all() for a, b in zip(self.source, identity)]).all())
 
     def read_source(self, tokens: Callable[[Tensor], Tensor], features: Tensor) -> None:
-        """The source's pass, unless it was the last one here. tokens: makes its input [R / copies, n, C] of features."""
+        """The source's pass, unless it was the last one here. tokens: makes its input [R / copies, n, C] of
+        features."""
         if self.source and self._unchanged is not None and self._unchanged():
             return
         self.source = ()
@@ -202,8 +203,8 @@ class Workspace:
     ) -> Tensor:
         """Logits [asked, n, D, 2] of the first rows of a scale's pass, of `rows` in all.
 
-        tokens: makes its input [rows, n, C] of `inputs`. shared: how many consecutive rows of the edit share each row of
-        the pass: 1, or all copies of a source.
+        tokens: makes its input [rows, n, C] of `inputs`. shared: how many consecutive rows of the edit share each row
+        of the pass: 1, or all copies of a source.
         """
 
         def run(*given: Tensor) -> Tensor:
@@ -252,9 +253,7 @@ class Workspace:
             parts.append(function(x_RnC[own], self.condition.rows(own), replace(step, rows=own)))
         return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
-    def _run(
-        self, name: tuple, tokens: int, function: Callable[..., Tensor | None], *inputs: Tensor
-    ) -> Tensor | None:
+    def _run(self, name: tuple, tokens: int, function: Callable[..., Tensor | None], *inputs: Tensor) -> Tensor | None:
         """The result of a function, recorded if it may be and was run before. tokens: of its pass, all rows."""
         if not self._recording or tokens > RECORDED_TOKENS:
             return function(*inputs)
