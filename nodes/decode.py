@@ -20,7 +20,7 @@ class VAREditDecode(io.ComfyNode):
             "the auto mask, if there is one.",
             search_aliases=["vae decode", "masked edit", "composite", "paste back"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The tokenizer, from VAREdit VAE Loader."),
+                io.Vae.Input("vae", tooltip="The VAE, from VAREdit VAE Loader."),
                 io.Latent.Input("latent", tooltip="The edit, from VAREdit Sampler."),
                 io.Image.Input(
                     "image",
@@ -74,7 +74,7 @@ class VAREditScalePreview(io.ComfyNode):
             description="Shows the picture after every scale, and all of them on one contact sheet.",
             search_aliases=["contact sheet", "preview scales", "intermediate images", "progress pictures"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The tokenizer, from VAREdit VAE Loader."),
+                io.Vae.Input("vae", tooltip="The VAE, from VAREdit VAE Loader."),
                 io.Latent.Input("scales", tooltip="The sampler's scales."),
                 io.Combo.Input(
                     "pictures",

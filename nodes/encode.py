@@ -54,7 +54,7 @@ class VAREditSourceEncode(io.ComfyNode):
             description="Brings the picture to edit to a size of the model and encodes it.",
             search_aliases=["vae encode", "source image", "reference image", "image to edit"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The tokenizer, from VAREdit VAE Loader."),
+                io.Vae.Input("vae", tooltip="The VAE, from VAREdit VAE Loader."),
                 io.Image.Input("image", tooltip="One picture or a batch, of any size and shape; alpha is not edited."),
                 io.Combo.Input(
                     "size",
@@ -98,7 +98,7 @@ class VAREditEmptySource(io.ComfyNode):
             description="Size and shape of pictures that an Infinity model makes of text alone.",
             search_aliases=["empty latent", "text to image", "infinity", "txt2img"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The tokenizer, from VAREdit VAE Loader."),
+                io.Vae.Input("vae", tooltip="The VAE, from VAREdit VAE Loader."),
                 io.Combo.Input(
                     "size",
                     options=list(SIZES),

@@ -119,13 +119,13 @@ class VAREditVAELoader(io.ComfyNode):
             node_id="VAREditVAELoader",
             display_name="VAREdit VAE Loader",
             category="VAREdit/loaders",
-            description="Loads the tokenizer of a VAREdit transformer as a VAE.",
+            description="Loads the VAE of a VAREdit transformer.",
             search_aliases=["vae loader", "tokenizer", "infinity vae", "bsq"],
             inputs=[
                 io.Combo.Input(
                     "vae_name",
                     options=listed("vae"),
-                    tooltip="A tokenizer in ComfyUI's folder vae. varedit_demo_tokenizer belongs to the demo model.",
+                    tooltip="A VAE in ComfyUI's folder vae. varedit_demo_tokenizer belongs to the demo model.",
                 )
             ],
             outputs=[

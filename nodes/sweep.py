@@ -23,7 +23,7 @@ class VAREditSweep(io.ComfyNode):
                 io.Model.Input("model", tooltip="The transformer, from VAREdit Model Loader."),
                 io.Latent.Input("source", tooltip="The picture to edit, from VAREdit Source Encode."),
                 io.Conditioning.Input("positive", tooltip="The instruction."),
-                io.Vae.Input("vae", tooltip="The tokenizer, from VAREdit VAE Loader."),
+                io.Vae.Input("vae", tooltip="The VAE, from VAREdit VAE Loader."),
                 io.Int.Input(
                     "seed",
                     default=DEFAULT_SETTINGS.seed,

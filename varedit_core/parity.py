@@ -30,9 +30,9 @@ from .tokenizer.schedule import Schedule, schedule_from
 from .tokenizer.vae import Autoencoder
 
 LOGITS = 1e-4  # largest absolute error of a logit
-FEATURES = 1e-4  # and of the tokenizer's features and sums
+FEATURES = 1e-4  # and of the VAE's features and sums
 MARGIN = 1e-3  # a bit whose recorded log-odds are closer to zero may flip
-RESIDUAL = 1e-6  # and so may a tokenizer's bit whose residual is
+RESIDUAL = 1e-6  # and so may a bit of the VAE's whose residual is
 FREE_BITS = 0.999  # share of equal bits of a run without the record's help
 HALF = 1e-3  # pictures in [-1, 1] recorded in fp16
 # Share of an edited picture's 8-bit values more than one level off: values are truncated, so that one level is

@@ -114,7 +114,7 @@ def _takes_scale(attend, head_size: int, dtype: torch.dtype, device: torch.devic
 class Watcher:
     """Shows progress by the passes' real cost, and a picture of every scale where one is wanted.
 
-    costs: of the source's pass and of every scale that runs.
+    costs: of the prefill and of every scale that runs.
     """
 
     def __init__(
@@ -320,14 +320,14 @@ def _drafter(edit: Edit) -> list:
 
 
 def _costs(batch: EditBatch, network: Transformer) -> list[float]:
-    """What the source's pass and each scale that runs cost, as shares of anything."""
+    """What the prefill and each scale that runs cost, in any unit."""
     source, *scales = Job(network.config, batch.schedule, 1, True, network.dtype).shares()
     guided = [guidance != 1 for guidance, *_ in batch.plan]
     return [source * (1 + any(guided)) / batch.copies, *(cost * (1 + twice) for cost, twice in zip(scales, guided))]
 
 
 def _may_stay(model, job: Job, free: float) -> bool:
-    """Whether keys and values may stay when the edit is over: as much again must be free beside the whole model."""
+    """Whether the KV cache may stay when the edit is over: as much again must be free beside the whole model."""
     weights = 0 if mm.is_device_cpu(model.load_device) or _weights_stay() else model.model_size()
     return 2 * (job.stored("exact") + kept_bytes(job)) <= free - weights
 
@@ -344,7 +344,7 @@ def _workspace(way: Plan) -> Workspace:
 
 
 def _origin(network: VAREditModel, source: dict, vae: VAREditVAE | None) -> Origin:
-    """The source's origin; ValueError where its latents are of another tokenizer than the model's."""
+    """The source's origin; ValueError where its latents are of another VAE than the model's."""
     config, samples, origin = network.diffusion_model.config, source["samples"], source.get(KEY)
     if samples.ndim != 4 or config.token_bits not in (samples.shape[1], 4 * samples.shape[1]):
         raise ValueError(
@@ -404,7 +404,7 @@ def plan_text(model, area: str, images: int, guided: bool) -> str:
     lines = [
         f"{width}x{height}, pictures: {images}, {'with' if guided else 'without'} guidance, {kind} on {device}",
         f"weights: {gigabytes(model.model_size())}",
-        f"keys and values: {gigabytes(job.stored('exact'))}",
+        f"KV cache: {gigabytes(job.stored('exact'))}",
         f"activations, at most: {gigabytes(job.activations())}",
         f"in all: {gigabytes(model.model_size() + job.needed('exact'))}",
         f"free when other models make way: {gigabytes(free)}",

@@ -34,7 +34,7 @@ class Source:
 
     @property
     def total(self) -> Tensor:
-        """What the tokenizer makes of the source, as a running sum [B, d, H, W]."""
+        """What the VAE makes of the source, as a running sum [B, d, H, W]."""
         return self.own[1] if self._total is None else self._total
 
     def until(self, index: int) -> Tensor:
