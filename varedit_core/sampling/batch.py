@@ -33,7 +33,8 @@ class EditBatch:
     ones. mask: [1 or P, y, x], above 0 where the picture may change. areas: [P, R, y, x] of the regions. prefix: bits
     [P or P * copies, d, h, w] of the first scales. source_total: the sources' sums of codes [P, d, H, W], where they
     are known. trial_seeds: of the candidates of each picture, where the best is chosen. room: where a picture has one
-    result, of how many the memory may be made for, so that it is that of the candidates and the source is not read again.
+    result, of how many the memory may be made for, so that it is that of the candidates and the source is not read
+    again.
 
     fresh: picture or texts are known to be others than those of the last edit. stream: where the texts are being made.
     Both save time only. ValueError where the parts do not belong together.
@@ -83,8 +84,8 @@ class EditBatch:
         negatives = list(self.negatives) or [None] * self.pictures
         if len(self.texts) != self.pictures or len(negatives) != self.pictures:
             raise ValueError(
-                f"{self.pictures} images need {self.pictures} instructions and negative prompts, got {len(self.texts)} and "
-                f"{len(negatives)}"
+                f"{self.pictures} images need {self.pictures} instructions and negative prompts, got {len(self.texts)} "
+                f"and {len(negatives)}"
             )
         object.__setattr__(self, "negatives", negatives)
         if self.mask is not None:
@@ -97,12 +98,14 @@ class EditBatch:
                 raise ValueError(one_edit_each(len(bits), self.pictures))
             if bits.shape[-2:] != grid:
                 raise ValueError(
-                    f"the tokens of scale {k + 1} have the shape {list(bits.shape)} but the edit needs {self.pictures} of a grid "
-                    f"of {grid[0]}x{grid[1]}; use the same size, shape and number of pictures as in the edit that made them"
+                    f"the tokens of scale {k + 1} have the shape {list(bits.shape)} but the edit needs {self.pictures} "
+                    f"of a grid of {grid[0]}x{grid[1]}; use the same size, shape and number of pictures as in the edit "
+                    "that made them"
                 )
         if len(self.prefix) > len(self.grids):
             raise ValueError(
-                f"there are tokens of {len(self.prefix)} scales but the edit has {len(self.grids)}; use the size they are of"
+                f"there are tokens of {len(self.prefix)} scales but the edit has {len(self.grids)}; use the size they "
+                "are of"
             )
 
     @property
