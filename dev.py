@@ -3,6 +3,7 @@
     python dev.py edit [ARGS...]      `varedit edit ARGS`; without arguments, `varedit demo`: six edits with the demo model
     python dev.py test [ARGS...]      the tests; ARGS go to pytest
     python dev.py varedit ARGS...     any `varedit` command
+    python dev.py render              fill the tables of README and docs, and the texts of controls in locales
 
 The versions are those of constraints.txt. They are installed by the first run, and again when pyproject.toml or
 constraints.txt change. The exit code is that of the command.
@@ -33,6 +34,8 @@ def main(command: str = "", *args: str) -> int:
         return prepare("cli") or run("varedit_core", ["edit", *args] if args else MAIN_JOB, None if args else ROOT)
     if command == "varedit":
         return prepare("cli") or run("varedit_core", args)
+    if command == "render":
+        return prepare("cli") or run("benchmarks.render", args, ROOT)
     print(__doc__, file=sys.stderr)
     return 0 if command in ("-h", "--help") else 2
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from varedit_core import Editor, SamplingSettings
 from varedit_core.cli.common import hardware
 from varedit_core.demo import demo_files
-from varedit_core.model.kv_cache import SOURCE, KeyValueStore
+from varedit_core.model.kv_cache import SOURCE
+from varedit_core.runtime.kv_caches import DeviceCache
 from varedit_core.runtime.workspace import Workspace
 from varedit_core.shapeedit.evaluate import draw, evaluate
 
@@ -24,8 +25,8 @@ COLUMNS = ("success", "s", "balance", "psnr", "ssim")
 GREEDY = {"temperature": 0.0}
 
 
-class WholeSource(KeyValueStore):
-    """A store whose first block sees the source as it is: no scale-aligned reference."""
+class WholeSource(DeviceCache):
+    """A cache whose first block sees the source as it is: no scale-aligned reference."""
 
     def keep(self, block, first, qkv, query_scale, step):
         return super().keep(block, False, qkv, query_scale, step)
@@ -34,8 +35,8 @@ class WholeSource(KeyValueStore):
         return super().seen(block, False, step)
 
 
-class NoSource(KeyValueStore):
-    """A store in which no scale sees the source."""
+class NoSource(DeviceCache):
+    """A cache in which no scale sees the source."""
 
     def seen(self, block, first, step):
         keys, values = super().seen(block, first, step)
@@ -46,10 +47,10 @@ class NoSource(KeyValueStore):
 
 
 RUNS = {
-    **{f"guidance {g}": (KeyValueStore, {"guidance": g, **GREEDY}) for g in (1, 2, 3, 5)},
-    "guidance 3, off at the last scale": (KeyValueStore, {"guidance": [3] * 6 + [1], **GREEDY}),
-    "guidance 3, off at the last three": (KeyValueStore, {"guidance": [3] * 4 + [1] * 3, **GREEDY}),
-    **{f"temperature {t}": (KeyValueStore, {"guidance": 3, "temperature": t}) for t in (0.1, 0.5, 1.0)},
+    **{f"guidance {g}": (DeviceCache, {"guidance": g, **GREEDY}) for g in (1, 2, 3, 5)},
+    "guidance 3, off at the last scale": (DeviceCache, {"guidance": [3] * 6 + [1], **GREEDY}),
+    "guidance 3, off at the last three": (DeviceCache, {"guidance": [3] * 4 + [1] * 3, **GREEDY}),
+    **{f"temperature {t}": (DeviceCache, {"guidance": 3, "temperature": t}) for t in (0.1, 0.5, 1.0)},
     "no scale-aligned reference": (WholeSource, {"guidance": 3, **GREEDY}),
     "no source prefix": (NoSource, {"guidance": 3, **GREEDY}),
 }

@@ -11,12 +11,14 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from varedit_core import Editor, SamplingSettings
-from varedit_core.defaults import AUTO_MASK, PRESETS, Controls
+from varedit_core.controls.auto_mask import AUTO_MASK
+from varedit_core.controls.registry import Controls
 from varedit_core.demo import GUIDANCE, SAMPLES, SIZE, demo_files
-from varedit_core.editor import Region
-from varedit_core.pictures.canvas import crop, extend, region_of, stitch
+from varedit_core.pictures.canvas import crop, extend, crop_around, stitch
+from varedit_core.pictures.composite import Region
 from varedit_core.pictures.contact_sheet import Row, contact_sheet
 from varedit_core.pictures.images import load_image
+from varedit_core.sampling.settings import PRESETS
 
 SCENE, CAT = SAMPLES / "scene.png", SAMPLES / "cat.jpg"
 STAR, SQUARE, SEPIA = "recolour the black star in purple", "in the bottom centre, add a pink square", "make it sepia"
@@ -111,7 +113,7 @@ class Pictures:
     def canvas(self) -> None:
         large = self.scene.resize((768, 768), Image.Resampling.LANCZOS)
         mask = box(large, (0.68, 0.02, 1, 0.3))
-        place = region_of(large.size, mask)
+        place = crop_around(large.size, mask)
         part, inner = crop(load_image(large), place)
         edited = self.run(part, STAR, mask=inner).pictures[0]
         whole = stitch(load_image(large), edited, place)

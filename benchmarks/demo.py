@@ -1,7 +1,7 @@
 """What the demo model costs on this machine's CPU: `python benchmarks/demo.py [--threads N] [--save]`.
 
 A fresh process imports, loads and edits one photograph at 256 pixels with guidance on. Prints a table and one JSON
-line; --save writes it to demo_cpu.json, from which `render.py` fills the README's table.
+line; --save writes it to demo_cpu.json, from which `render.py` fills the table of docs/SPEED.md.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def one_case(limit: float, linears: str, model: str, area: str, pictures: Path) 
     from PIL import Image
 
     from varedit_core.bench.models import build
-    from varedit_core.defaults import SamplingSettings
+    from varedit_core.sampling.settings import SamplingSettings
 
     said = Said()
     logging.getLogger("varedit_core").addHandler(said)

@@ -1,16 +1,28 @@
-"""Fill the tables of README and docs from measurements: `python benchmarks/render.py` rewrites them in place.
+"""Fill the tables of README and docs: `python benchmarks/render.py` rewrites them in place.
 
-Tables stand between `<!-- name -->` and `<!-- /name -->`; a test fails where page and JSON disagree.
+`python dev.py render` does so. Tables stand between `<!-- name -->` and `<!-- /name -->`. Those of measurements come from
+the JSON files beside this one, those of options (`<!-- options edit -->`) from the command line itself, those of knobs
+(`<!-- knobs controls -->`) from the registry of controls, as do the nodes' texts in `locales`. A test fails where a file
+is out of date.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-PAGES = [FOLDER.parent / name for name in ("README.md", "docs/CONTROLS.md")]
+ROOT = FOLDER.parent
 SPEED = FOLDER / "h100.json"
+MARKER = re.compile(r"<!-- ([\w ]+) -->\n(.*?)<!-- /\1 -->", re.DOTALL)
+PAGES = [
+    page
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if MARKER.search(page.read_text(encoding="utf-8"))
+]
+"""Every page that has a table to fill."""
 
 
 def table(heading: list[str], rows: list[list[str]]) -> str:
@@ -38,7 +50,7 @@ def parity() -> str:
             "largest logit error",
             "equal bits, recorded history",
             "equal bits, own run",
-            "tokenizer features",
+            "VAE features",
         ],
         rows,
     )
@@ -108,7 +120,7 @@ def comfyui() -> str:
         f"8B bf16 at 1024, {facts['device']}",
         "free",
         "most taken in the last edit",
-        "keys and values",
+        "KV cache",
         "first edit",
         "again",
     ]
@@ -151,14 +163,14 @@ SHORTCUTS = {
     "draft": ("stop after 10 of 13 scales; 5 of 7", "draft"),
     "drafted": ("drafted 9 of 13 scales; 5 of 7", "drafted 5"),
     "8-bit": ("8-bit linears", "8-bit linears"),
-    "8-bit-kv": ("8-bit keys and values", "8-bit keys and values"),
-    "8-bit-all": ("8-bit linears, keys and values", "8-bit all"),
+    "8-bit-kv": ("8-bit KV cache", "8-bit keys and values"),
+    "8-bit-all": ("8-bit linears and KV cache", "8-bit all"),
     "fast": ("unguided 3, 8-bit linears", "unguided 3, 8-bit linears"),
     "fast-inside": ("unguided 3, 8-bit linears, inside 3", "unguided 3, 8-bit linears, inside 3"),
     "fast-inside-6": ("unguided 3, 8-bit linears, inside 6", "unguided 3, 8-bit linears, inside 6"),
     "fast-inside-6-new": ("the same, with a new mask every time", None),
 }
-"""A kind of case of `varedit bench` -> what the README calls it, and the run of `shortcuts.py` that does the same to the
+"""A kind of case of `varedit bench` -> what the page calls it, and the run of `shortcuts.py` that does the same to the
 demo model, where that has the scales for it."""
 
 
@@ -175,7 +187,9 @@ def shortcuts() -> str:
 
 def library_memory() -> str:
     facts = json.loads((FOLDER / "library_memory_h100.json").read_text())
-    stores = {"KeyValueStore": "on the GPU", "HostStore": "in host memory", "EightBitStore": "in 8 bits"}
+    stores = {"DeviceCache": "on the GPU", "HostCache": "in host memory", "EightBitCache": "in 8 bits"}
+    # As older records name them.
+    stores |= {"KeyValueStore": "on the GPU", "HostStore": "in host memory", "EightBitStore": "in 8 bits"}
     rows = []
     for case in facts["cases"]:
         moved = case["moved_gb"]
@@ -190,7 +204,7 @@ def library_memory() -> str:
                 f"{moved['to device']:.0f} / {moved['to host']:.0f} GB" if moved else "-",
             ]
         )
-    head = ["linear layers", "keys and values", "edit", "first edit", "GPU peak", "copied to / from the GPU"]
+    head = ["linear layers", "KV cache", "edit", "first edit", "GPU peak", "copied to / from the GPU"]
     return table([f"8B 1024, {facts['device']}, free", *head], rows)
 
 
@@ -200,11 +214,11 @@ def _controls(section: str) -> dict:
 
 def masks() -> str:
     rows = [
-        [name, f"{run['success']:.2f}", f"{run['s']:.3f}", "exact" if run["psnr"] >= 100 else f"{run['psnr']:.1f} dB",
+        [name.replace("feather", "margin"), f"{run['success']:.2f}", f"{run['s']:.3f}", _background(run["psnr"]),
          f"{run['seam_of_targets']:.2f}", f"{run['colour_drift_levels']:.1f}"]
         for name, run in _controls("masks").items()
     ]  # fmt: skip
-    return table(["edit", "success", "S", "background", "seam", "colour inside"], rows)
+    return table(["edit", "success", "S", "background", "edge", "colour inside"], rows)
 
 
 def dials() -> str:
@@ -212,8 +226,8 @@ def dials() -> str:
     for name in ("strength", "preserve", "source_attention"):
         for value, run in _controls(name).items():
             same = "the free edit" if run["is_free"] else "the source" if run["is_source"] else ""
-            figures = [f"{run['success_without_keep']:.2f}", f"{run['s']:.2f}", f"{run['psnr']:.1f} dB", f"{run['distance']:.1f}"]
-            rows.append([f"{name.replace('_', ' ')} {float(value):g}", *figures, same])
+            figures = [f"{run['success_without_keep']:.2f}", f"{run['s']:.2f}", f"{run['psnr']:.1f} dB"]
+            rows.append([f"{name.replace('_', ' ')} {float(value):g}", *figures, f"{run['distance']:.1f}", same])
     return table(["value", "success", "S", "background", "distance to the source", "bit for bit"], rows)
 
 
@@ -228,17 +242,22 @@ def auto_masks() -> str:
 def chains() -> str:
     rows = []
     for name, run in _controls("chains").items():
-        steps = ["exact" if run[f"after {k}"] >= 100 else f"{run[f'after {k}']:.1f} dB" for k in (1, 2, 4, 8)]
+        steps = [_background(run[f"after {k}"]) for k in (1, 2, 4, 8)]
         rows.append([name, *steps, f"{run['done']:.2f}"])
     return table(["chain", "after 1", "2", "4", "8 edits", "edits done"], rows)
 
 
 def presets() -> str:
     rows = [
-        [name, f"{run['success']:.2f}", f"{run['s']:.3f}", f"{run['psnr']:.1f} dB", f"{run['between_seeds']:.1f} levels"]
+        [name, f"{run['success']:.2f}", f"{run['s']:.3f}", f"{run['psnr']:.1f} dB",
+         f"{run['between_seeds']:.1f} levels"]
         for name, run in _controls("presets").items()
-    ]
+    ]  # fmt: skip
     return table(["preset", "success", "S", "background", "between two seeds"], rows)
+
+
+def _background(psnr: float) -> str:
+    return "exact" if psnr >= 100 else f"{psnr:.1f} dB"
 
 
 def _memory(row: dict) -> str:
@@ -254,21 +273,141 @@ def _spread(seconds: dict) -> str:
     return f"{seconds['median']:.{digits}f} ({seconds['min']:.{digits}f}-{seconds['max']:.{digits}f})"
 
 
-TABLES = {"comfyui": comfyui, "demo": demo, "shapeedit": shapeedit, "parity": parity, "real size": real_size}
-TABLES |= {"speed": speed, "shortcuts": shortcuts, "library memory": library_memory}
+def headlines() -> str:
+    """The three figures that the README begins with: speed, exactness, quality."""
+    cases = {case["name"]: case for case in json.loads(SPEED.read_text())["cases"]}
+    large, small = cases["8B 1024"], cases["8B 512"]
+    seconds = " and ".join(f"{case['seconds']['median']:.2f} s" for case in (large, small))
+    ratios = " and ".join(f"{case['published']['ratio']:.1f}" for case in (large, small))
+    runs = json.loads((FOLDER / "parity_cpu.json").read_text())
+    errors = [scale["logit_error"] for run in runs for scale in run["scales"] if scale["logit_error"] is not None]
+    equal = min(run["free_bits"] for run in runs)
+    whole = json.loads((FOLDER / "shapeedit_demo.json").read_text())["families"][-1]
+    return "\n".join(
+        [
+            f"- **Fast:** on an H100 an edit of the 8B size (random weights) takes {seconds} at 1024 and 512 pixels, "
+            f"{ratios} times as fast as the published implementation: [SPEED](docs/SPEED.md).",
+            f"- **Exact:** logits of recorded small networks differ from the published implementation's by at most "
+            f"{max(errors):.1e} in fp32, and {equal:.0%} of the bits are equal: [EXACTNESS](docs/EXACTNESS.md).",
+            f"- **Measured:** the demo model does {whole['success']:.0%} of {whole['count']} held-out edits of drawn "
+            f"scenes as told; the background stays at {whole['psnr']:.1f} dB, where its VAE alone allows "
+            f"{whole['ceiling_psnr']:.1f}: [SHAPEEDIT](docs/SHAPEEDIT.md).",
+        ]
+    )
+
+
+def options(name: str) -> str:
+    """Arguments and options of a command. Those that are exactly `varedit edit`'s are only named."""
+    own, edit = command(name), command("edit")
+    known = set() if own is edit else {_row(option) for option in edit.params}
+    rows, same = [], []
+    for parameter in own.params:
+        row = _row(parameter)
+        (same if row in known else rows).append(row)
+    parts = [f"`varedit {name}`: {_first_paragraph(own.help)}"]
+    if rows:
+        parts.append(table(["option", "default", "what it does"], [list(row) for row in rows]))
+    if same:
+        parts.append(f"As for `varedit edit`: {', '.join(row[0] for row in same)}.")
+    return "\n\n".join(parts)
+
+
+@functools.cache
+def _commands():
+    import typer
+
+    from varedit_core.cli.app import app
+
+    return typer.main.get_command(app)
+
+
+def command(name: str):
+    """A command by its words, such as `shapeedit make`."""
+    return functools.reduce(lambda group, word: group.commands[word], name.split(), _commands())
+
+
+def command_names(group=None, before: str = "") -> list[str]:
+    """The words of every command."""
+    names = []
+    for word, one in (group or _commands()).commands.items():
+        names += command_names(one, f"{before}{word} ") if hasattr(one, "commands") else [before + word]
+    return names
+
+
+def _row(parameter) -> tuple[str, str, str]:
+    """Name, default and help of an argument or option. A default that is a text is said as on the help page."""
+    argument = parameter.param_type_name == "argument"
+    said = getattr(parameter, "show_default", None)
+    value = said if isinstance(said, str) else parameter.default
+    if parameter.required:
+        value = "required"
+    elif value is None or value == "" or value == ():
+        value = "none"
+    elif isinstance(value, bool):
+        value = "on" if value else "off"
+    name = f"`{parameter.name.upper()}`" if argument else ", ".join(f"`{option}`" for option in parameter.opts)
+    text = parameter.help.replace("|", "\\|").replace("<", "&lt;")
+    return name, f"{value:g}" if isinstance(value, float) else str(value), text
+
+
+def _first_paragraph(text: str) -> str:
+    return " ".join(text.strip().split("\n\n")[0].split())
+
+
+TABLES = {"headlines": headlines, "comfyui": comfyui, "demo": demo, "shapeedit": shapeedit, "parity": parity}
+TABLES |= {"real size": real_size, "speed": speed, "shortcuts": shortcuts, "library memory": library_memory}
 TABLES |= {"masks": masks, "dials": dials, "auto masks": auto_masks, "chains": chains, "presets": presets}
 
 
+NODES = {"VAREditControls": "controls", "VAREditShortcuts": "shortcuts", "VAREditCurves": "curves"}
+"""Nodes whose inputs are the knobs of a group."""
+LOCALES = {language: ROOT / "locales" / language / "nodeDefs.json" for language in ("en", "zh")}
+
+
+def knob_table(group: str) -> str:
+    """The knobs of a group of controls: option and input, values, default, and what each does."""
+    from varedit_core.controls.registry import knobs
+
+    rows = []
+    for knob in knobs(group):
+        values = ", ".join(f"`{choice}`" for choice in knob.choices) or f"{knob.low:g} to {knob.high:g}"
+        default = f"`{knob.default}`" if knob.choices else f"{knob.default:g}"
+        rows.append([f"`--{knob.name.replace('_', '-')}`, `{knob.name}`", values, default, knob.option or knob.help])
+    return table(["option, input", "values", "default", "what it does"], rows)
+
+
+def locale(language: str) -> str:
+    """A language's texts of the nodes, those of knobs as their controls state them."""
+    from varedit_core.controls.registry import knobs
+
+    texts = json.loads(LOCALES[language].read_text(encoding="utf-8"))
+    for node, group in NODES.items():
+        texts[node]["inputs"] = {
+            knob.name: {"name": knob.name, "tooltip": knob.help}
+            if language == "en"
+            else {"name": knob.label_zh or knob.name, "tooltip": knob.help_zh or knob.help}
+            for knob in knobs(group)
+        }
+    return json.dumps(texts, ensure_ascii=False, indent=2) + "\n"
+
+
+def outputs() -> dict[Path, str]:
+    """All that is made: every file with the text it should have."""
+    pages = {page: rendered(page.read_text(encoding="utf-8")) for page in PAGES}
+    return pages | {path: locale(language) for language, path in LOCALES.items()}
+
+
 def rendered(text: str) -> str:
-    for name, make in TABLES.items():
-        if f"<!-- {name} -->" not in text:
-            continue
-        before, _, rest = text.partition(f"<!-- {name} -->")
-        after = rest.partition(f"<!-- /{name} -->")[2]
-        text = f"{before}<!-- {name} -->\n{make()}\n<!-- /{name} -->{after}"
-    return text
+    """A page with its tables filled. KeyError for a marker that no table has."""
+    return MARKER.sub(lambda found: f"<!-- {found[1]} -->\n{_filled(found[1])}\n<!-- /{found[1]} -->", text)
+
+
+def _filled(name: str) -> str:
+    kind, _, rest = name.partition(" ")
+    made = {"options": options, "knobs": knob_table}.get(kind)
+    return made(rest) if made else TABLES[name]()
 
 
 if __name__ == "__main__":
-    for page in PAGES:
-        page.write_text(rendered(page.read_text()))
+    for path, text in outputs().items():
+        path.write_text(text, encoding="utf-8")

@@ -17,9 +17,9 @@ import torch
 
 from varedit_core import Editor, SamplingSettings, load_transformer
 from varedit_core.cli.common import hardware
-from varedit_core.defaults import NO_SHORTCUTS, Shortcuts
+from varedit_core.controls.registry import NO_SHORTCUTS, Shortcuts
 from varedit_core.demo import FOLDER, GUIDANCE, demo_files
-from varedit_core.runtime.stores import EightBitStore
+from varedit_core.runtime.eight_bit_cache import EightBitCache
 from varedit_core.runtime.workspace import Workspace
 from varedit_core.shapeedit.evaluate import draw, evaluate
 
@@ -34,8 +34,8 @@ RUNS: dict[str, dict] = {
     "draft": {"shortcuts": Shortcuts(stop=5)},
     "drafted 5": {"shortcuts": Shortcuts(drafted=5)},
     "8-bit linears": {"linears": "8-bit"},
-    "8-bit keys and values": {"store": EightBitStore},
-    "8-bit all": {"linears": "8-bit", "store": EightBitStore},
+    "8-bit keys and values": {"store": EightBitCache},
+    "8-bit all": {"linears": "8-bit", "store": EightBitCache},
     "unguided 3, 8-bit linears": {"linears": "8-bit", "shortcuts": Shortcuts(unguided=3)},
     **{
         f"unguided 3, 8-bit linears, inside {count}": {

@@ -55,9 +55,9 @@ class VAREditCropRegion(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, mask, margin: float, shape: str) -> io.NodeOutput:
-        from ..varedit_core.pictures.canvas import crop_pixels, region_of
+        from ..varedit_core.pictures.canvas import crop_around, crop_pixels
 
-        region = region_of((image.shape[2], image.shape[1]), mask, margin, shape)
+        region = crop_around((image.shape[2], image.shape[1]), mask, margin, shape)
         part, inside = crop_pixels(image, region)
         return io.NodeOutput(part, inside.to(image.device), region)
 

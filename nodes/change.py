@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..varedit_core.defaults import AUTO_MASK
+from ..varedit_core.controls.auto_mask import AUTO_MASK
 from ._api import io
 
 LEAST = 0.1

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-from ..varedit_core.defaults import (
-    FLAT,
-    MOST_CANDIDATES,
-    MOST_FEATHER,
-    NEUTRAL,
-    PRESET,
-    PRESETS,
-    SCORES,
-    Controls,
-    Curve,
-)  # fmt: skip
+from ..varedit_core.controls.curves import OWN
+from ..varedit_core.controls.registry import Controls
+from ..varedit_core.sampling.settings import PRESETS, Curve
 from ._api import io
-from .shortcuts import MOST
+from .widgets import takes, widgets
 
 ControlsType = io.Custom("VAREDIT_CONTROLS")
 CurvesType = io.Custom("VAREDIT_CURVES")
 RegionsType = io.Custom("VAREDIT_REGIONS")
-OWN = "own"
-"""In place of a preset: the curves that the node's numbers say."""
-
-
-def _share(id: str, tooltip: str):
-    return io.Float.Input(
-        id, default=getattr(NEUTRAL, id), min=0.0, max=1.0, step=0.05, round=0.001, tooltip=tooltip
-    )
-
-
-def _count(id: str, least: int, most: int, tooltip: str, advanced: bool = False):
-    return io.Int.Input(id, default=getattr(NEUTRAL, id), min=least, max=most, advanced=advanced, tooltip=tooltip)
-
-
-def _factor(id: str, default: float, tooltip: str):
-    return io.Float.Input(id, default=default, min=0.0, max=16.0, step=0.05, round=0.001, tooltip=tooltip)
 
 
 class VAREditControls(io.ComfyNode):
@@ -46,64 +22,14 @@ class VAREditControls(io.ComfyNode):
             category="VAREdit",
             description="How far an edit may leave its source, and which of several beginnings goes on. As it comes, it changes nothing.",
             search_aliases=["strength", "denoise", "preserve", "auto mask", "best of", "candidates"],
-            inputs=[
-                _share(
-                    "strength",
-                    "1 is the free edit. Below it the first scales keep the source's bits, so that layout and colours stay: 0.75 still recolours and restyles. 0 is the source through the tokenizer.",
-                ),
-                _share(
-                    "preserve",
-                    "Pulls every bit towards the source's, at all scales: 0 not at all, 0.5 by so much that unsure ones stay, 1 wholly.",
-                ),
-                _share(
-                    "source_attention",
-                    "What the source weighs while the edit looks around: 1 is as trained, less lets more go, 0 does not see it. Not together with the shortcut window.",
-                ),
-                _count(
-                    "feather",
-                    0,
-                    MOST_FEATHER,
-                    "Tokens of 16 pixels around a mask that may change, too, so that the edit can join its surroundings.",
-                ),
-                _share(
-                    "auto_mask",
-                    "Above 0 the edit finds out by itself where it changes something, and the rest stays the source's; the larger, the more is taken for changed. 0.5 is a good start. Connect the picture to VAREdit Decode.",
-                ),
-                _count(
-                    "best_of",
-                    1,
-                    MOST_CANDIDATES,
-                    "So many candidates are begun, from one look at the source, and only the best one of each result is finished.",
-                    advanced=True,
-                ),
-                _count(
-                    "best_at",
-                    1,
-                    MOST,
-                    "After so many scales the best candidate is chosen.",
-                    advanced=True,
-                ),
-                io.Combo.Input(
-                    "score",
-                    options=list(SCORES),
-                    default=NEUTRAL.score,
-                    advanced=True,
-                    tooltip=(
-                        "What the best candidate is: likelihood the most probable one, instruction the one that the "
-                        "instruction explains best (needs guidance), near the nearest to the source, far the farthest."
-                    ),
-                ),
-            ],
+            inputs=widgets("controls"),
             outputs=[ControlsType.Output("controls", display_name="controls", tooltip="For the sampler's controls.")],
         )
 
     @classmethod
-    def execute(
-        cls, strength, preserve, source_attention, feather, auto_mask, best_of, best_at, score
-    ) -> io.NodeOutput:
-        return io.NodeOutput(
-            Controls(strength, preserve, source_attention, feather, auto_mask, best_of, best_at, score)
-        )
+    @takes("controls")
+    def execute(cls, **values) -> io.NodeOutput:
+        return io.NodeOutput(Controls(**values))
 
 
 class VAREditCurves(io.ComfyNode):
@@ -115,33 +41,7 @@ class VAREditCurves(io.ComfyNode):
             category="VAREdit",
             description="Lets guidance and temperature rise or fall from the first scale to the last, as factors on the sampler's own.",
             search_aliases=["preset", "schedule", "faithful", "creative", "guidance curve", "temperature curve"],
-            inputs=[
-                io.Combo.Input(
-                    "preset",
-                    options=[*PRESETS, OWN],
-                    default=PRESET,
-                    tooltip=(
-                        "balanced changes nothing, faithful lets guidance end and halves temperature, creative begins warm "
-                        "and with more guidance, own takes the four numbers below."
-                    ),
-                ),
-                _factor(
-                    "guidance_start",
-                    FLAT.start,
-                    "For own: at the first scale so many times what guidance is above 1; 0 is no guidance there.",
-                ),
-                _factor("guidance_end", FLAT.end, "For own: the same at the last scale; between them in equal steps."),
-                _factor(
-                    "temperature_start",
-                    FLAT.start,
-                    "For own: at the first scale so many times the temperature. Layout and shapes are drawn there.",
-                ),
-                _factor(
-                    "temperature_end",
-                    FLAT.end,
-                    "For own: the same at the last scale, where fine detail is drawn.",
-                ),
-            ],
+            inputs=widgets("curves"),
             outputs=[CurvesType.Output("curves", display_name="curves", tooltip="For the sampler's curves.")],
         )
 
@@ -181,7 +81,8 @@ class VAREditRegion(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning, mask, regions=None) -> io.NodeOutput:
-        from .adapters.running import Region, Texts
+        from ..varedit_core.pictures.composite import Region
+        from .adapters.text_encoder import Texts
 
         if not mask.any():
             raise ValueError("the region's mask is empty; paint where its instruction is to count")

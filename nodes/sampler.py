@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..varedit_core.defaults import DEFAULT_SETTINGS, NEUTRAL, NO_SHORTCUTS, PREVIEWS, SIDE, SIZES
+from ..varedit_core.controls.registry import NEUTRAL, NO_SHORTCUTS
+from ..varedit_core.defaults import PREVIEWS, SIDE, SIZES
+from ..varedit_core.sampling.settings import DEFAULT_SETTINGS
 from ._api import io, tell, ui
 from .controls import ControlsType, CurvesType, RegionsType
 from .shortcuts import ShortcutsType

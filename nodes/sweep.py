@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..varedit_core.defaults import DEFAULT_SETTINGS, SWEPT
+from ..varedit_core.controls.registry import SWEPT
+from ..varedit_core.sampling.settings import DEFAULT_SETTINGS
 from ._api import io, tell, ui
 
 NONE = "none"

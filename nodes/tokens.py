@@ -7,9 +7,9 @@ from pathlib import Path
 
 import folder_paths
 
+from ..varedit_core.defaults import MOST_SCALES
 from ._api import io, ui
 from .files import NO_FILE, stamp
-from .shortcuts import MOST
 
 SUFFIX = ".safetensors"
 PREFIX = "varedit/tokens"
@@ -35,7 +35,10 @@ def missing(name: str) -> str:
     if name != NO_FILE and folder_paths.exists_annotated_filepath(name):
         return ""
     lack = f"{name} is not" if name != NO_FILE else "there are no tokens"
-    return f"{lack} in ComfyUI's folders input and output; save some with VAREdit Save Tokens, or put a file into input, press R and choose it"
+    return (
+        f"{lack} in ComfyUI's folders input and output; save some with VAREdit Save Tokens, or put a file into input, "
+        "press R and choose it"
+    )
 
 
 class VAREditSaveTokens(io.ComfyNode):
@@ -45,10 +48,13 @@ class VAREditSaveTokens(io.ComfyNode):
             node_id="VAREditSaveTokens",
             display_name="VAREdit Save Tokens",
             category="VAREdit",
-            description="Saves an edit as its tokens, a file of kilobytes that decodes to the same picture bit for bit.",
+            description="Saves an edit as its tokens, a file of kilobytes that decodes to the same picture bit for "
+            "bit.",
             search_aliases=["save latent", "export tokens", "save edit"],
             inputs=[
-                io.Latent.Input("latent", tooltip="The edit, from VAREdit Sampler or VAREdit First Scales, as it came."),
+                io.Latent.Input(
+                    "latent", tooltip="The edit, from VAREdit Sampler or VAREdit First Scales, as it came."
+                ),
                 io.String.Input(
                     "filename_prefix",
                     default=PREFIX,
@@ -84,7 +90,8 @@ class VAREditLoadTokens(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=token_files(),
-                    tooltip="A file of VAREdit Save Tokens or of varedit edit --save-tokens, in ComfyUI's input or output folder.",
+                    tooltip="A file of VAREdit Save Tokens or of varedit edit --save-tokens, in ComfyUI's input or output "
+                    "folder.",
                 ),
                 io.Vae.Input(
                     "vae",
@@ -125,7 +132,8 @@ class VAREditFirstScales(io.ComfyNode):
             node_id="VAREditFirstScales",
             display_name="VAREdit First Scales",
             category="VAREdit",
-            description="Keeps the first scales of an edit: a draft to look at, or the beginning that other edits go on from.",
+            description="Keeps the first scales of an edit: a draft to look at, or the beginning that other edits go on "
+            "from.",
             search_aliases=["cut tokens", "draft", "branch", "truncate"],
             inputs=[
                 io.Latent.Input("latent", tooltip="The edit, from VAREdit Sampler or VAREdit Load Tokens, as it came."),
@@ -133,7 +141,7 @@ class VAREditFirstScales(io.ComfyNode):
                     "scales",
                     default=FIRST,
                     min=1,
-                    max=MOST,
+                    max=MOST_SCALES,
                     tooltip="How many to keep, from the coarsest on; an edit at 256 has 7, at 512 10 and at 1024 13.",
                 ),
             ],

@@ -116,14 +116,14 @@ class Run:
         import torch
 
         from varedit_core.files.convert import convert
-        from varedit_core.model.config import TransformerConfig
+        from varedit_core.files.shapes import transformer_config
         from varedit_core.model.transformer import Transformer
 
         file = scratch / "fp8.safetensors"
         if not file.exists():
             convert(RECORD, file, "fp8")
         state, metadata = comfy.utils.load_torch_file(str(file), return_metadata=True)
-        config = TransformerConfig.from_shapes({key: tuple(tensor.shape) for key, tensor in state.items()})
+        config = transformer_config({key: tuple(tensor.shape) for key, tensor in state.items()})
         state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
 
         class Settings:

@@ -13,6 +13,8 @@ import sys
 import traceback
 import weakref
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 from support import ROOT
@@ -39,7 +41,8 @@ class Probe:
 
         torch.set_num_threads(2)
         self.core, self.torch, self.pack = core, torch, sys.modules["varedit_pack"]
-        self.running = __import__("varedit_pack.nodes.adapters.running", fromlist=["running"])
+        self.running = self.module("nodes.adapters.running")
+        self.memory = self.module("varedit_core.runtime.memory")
         self.model = self.run("ModelLoader", "varedit_demo.safetensors", "auto")
         self.clip = self.run("TextEncoderLoader", "varedit_demo_t5.safetensors")
         self.vae = self.run("VAELoader", "varedit_demo_tokenizer.safetensors")
@@ -47,6 +50,11 @@ class Probe:
         self.source = self.run("SourceEncode", self.vae, self.cat, "256", "square")
         self.text = self.run("TextEncode", self.clip, "make it sepia")
         self.sepia = self.sample()
+
+    @staticmethod
+    def module(name: str):
+        """A module of the pack."""
+        return import_module(f"varedit_pack.{name}")
 
     def run(self, name: str, *arguments, **kw):
         """A node's first output."""
@@ -236,7 +244,7 @@ class Probe:
     def scales(self) -> dict:
         """The sampler's second output, and its pictures."""
         _, scales, *_ = self.nodes["VAREditSampler"].execute(self.model, self.source, self.text, 0, 2.0, 0.1).result
-        module = __import__("varedit_pack.nodes.adapters.pictures", fromlist=["pictures"])
+        module = self.module("nodes.adapters.pictures")
         found = {"sums": list(scales["samples"].shape), "last": self.torch.equal(scales["samples"][-1:], self.sepia)}
         for method in ("full", "own", "fast"):
             images, sheet = module.scale_pictures(self.vae, scales, method)
@@ -270,7 +278,7 @@ class Probe:
         """Errors of inputs that do not belong."""
         torch, core = self.torch, self.core
         load = {
-            name: __import__(f"varedit_pack.nodes.adapters.{name}", fromlist=[name]) for name in ("model", "vae", "text_encoder")
+            name: self.module(f"nodes.adapters.{name}") for name in ("model", "vae", "text_encoder")
         }
         transformer, tokenizer = (
             DEMO / "diffusion_models" / "varedit_demo.safetensors",
@@ -319,14 +327,12 @@ class Probe:
         import comfy.model_management as mm
         from varedit_pack.varedit_core.runtime.plan import plans
 
-        def name(way) -> str:
-            return f"{way.job.images} {way.store}" + (" apart" if way.rows_at_once else "")
-
         two = self.torch.cat([self.cat, self.cat])
         source = self.run("SourceEncode", self.vae, two, "256", "square")
         expected = self.sample(source=source)
         job = self._job(source, 2)
-        real, run, plan, found = self.running.free_memory, self.running._run, self.running.plan, {}
+        comfy_memory, found = self.running.ComfyMemory, {}
+        real, within, plan = self.running.free_memory, comfy_memory.within, self.memory.plan
         sampler = sys.modules["varedit_pack.nodes.sampler"]
         for index, way in enumerate(plans(job)):
             said = found[f"said of {name(way)}"] = []
@@ -334,18 +340,18 @@ class Probe:
             if index < 2:  # chosen by what is free
                 self.running.free_memory = lambda model, need=way.needed: need
             else:
-                self.running.free_memory, self.running.plan = real, lambda *_, way=way: way
+                self.running.free_memory, self.memory.plan = real, lambda *_, way=way: way
             found[name(way)] = (self.sample(source=source) == expected).float().mean().item()
-        self.running.plan = plan
+        self.memory.plan = plan
         self.running.free_memory = lambda model: 1000
         found["nothing fits"] = self.error(self.sample, source=source)
         self.running.free_memory = real
         tried, held, attention_of = [], [], self.running.attention_of
 
-        def noting(*arguments):
-            tried.append(name(arguments[4]))
+        def noting(memory, plan, *arguments):
+            tried.append(name(plan))
             held.append(self._stored())
-            return run(*arguments)
+            return within(memory, plan, *arguments)
 
         def scarce(*arguments):
             """Attention that runs out of memory in the middle of the first two attempts."""
@@ -362,21 +368,21 @@ class Probe:
         said = []
         sampler.tell = lambda node, text: said.append(text)
         mm.unload_all_models()
-        self.running._run, self.running.attention_of = noting, scarce
+        comfy_memory.within, self.running.attention_of = noting, scarce
         self.sample(source=source)
         self.running.attention_of = attention_of
-        self.running._run = lambda *arguments: (_ for _ in ()).throw(self.torch.OutOfMemoryError("never enough"))
+        comfy_memory.within = lambda *_: (_ for _ in ()).throw(self.torch.OutOfMemoryError("never enough"))
         found["never enough"] = self.error(self.sample, source=source)
-        self.running._run = run
+        comfy_memory.within = within
         return {**found, "tried": tried, "held": held, "said": said}
 
     @staticmethod
     def _stored() -> int:
         """Tensors that stores still hold; without a collection, which ComfyUI makes only now and then."""
-        from varedit_pack.varedit_core.model.kv_cache import KeyValueStore
+        from varedit_pack.varedit_core.runtime.kv_caches import DeviceCache
 
         # By type: an instance check would ask weak references to what is gone.
-        return sum(len(store.keys) for store in gc.get_objects() if issubclass(type(store), KeyValueStore))
+        return sum(len(store.keys) for store in gc.get_objects() if issubclass(type(store), DeviceCache))
 
     def formats(self) -> dict:
         """The transformer's file in ComfyUI's quantised formats: layers, and share of bits that stay."""
@@ -439,7 +445,7 @@ class Probe:
         from varedit_pack.varedit_core import sample, schedule_for
 
         load = {
-            name: __import__(f"varedit_pack.nodes.adapters.{name}", fromlist=[name]) for name in ("model", "vae", "text_encoder")
+            name: self.module(f"nodes.adapters.{name}") for name in ("model", "vae", "text_encoder")
         }
         file = DEMO / "diffusion_models" / "varedit_demo.safetensors"
         features = self.source["samples"].to("meta")
@@ -573,7 +579,7 @@ class Probe:
         source = self.run("SourceEncode", self.vae, two, "256", "square")
         noisy = {"seed": 2**64 - 2, "temperature": 1.0}
         latent, scales, *_ = self._edit(source, variations=2, **noisy)
-        module = __import__("varedit_pack.nodes.adapters.pictures", fromlist=["pictures"])
+        module = self.module("nodes.adapters.pictures")
         images, _ = module.scale_pictures(self.vae, scales, "fast")
         singles = []
         for image in range(2):
@@ -581,15 +587,14 @@ class Probe:
             for copy in range(2):
                 singles.append(self.sample(source=one, **{**noisy, "seed": (noisy["seed"] + 2 * image + copy) % 2**64}))
         equal = [(a == b).float().mean().item() for a, b in zip(singles, latent["samples"])]
-        ways, plan = {}, self.running.plan
-        for way in self.running.plans(self._job(source, 4)):
+        ways, plan = {}, self.memory.plan
+        for way in self.module("varedit_core.runtime.plan").plans(self._job(source, 4)):
             if way.store == "8-bit" or way.job.images == 2:  # two at once are the batches of three: a whole picture's
                 continue
-            self.running.plan = lambda *_, way=way: way
+            self.memory.plan = lambda *_, way=way: way
             found = self._edit(source, variations=2, **noisy)[0]["samples"]
-            name = f"{way.job.images} {way.store}" + (" apart" if way.rows_at_once else "")
-            ways[name] = (found == latent["samples"]).float().mean().item()
-        self.running.plan = plan
+            ways[name(way)] = (found == latent["samples"]).float().mean().item()
+        self.memory.plan = plan
         mask = torch.zeros(2, 30, 45)
         mask[0, :, 20:], mask[1, :, :20] = 1, 1
         masked = decode(self.vae, latent, two, mask).result[0]
@@ -599,9 +604,9 @@ class Probe:
         return {
             "equal": equal, "different": (latent["samples"][0] != latent["samples"][1]).any().item(),
             "ways": ways, "sums": list(scales["samples"].shape), "pictures": [list(image.shape) for image in images],
-            "batches": [list(self.running.batches(*sizes)) == wanted for sizes, wanted in (
-                ((2, 3, 6), [(slice(0, 2), 0, 3)]), ((3, 2, 5), [(slice(0, 2), 0, 2), (slice(2, 3), 4, 2)]),
-                ((2, 3, 2), [(slice(0, 1), 0, 2), (slice(0, 1), 2, 1), (slice(1, 2), 3, 2), (slice(1, 2), 5, 1)]),
+            "batches": [self._batches(*sizes) == wanted for sizes, wanted in (
+                ((2, 3, 6), [([0, 1], 0, 3)]), ((3, 2, 5), [([0, 1], 0, 2), ([2], 4, 2)]),
+                ((2, 3, 2), [([0], 0, 2), ([0], 2, 1), ([1], 3, 2), ([1], 5, 1)]),
             )],
             "decoded": list(masked.shape),
             "kept": [torch.equal(x[:, part], y[:, part]) for x, y, part in zip(masked, rows, kept)],
@@ -609,14 +614,33 @@ class Probe:
             "progress": [calls[-1][0], sum(size is not None for *_, size in calls)],
         }  # fmt: skip
 
+    def _batches(self, pictures: int, copies: int, at_once: int) -> list:
+        """What the driver runs together of a batch: pictures, the first result's number, and results of each."""
+        driver, batch = self.module("varedit_core.sampling.driver"), self.module("varedit_core.sampling.batch")
+        part, joined, found = driver._Task._part, driver._joined, []
+        text, features = self.text[0][0][0], self.source["samples"].expand(pictures, -1, -1, -1)
+        schedule = self.source["varedit"].fitting.schedule
+        asked = batch.EditBatch.of(features, [text] * pictures, schedule, variations=copies)
+
+        def noted(task, engine, part, roomy, results, numbers):
+            found.append((list(numbers), results[0], part.copies))
+            assert len(results) == part.copies * len(numbers)
+
+        driver._Task._part, driver._joined = noted, list
+        driver._Task(asked, None, (), None, driver.Wanted()).run(None, at_once)
+        driver._Task._part, driver._joined = part, joined
+        return found
+
     def shortcuts(self) -> dict:
         """Work left out and masks: as the library does it, and what does not belong together."""
         from PIL import Image
 
         from varedit_core import SamplingSettings, load_transformer, sample, schedule_for
-        from varedit_core.defaults import Shortcuts
+        from varedit_core.controls.registry import Shortcuts
         from varedit_core.pictures.images import fit_mask
-        from varedit_core.sampling.drafting import draft_and_refine
+        from varedit_core.runtime.memory import engine_of
+        from varedit_core.sampling import loop
+        from varedit_core.sampling.batch import EditBatch
 
         torch, files = self.torch, DEMO / "diffusion_models"
         mask = torch.zeros(40, 60)
@@ -626,7 +650,7 @@ class Probe:
         made = {name: load_transformer(files / f"varedit_demo{name}.safetensors") for name in ("", "_refiner")}
         args = (self.source["samples"], list(self.text[0][0]), schedule_for("0.06M"))
         settings, refiner = SamplingSettings(2.0), self.run("ModelLoader", "varedit_demo_refiner.safetensors", "auto")
-        pair = (made[""], made["_refiner"])
+        drafting = engine_of([made["_refiner"], made[""]], [None, None])
         wanted = {
             "unguided": (dict(unguided=3), {}), "window": (dict(window=0.125), {}), "stop": (dict(stop=4), {}),
             "inside": (dict(inside=3), dict(mask=mask)), "mask": ({}, dict(mask=mask[None])),
@@ -638,7 +662,7 @@ class Probe:
             chosen = self.run("Shortcuts", **values)
             result = self.sample(shortcuts=chosen, **more)
             kind, held = Shortcuts(**values), fitted if "mask" in more else None
-            run = draft_and_refine(*pair, *args, kind, settings) if kind.drafted else sample(
+            run = loop.sample(drafting, EditBatch.of(*args, settings, shortcuts=kind)) if kind.drafted else sample(
                 made[""], *args, settings, shortcuts=kind, mask=held)  # fmt: skip
             *_, last = run
             found[name] = [(result == last.running_sum).float().mean().item(), not torch.equal(result, self.sepia)]
@@ -650,7 +674,7 @@ class Probe:
         ]
         found["empty mask"] = torch.equal(self.sample(mask=torch.zeros(1, 64, 64)), self.sepia)
         latent, scales, *_ = self._edit(self.source, shortcuts=stop)
-        module = __import__("varedit_pack.nodes.adapters.pictures", fromlist=["pictures"])
+        module = self.module("nodes.adapters.pictures")
         images, _ = module.scale_pictures(self.vae, scales, "own")
         found["stopped"] = [len(images), list(scales["samples"].shape), [v for v, *_ in self._progress(shortcuts=stop)]]
         two = self.run("SourceEncode", self.vae, torch.cat([self.cat, self.cat]), "256", "square")
@@ -673,15 +697,14 @@ class Probe:
     def controls(self) -> dict:
         """Controls, curves, regions, first scales and chains: largest differences in 8-bit levels from the library's
         pictures, and what does not belong together."""
-        from dataclasses import replace
-
         import numpy as np
         from PIL import Image
 
         from varedit_core import Editor, SamplingSettings
-        from varedit_core.defaults import Controls, Curve
+        from varedit_core.controls.registry import Controls
         from varedit_core.demo import demo_files
-        from varedit_core.editor import Region
+        from varedit_core.pictures.composite import Region
+        from varedit_core.sampling.settings import Curve
 
         torch, editor = self.torch, Editor.load(*demo_files(), device="cpu")
         execute, decode = (self.nodes[f"VAREdit{name}"].execute for name in ("Sampler", "Decode"))
@@ -751,7 +774,8 @@ class Probe:
         decode(self.vae, {**auto, "samples": auto["samples"] + 1}, picture)
         own = as_mask(white((0, 0, 150, 230), small.size))
         by_mask, used = decode(self.vae, auto, picture, own).result
-        ignored = decode(self.vae, {**auto, "varedit": replace(auto["varedit"], auto_mask=0.0)}, picture, own).result[0]
+        unmasked = replace(auto["varedit"], tokens=replace(auto["varedit"].tokens, auto_mask=0.0))
+        ignored = decode(self.vae, {**auto, "varedit": unmasked}, picture, own).result[0]
         found["auto told"] = [*said, bool((ones == 1).all()), list(ones.shape)]
         found["own mask"] = [torch.equal(by_mask, ignored), torch.equal(used, own.expand(2, -1, -1))]
 
@@ -824,8 +848,8 @@ class Probe:
         import numpy as np
 
         from varedit_core import Editor
-        from varedit_core.defaults import TEXT_SETTINGS
         from varedit_core.demo import demo_files
+        from varedit_core.sampling.settings import TEXT_SETTINGS
 
         torch, said, sampler = self.torch, [], sys.modules["varedit_pack.nodes.sampler"]
         model = self.run("ModelLoader", "varedit_demo.safetensors", "fp32", "text-to-image")
@@ -870,7 +894,7 @@ class Probe:
     def layers(self) -> dict:
         """What our casting layers add to ComfyUI's."""
         from varedit_pack.nodes.adapters.state import Casting
-        from varedit_pack.varedit_core.model import layers as operations
+        from varedit_pack.varedit_core.runtime.folded_text import matrix
 
         torch = self.torch
         torch.manual_seed(0)
@@ -878,20 +902,20 @@ class Probe:
         torch.nn.init.normal_(layer.weight), torch.nn.init.normal_(layer.bias)
         x, run = torch.randn(2, 3, 8), {}
         expected = torch.nn.functional.gelu(layer(x), approximate="tanh")
-        run["gelu"] = torch.equal(operations.gelu(layer, x), expected)
+        run["gelu"] = torch.equal(layer.gelu(x), expected)
         fused = sys.modules["varedit_pack.nodes.adapters.state"]
         real = fused.fuses_gelu, fused.linear_gelu
         fused.fuses_gelu = lambda *_: True
         fused.linear_gelu = lambda x, w, b: torch.nn.functional.gelu(torch.nn.functional.linear(x, w, b), approximate="tanh")
-        run["fused"] = torch.equal(operations.gelu(layer, x), expected)
+        run["fused"] = torch.equal(layer.gelu(x), expected)
         layer.weight_function = [lambda weight: weight * 2]
-        run["patched"] = torch.equal(operations.gelu(layer, x), torch.nn.functional.gelu(layer(x), approximate="tanh"))
+        run["patched"] = torch.equal(layer.gelu(x), torch.nn.functional.gelu(layer(x), approximate="tanh"))
         fused.fuses_gelu, fused.linear_gelu = real
-        shown = [operations.matrix(layer, torch.bfloat16)]
+        shown = [matrix(layer, torch.bfloat16)]
         layer.weight_function = []
-        shown += [operations.matrix(layer, torch.bfloat16), operations.matrix(layer, torch.float32)]
+        shown += [matrix(layer, torch.bfloat16), matrix(layer, torch.float32)]
         layer.prev_comfy_cast_weights = False  # as ComfyUI marks a layer that it moves at every call
-        shown.append(operations.matrix(layer, torch.bfloat16))
+        shown.append(matrix(layer, torch.bfloat16))
         run["matrix"] = [m is layer.weight for m in shown]
         linears = [m for m in self.model.model.modules() if isinstance(m, torch.nn.Linear)]
         run["ours"] = all(isinstance(m, Casting.Linear) for m in linears) and len(linears) > 56
@@ -900,7 +924,7 @@ class Probe:
     def recording(self) -> dict:
         """When passes may be recorded, and an edit in the form that it has then, only that nothing is recorded here."""
         from varedit_pack.nodes.adapters.model import lies_still, load_model, unchanged
-        from varedit_pack.varedit_core.model.transformer import FoldedText
+        from varedit_pack.varedit_core.runtime.folded_text import FoldedText
         from varedit_pack.varedit_core.runtime.workspace import Workspace
 
         torch, file = self.torch, DEMO / "diffusion_models" / "varedit_demo.safetensors"
@@ -930,13 +954,198 @@ class Probe:
         found["equal"] = [(x == expected[0]).float().mean().item() for x in (result[0], several[0])]
         return found
 
+    def told(self) -> dict:
+        """Knobs that would do nothing, and ones beyond the scales: what is said of each, and whether the edit is as without
+        it, or as with all scales."""
+        registry, said, found = self.module("varedit_core.controls.registry"), [], {}
+        sampler = sys.modules["varedit_pack.nodes.sampler"]
+        mask, scales = self.torch.ones(1, 20, 30), 7
+        mask[:, :, 12:] = 0
+        before, sampler.tell = sampler.tell, lambda node, text: said.append(text)
+
+        def edited(group: str, neutral, values: dict, masked: bool):
+            said.clear()
+            made = self.run(group.capitalize(), **{**vars(neutral), **values})
+            return self.sample(**{group: made}, **({"mask": mask} if masked else {}))
+
+        for group, neutral in (("controls", registry.NEUTRAL), ("shortcuts", registry.NO_SHORTCUTS)):
+            knobs = registry.knobs(group)
+            for knob in knobs:
+                needs = knob.needs.split()
+                other = {need: 2 for need in needs if need in [one.name for one in knobs]}
+                if (other or "mask" in needs) and knob.name != "inside":  # which is an error of the sampler's
+                    changed = knob.choices[-1] if knob.choices else knob.low if knob.low != knob.default else knob.high
+                    same = self.torch.equal(edited(group, neutral, {knob.name: changed}, False), self.sepia)
+                    found[f"{knob.name} alone"] = [same, said[:]]
+                if knob.scales and knob.name != "drafted":  # which is an error, too
+                    masked = "mask" in needs
+                    whole = edited(group, neutral, {**other, knob.name: scales}, masked)
+                    quiet = said[:]
+                    same = self.torch.equal(edited(group, neutral, {**other, knob.name: knob.high}, masked), whole)
+                    found[f"{knob.name} beyond"] = [same and not quiet, said[:]]
+        sampler.tell = before
+        return found
+
+    def asked_back(self) -> dict:
+        """ComfyUI wants the memory of an edit while that is at work, before every scale: what it gets, whether the cache
+        stays, and what is left at the end."""
+        import comfy.model_management as mm
+
+        keeper, watcher = self.model.model.keeper(self.model.load_device), self.running.Watcher
+        show, device = watcher.__call__, self.model.load_device
+
+        def by_comfyui() -> int:
+            free, taken = mm.get_free_memory, keeper.loaded_size()
+            mm.get_free_memory = lambda *args, **kw: free(*args, **kw) if kw else 0
+            mm.free_memory(taken // 2, device)
+            mm.get_free_memory = free
+            return 0
+
+        ways = {
+            "partially_unload": lambda: keeper.partially_unload(device, 2**60),
+            "detach": lambda: keeper.detach() and 0,
+            "free_memory": by_comfyui,
+            "unload_all_models": lambda: mm.unload_all_models() or 0,
+        }
+        found = {}
+        for name, ask in ways.items():
+            freed, held = [], []
+
+            def asking(own, *arguments, ask=ask, freed=freed, held=held):
+                freed.append(ask())
+                held.append(keeper.work.nbytes)
+                return show(own, *arguments)
+
+            mm.unload_all_models()
+            watcher.__call__ = asking
+            same = self.torch.equal(self.sample(preview="decoded", vae=self.vae), self.sepia)
+            watcher.__call__ = show
+            left = [keeper.work.nbytes, keeper.work.shape is None, self._stored()]
+            again = self.torch.equal(self.sample(), self.sepia) and keeper in mm.loaded_models()
+            found[name] = {"same": same, "freed": freed, "held": held, "left": left, "again": again}
+        return found
+
+    def colours(self) -> dict:
+        """Encodes that are made for the colours of previews, and whether before the loop, by choice and by setting."""
+        from comfy.cli_args import LatentPreviewMethod, args
+
+        events, memory, found = [], self.running.ComfyMemory, {}
+        within, setting = memory.within, args.preview_method
+
+        def noted(*arguments):
+            events.append("loop")
+            return within(*arguments)
+
+        memory.within = noted
+        for live in (LatentPreviewMethod.NoPreviews, LatentPreviewMethod.Latent2RGB):
+            for choice in ("auto", "fast", "decoded", "off"):
+                vae = self.run("VAELoader", "varedit_demo_tokenizer.safetensors")
+                source = self.run("SourceEncode", vae, self.cat, "256", "square")
+                encode, args.preview_method = vae.encode, live
+                vae.encode = lambda pixels, encode=encode: events.append("encode") or encode(pixels)
+                events.clear()
+                same = self.torch.equal(self.sample(source=source, preview=choice, vae=vae), self.sepia)
+                first = events[:]
+                events.clear()
+                self.sample(source=source, preview=choice, vae=vae, seed=1)
+                found[f"{choice}, {live.value}"] = {"same": same, "first": first, "second": events[:]}
+        memory.within, args.preview_method = within, setting
+        return found
+
+    def same_job(self) -> dict:
+        """Jobs of all kinds by nodes and by the library: whether tokens and sums are the same, bit for bit, and what was
+        planned for each."""
+        from dataclasses import asdict
+
+        import numpy as np
+        from PIL import Image
+
+        from varedit_core import Editor, SamplingSettings, load_transformer
+        from varedit_core.controls.registry import Controls, Shortcuts
+        from varedit_core.demo import demo_files
+        from varedit_core.pictures.composite import Region
+        from varedit_core.sampling import driver
+
+        torch, (transformer, *rest) = self.torch, demo_files()
+        editor, found = Editor.load(transformer, *rest, device="cpu"), {}
+        small = Editor.load(transformer.with_name("varedit_demo_refiner.safetensors"), *rest, device="cpu")
+        small.drafter = load_transformer(transformer)
+        refiner = self.run("ModelLoader", "varedit_demo_refiner.safetensors", "auto")
+        settings, planned = SamplingSettings(2.0, 0.7, seed=11), []
+        for module in (driver, self.module("varedit_core.sampling.driver")):
+
+            def noted(job, *arguments, fits=module.as_it_fits):
+                planned.append({**asdict(job), "dtype": str(job.dtype), "rows": job.rows})
+                return fits(job, *arguments)
+
+            module.as_it_fits = noted
+        words = "recolour the black star in purple", "recolour the red hexagon in orange"
+        ones = [self.run("TextEncode", self.clip, one) for one in words]
+        both = [[torch.cat([one[0][0] for one in ones]), ones[0][0][1]]]
+        scene = self.image(SCENE)
+        pictures = [Image.fromarray((255 * one).round().numpy().astype(np.uint8)) for one in (scene[0], scene[0].flip(1))]
+        source = self.run("SourceEncode", self.vae, scene, "256", "square")
+        pair = self.run("SourceEncode", self.vae, torch.cat([scene, scene.flip(2)]), "256", "square")
+        drawn = Image.new("L", (256, 256))
+        drawn.paste(255, (100, 0, 256, 140))
+        mask = torch.from_numpy(np.array(drawn, dtype=np.float32) / 255)[None]
+        whole = editor.run(pictures[0], words[0], size="0.06M", settings=settings)
+        begun = self.nodes["VAREditSampler"].execute(self.model, source, ones[0], 11, 2.0, 0.7).result[0]
+        tokens = begun["varedit"].tokens.first(3)
+        begun = {"samples": tokens.total(), "varedit": replace(begun["varedit"], tokens=tokens)}
+        above = self.run("Region", ones[1], mask)
+        held, best = dict(auto_mask=0.5), dict(best_of=3, best_at=2)
+        layers = dict(regions=[Region(words[0]), Region(words[1], drawn)])
+        two = dict(source=pair, text=both)
+        jobs = {
+            "plain": ({}, {}),
+            "variations": (dict(variations=3), dict(variations=3)),
+            "two pictures, two instructions": (two, {}),
+            "two pictures, variations": (dict(**two, variations=2), dict(variations=2)),
+            "best of": (dict(controls=best), {}),
+            "best of, variations": (dict(controls=best, variations=2), dict(variations=2)),
+            "best of, two pictures, variations": (dict(**two, controls=best, variations=2), dict(variations=2)),
+            "mask": (dict(mask=mask), dict(mask=drawn)),
+            "mask, margin": (dict(mask=mask, controls=dict(feather=3)), dict(mask=drawn)),
+            "regions": (dict(regions=above), layers),
+            "regions, variations": (dict(regions=above, variations=2), dict(**layers, variations=2)),
+            "regions, best of": (dict(regions=above, controls=best), layers),
+            "auto mask": (dict(controls=held), {}),
+            "auto mask, variations": (dict(controls=held, variations=2), dict(variations=2)),
+            "begun": (dict(begun=begun), dict(given=whole.tokens.first(3))),
+            "begun, variations": (dict(begun=begun, variations=2), dict(given=whole.tokens.first(3), variations=2)),
+            "drafted": (dict(model=refiner, drafter=self.model, shortcuts=dict(drafted=5)), {}),
+            "unguided, strength": (dict(shortcuts=dict(unguided=3), controls=dict(strength=0.6)), {}),
+        }  # fmt: skip
+        for name, (given, options) in jobs.items():
+            given, planned[:] = dict(given), []
+            controls, shortcuts = (kind(**given.pop(part, {})) for part, kind in (("controls", Controls), ("shortcuts", Shortcuts)))
+            nodes = {"controls": self.run("Controls", **vars(controls)), "shortcuts": self.run("Shortcuts", **vars(shortcuts))}
+            model, text = given.pop("model", self.model), given.pop("text", ones[0])
+            latent = self.nodes["VAREditSampler"].execute(
+                model, given.pop("source", source), text, 11, 2.0, 0.7, **nodes, **given
+            ).result[0]
+            images, prompts = (pictures, list(words)) if text is both else (pictures[0], words[0])
+            result = (small if shortcuts.drafted else editor).run(
+                images, () if "regions" in options else prompts, size="0.06M", settings=settings, controls=controls,
+                shortcuts=shortcuts, **options,
+            )  # fmt: skip
+            bits = zip(latent["varedit"].tokens.bits, result.tokens.bits, strict=True)
+            found[name] = {
+                "bits": all(torch.equal(*pair) for pair in bits),
+                "sums": torch.equal(latent["samples"], result.tokens.total()),
+                "results": len(latent["samples"]), "job": planned[0] == planned[1] and len(planned) == 2,
+                "images": planned[0]["images"], "text": planned[0]["text_tokens"],
+            }  # fmt: skip
+        return found
+
     def _edit(self, source, seed=0, temperature=0.1, **kw):
         """Both outputs of the sampler."""
         return self.nodes["VAREditSampler"].execute(self.model, source, self.text, seed, 2.0, temperature, **kw).result
 
     def _job(self, source, results: int):
         config, schedule = self.model.model.diffusion_model.config, source["varedit"].fitting.schedule
-        return self.running.Job(config, schedule, results, True, self.torch.float32, self.text[0][0].shape[1])
+        return self.module("varedit_core.runtime.plan").Job(config, schedule, results, True, self.torch.float32, self.text[0][0].shape[1])
 
     def _progress(self, **kw) -> list:
         """What the progress bar is told of an edit: value, total, size of the picture."""
@@ -954,9 +1163,15 @@ class Probe:
         return self.run("MemoryPlan", self.model, "256", 2, True)
 
 
+def name(way) -> str:
+    """A way to run in a few letters."""
+    return f"{way.job.images} {way.store}" + (" apart" if way.rows_at_once else "")
+
+
 PARTS = (
     "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text", "ladder", "formats",
-    "partial", "leftovers", "keeping", "variations", "shortcuts", "controls", "text_to_image", "layers", "recording", "plan",
+    "partial", "leftovers", "keeping", "variations", "shortcuts", "controls", "text_to_image", "layers", "recording", "told", "asked_back",
+    "colours", "same_job", "plan",
 )  # fmt: skip
 ONE_EDIT = ("pictures", "formats", "variations")  # parts that decode one edit again and again
 

@@ -13,8 +13,9 @@ from test_nodes import comfy, models, nodes, pack  # noqa: F401  fixtures
 
 from varedit_core.defaults import CROP_MARGIN, FILLS, FITS, LEAST_MARGIN, OVERLAP
 from varedit_core.pictures import canvas
-from varedit_core.pictures.canvas import Region, crop, extend, region_of, sides_from, stitch
-from varedit_core.pictures.images import MAX_CANVAS_PIXELS, SourceImage, fit, load_image
+from varedit_core.pictures.canvas import Crop, crop, extend, crop_around, sides_from, stitch
+from varedit_core.pictures.images import SourceImage, fit, load_image
+from varedit_core.tokenizer.fitting import MAX_CANVAS_PIXELS
 from varedit_core.tokenizer.schedule import TABLES
 
 SIDES = st.integers(1, 300)
@@ -70,7 +71,7 @@ def levels(image) -> np.ndarray:
 @example(((1, 1), (0, 0, 1, 1)), 0.0, "aspect")
 def test_a_crop_lies_in_the_picture_around_what_is_marked(case, margin, shape):
     size, box = case
-    region = region_of(size, mask_of(size, box), margin, shape)
+    region = crop_around(size, mask_of(size, box), margin, shape)
     ((left, top, right, bottom),) = region.boxes
     assert 0 <= left <= box[0] and box[2] <= right <= size[0]
     assert 0 <= top <= box[1] and box[3] <= bottom <= size[1]
@@ -96,7 +97,7 @@ def test_a_crop_has_its_shape_where_the_picture_is_large_enough(case, shape):
 def test_the_model_pads_nothing_where_the_shape_is_its_own(box):
     size = (1000, 1000)
     for shape in FITS:
-        region = region_of(size, mask_of(size, box), shape=shape)
+        region = crop_around(size, mask_of(size, box), shape=shape)
         fitted = fit(SourceImage(Image.new("RGB", region.crop_size)), "0.06M", shape)
         padded, own = fitted.fitting.padded_size, region.crop_size
         assert max(padded[0] - own[0], padded[1] - own[1]) <= 1
@@ -105,23 +106,23 @@ def test_the_model_pads_nothing_where_the_shape_is_its_own(box):
 
 def test_the_marked_part_is_in_the_middle_and_moved_at_the_pictures_edge():
     size = (1000, 800)
-    assert region_of(size, mask_of(size, (400, 300, 600, 400))).boxes == ((350, 200, 650, 500),)
-    assert region_of(size, mask_of(size, (0, 0, 200, 100))).boxes == ((0, 0, 300, 300),)
-    assert region_of(size, mask_of(size, (990, 790, 1000, 800))).boxes == ((926, 726, 1000, 800),)
-    assert region_of(size, mask_of(size, (400, 300, 410, 310)), margin=0).boxes == ((368, 268, 442, 342),)
+    assert crop_around(size, mask_of(size, (400, 300, 600, 400))).boxes == ((350, 200, 650, 500),)
+    assert crop_around(size, mask_of(size, (0, 0, 200, 100))).boxes == ((0, 0, 300, 300),)
+    assert crop_around(size, mask_of(size, (990, 790, 1000, 800))).boxes == ((926, 726, 1000, 800),)
+    assert crop_around(size, mask_of(size, (400, 300, 410, 310)), margin=0).boxes == ((368, 268, 442, 342),)
 
 
 def test_a_crop_that_is_too_large_keeps_its_shape_at_the_cost_of_the_margin_and_else_is_cut_short():
     size = (450, 300)
-    assert region_of(size, mask_of(size, (100, 50, 300, 250))).crop_size == (300, 300), "margin of 50 does not fit"
-    assert region_of(size, mask_of(size, (20, 100, 400, 150))).crop_size == (450, 300), "no square holds the part"
-    assert region_of(size, mask_of(size, (20, 100, 400, 150)), shape="aspect").crop_size == (450, 225)
+    assert crop_around(size, mask_of(size, (100, 50, 300, 250))).crop_size == (300, 300), "margin of 50 does not fit"
+    assert crop_around(size, mask_of(size, (20, 100, 400, 150))).crop_size == (450, 300), "no square holds the part"
+    assert crop_around(size, mask_of(size, (20, 100, 400, 150)), shape="aspect").crop_size == (450, 225)
 
 
 def test_crops_of_a_batch_are_of_one_size_each_at_its_place():
     size = (400, 300)
     mask = torch.cat([mask_of(size, box) for box in ((10, 10, 90, 40), (300, 200, 310, 290))])
-    region = region_of(size, mask)
+    region = crop_around(size, mask)
     assert len(region.boxes) == 2 and len({(r - l, b - t) for l, t, r, b in region.boxes}) == 1
     assert region.boxes[0][:2] == (0, 0) and region.boxes[1][2] > 310 and region.boxes[1][3] == 300
     images = pictures(2, size)
@@ -134,22 +135,22 @@ def test_crops_of_a_batch_are_of_one_size_each_at_its_place():
 def test_masks_of_all_forms_are_one():
     size, box = (90, 60), (30, 20, 60, 40)
     mask = mask_of(size, box)
-    expected = region_of(size, mask)
+    expected = crop_around(size, mask)
     small = torch.nn.functional.interpolate(mask[None], scale_factor=0.1, mode="area")
     forms = [mask[0], mask[None], mask.double(), small, mask * 7, Image.fromarray(np.uint8(mask[0] * 255)),
              Image.fromarray(np.uint8(mask[0] * 255)).convert("RGB")]  # fmt: skip
     for form in forms:
-        region = region_of(size, form)
+        region = crop_around(size, form)
         assert region.mask.shape == mask.shape and region.mask.max() == 1
         assert abs(torch.tensor(region.boxes) - torch.tensor(expected.boxes)).max() <= (5 if form is small else 0)
-    full = region_of((77, 53), torch.ones(1, 13, 7))
+    full = crop_around((77, 53), torch.ones(1, 13, 7))
     assert (full.mask == 1).all(), "ones stay ones, however they are stretched"
 
 
 def test_what_is_hardly_marked_does_not_count():
     size = (300, 300)
     mask = mask_of(size, (100, 100, 120, 120)) + 1e-4
-    assert region_of(size, mask).boxes == region_of(size, mask_of(size, (100, 100, 120, 120))).boxes
+    assert crop_around(size, mask).boxes == crop_around(size, mask_of(size, (100, 100, 120, 120))).boxes
 
 
 # Stitching
@@ -160,7 +161,7 @@ def test_what_is_hardly_marked_does_not_count():
 def test_outside_the_mask_nothing_changes_and_inside_a_hard_one_all_does(mask, feather, shape):
     size = mask.shape[::-1]
     source = load_image(picture(size))
-    region = region_of(size, Image.fromarray(mask), 0.0, shape)
+    region = crop_around(size, Image.fromarray(mask), 0.0, shape)
     edited = picture(region.crop_size, seed=5)
     result = levels(stitch(source, edited, region, feather))
     assert (result[mask == 0] == levels(source.rgb)[mask == 0]).all()
@@ -180,7 +181,7 @@ def test_outside_the_mask_nothing_changes_and_inside_a_hard_one_all_does(mask, f
 def test_a_crop_put_back_is_the_picture(mask, feather, transparent):
     size = mask.shape[::-1]
     source = load_image(picture(size, 4 if transparent else 3))
-    region = region_of(size, Image.fromarray(mask))
+    region = crop_around(size, Image.fromarray(mask))
     part, inside = crop(source, region)
     assert part.size == inside.size == region.crop_size and set(np.unique(inside)) <= {0, 255}
     result = stitch(source, part.rgb, region, feather)
@@ -216,8 +217,8 @@ def test_a_feather_rises_from_the_edge_inwards(pixels):
 @given(marked(), st.integers(0, 40))
 def test_a_feather_does_not_depend_on_where_the_crop_ends(case, feather):
     size, box = case
-    region = region_of(size, mask_of(size, box))
-    tight = Region((box,), region.mask)
+    region = crop_around(size, mask_of(size, box))
+    tight = Crop((box,), region.mask)
     for one in (region, tight):
         edit = torch.ones(1, *one.crop_size[::-1], 3)
         result = canvas.stitch_pixels(torch.zeros(1, *size[::-1], 3), edit, one, feather)
@@ -227,7 +228,7 @@ def test_a_feather_does_not_depend_on_where_the_crop_ends(case, feather):
 def test_batches_of_several_edits_each():
     size, images = (120, 100), pictures(2, (120, 100), 4)
     mask = torch.cat([mask_of(size, (5, 5, 30, 30)), mask_of(size, (80, 60, 110, 90))])
-    region, kept = region_of(size, mask), images.clone()
+    region, kept = crop_around(size, mask), images.clone()
     edited = pictures(6, region.crop_size, seed=50)
     result = canvas.stitch_pixels(images, edited, region)
     assert result.shape == (6, 100, 120, 4) and torch.equal(images, kept)
@@ -241,7 +242,7 @@ def test_batches_of_several_edits_each():
 
 def test_one_mask_serves_a_batch_and_one_picture_several_edits():
     size = (120, 100)
-    region = region_of(size, mask_of(size, (40, 40, 60, 60)))
+    region = crop_around(size, mask_of(size, (40, 40, 60, 60)))
     parts, inside = canvas.crop_pixels(pictures(3, size), region)
     assert parts.shape[0] == 3 and inside.shape == (1, *region.crop_size[::-1])
     for images in (pictures(3, size), pictures(1, size)):
@@ -253,7 +254,7 @@ def test_one_mask_serves_a_batch_and_one_picture_several_edits():
 @pytest.mark.parametrize(("whole", "edit", "wanted"), [(1, 3, 3), (3, 1, 3), (4, 3, 4), (3, 4, 3), (1, 1, 3)])
 def test_channels_are_the_whole_pictures(whole, edit, wanted):
     size = (50, 40)
-    region = region_of(size, mask_of(size, (10, 10, 20, 20)))
+    region = crop_around(size, mask_of(size, (10, 10, 20, 20)))
     images = pictures(1, size, whole)
     result = canvas.stitch_pixels(images, torch.full((1, *region.crop_size[::-1], edit), 0.5), region)
     assert result.shape == (1, 40, 50, wanted)
@@ -264,7 +265,7 @@ def test_channels_are_the_whole_pictures(whole, edit, wanted):
 
 def test_an_edit_of_another_size_in_the_same_shape_is_resized():
     size = (200, 200)
-    region = region_of(size, mask_of(size, (50, 50, 101, 80)))
+    region = crop_around(size, mask_of(size, (50, 50, 101, 80)))
     wide, high = region.crop_size
     for factor in (4, 2.5, 0.5):
         edited = Image.new("RGB", (round(wide * factor), round(high * factor)), (10, 200, 30))
@@ -389,7 +390,7 @@ def test_other_words_are_no_extension(text):
 
 # Errors
 
-SIZE, REGION = (60, 40), Region(((0, 0, 30, 30),), mask_of((60, 40), (5, 5, 20, 20)))
+SIZE, REGION = (60, 40), Crop(((0, 0, 30, 30),), mask_of((60, 40), (5, 5, 20, 20)))
 PICTURES, EMPTY = pictures(2, SIZE), torch.zeros(1, 40, 60)
 SOURCE = SourceImage(Image.new("RGB", SIZE))
 
@@ -397,14 +398,17 @@ SOURCE = SourceImage(Image.new("RGB", SIZE))
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: region_of(SIZE, EMPTY), "the mask is empty; paint where"),
-        (lambda: region_of(SIZE, Image.new("L", (9, 9))), "the mask is empty; paint where"),
-        (lambda: region_of(SIZE, torch.cat([EMPTY + 1, EMPTY])), "mask 2 of 2 is empty; paint where"),
-        (lambda: region_of(SIZE, torch.zeros(0, 4, 4)), "the mask has no pixels"),
-        (lambda: region_of(SIZE, EMPTY + 1, -0.1), "the margin must be at least 0, got -0.1"),
-        (lambda: region_of(SIZE, EMPTY + 1, float("nan")), "the margin must be at least 0, got nan"),
-        (lambda: region_of(SIZE, EMPTY + 1, 0, "round"), "unknown shape 'round'; choose one of square, aspect"),
-        (lambda: canvas.crop_pixels(PICTURES, region_of(SIZE, torch.ones(3, 4, 4))), "there are 3 masks for 2 pictures"),
+        (lambda: crop_around(SIZE, EMPTY), "the mask is empty; paint where"),
+        (lambda: crop_around(SIZE, Image.new("L", (9, 9))), "the mask is empty; paint where"),
+        (lambda: crop_around(SIZE, torch.cat([EMPTY + 1, EMPTY])), "mask 2 of 2 is empty; paint where"),
+        (lambda: crop_around(SIZE, torch.zeros(0, 4, 4)), "the mask has no pixels"),
+        (lambda: crop_around(SIZE, EMPTY + 1, -0.1), "the margin must be at least 0, got -0.1"),
+        (lambda: crop_around(SIZE, EMPTY + 1, float("nan")), "the margin must be at least 0, got nan"),
+        (lambda: crop_around(SIZE, EMPTY + 1, 0, "round"), "unknown shape 'round'; choose one of square, aspect"),
+        (
+            lambda: canvas.crop_pixels(PICTURES, crop_around(SIZE, torch.ones(3, 4, 4))),
+            "there are 3 masks for 2 pictures",
+        ),
         (lambda: canvas.crop_pixels(PICTURES[:, 1:], REGION), "the image is 60x39 but the region is of one of 60x40"),
         (lambda: canvas.crop_pixels(PICTURES[..., :2], REGION), "the image has 2 channels; connect one with 1, 3 or 4"),
         (lambda: canvas.crop_pixels(PICTURES[:0], REGION), "there is no picture"),

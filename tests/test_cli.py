@@ -12,10 +12,11 @@ from support import GOLDEN, ROOT
 from typer.testing import CliRunner
 
 from varedit_core.cli.app import app, main
-from varedit_core.cli.common import guidance_or_default
-from varedit_core.defaults import FIT, SIZE, SamplingSettings
+from varedit_core.cli.common import Draw
+from varedit_core.defaults import FIT, SIZE
 from varedit_core.demo import GUIDANCE as DEMO_GUIDANCE
 from varedit_core.demo import SIZE as DEMO_SIZE
+from varedit_core.sampling.settings import SamplingSettings
 
 RECORD = GOLDEN / "patchify_256.safetensors"
 EDIT = [
@@ -195,12 +196,12 @@ def test_defaults_are_those_of_the_table():
         f"[default: {settings.temperature:g}]",
         f"[default: {settings.top_p:g}]",
         f"[default: ({SIZE}; {DEMO_SIZE} for the demo model)]",
-        f"[default: {FIT}]",
+        f"[default: ({FIT})]",
     ):
         assert value in help_text
 
 
 def test_guidance_defaults_to_that_of_the_model():
-    assert guidance_or_default(None, None) == DEMO_GUIDANCE != SamplingSettings().guidance
-    assert guidance_or_default(None, Path("model.safetensors")) == SamplingSettings().guidance
-    assert guidance_or_default("3,1", None) == [3, 1]
+    assert Draw().settings(None).guidance == DEMO_GUIDANCE != SamplingSettings().guidance
+    assert Draw().settings(Path("model.safetensors")) == SamplingSettings()
+    assert Draw(guidance="3,1").settings(None).guidance == (3, 1)

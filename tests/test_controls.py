@@ -10,12 +10,20 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
 from varedit_core import Editor
-from varedit_core.controls.effects import Candidates, Certainty, changed, exclusive, hold, preserve
-from varedit_core.defaults import NEUTRAL, PRESETS, Controls, Curve, SamplingSettings, Shortcuts
+from varedit_core.controls.auto_mask import changed
+from varedit_core.controls.best_of import Candidates
+from varedit_core.controls.confidence import Confidence
+from varedit_core.controls.preserve import Preserve
+from varedit_core.controls.regions import exclusive
+from varedit_core.controls.registry import NEUTRAL, Controls, Shortcuts
+from varedit_core.controls.strength import Strength
 from varedit_core.demo import GUIDANCE, SAMPLES, SIZE, demo_files
-from varedit_core.editor import Region, masked
+from varedit_core.pictures.composite import Region, masked
 from varedit_core.pictures.images import fit_mask
-from varedit_core.sampling.loop import sample
+from varedit_core.runtime.session import sample
+from varedit_core.sampling import driver
+from varedit_core.sampling.batch import EditBatch
+from varedit_core.sampling.settings import PRESETS, Curve, SamplingSettings
 from varedit_core.tokenizer.quantizer import encode, latent_grids
 from varedit_core.tokenizer.schedule import schedule_for
 from varedit_core.tokenizer.tokens import Tokens
@@ -51,7 +59,9 @@ def own(editor, task):
 def test_neutral_controls_change_nothing(editor, task, free):
     again = list(editor.sample(*task, DRAWN, controls=Controls()))
     assert NEUTRAL == Controls()
-    assert all(torch.equal(a.bits, b.bits) and torch.equal(a.logits, b.logits) for a, b in zip(free, again, strict=True))
+    assert all(
+        torch.equal(a.bits, b.bits) and torch.equal(a.logits, b.logits) for a, b in zip(free, again, strict=True)
+    )
 
 
 @pytest.mark.parametrize("controls", [Controls(strength=0.0), Controls(preserve=1.0)])
@@ -104,7 +114,7 @@ def test_source_attention_weighs_the_sources_keys(patchify):
         return (weights @ v).transpose(1, 2).flatten(2)
 
     features, texts = patchify["ref.vae_features"].float(), patchify.texts("text")
-    more = dict(settings=SamplingSettings(temperature=0.0), source_attention=0.25)
+    more = dict(settings=SamplingSettings(temperature=0.0), controls=Controls(source_attention=0.25))
     args = (patchify.transformer, features, texts, patchify.schedule)
     *_, last = sample(*args, **more)
     *_, watched_last = sample(*args, attention=watched, **more)
@@ -126,7 +136,7 @@ def test_source_attention_weighs_the_sources_keys(patchify):
 def test_no_source_attention_sees_no_source(patchify):
     """With 0 two pictures give the same edit but for the source's own pass."""
     features, texts = patchify["ref.vae_features"].float(), patchify.texts("text")
-    more = dict(settings=SamplingSettings(temperature=0.0), source_attention=0.0)
+    more = dict(settings=SamplingSettings(temperature=0.0), controls=Controls(source_attention=0.0))
     sums = [
         list(sample(patchify.transformer, x, texts, patchify.schedule, **more))[-1].running_sum
         for x in (features, features.flip(-1))
@@ -218,9 +228,11 @@ def test_shared_passes_of_branches_run_once(editor, task, free, monkeypatch):
     rows = []
     transformer = editor.transformer
     forward = type(transformer).forward
-    monkeypatch.setattr(type(transformer), "forward", lambda self, x, *a: (rows.append(len(x)), forward(self, x, *a))[1])
+    monkeypatch.setattr(
+        type(transformer), "forward", lambda self, x, *a: (rows.append(len(x)), forward(self, x, *a))[1]
+    )
     given = [s.bits for s in free[:4]]
-    list(editor.sample(*task, DRAWN, variations=3, given=given))
+    list(editor.sample(*task, DRAWN, variations=3, prefix=given))
     assert rows == [2] * 4 + [6] * 3
 
 
@@ -276,7 +288,9 @@ def test_two_regions_do_both_edits_and_nothing_else(editor, task):
         halves.append(Image.new("L", (256, 256)))
         halves[-1].paste(255, box)
     settings = SamplingSettings(guidance=GUIDANCE)
-    alone = [editor.edit(SCENE, words, size=SIZE, settings=settings, mask=m)[0] for words, m in zip((STAR, SQUARE), halves)]
+    alone = [
+        editor.edit(SCENE, words, size=SIZE, settings=settings, mask=m)[0] for words, m in zip((STAR, SQUARE), halves)
+    ]
     both = editor.run(SCENE, size=SIZE, settings=settings, regions=[Region(STAR, halves[0]), Region(SQUARE, halves[1])])
 
     def far(a, b, box) -> float:
@@ -289,7 +303,9 @@ def test_two_regions_do_both_edits_and_nothing_else(editor, task):
 
 
 def test_an_auto_mask_finds_the_edit_and_keeps_the_rest(editor, task):
-    result = editor.run(SCENE, SQUARE, size=SIZE, settings=SamplingSettings(guidance=GUIDANCE), controls=Controls(auto_mask=0.5))
+    result = editor.run(
+        SCENE, SQUARE, size=SIZE, settings=SamplingSettings(guidance=GUIDANCE), controls=Controls(auto_mask=0.5)
+    )
     (mask,) = result.masks
     left, top, right, bottom = mask.getbbox()
     assert 70 < left and right < 190 and top > 150, "a square in the bottom centre"
@@ -336,7 +352,7 @@ def test_changed_says_how_much_pixels_differ():
 
 
 def test_certainty_is_between_nought_and_one(editor, task, free):
-    sure = Certainty()
+    sure = Confidence()
     for scale in free:
         sure(scale)
     assert sure.map.shape == (1, 32, 32) and 0 <= sure.map.min() and sure.map.max() <= 1
@@ -352,13 +368,22 @@ def test_the_best_beginning_goes_on(editor, task, score):
     best = int(found.scores.argmax())
     assert found.scores.unique().numel() == 4
     wanted = [bits[best] for bits in found.bits]
-    chosen = list(editor.sample(*task, noisy, controls=Controls(best_of=4, best_at=3, score=score)))
-    assert len(chosen) == 7 and all(torch.equal(s.bits[0], w) for s, w in zip(chosen, wanted))
+    batch = EditBatch.of(*task, noisy, controls=Controls(best_of=4, best_at=3, score=score))
+    chosen = driver.run(batch, editor.memory).tokens.bits
+    assert len(chosen) == 7 and all(torch.equal(bits[0], w) for bits, w in zip(chosen, wanted))
 
 
 def test_the_score_instruction_wants_guidance(editor, task):
     with pytest.raises(ValueError, match="guidance other than 1"):
-        list(editor.sample(*task, replace(DRAWN, guidance=1.0), controls=Controls(best_of=2, score="instruction")))
+        controls = Controls(best_of=2, score="instruction")
+        driver.run(EditBatch.of(*task, replace(DRAWN, guidance=1.0), controls=controls), editor.memory)
+
+
+def test_the_loop_alone_does_not_choose_and_says_so(editor, task):
+    with pytest.raises(ValueError, match="does not choose the best of several; use Editor.run"):
+        next(editor.sample(*task, DRAWN, controls=Controls(best_of=2)))
+    with pytest.raises(ValueError, match="does not choose the best of several; use Editor.run"):
+        next(sample(editor.transformer, *task, DRAWN, controls=Controls(best_of=2)))
 
 
 def test_curves_and_presets():
@@ -384,7 +409,7 @@ def test_curves_and_presets():
         ({"source_attention": -1}, "source_attention must be"),
         ({"feather": 9}, "whole number from 0 to 4"),
         ({"best_of": 0}, "whole number from 1 to 64"),
-        ({"best_at": 0}, "whole number from 1, got 0"),
+        ({"best_at": 0}, "whole number from 1 to 13, got 0"),
         ({"score": "nice"}, "choose one of likelihood"),
     ],
 )
@@ -414,7 +439,9 @@ def test_what_does_not_belong_together_is_one_sentence(editor, task, free):
     with pytest.raises(ValueError, match="from 1 to 3 of them"):
         tokens.first(4)
     small = schedule_for(SIZE, 1.5)
-    other = Tokens(small, tuple(torch.zeros(1, 16, 2 * h, 2 * w, dtype=torch.bool) for h, w in small.grids[:3]), (42, 28))
+    other = Tokens(
+        small, tuple(torch.zeros(1, 16, 2 * h, 2 * w, dtype=torch.bool) for h, w in small.grids[:3]), (42, 28)
+    )
     with pytest.raises(ValueError, match="same size, shape and number"):
         run(picture, STAR, size=SIZE, given=other)
 
@@ -423,8 +450,8 @@ def test_controls_are_functions_over_a_scale(editor, task):
     """The parts can be used alone, in one's own loop."""
     bits, total = own(editor, task)
     for scale in editor.sample(*task, DRAWN):
-        hold(scale, 0.5)
-        preserve(scale, 0.9)
+        Strength(0.5)(scale)
+        Preserve(0.9)(scale)
     assert not torch.equal(scale.running_sum, total)
 
 
@@ -444,7 +471,9 @@ def test_a_chain_of_edits_keeps_the_first_pictures_pixels(editor):
 
 
 def test_an_edit_explains_itself(editor):
-    result = editor.run(SCENE, SQUARE, size=SIZE, settings=SamplingSettings(guidance=GUIDANCE), explain=True, variations=2)
+    result = editor.run(
+        SCENE, SQUARE, size=SIZE, settings=SamplingSettings(guidance=GUIDANCE), explain=True, variations=2
+    )
     assert len(result.changes) == len(result.certainty) == 2 and result.masks is None
     for change, sure in zip(result.changes, result.certainty):
         assert change.size == sure.size == result.pictures[0].size
@@ -480,7 +509,13 @@ def test_regions_go_with_other_controls_batches_and_seeds(editor, task):
 
 def test_an_auto_mask_leaves_an_edit_of_the_whole_picture_alone(editor):
     free = editor.run(SCENE, "make it sepia", size=SIZE, settings=SamplingSettings(guidance=GUIDANCE))
-    held = editor.run(SCENE, "make it sepia", size=SIZE, settings=SamplingSettings(guidance=GUIDANCE), controls=Controls(auto_mask=0.5))
+    held = editor.run(
+        SCENE,
+        "make it sepia",
+        size=SIZE,
+        settings=SamplingSettings(guidance=GUIDANCE),
+        controls=Controls(auto_mask=0.5),
+    )
     assert held.masks[0].getextrema() == (255, 255)
     difference = ImageChops.difference(held.pictures[0], free.pictures[0]).convert("L")
     assert sum(difference.histogram()[24:]) < 0.02 * 256 * 256

@@ -114,7 +114,7 @@ def test_offsets_are_added_before_the_norm_and_to_the_sum(errors):
 
 
 def layer(x):
-    from varedit_core.model.layers import Operations
+    from varedit_core.runtime.layers import Operations
 
     norm = Operations.GroupNorm(32, x.shape[1], eps=1e-6)
     nn.init.normal_(norm.weight)
@@ -132,8 +132,9 @@ def test_on_the_cpu_it_is_torchs_own(layout, dtype):
 
 
 def test_what_stands_in_for_the_kernels_adds_the_same():
-    from varedit_core.model.layers import Operations
-    from varedit_core.runtime.kernels import add_pictures, double_picture
+    from varedit_core.model.functional import double_picture
+    from varedit_core.runtime.kernels import add_pictures
+    from varedit_core.runtime.layers import Operations
 
     x, y, offset = torch.randn(2, 64, 3, 5), torch.randn(2, 64, 3, 5), torch.randn(64)
     norm, moved = layer(x), x + offset[:, None, None]

@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from varedit_core.defaults import SamplingSettings
-from varedit_core.model.kv_cache import SOURCE, KeyValueStore
+from varedit_core.model.config import TransformerConfig
+from varedit_core.model.kv_cache import SOURCE
 from varedit_core.model.layers import sdpa
-from varedit_core.sampling.loop import sample
+from varedit_core.runtime.kv_caches import DeviceCache
+from varedit_core.runtime.session import sample
+from varedit_core.sampling.settings import SamplingSettings
 from varedit_core.tokenizer.quantizer import decode, latent_grids, linear_resize, to_tokens
 from varedit_core.tokenizer.schedule import schedule_for
 from varedit_core.training.parallel import BlockCausal, TeacherForced, parallel_logits
@@ -21,7 +23,9 @@ FREE = SamplingSettings(temperature=0.0, guidance=1.0)
 def run(record, texts, features=None, settings=GREEDY, negatives=None, schedule=None, attention=sdpa):
     features = record["ref.vae_features"].float() if features is None else features
     return list(
-        sample(record.transformer, features, texts, schedule or record.schedule, settings, negatives, attention)
+        sample(
+            record.transformer, features, texts, schedule or record.schedule, settings, negatives, attention=attention
+        )
     )
 
 
@@ -76,28 +80,22 @@ def test_batch_rows_equal_single_rows(patchify):
 
 def test_rows_follow_the_guidance(patchify):
     """Where guidance is 1 the unconditional head is not run; after its last use the row is gone."""
-    kept = []
-    original = KeyValueStore.keep_rows
-
-    def watched(self, count):
-        kept.append((count, self.rows.stop))
-        original(self, count)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(KeyValueStore, "keep_rows", watched)
-        rows_seen = []
+        rows_seen, kept = [], []
         forward = type(patchify.transformer).forward
-        patch.setattr(
-            type(patchify.transformer),
-            "forward",
-            lambda self, x, *a: (rows_seen.append(len(x)), forward(self, x, *a))[1],
-        )
+
+        def watched(self, x, condition, step, *a):
+            rows_seen.append(len(x))
+            kept.append((step.rows.start, step.rows.stop))
+            return forward(self, x, condition, step, *a)
+
+        patch.setattr(type(patchify.transformer), "forward", watched)
         scales = run(
             patchify, patchify.texts("text"), settings=SamplingSettings(guidance=[3, 1, 3, 3, 1, 1, 1], temperature=0)
         )
     assert [len(s.logits) for s in scales] == [2, 1, 2, 2, 1, 1, 1]
     assert rows_seen == [2, 2, 2, 2, 1, 1, 1]
-    assert kept == [(2, 2), (1, 2)]
+    assert kept == [(0, rows) for rows in rows_seen]
 
 
 def test_dropping_rows_changes_nothing(patchify):
@@ -191,9 +189,15 @@ def test_log_odds_can_be_steered_before_the_draw(patchify):
         assert scale.bits.all()
 
 
+def sizes(depth: int, heads: int, head_size: int = 8) -> TransformerConfig:
+    """Of a transformer whose cache alone is looked at."""
+    return TransformerConfig(depth, heads * head_size, heads, 56, 8, 512, 16, 15)
+
+
 def test_the_store_never_holds_the_last_scale():
     schedule = schedule_for("0.25M")
-    store = KeyValueStore(schedule, depth=2, rows=2, heads=4, head_size=8, dtype=torch.bfloat16, device="cpu")
+    config = sizes(depth=2, heads=4)
+    store = DeviceCache(config, schedule, rows=2, dtype=torch.bfloat16, device="cpu")
     assert {tuple(t.shape) for t in (*store.keys, *store.values)} == {(2, 4, 1024 + 1024 + 2521 - 1024, 8)}
     assert store.keys[1].data_ptr() - store.keys[0].data_ptr() == (1024 + 2521 - 1024) * 8 * 2, "they share the 1024"
     assert {t.dtype for t in (*store.keys, *store.values)} == {torch.bfloat16}
@@ -207,7 +211,8 @@ def test_the_store_never_holds_the_last_scale():
             keys, _ = store.seen(block, block == 0, step)
     assert keys.shape[2] == 1024 + 2521
     storages = {t.data_ptr(): t for t in (x.untyped_storage() for x in (*store.keys, *store.values, *store.references))}
-    assert sum(storage.nbytes() for storage in storages.values()) == KeyValueStore.nbytes(schedule, depth=2, rows=2, width=32, dtype=torch.bfloat16)
+    taken = sum(storage.nbytes() for storage in storages.values())
+    assert taken == DeviceCache.nbytes(config, schedule, rows=2, dtype=torch.bfloat16)
 
 
 def test_attention_is_the_injected_one_everywhere(patchify, monkeypatch):
@@ -297,7 +302,7 @@ def test_undefined_numbers_are_an_error(patchify):
 def test_the_last_scale_leaves_the_source_of_every_block_as_it_is(ratio):
     """It borrows memory of the block before, from which a re-roll reads the source again."""
     schedule = schedule_for("0.06M", ratio)
-    store = KeyValueStore(schedule, depth=3, rows=1, heads=1, head_size=8, dtype=torch.float32, device="cpu")
+    store = DeviceCache(sizes(depth=3, heads=1), schedule, rows=1, dtype=torch.float32, device="cpu")
     source, *_, last = store.passes("cpu")
     for block in range(3):
         store.keep(block, block == 0, torch.randn(1, store.source, 24), torch.ones(1), source)

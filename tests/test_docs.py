@@ -1,5 +1,6 @@
-"""What the documentation says is so: tables, defaults, links, commands and code."""
+"""What the documentation says is so: tables, defaults, links, names, words, commands and code."""
 
+import pkgutil
 import re
 
 import pytest
@@ -7,48 +8,157 @@ from PIL import Image
 from support import GOLDEN, ROOT
 
 import dev
-from benchmarks.render import PAGES as RENDERED
-from benchmarks.render import rendered
+from benchmarks import render
 from varedit_core import Editor
 from varedit_core.cli.demo import EDITS
-from varedit_core.defaults import FIT, SIZE, SamplingSettings
+from varedit_core.defaults import FIT, SIZE
 from varedit_core.demo import GUIDANCE as DEMO_GUIDANCE
 from varedit_core.demo import SAMPLES
 from varedit_core.files.weights import open_weights
+from varedit_core.sampling.settings import SamplingSettings
 
-README = (ROOT / "README.md").read_text()
-PAGES = [
-    ROOT / name
-    for name in (
-        "README.md",
-        "CONTRIBUTING.md",
-        "docs/MODEL.md",
-        "docs/CONTROLS.md",
-        "docs/LOG.md",
-        "docs/TRAINING.md",
-        "docs/SHAPEEDIT.md",
-    )
-]
+FOLDERS = ("", "docs", "benchmarks", "demo", "samples")
+PAGES = [page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.md"))]
+HELP = sorted((ROOT / "web" / "docs").rglob("*.md"))
+HISTORY = {"LOG.md", "CHANGELOG.md"}
+"""Pages whose entries keep the names of their day."""
+COMFYUI_OPTIONS = {"--disable-cuda-malloc", "--disable-dynamic-vram", "--fp32-vae", "--lowvram", "--novram"}
+TEXT_TOKENIZER = re.compile(r"\btext\b|\bT5\b|flan-t5|spiece|sentencepiece|tokenizer\.json", re.IGNORECASE)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_tables_are_those_of_the_measurements():
-    for page in RENDERED:
-        assert rendered(page.read_text()) == page.read_text(), "run python benchmarks/render.py"
+def name_of(page) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def every_page(*, but=frozenset()):
+    return pytest.mark.parametrize("page", [page for page in PAGES if page.name not in but], ids=name_of)
+
+
+def test_every_kind_of_page_is_looked_at():
+    names = {name_of(page) for page in PAGES}
+    assert names >= {"README.md", "CONTRIBUTING.md", "docs/MODEL.md", "benchmarks/README.md", "demo/README.md"}
+    assert len(HELP) == 2 * len(list((ROOT / "web" / "docs").glob("*.md")))
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 200, "what a user needs first stays, the rest goes to docs/"
+
+
+@pytest.mark.parametrize("path", render.outputs(), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_what_is_rendered_is_what_lies_here(path):
+    assert path.read_text(encoding="utf-8") == render.outputs()[path], "run python dev.py render"
+
+
+
+def test_every_table_stands_on_one_page():
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    marks = [name for text in texts.values() for name in re.findall(r"^<!-- (\w[\w ]*) -->", text, re.MULTILINE)]
+    filled = [found[1] for page in render.PAGES for found in render.MARKER.finditer(texts[page])]
+    assert sorted(marks) == sorted(filled), "a mark without its end, or on a page that is not rendered"
+    assert sorted(filled) == sorted([*render.TABLES, *(f"options {name}" for name in render.command_names())])
+
+
+def words_of(page) -> list[str]:
+    """The sentences of a page, in its own words: without what is quoted or rendered from code, links and code."""
+    text = re.sub(r"<!-- (options [\w ]+) -->.*?<!-- /\1 -->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", text, flags=re.DOTALL)
+    text = re.sub(r"^- \*.+?\*", "", text, flags=re.MULTILINE)  # errors on help pages
+    return re.split(r"(?<=[.;:?!。；：])\s*|\n", text)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *HELP], ids=name_of)
+def test_a_tokenizer_is_the_texts(page):
+    wrong = [words for words in words_of(page) if "tokenizer" in words.lower() and not TEXT_TOKENIZER.search(words)]
+    assert not wrong, "the picture's autoencoder is the VAE"
+
+
+@pytest.mark.parametrize(
+    ("words", "right"),
+    [
+        ("The tokenizer redraws it.", False),
+        ("tokenizer，来自加载器。", False),
+        ("The T5 has another tokenizer.", True),
+        ("Load `a_tokenizer`.", True),
+        ("- *an error of the tokenizer*: mend it.", True),
+        ("The VAE redraws it.", True),
+    ],
+)
+def test_the_rule_of_that_word_can_fail(tmp_path, words, right):
+    (tmp_path / "page.md").write_text(words, encoding="utf-8")
+    found = [text for text in words_of(tmp_path / "page.md") if "tokenizer" in text.lower()]
+    assert all(TEXT_TOKENIZER.search(text) for text in found) is right
+
+
+@every_page(but=HISTORY)
+def test_files_that_are_named_are_there(page):
+    """A name may leave out the folders before it."""
+    named = set(re.findall(r"`([\w/]+\.(?:py|toml|json|yaml))`", page.read_text(encoding="utf-8"))) - NOT_OURS
+    folders = ("varedit_core", "nodes", "benchmarks", "tests", "demo", "samples")
+    files = [*ROOT.glob("*.*"), *(path for folder in folders for path in (ROOT / folder).rglob("*.*"))]
+    there = [f"/{name_of(path)}" for path in files]
+    missing = [name for name in named if not any(path.endswith(f"/{name}") for path in there)]
+    assert not missing, "a file of the repository was moved or renamed"
+
+
+NOT_OURS = {"tokenizer.json", "settings.json", "finished.json", "KEY.json", "extra_model_paths.yaml"}
+"""Files that are not the repository's."""
+
+
+@every_page(but=HISTORY)
+def test_python_names_are_there(page):
+    for name in re.findall(r"`[^`\n]*?\b(varedit_core(?:\.\w+)+)", page.read_text(encoding="utf-8")):
+        assert pkgutil.resolve_name(name), name
+
+
+@every_page(but=HISTORY)
+def test_options_that_are_named_exist(page):
+    known = {
+        option
+        for name in render.command_names()
+        for parameter in render.command(name).params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    } | COMFYUI_OPTIONS | {"--help", "--version"}  # fmt: skip
+    text = page.read_text(encoding="utf-8")
+    commands = [line for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    own = [*re.findall(r"`([^`\n]+)`", text), *commands]
+    named = {option for words in own if not words.startswith(("torchrun", "accelerate", "git", "pip")) for option in
+             re.findall(r"(?<!\S)--[a-z][\w-]*", words)}  # fmt: skip
+    assert named <= known
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--guidance", f"{SamplingSettings().guidance:g} (demo model: {DEMO_GUIDANCE:g})"), ("--temperature", f"{SamplingSettings().temperature:g}"), ("--top-p", f"{SamplingSettings().top_p:g}"),
-     ("--seed", str(SamplingSettings().seed)), ("--size", f"`{SIZE}`"), ("--fit", f"`{FIT}`")],
-)  # fmt: skip
+    [
+        ("--guidance", f"{SamplingSettings().guidance:g} (demo model: {DEMO_GUIDANCE:g})"),
+        ("--temperature", f"{SamplingSettings().temperature:g}"),
+        ("--top-p", f"{SamplingSettings().top_p:g}"),
+        ("--seed", str(SamplingSettings().seed)),
+        ("--size", f"`{SIZE}`"),
+        ("--fit", f"`{FIT}`"),
+    ],
+)
 def test_defaults(option, value):
     assert f"| `{option}` | {value} |" in README
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def anchors(page) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *HELP], ids=name_of)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        assert target.startswith("https://") or (page.parent / target).exists(), target
+    own = "https://github.com/varedit/varedit/blob/main"
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if path.startswith(own):
+            path = str(ROOT) + path.removeprefix(own)
+        if path.startswith("https://"):
+            continue
+        aim = page.parent / path if path else page
+        assert aim.exists() and (not anchor or anchor in anchors(aim)), target
 
 
 def test_the_two_commands(monkeypatch):
@@ -66,23 +176,38 @@ def test_the_two_commands(monkeypatch):
     assert "dev.py test" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_python_code_runs(tmp_path, monkeypatch):
-    """The README's Python, with the recorded network at 256 pixels in place of the published one at 1024."""
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """The recorded network at 256 pixels in place of the published one at 1024, in a folder with pictures."""
     path = GOLDEN / "patchify_256.safetensors"
     editor = Editor.load(path, path, device="cpu")
     text = open_weights(path)["in.text.0"]
     monkeypatch.setattr(Editor, "load", lambda *files: editor)
     monkeypatch.setattr(editor, "encode_text", lambda prompts: [text] * len(prompts))
     monkeypatch.chdir(tmp_path)
-    for name in ("a.png", "b.png"):
+    for name in ("a.png", "b.png", "sky.png"):
         Image.open(ROOT / "samples" / "cat.jpg").resize((120, 90)).save(name)
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 2
-    names: dict = {}
+
+
+def run_python_of(text: str) -> dict:
+    blocks, names = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL), {}
     for block in blocks:
         exec(block.replace('"1M"', '"0.06M"'), names)  # noqa: S102
+    return names | {"blocks": len(blocks)}
+
+
+def test_python_code_of_the_readme_runs(recorded):
+    names = run_python_of(README)
+    assert names["blocks"] == 2
     assert names["day"].size == names["night"].size == names["picture"].size == (120, 90)
     assert names["scale"].index == 6
+
+
+def test_python_code_of_the_controls_runs(recorded, tmp_path):
+    names = run_python_of((ROOT / "docs" / "CONTROLS.md").read_text(encoding="utf-8"))
+    assert names["blocks"] == 1 and len(names["branches"].pictures) == 4
+    assert all(names[name].pictures[0].size == (120, 90) for name in ("edited", "again", "both"))
+    assert {path.name for path in tmp_path.iterdir()} >= {"night.png", "what-changed.png", "night.safetensors"}
 
 
 def test_the_pack_adds_nothing_to_comfyui():

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from importlib import import_module
@@ -21,23 +22,26 @@ from support import GOLDEN, ROOT
 from typer.testing import CliRunner
 
 from varedit_core import Editor, SamplingSettings, load_transformer, sample, schedule_for
-from varedit_core import editor as pipeline
 from varedit_core.cli.app import app
-from varedit_core.cli.common import load_editor
+from varedit_core.cli.common import Files
 from varedit_core.files.convert import convert
 from varedit_core.files.lora import apply_lora
-from varedit_core.model.kv_cache import KeyValueStore
+from varedit_core.model.config import TransformerConfig
 from varedit_core.model.layers import sdpa
-from varedit_core.runtime import memory, stores
+from varedit_core.runtime import eight_bit_cache, memory
+from varedit_core.runtime.eight_bit_cache import EightBitCache, exact_heads, query_scales
 from varedit_core.runtime.fp8 import EightBitLinear, eight_bit, names, quantise_weight
+from varedit_core.runtime.host_cache import HostCache
 from varedit_core.runtime.kernels import linear_eight_bit, plain
+from varedit_core.runtime.kv_caches import DeviceCache
 from varedit_core.runtime.plan import STORES, Job, Plan
-from varedit_core.runtime.stores import EightBitStore, HostStore, exact_heads, query_scales
 from varedit_core.runtime.workspace import Workspace
+from varedit_core.sampling import driver
 
 RECORD = GOLDEN / "patchify_256.safetensors"
 SCHEDULE = schedule_for("0.06M")
 HEADS, SIZE, DEPTH = 4, 32, 3
+SIZES = TransformerConfig(DEPTH, HEADS * SIZE, HEADS, 56, 128, 512, 256, 15)
 LARGE = [[4.0] * HEADS, [4.0, 90.0, 4.0, 60.0], [4.0] * HEADS]
 
 
@@ -202,7 +206,7 @@ def test_what_loading_refuses(network, tmp_path):
     apply_lora(before, lora)
     eight_bit(before)
     assert not torch.equal(before.blocks[0].sa.proj.weight.float(), network.blocks[0].sa.proj.weight.float())
-    editor = load_editor((RECORD, RECORD), [(lora, 1.0)], "8-bit", device="cpu")
+    editor = Files(linears="8-bit", device="cpu").load((RECORD, RECORD, None), [(lora, 1.0)])
     for key, tensor in editor.transformer.state_dict().items():
         assert torch.equal(tensor.float(), before.state_dict()[key].float())
 
@@ -220,13 +224,12 @@ class Run:
     """An edit's passes through stores, with random q, k and v: the same for every store."""
 
     def __init__(self, make, scales=LARGE) -> None:
-        self.store, self.scales = make(SCHEDULE, DEPTH, 2, HEADS, SIZE, torch.float32, "cpu"), torch.tensor(scales)
+        self.store, self.scales = make(SIZES, SCHEDULE, 2, torch.float32, "cpu"), torch.tensor(scales)
         self.passes = self.store.passes("cpu")
 
     def one(self, step, rows=slice(0, 2), stop: int = DEPTH) -> torch.Tensor:
         """Attention [blocks, r, n, H * D] of one pass of some rows; the source's last block is only kept."""
-        self.store.rows = rows
-        found = []
+        step, found = replace(step, rows=rows), []
         for block in range(stop):
             generator = torch.Generator().manual_seed(100 * step.index + block)
             qkv = torch.randn(2, step.end - step.begin, 3 * HEADS * SIZE, generator=generator)[rows]
@@ -242,19 +245,19 @@ class Run:
 
 @pytest.fixture(scope="module")
 def exact_run():
-    return Run(KeyValueStore).all()
+    return Run(DeviceCache).all()
 
 
 def test_heads_with_large_scales_keep_their_keys(exact_run):
     def chosen(*sizes):
-        return EightBitStore(*sizes, query_scales=LARGE)
+        return EightBitCache(*sizes, query_scales=LARGE)
 
     def error(make) -> torch.Tensor:
         """A head and block; where nothing is stored yet there is none."""
         apart = [(a - b)[:, 0].unflatten(-1, (HEADS, SIZE)) for a, b in zip(Run(make).all()[1:], exact_run[1:])]
         return torch.stack([x.square().mean((1, 3)) for x in apart]).mean(0).sqrt()
 
-    with_choice, without = error(chosen), error(EightBitStore)
+    with_choice, without = error(chosen), error(EightBitCache)
     assert exact_heads(LARGE) == [[], [1, 3], []] and not with_choice[0].any(), "the first block is exact"
     for head in range(HEADS):
         bound = 0.5 if head in (1, 3) else 1.01
@@ -265,7 +268,7 @@ def test_heads_with_large_scales_keep_their_keys(exact_run):
 @pytest.mark.parametrize("make", STORES.values())
 @pytest.mark.parametrize("at_once", [None, 1])
 def test_rows_one_after_the_other_change_nothing(make, at_once):
-    more = {"at_once": at_once} if at_once and make is not KeyValueStore else {}
+    more = {"at_once": at_once} if at_once and make is not DeviceCache else {}
     apart = Run(lambda *sizes: make(*sizes, **more)).all([slice(0, 1), slice(1, 2)])
     for found, wanted in zip(apart, Run(make).all(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
@@ -273,7 +276,7 @@ def test_rows_one_after_the_other_change_nothing(make, at_once):
 
 @pytest.mark.parametrize("make", STORES.values())
 def test_so_do_whole_edits(patchify, make, monkeypatch):
-    monkeypatch.setattr(stores, "EXACT_FROM", 4.5)  # some heads of the recorded network
+    monkeypatch.setattr(eight_bit_cache, "EXACT_FROM", 4.5)  # some heads of the recorded network
     together, apart = (
         logits(patchify, patchify.transformer, workspace=Workspace(make, rows_at_once=rows)) for rows in (None, 1)
     )
@@ -283,7 +286,7 @@ def test_so_do_whole_edits(patchify, make, monkeypatch):
 
 
 def test_the_host_store_is_exact_and_says_what_it_moves(exact_run):
-    run = Run(HostStore)
+    run = Run(HostCache)
     assert all(torch.equal(a, b) for a, b in zip(run.all(), exact_run, strict=True))
     token = 2 * 2 * HEADS * SIZE * 4 * (DEPTH - 1)  # keys and values of two rows in the blocks but the first
     assert run.store.moved == {
@@ -292,49 +295,75 @@ def test_the_host_store_is_exact_and_says_what_it_moves(exact_run):
 
 
 def test_a_pass_that_was_left_in_its_middle_does_no_harm(exact_run):
-    run = Run(HostStore)
+    run = Run(HostCache)
     for step in run.passes[:4]:
         run.one(step)
     run.one(run.passes[4], stop=2)
     assert all(torch.equal(a, b) for a, b in zip(run.all(), exact_run, strict=True))
 
 
+class Planned(memory.TorchMemory):
+    """Memory of a GPU that is not there: nothing is moved. moved: what would have been, of every attempt."""
+
+    def __init__(self, network, device="cuda") -> None:
+        super().__init__(network, torch.device(device))
+        self.moved = []
+        self.elsewhere = lambda networks, device: nullcontext(self.moved.append(list(networks)))
+
+    def way(self, job) -> tuple[Plan, Workspace]:
+        """How a job would run, and where."""
+
+        def attempt(plan: Plan) -> Plan:
+            return self.within(plan, False, lambda engine: plan)
+
+        return memory.as_it_fits(job, self, attempt), self.workspace
+
+
 def test_a_plan_knows_what_may_make_way(patchify, monkeypatch, caplog):
-    transformer, work = patchify.transformer, Workspace()
+    transformer = patchify.transformer
     monkeypatch.setattr(memory, "query_scales", lambda transformer, device: query_scales(transformer, "cpu"))
     job = Job(transformer.config, patchify.schedule, 2, True, torch.float32, 10)
     other = torch.nn.Linear(10, 10)
+    room = Planned(transformer)
+    room.others, work = [other], room.workspace
 
-    def way(free, **more):
+    def way(free):
         monkeypatch.setattr(memory, "free_memory", lambda device: free + memory.SPARE)
-        return memory.planned(job, transformer, torch.device("cuda"), work, [other], **more)
+        return room.way(job)
 
     best = Plan(job)
     assert way(best.needed + memory.kept_bytes(job)) == (best, work) and work.kept
     found, workspace = way(best.needed)
-    assert found == best and not workspace.kept and workspace.kind is KeyValueStore and not caplog.records
+    assert found == best and not workspace.kept and workspace.kind is DeviceCache and not caplog.records
+    assert not any(room.moved)
     one = Plan(replace(job, images=1), rows_at_once=1)
     found, workspace = way(one.needed - memory.nbytes(other))
     assert found.movable == memory.nbytes(other) == 440 and workspace.rows_at_once == 1
+    assert room.moved[-1] == [other]
     assert "other networks in host memory meanwhile instead" in caplog.messages[0]
     monkeypatch.setattr(memory, "free_host_memory", lambda: 0)
     coded = Plan(replace(job, images=1, exact_keys=0), "8-bit", 1)
     found, workspace = way(coded.needed)
-    assert coded.needed < one.needed and found.store == "8-bit" and workspace.kind is EightBitStore
+    assert coded.needed < one.needed and found.store == "8-bit" and workspace.kind is EightBitCache
+    room.exact = True
     with pytest.raises(ValueError, match="free memory or use a smaller model"):
-        way(coded.needed, exact=True)
-    assert memory.planned(job, transformer, torch.device("cpu"), work) == (best, work)
+        way(coded.needed)
+    elsewhere = Planned(transformer, "cpu")
+    work = elsewhere.workspace
+    assert elsewhere.way(job) == (best, work), "where nobody tells what is free, all at once"
 
 
 def test_what_a_workspace_has_ready_is_used(patchify, monkeypatch):
-    transformer, work, texts = patchify.transformer, Workspace(), patchify.texts("text")
+    transformer, texts = patchify.transformer, patchify.texts("text")
+    room = Planned(transformer)
+    work = room.workspace
     for _ in sample(transformer, patchify["ref.vae_features"].float(), texts, patchify.schedule, workspace=work):
         pass
     job = Job(transformer.config, patchify.schedule, 1, True, torch.float32, len(texts[0]))
     monkeypatch.setattr(memory, "free_memory", lambda device: job.activations() + memory.SPARE)
     for other in (replace(job, images=2), replace(job, guided=False), replace(job, text_tokens=100)):
         assert not memory.holds(work, other)
-    assert memory.planned(job, transformer, torch.device("cuda"), work) == (Plan(job), work) and work.store
+    assert room.way(job) == (Plan(job), work) and work.store
     memory.make_room(work, torch.device("cuda"), job.activations())
     assert work.store
     memory.make_room(work, torch.device("cuda"), 1e18)
@@ -346,32 +375,41 @@ def test_an_editor_follows_its_plan(patchify, monkeypatch):
     editor, settings = Editor.load(RECORD, RECORD, device="cpu"), SamplingSettings(temperature=0.5, seed=3)
     features = patchify["ref.vae_features"].float()
     monkeypatch.setattr(editor, "encode_source", lambda images: torch.cat([features, features.flip(-1)])[: len(images)])
-    monkeypatch.setattr(editor, "decode", lambda latents, images: latents)
-    wanted = editor.edit(pictures, [text, text], size="0.06M", settings=settings)
 
-    def one_by_one(job, *_):
+    def edited(pictures, texts, **more):
+        made = editor.run(pictures, texts, size="0.06M", settings=settings, **more)
+        return made.tokens.total(), [picture.tobytes() for picture in made.pictures]
+
+    wanted = edited(pictures, [text, text])
+    seen = []
+
+    def one_by_one(job, room, attempt, least):
         seen.append(job)
-        return Plan(replace(job, images=1), "host", movable=1), Workspace(HostStore, kept=False)
+        return attempt(Plan(replace(job, images=1), "host", movable=1))
 
     masks = [Image.new("L", (64, 64)) for _ in pictures]
     masks[0].paste(255, (0, 0, 64, 32))
     masks[1].paste(255, (40, 0, 64, 64))
-    monkeypatch.setattr(pipeline, "masked", lambda edited, *_: edited)
-    asked = dict(size="0.06M", settings=settings, variations=2, mask=masks)
-    masked = editor.run(pictures, [text, text], **asked)
+    asked = dict(variations=2, mask=masks)
+    masked = edited(pictures, [text, text], **asked)
+    assert not torch.equal(*masked[0].chunk(2)), "each with its own mask"
 
-    seen = []
-    monkeypatch.setattr(pipeline, "planned", one_by_one)
-    again = editor.run(pictures, [text, text], **asked)
-    assert torch.equal(torch.stack(again.pictures), torch.stack(masked.pictures)), "each with its own mask"
-    assert torch.equal(again.tokens.total(), masked.tokens.total())
-    seen.clear()
-    found = editor.edit(pictures, [text, text], size="0.06M", settings=settings)
-    assert torch.equal(found, wanted)
-    assert seen[0].images == 2 and seen[0].text_tokens == len(text) and editor.workspace.kind is HostStore
-    editor.workspace = Workspace(EightBitStore)
-    editor.edit(pictures[0], text, size="0.06M", settings=settings)
-    assert len(seen) == 1 and editor.workspace.kind is EightBitStore, "a workspace of one's own is not planned"
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "as_it_fits", one_by_one)
+        again = edited(pictures, [text, text], **asked)
+        assert torch.equal(again[0], masked[0]) and again[1] == masked[1]
+        seen.clear()
+        found = edited(pictures, [text, text])
+    assert torch.equal(found[0], wanted[0]) and found[1] == wanted[1]
+    assert seen[0].images == 2 and seen[0].text_tokens == len(text) and editor.workspace.kind is HostCache
+    editor.memory.device = torch.device("cuda")
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
+    monkeypatch.setattr(memory, "query_scales", lambda transformer, device: query_scales(transformer, "cpu"))
+    with pytest.raises(ValueError, match="free memory or use a smaller model"):
+        edited(pictures[0], text)
+    editor.workspace = Workspace(EightBitCache)
+    edited(pictures[0], text)
+    assert editor.workspace.kind is EightBitCache, "a workspace of one's own is not planned"
 
 
 if __name__ == "__main__":

@@ -510,7 +510,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, s
     path.write_bytes(b"precious")
 
     def half_written(self, target, *_, **__):
-        Path(target).write_bytes(b"half")
+        target.write(b"half")
         raise OSError("disk full")
 
     def fail(*_):

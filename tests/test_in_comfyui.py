@@ -358,6 +358,64 @@ def test_the_form_of_recorded_passes_edits_alike(found):
     assert min(result["equal"]) > 0.8, "bf16 rounds differently where projections are folded into the text"
 
 
+TOLD = {
+    "feather alone": "feather counts only beside a mask; give a mask, or leave feather at 1",
+    "best_at alone": "best_at counts only with best_of; set that too, or leave best_at at 4",
+    "score alone": "score counts only with best_of; set that too, or leave score at likelihood",
+    "best_at beyond": "best_at is 13 but the edit has 7 scales; give at most 7",
+    "unguided beyond": "unguided is 13 but the edit has 7 scales; give at most 7",
+    "inside beyond": "inside is 13 but the edit has 7 scales; give at most 7",
+    "stop beyond": "stop is 13 but the edit has 7 scales; give at most 7",
+}
+"""What the sampler says of knobs that would do nothing, or of more than there is; a new knob of the kind belongs here."""
+
+
+def test_every_knob_that_would_do_nothing_is_in_the_list(found):
+    assert facts(found, "told").keys() == TOLD.keys()
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_knob_that_would_do_nothing_is_told_and_the_edit_is_right(found, name):
+    assert facts(found, "told")[name] == [True, [TOLD[name]]]
+
+
+@pytest.mark.parametrize("way", ["partially_unload", "detach", "free_memory", "unload_all_models"])
+def test_an_edit_at_work_keeps_its_cache_and_gives_it_back_at_its_end(found, way):
+    result = facts(found, "asked_back")[way]
+    assert result["same"] and result["freed"] == [0] * 7, "asked before each of seven scales, with decoded previews"
+    assert len(set(result["held"])) == 1 and result["held"][0] > 10e6
+    assert result["left"] == [0, True, 0] and result["again"], "all is given back, and the next edit keeps it again"
+
+
+@pytest.mark.parametrize("live", ["none", "latent2rgb"])
+@pytest.mark.parametrize("choice", ["auto", "fast", "decoded", "off"])
+def test_colours_are_fitted_for_fast_previews_alone_and_before_the_loop(found, choice, live):
+    result = facts(found, "colours")[f"{choice}, {live}"]
+    fast = choice == "fast" or (choice == "auto" and live != "none")
+    assert result["first"] == (["encode", "loop"] if fast else ["loop"])
+    assert result["second"] == ["loop"] and result["same"]
+
+
+JOBS = {
+    "plain": 1, "variations": 3, "two pictures, two instructions": 2, "two pictures, variations": 4, "best of": 3,
+    "best of, variations": 3, "best of, two pictures, variations": 6, "mask": 1, "mask, margin": 1, "regions": 2,
+    "regions, variations": 4, "regions, best of": 6, "auto mask": 1, "auto mask, variations": 2, "begun": 1,
+    "begun, variations": 2, "drafted": 1, "unguided, strength": 1,
+}  # fmt: skip
+"""Kinds of jobs, and how many rows each is planned with: pictures, times regions, times variations or candidates."""
+
+
+def test_every_kind_of_job_is_in_the_list(found):
+    assert facts(found, "same_job").keys() == JOBS.keys()
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_nodes_and_library_give_the_same_bits_for_the_same_job(found, name):
+    result = facts(found, "same_job")[name]
+    assert result["bits"] and result["sums"]
+    assert result["job"] and result["images"] == JOBS[name], "both count the same rows"
+
+
 def test_the_plan_states_gigabytes(found):
     lines = facts(found, "plan").splitlines()
     assert lines[0] == "256x256, pictures: 2, with guidance, float32 on cpu"

@@ -9,12 +9,14 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support import ROOT
 
+from varedit_core.model.functional import add_norm, split_heads
 from varedit_core.runtime.kernels import fusable, matmul_fp32, plain
 
 INTERPRETED = os.environ.get("VAREDIT_KERNEL_TESTS") == "1"
@@ -53,7 +55,7 @@ def test_add_norm(width, case):
     before = x.clone()
     for found, wanted in zip(
         kernels.add_norm(x, y, gate, scale, shift, EPS, torch.float32),
-        plain.add_norm(x, y, gate, scale, shift, EPS, torch.float32),
+        add_norm.plain(x, y, gate, scale, shift, EPS, torch.float32),
     ):
         torch.testing.assert_close(found, wanted, atol=5e-6, rtol=0)
     assert torch.equal(x, before), "the input stays"
@@ -72,8 +74,9 @@ def test_add_norm_rounds_once():
 @inside
 def test_add_norm_rounds_to_eight_bits():
     x, y, modulation = torch.randn(2, 7, 200), torch.randn(2, 7, 200), torch.randn(2, 6, 200)
-    arguments = (x, y, modulation[:, 1], modulation[:, 3], modulation[:, 5], EPS, torch.float32, True)
-    (total, found), (wanted_total, wanted) = kernels.add_norm(*arguments), plain.add_norm(*arguments)
+    arguments = (x, y, modulation[:, 1], modulation[:, 3], modulation[:, 5], EPS, torch.float32)
+    reader = SimpleNamespace(reads_rounded=True)
+    (total, found), (wanted_total, wanted) = kernels.add_norm(*arguments, True), add_norm(*arguments, reader)
     torch.testing.assert_close(total, wanted_total, atol=5e-6, rtol=0)
     torch.testing.assert_close(found.scales, wanted.scales, atol=1e-7, rtol=0)
     assert found.dtype == wanted.dtype == torch.float32
@@ -105,7 +108,7 @@ def test_heads_are_normalised_rotated_and_put_in_their_place(n):
     store = torch.full((2, 2 * rows, heads, n + 11, size), 7.0)
     keys, values = (part[::2, :, 5 : 5 + n] for part in store)
     q = kernels.heads_into(qkv, scale, rotary, keys, values)
-    for found, wanted in zip((q, keys, values), plain.split_heads(qkv, scale, rotary)):
+    for found, wanted in zip((q, keys, values), split_heads(qkv, scale, rotary)):
         torch.testing.assert_close(found, wanted, atol=3e-6, rtol=0)
     assert (store[:, 1::2] == 7).all() and (store[..., :5, :] == 7).all() and (store[..., 5 + n :, :] == 7).all()
     assert q.transpose(1, 2).is_contiguous(), "attention's output is then [R, n, C] without a copy"

@@ -22,8 +22,8 @@ from varedit_core.files.convert import convert
 from varedit_core.files.info import inspect
 from varedit_core.files.lora import apply_lora, linear_layers, merge_lora, read_lora
 from varedit_core.files.weights import WeightError, open_weights
-from varedit_core.model.kv_cache import KeyValueStore
-from varedit_core.model.layers import ScaledLinear
+from varedit_core.runtime.kv_caches import DeviceCache
+from varedit_core.runtime.layers import ScaledLinear
 from varedit_core.training.lora import GROUPS, add_lora, load_lora_for_training, lora_layers, lora_state, save_lora
 
 RANK, ALPHA = 4, 6.0
@@ -146,7 +146,7 @@ def test_only_the_low_rank_layers_learn(run, base):
         for _, layer in lora_layers(network):
             layer.lora_B["default"].weight.normal_(std=0.05)
     size, schedule = network.config, run.record.schedule
-    store = KeyValueStore(schedule, size.depth, 1, size.heads, size.head_size, network.dtype, "cpu")
+    store = DeviceCache(size, schedule, 1, network.dtype, "cpu")
     source, first = store.passes("cpu")[:2]
     condition = network.condition(run.record.texts("text")[:1])
     tokens = torch.randn(1, schedule.tokens[-1], size.token_bits)

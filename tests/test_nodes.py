@@ -20,6 +20,9 @@ from stand_in import FOLDER_PATHS, FOLDERS, KINDS, Schema, Slot, modules
 from support import GOLDEN, ROOT
 
 from varedit_core import defaults
+from varedit_core.controls.best_of import SCORES
+from varedit_core.controls.registry import NEUTRAL, NO_SHORTCUTS, SWEPT, Controls, Shortcuts
+from varedit_core.sampling.settings import DEFAULT_SETTINGS, FLAT, PRESET, PRESETS, SamplingSettings
 
 RECORD = GOLDEN / "patchify_256.safetensors"
 SCHEMAS = Path(__file__).with_name("schemas.json")
@@ -279,7 +282,7 @@ def test_released_inputs_are_only_ever_appended(schemas):
 
 
 def test_the_defaults_are_those_of_the_library(schemas):
-    settings = defaults.DEFAULT_SETTINGS
+    settings = DEFAULT_SETTINGS
     side = next(side for side, area in defaults.SIZES.items() if area == defaults.SIZE)
     wanted = {
         ("VAREditModelLoader", "precision"): (defaults.PRECISIONS[0], defaults.PRECISIONS),
@@ -313,15 +316,15 @@ def test_the_defaults_are_those_of_the_library(schemas):
         ("VAREditSweep", "seed"): (settings.seed, None),
         ("VAREditSweep", "guidance"): (settings.guidance, None),
         ("VAREditSweep", "temperature"): (settings.temperature, None),
-        ("VAREditSweep", "x"): ("guidance", defaults.SWEPT),
+        ("VAREditSweep", "x"): ("guidance", SWEPT),
         ("VAREditSweep", "x_values"): ("1, 2, 3", None),
-        ("VAREditSweep", "y"): ("none", ("none", *defaults.SWEPT)),
+        ("VAREditSweep", "y"): ("none", ("none", *SWEPT)),
         ("VAREditSweep", "y_values"): ("", None),
-        **{("VAREditShortcuts", name): (value, None) for name, value in vars(defaults.NO_SHORTCUTS).items()},
-        **{("VAREditControls", name): (value, None) for name, value in vars(defaults.NEUTRAL).items()},
-        ("VAREditControls", "score"): (defaults.NEUTRAL.score, defaults.SCORES),
-        ("VAREditCurves", "preset"): (defaults.PRESET, (*defaults.PRESETS, "own")),
-        **{("VAREditCurves", f"{curve}_{end}"): (getattr(defaults.FLAT, end), None)
+        **{("VAREditShortcuts", name): (value, None) for name, value in vars(NO_SHORTCUTS).items()},
+        **{("VAREditControls", name): (value, None) for name, value in vars(NEUTRAL).items()},
+        ("VAREditControls", "score"): (NEUTRAL.score, SCORES),
+        ("VAREditCurves", "preset"): (PRESET, (*PRESETS, "own")),
+        **{("VAREditCurves", f"{curve}_{end}"): (getattr(FLAT, end), None)
            for curve in ("guidance", "temperature") for end in ("start", "end")},
         ("VAREditDecode", "seam"): (0, None),
     }
@@ -332,30 +335,30 @@ def test_the_defaults_are_those_of_the_library(schemas):
         if has_widget(slot) and slot.default is not None
     }
     assert found == wanted
-    assert settings == defaults.SamplingSettings()
+    assert settings == SamplingSettings()
 
 
 def test_the_library_takes_all_that_the_sampler_offers(schemas):
     slots = {slot.id: slot for slot in schemas["VAREditSampler"].inputs}
-    for field in dataclasses.fields(defaults.SamplingSettings):
+    for field in dataclasses.fields(SamplingSettings):
         for value in (slots[field.name].min, slots[field.name].max):
-            defaults.SamplingSettings(**{field.name: value})
+            SamplingSettings(**{field.name: value})
 
 
 def test_the_library_takes_all_shortcuts_that_the_node_offers(nodes, schemas):
     slots = {slot.id: slot for slot in schemas["VAREditShortcuts"].inputs}
-    assert list(slots) == [field.name for field in dataclasses.fields(defaults.Shortcuts)]
+    assert list(slots) == [field.name for field in dataclasses.fields(Shortcuts)]
     execute = nodes["VAREditShortcuts"].execute
-    assert vars(execute(*(slot.default for slot in slots.values())).result[0]) == vars(defaults.NO_SHORTCUTS)
+    assert vars(execute(*(slot.default for slot in slots.values())).result[0]) == vars(NO_SHORTCUTS)
     for name, slot in slots.items():
-        (chosen,) = execute(**{**vars(defaults.NO_SHORTCUTS), name: slot.max}).result
+        (chosen,) = execute(**{**vars(NO_SHORTCUTS), name: slot.max}).result
         assert vars(chosen)[name] == slot.max >= 1
 
 
 def test_the_library_takes_all_controls_that_the_node_offers(nodes, schemas):
     slots = {slot.id: slot for slot in schemas["VAREditControls"].inputs}
-    assert list(slots) == [field.name for field in dataclasses.fields(defaults.Controls)]
-    execute, neutral = nodes["VAREditControls"].execute, vars(defaults.NEUTRAL)
+    assert list(slots) == [field.name for field in dataclasses.fields(Controls)]
+    execute, neutral = nodes["VAREditControls"].execute, vars(NEUTRAL)
     assert vars(execute(**{name: slot.default for name, slot in slots.items()}).result[0]) == neutral
     for name, slot in slots.items():
         for value in slot.options if slot.kind == "COMBO" else (slot.min, slot.max):
@@ -365,10 +368,10 @@ def test_the_library_takes_all_controls_that_the_node_offers(nodes, schemas):
 
 
 def test_curves_are_the_presets_or_ones_own(nodes, schemas):
-    own = sys.modules["pack_x_varedit.varedit_core.defaults"]  # curves of the same class as the node's
+    own = sys.modules["pack_x_varedit.varedit_core.sampling.settings"]  # curves of the same class as the node's
     execute, settings = nodes["VAREditCurves"].execute, own.SamplingSettings(3.0, 0.5)
     slots = {slot.id: slot for slot in schemas["VAREditCurves"].inputs}
-    for preset in defaults.PRESETS:
+    for preset in PRESETS:
         (curves,) = execute(preset, 9.0, 9.0, 9.0, 9.0).result
         assert vars(settings.bent(*curves)) == vars(settings.preset(preset))
     (curves,) = execute("own", 0.5, 2.0, 4.0, 0.0).result
@@ -682,31 +685,42 @@ def test_the_fingerprint_changes_with_the_file(file_info, models):
 
 
 def test_nothing_heavy_is_imported_before_the_first_use(models):
-    """In a fresh process: loading the pack and declaring its nodes loads of the library its defaults alone."""
+    """In a fresh process: loading the pack and declaring its nodes loads of the library its settings and controls alone,
+    and beside it torch, which ComfyUI has loaded long before any pack, and what torch brings."""
     code = """
 import json
 import sys
 from pathlib import Path
+import torch
+brought = set(sys.modules)
 import test_nodes
+for name in [name for name in sys.modules if name.split(".")[0] == "varedit_core"]:
+    del sys.modules[name]
 sys.modules.update(test_nodes.modules(Path(sys.argv[1])))
+known = set(sys.modules)
 for node in test_nodes.nodes_of(test_nodes.load_pack(), loaded=True):
     node.define_schema()
-print(json.dumps(list(sys.modules)))
+print(json.dumps([sorted(brought), sorted(set(sys.modules) - known)]))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
     done = subprocess.run(
         [sys.executable, "-c", code, str(models)], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    loaded = json.loads(done.stdout)
-    heavy = ("torch", "numpy", "safetensors", "PIL", "transformers", "tokenizers", "comfy", "comfy_execution")
-    assert not [name for name in loaded if name.split(".")[0] in heavy]
+    brought, loaded = json.loads(done.stdout)
+    heavy = ("safetensors", "PIL", "transformers", "tokenizers", "comfy", "comfy_execution")
+    assert not [name for name in (*brought, *loaded) if name.split(".")[0] in heavy]
+    assert not [name for name in loaded if name.split(".")[0] != "pack_x_varedit"], "nothing beside the pack"
     own = [name.removeprefix("pack_x_varedit.") for name in loaded if name.startswith("pack_x_varedit.")]
-    assert {name for name in own if name.startswith("varedit_core")} == {"varedit_core", "varedit_core.defaults"}
+    controls = [path.stem for path in (ROOT / "varedit_core" / "controls").glob("*.py") if path.stem != "__init__"]
+    assert {name.removeprefix("varedit_core.") for name in own if name.startswith("varedit_core")} == {
+        "varedit_core", "defaults", "controls", *(f"controls.{name}" for name in controls),
+        "sampling", "sampling.settings", "tokenizer", "tokenizer.quantizer", "tokenizer.schedule",
+    }  # fmt: skip
     assert {name for name in own if name.startswith("nodes.")} == {
         f"nodes.{name}"
         for name in (
-            "_api", "canvas", "change", "controls", "decode", "encode", "file_info", "files", "loaders", "sample_image", "sampler", "shortcuts", "sweep", "tokens",
+            "_api", "canvas", "change", "controls", "decode", "encode", "file_info", "files", "loaders", "sample_image", "sampler", "shortcuts", "sweep", "tokens", "widgets",
         )  # fmt: skip
     }
 

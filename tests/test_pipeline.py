@@ -6,9 +6,10 @@ from PIL import Image
 from support import GOLDEN, ROOT
 
 from varedit_core import Editor, SamplingSettings
-from varedit_core.defaults import Shortcuts
+from varedit_core.controls.registry import Shortcuts
 from varedit_core.demo import demo_files
 from varedit_core.files.weights import open_weights
+from varedit_core.runtime.session import Session
 
 CAT = ROOT / "samples" / "cat.jpg"
 
@@ -96,11 +97,13 @@ def test_no_picture_and_no_such_device(editor):
 def test_a_picture_known_to_be_new_is_read_without_asking(monkeypatch):
     """The editor tells the loop which pictures and prompts are new, and says nothing where it cannot know."""
     editor = Editor.load(*demo_files())
-    told, original = [], editor._edits
-    monkeypatch.setattr(editor, "_edits", lambda *args, **kw: (told.append(kw["promises"].fresh), original(*args, **kw))[1])
+    told, original = [], Session.prefill
+    monkeypatch.setattr(Session, "prefill", lambda self, batch: (told.append(batch.fresh), original(self, batch))[1])
     pictures = [Image.effect_noise((256, 256), 50 + i).convert("RGB") for i in range(2)]
     for picture, words in [(0, "a"), (0, "a"), (1, "a"), (1, "b"), (0, "b")]:
-        editor.edit(pictures[picture], words, size="0.06M", settings=SamplingSettings(guidance=1.0), shortcuts=Shortcuts(stop=2))
+        editor.edit(
+            pictures[picture], words, size="0.06M", settings=SamplingSettings(guidance=1.0), shortcuts=Shortcuts(stop=2)
+        )
     assert told == [True, False, True, True, True]
     editor.forget()
     editor.edit(pictures[0], "b", size="0.06M", shortcuts=Shortcuts(stop=2))

@@ -10,10 +10,11 @@ from varedit_core import SamplingSettings, load_autoencoder, sample, schedule_fo
 from varedit_core.defaults import SIZES
 from varedit_core.demo import demo_files
 from varedit_core.model.config import TRANSFORMERS
-from varedit_core.model.kv_cache import KeyValueStore
 from varedit_core.pictures.preview import at_own_size, enlarged, fit_colours
+from varedit_core.runtime.eight_bit_cache import EightBitCache
+from varedit_core.runtime.host_cache import HostCache
+from varedit_core.runtime.kv_caches import DeviceCache
 from varedit_core.runtime.plan import STORES, Job, described, plan, plans, too_large
-from varedit_core.runtime.stores import EightBitStore, HostStore
 from varedit_core.runtime.workspace import Workspace
 from varedit_core.tokenizer.quantizer import area_resize, encode
 from varedit_core.tokenizer.schedule import AREAS, Schedule
@@ -37,15 +38,15 @@ def scales(record, store, guidance=3.0, forced=None):
 @pytest.mark.parametrize("guidance", [3.0, [3, 3, 3, 3, 1, 1, 1]])
 def test_the_host_store_changes_nothing(patchify, guidance):
     for (bits, logits), (expected_bits, expected) in zip(
-        scales(patchify, HostStore, guidance), scales(patchify, KeyValueStore, guidance), strict=True
+        scales(patchify, HostCache, guidance), scales(patchify, DeviceCache, guidance), strict=True
     ):
         assert torch.equal(logits, expected) and torch.equal(bits, expected_bits)
 
 
 @pytest.mark.parametrize("guidance", [3.0, [3, 3, 3, 3, 1, 1, 1]])
 def test_eight_bits_are_close(patchify, guidance):
-    exact = scales(patchify, KeyValueStore, guidance)
-    coded = scales(patchify, EightBitStore, guidance, forced=exact)
+    exact = scales(patchify, DeviceCache, guidance)
+    coded = scales(patchify, EightBitCache, guidance, forced=exact)
     errors = [(a - b).abs().mean().item() for (_, a), (_, b) in zip(coded, exact)]
     spread = torch.cat([logits.flatten() for _, logits in exact]).std().item()
     assert 0 < max(errors) < 0.01 * spread

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from varedit_core.model.positions import positions, rotary
 from varedit_core.tokenizer.schedule import AREAS, TABLES, Schedule, nearest_ratio, schedule_for, schedule_from
 
 EVERY = [(area, ratio) for area in AREAS for ratio in TABLES]
@@ -24,18 +25,19 @@ def test_every_schedule(area, ratio):
     height, width = schedule.pixels
     assert len(schedule) == AREAS[area] and schedule.grids[0] == (1, 1)
     assert abs(height / width - ratio) < 0.01
-    tables = schedule.rotary(64)
+    tables = rotary(schedule, 64, True)
     assert [t.shape for t in tables] == [(2, n, 32) for n in (schedule.tokens[-1], *schedule.tokens)]
 
 
 @pytest.mark.parametrize("ratio", TABLES)
 def test_positions_are_those_of_the_full_table(ratio):
     rows, columns = TABLES[ratio][-1]
-    positions = schedule_for("1M", ratio).positions()
-    source, first, last = positions[: rows * columns], positions[rows * columns], positions[-1]
+    found = positions(schedule_for("1M", ratio), True)
+    source, first, last = found[: rows * columns], found[rows * columns], found[-1]
     assert source.amin(0).tolist() == [rows, columns] and source.amax(0).tolist() == [2 * rows - 1, 2 * columns - 1]
     assert first.tolist() == [0, 0] and last.tolist() == [rows - 1, columns - 1]
-    assert torch.equal(schedule_for("0.06M", ratio).positions(), positions), "shorter schedules index the same list"
+    assert torch.equal(positions(schedule_for("0.06M", ratio), True), found), "shorter schedules index the same list"
+    assert torch.equal(positions(schedule_for("0.06M", ratio), False), found[rows * columns :]), "without a source"
 
 
 def test_halves_round_to_even():
@@ -43,19 +45,19 @@ def test_halves_round_to_even():
     table = TABLES[2.0]
     begin = 90 * 45 + 1 + 4
     assert table[2] == (4, 2)
-    assert schedule_for("1M", 2.0).positions()[begin : begin + 8, 0].tolist() == [0, 0, 22, 22, 45, 45, 68, 68]
+    assert positions(schedule_for("1M", 2.0), True)[begin : begin + 8, 0].tolist() == [0, 0, 22, 22, 45, 45, 68, 68]
 
 
 def test_shorter_schedules_take_the_first_entries():
     """At 512 px every token falls inside the source's part of the list; released weights depend on it."""
     short, full = schedule_for("0.25M"), schedule_for("1M")
-    long = torch.cat(full.rotary(32), dim=1)
-    assert torch.equal(torch.cat(short.rotary(32), dim=1), long[:, : 1024 + 2521])
+    long = torch.cat(rotary(full, 32, True), dim=1)
+    assert torch.equal(torch.cat(rotary(short, 32, True), dim=1), long[:, : 1024 + 2521])
     assert 1024 + 2521 < 4096
 
 
 def test_rotary_angles():
-    cosine, sine = schedule_for("0.06M").rotary(8)[1]  # one token: the entry after the 256 source tokens
+    cosine, sine = rotary(schedule_for("0.06M"), 8, True)[1]  # one token: the entry after the 256 source tokens
     row, column = 64 + 256 // 64, 64 + 256 % 64
     angles = torch.tensor([row * 1.0, row * 0.01, column * 1.0, column * 0.01])
     torch.testing.assert_close(cosine[0], angles.cos(), atol=1e-5, rtol=0)

@@ -6,18 +6,21 @@ import pytest
 import torch
 
 from varedit_core import Editor
-from varedit_core.defaults import SamplingSettings, Shortcuts
+from varedit_core.controls import window
+from varedit_core.controls.mask import token_masks
+from varedit_core.controls.registry import Shortcuts
+from varedit_core.controls.window import BAND, bands
 from varedit_core.demo import demo_files
-from varedit_core.model.kv_cache import KeyValueStore
 from varedit_core.model.layers import sdpa
 from varedit_core.model.transformer import Transformer
-from varedit_core.runtime import approximations as shortcuts
-from varedit_core.runtime.approximations import BAND, bands, token_masks
-from varedit_core.runtime.stores import EightBitStore
+from varedit_core.runtime.eight_bit_cache import EightBitCache
+from varedit_core.runtime.kv_caches import DeviceCache
+from varedit_core.runtime.memory import engine_of
+from varedit_core.runtime.session import sample
 from varedit_core.runtime.workspace import Workspace
-from varedit_core.sampling import loop as sampling
-from varedit_core.sampling.drafting import draft_and_refine
-from varedit_core.sampling.loop import sample
+from varedit_core.sampling import loop
+from varedit_core.sampling.batch import EditBatch
+from varedit_core.sampling.settings import SamplingSettings
 from varedit_core.shapeedit.evaluate import draw, evaluate
 from varedit_core.tokenizer.quantizer import area_resize
 from varedit_core.tokenizer.schedule import schedule_for
@@ -28,6 +31,11 @@ GREEDY = SamplingSettings(temperature=0.0)
 def run(record, settings=GREEDY, **more):
     features = record["ref.vae_features"].float()
     return list(sample(record.transformer, features, record.texts("text"), record.schedule, settings, **more))
+
+
+def draft_and_refine(drafter, refiner, *given, **more):
+    """The scales of an edit of which `drafter` draws the first ones."""
+    return loop.sample(engine_of([refiner, drafter], [None, None]), EditBatch.of(*given, **more))
 
 
 def bits(scales):
@@ -57,7 +65,7 @@ def test_a_window_of_the_whole_height_changes_nothing(layout, request):
 def test_a_window_hides_what_is_far(monkeypatch, patchify):
     """With a small window a change of the source's last rows does not reach the first rows of the last scale, but for
     what coarse scales and blocks before carry there; here: the keys that each band sees."""
-    monkeypatch.setattr("varedit_core.runtime.approximations.WHOLE", 4)
+    monkeypatch.setattr(window, "WHOLE", 4)
     schedule = schedule_for("0.06M")
     last = len(schedule) - 1
     seen = []
@@ -77,7 +85,7 @@ def test_bands_cover_every_query_once_and_stay_within_their_window():
     for index in (11, 12):
         height, width = schedule.grids[index]
         for first in (False, True):
-            found = bands(schedule, index, 0.1, first)
+            found = bands(schedule, index, 0.1, True, first)
             offset = schedule.grids[index] if first else schedule.grids[-1]
             own = offset[0] * offset[1] + sum(schedule.tokens[:index])
             assert found.tokens * len(found.listed) >= height * width > found.tokens * (len(found.listed) - 1)
@@ -118,18 +126,20 @@ def test_outside_a_mask_stands_the_source(patchify, inside):
 
 def test_shapeedit_of_single_pictures_skips_what_a_batch_computes(monkeypatch):
     """The union of many masks covers everything, so what skipping costs shows in batches of one only."""
-    counts, original = [], shortcuts.passes
+    counts, original = [], EditBatch.steps
 
     def counted(*args):
         made = original(*args)
         counts.append(sum(step.tokens is not None for step in made))
         return made
 
-    monkeypatch.setattr(sampling, "passes", counted)
+    monkeypatch.setattr(EditBatch, "steps", counted)
     editor = Editor.load(*demo_files())
     samples = draw(77, 6, families=["recolour"])
     for batch in (1, 6):
-        evaluate(editor, samples, SamplingSettings(guidance=1.0), batch, shortcuts=Shortcuts(inside=3, stop=5), masked=True)
+        evaluate(
+            editor, samples, SamplingSettings(guidance=1.0), batch, shortcuts=Shortcuts(inside=3, stop=5), masked=True
+        )
     assert sum(counts[:6]) > counts[6]
 
 
@@ -139,14 +149,14 @@ def test_a_mask_of_everything_changes_nothing(patchify):
     assert all(torch.equal(a, b) for a, b in zip(bits(whole), bits(masked)))
 
 
-@pytest.mark.parametrize("store", [KeyValueStore, EightBitStore])
+@pytest.mark.parametrize("store", [DeviceCache, EightBitCache])
 def test_every_copy_has_its_pictures_mask(patchify, store):
     features = patchify["ref.vae_features"].float().repeat(2, 1, 1, 1)
     mask = torch.zeros(2, 16, 16)
     mask[0, :4], mask[1, 12:] = 1, 1
     *_, last = sample(
         patchify.transformer, features, patchify.texts("text") * 2, patchify.schedule, GREEDY,
-        workspace=Workspace(store, kept=False), copies=2, mask=mask,
+        workspace=Workspace(store, kept=False), variations=2, mask=mask,
     )  # fmt: skip
     free = token_masks(mask, patchify.schedule)[-1].repeat_interleave(2, dim=0)
     assert torch.equal(last.free[..., ::2, ::2], free) and len(last.bits) == 4
@@ -156,9 +166,7 @@ def test_assigned_bits_do_not_leave_the_mask(patchify):
     mask = torch.zeros(1, 16, 16)
     mask[:, :4] = 1
     features = patchify["ref.vae_features"].float()
-    for scale in sample(
-        patchify.transformer, features, patchify.texts("text"), patchify.schedule, GREEDY, mask=mask
-    ):
+    for scale in sample(patchify.transformer, features, patchify.texts("text"), patchify.schedule, GREEDY, mask=mask):
         scale.bits = torch.zeros_like(scale.bits)
         free = scale.free.expand_as(scale.bits)
         assert not scale.bits[free].any() and torch.equal(scale.bits[~free], scale.source_bits[~free])
@@ -171,7 +179,7 @@ def test_a_refiner_goes_on_from_the_drafters_bits(patchify):
     features = record["ref.vae_features"].float()
     args = (features, record.texts("text"), record.schedule)
     drafted = run(record)
-    both = list(draft_and_refine(record.transformer, refiner, *args, Shortcuts(drafted=4), GREEDY))
+    both = list(draft_and_refine(record.transformer, refiner, *args, GREEDY, shortcuts=Shortcuts(drafted=4)))
     assert [scale.index for scale in both] == list(range(7))
     assert all(torch.equal(a, b) for a, b in zip(bits(both[:4]), bits(drafted[:4])))
     forced = []
@@ -180,7 +188,7 @@ def test_a_refiner_goes_on_from_the_drafters_bits(patchify):
             scale.bits = drafted[scale.index].bits
         forced.append(scale)
     assert all(torch.equal(a.logits, b.logits) for a, b in zip(both[4:], forced[4:]))
-    same = list(draft_and_refine(record.transformer, record.transformer, *args, Shortcuts(drafted=4), GREEDY))
+    same = list(draft_and_refine(record.transformer, record.transformer, *args, GREEDY, shortcuts=Shortcuts(drafted=4)))
     assert all(torch.equal(a, b) for a, b in zip(bits(same), bits(drafted)))
 
 
@@ -189,7 +197,7 @@ def test_a_refiner_goes_on_from_the_drafters_bits(patchify):
     [
         (dict(unguided=-1), "unguided must be a whole number"),
         (dict(stop=1.5), "stop must be a whole number"),
-        (dict(window=2), "window must be a share"),
+        (dict(window=2), "window must be a number from 0 to 1"),
         (dict(window=0.1, inside=2), "do not go together"),
     ],
 )
@@ -199,7 +207,7 @@ def test_shortcuts_out_of_range(values, message):
 
 
 def test_what_does_not_belong_together(patchify, plain):
-    features, texts = patchify["ref.vae_features"].float(), patchify.texts("text")
+    given = patchify["ref.vae_features"].float(), patchify.texts("text"), patchify.schedule
     with pytest.raises(ValueError, match="needs one; give a mask"):
         run(patchify, shortcuts=Shortcuts(inside=2))
     with pytest.raises(ValueError, match="the mask is empty"):
@@ -209,6 +217,6 @@ def test_what_does_not_belong_together(patchify, plain):
     with pytest.raises(ValueError, match="need a second transformer"):
         run(patchify, shortcuts=Shortcuts(drafted=2))
     with pytest.raises(ValueError, match="must share tokenizer"):
-        next(draft_and_refine(patchify.transformer, plain.transformer, features, texts, patchify.schedule, Shortcuts(drafted=3)))
+        next(draft_and_refine(patchify.transformer, plain.transformer, *given, shortcuts=Shortcuts(drafted=3)))
     with pytest.raises(ValueError, match="from 1 to 6"):
-        next(draft_and_refine(patchify.transformer, patchify.transformer, features, texts, patchify.schedule, Shortcuts(drafted=7)))
+        next(draft_and_refine(patchify.transformer, patchify.transformer, *given, shortcuts=Shortcuts(drafted=7)))

@@ -10,11 +10,13 @@ from support import ROOT
 from typer.testing import CliRunner
 
 from varedit_core import Editor
+from varedit_core.cli.common import Files
 from varedit_core.cli.sweep import sweep as command
-from varedit_core.defaults import NEUTRAL, SWEPT, Controls, SamplingSettings
+from varedit_core.controls.registry import NEUTRAL, SWEPT, Controls
 from varedit_core.demo import GUIDANCE, SIZE, demo_files
 from varedit_core.pictures.contact_sheet import Row, contact_sheet
-from varedit_core.sweep import MOST, Axis, grid, planned, sweep
+from varedit_core.sampling.settings import SamplingSettings
+from varedit_core.sweep import MOST, Axis, Swept, grid, planned, sweep
 
 CAT, WORDS = ROOT / "samples" / "cat.jpg", "make it sepia"
 
@@ -54,7 +56,11 @@ def test_values_have_the_kind_of_their_setting():
         ("score=best", None, r"unknown score 'best'; choose one of .*"),
         ("preset=wild", None, r"unknown preset 'wild'; choose one of .*"),
         ("seed=1", "seed=2", r"both axes are seed; choose another setting for one of them"),
-        (f"seed={','.join(map(str, range(51)))}", "strength=0,1", rf"the sweep has 102 edits; give fewer values, for at most {MOST}"),
+        (
+            f"seed={','.join(map(str, range(51)))}",
+            "strength=0,1",
+            rf"the sweep has 102 edits; give fewer values, for at most {MOST}",
+        ),
     ],
 )  # fmt: skip
 def test_a_wrong_sweep_is_one_sentence(x, y, message):
@@ -63,7 +69,9 @@ def test_a_wrong_sweep_is_one_sentence(x, y, message):
 
 
 def test_the_plan_has_all_other_settings_as_given():
-    cells = planned(Axis.parse("guidance=1,4"), Axis.parse("strength=1,0.5"), SamplingSettings(seed=7), Controls(preserve=0.2))
+    cells = planned(
+        Axis.parse("guidance=1,4"), Axis.parse("strength=1,0.5"), SamplingSettings(seed=7), Controls(preserve=0.2)
+    )
     assert [[(c.column, c.row) for c in row] for row in cells] == [
         [("guidance 1", "strength 1"), ("guidance 4", "strength 1")],
         [("guidance 1", "strength 0.5"), ("guidance 4", "strength 0.5")],
@@ -81,7 +89,7 @@ def test_a_cell_is_the_edit_with_its_settings_and_the_picture_is_encoded_once(ed
     ]
     encoded, encode, seen = [], editor.encode_source, []
     monkeypatch.setattr(editor, "encode_source", lambda images: encoded.append(len(images)) or encode(images))
-    made = sweep(editor, picture, WORDS, cells, size=SIZE, on_cell=lambda cell, result: seen.append((cell, result)))
+    made = sweep(editor, Swept(picture, WORDS, size=SIZE), cells, lambda cell, result: seen.append((cell, result)))
     assert encoded == [1]
     assert [cell for cell, _ in seen] == [c for row in cells for c in row]
     assert [result.tobytes() for _, result in seen] == [p.tobytes() for row in made for p in row]
@@ -95,9 +103,9 @@ def test_a_mask_and_a_negative_prompt_count(editor, picture):
     cells = planned(Axis.parse("guidance=2"))
     mask = Image.new("L", (120, 90))
     mask.paste(255, (60, 0, 120, 90))
-    ((plain,),) = sweep(editor, picture, WORDS, cells, size=SIZE)
-    ((masked,),) = sweep(editor, picture, WORDS, cells, size=SIZE, mask=mask)
-    ((other,),) = sweep(editor, picture, WORDS, cells, negative="make it a negative", size=SIZE)
+    ((plain,),) = sweep(editor, Swept(picture, WORDS, size=SIZE), cells)
+    ((masked,),) = sweep(editor, Swept(picture, WORDS, size=SIZE, mask=mask), cells)
+    ((other,),) = sweep(editor, Swept(picture, WORDS, "make it a negative", SIZE), cells)
     before, after = (np.asarray(p.convert("RGB"), dtype=int) for p in (Image.open(picture), masked))
     assert np.abs(after - before)[:, :59].max() == 0 < np.abs(after - before)[:, 62:].mean()
     assert other.tobytes() != plain.tobytes()
@@ -119,8 +127,19 @@ def run():
 
 
 def test_the_command_writes_a_grid_and_its_cells(run, editor, picture, tmp_path, monkeypatch):
-    monkeypatch.setattr("varedit_core.cli.sweep.load_editor", lambda *args, **more: editor)
-    arguments = [picture, WORDS, "--x", "guidance=1,2", "--y", "strength=1", "--cell", 64, "--folder", tmp_path / "cells"]
+    monkeypatch.setattr(Files, "load", lambda *args: editor)
+    arguments = [
+        picture,
+        WORDS,
+        "--x",
+        "guidance=1,2",
+        "--y",
+        "strength=1",
+        "--cell",
+        64,
+        "--folder",
+        tmp_path / "cells",
+    ]
     done = run(*arguments, "-o", tmp_path / "grid.png", "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
@@ -146,6 +165,6 @@ def test_the_command_writes_a_grid_and_its_cells(run, editor, picture, tmp_path,
     ],
 )
 def test_the_command_refuses_before_it_loads(run, picture, monkeypatch, arguments, message):
-    monkeypatch.setattr("varedit_core.cli.sweep.load_editor", lambda *args, **more: pytest.fail("loaded"))
+    monkeypatch.setattr(Files, "load", lambda *args: pytest.fail("loaded"))
     done = run(picture, WORDS, *(picture if a == "PICTURE" else a for a in arguments))
     assert isinstance(done.exception, ValueError) and message in str(done.exception)

@@ -1,4 +1,4 @@
-"""Pictures of text alone: Infinity's checkpoints through the same loop, by figures of its own code and a plain network."""
+"""Pictures of text alone: Infinity's checkpoints through the same loop, by figures of its code and a plain network."""
 
 import math
 import shutil
@@ -15,7 +15,10 @@ from typer.testing import CliRunner
 from benchmarks.real_size import published_shapes, random_tensor
 from varedit_core import Editor, SamplingSettings, load_transformer, sample, schedule_for
 from varedit_core.cli.app import app
-from varedit_core.defaults import KINDS, RATIOS, TEXT_SETTINGS, Shortcuts
+from varedit_core.controls.mask import token_masks
+from varedit_core.controls.registry import Shortcuts
+from varedit_core.controls.window import bands
+from varedit_core.defaults import KINDS, RATIOS
 from varedit_core.demo import demo_files
 from varedit_core.files.checkpoints import KIND
 from varedit_core.files.convert import convert
@@ -23,11 +26,14 @@ from varedit_core.files.info import inspect
 from varedit_core.files.lora import merge_lora
 from varedit_core.files.weights import open_weights
 from varedit_core.model.config import TRANSFORMERS
+from varedit_core.model.positions import rotary
 from varedit_core.pictures.images import load_mask
-from varedit_core.runtime.approximations import bands, token_masks
+from varedit_core.runtime.memory import engine_of
 from varedit_core.runtime.plan import STORES, Job
 from varedit_core.runtime.workspace import Workspace
-from varedit_core.sampling.drafting import draft_and_refine
+from varedit_core.sampling import loop
+from varedit_core.sampling.batch import EditBatch
+from varedit_core.sampling.settings import TEXT_SETTINGS
 from varedit_core.tokenizer.schedule import TABLES
 
 GREEDY = SamplingSettings(temperature=0.0)
@@ -37,7 +43,7 @@ CAT = ROOT / "samples" / "cat.jpg"
 
 @pytest.fixture(scope="module", params=["patchify", "plain"])
 def network(request, tmp_path_factory):
-    """A small transformer of random weights, known by its file's name, and its latent positions along a token's edge."""
+    """A small transformer of random weights, known by its file's name, and its latents along a token's edge."""
     bits, patch = (56, 2) if request.param == "patchify" else (32, 1)
     torch.manual_seed(3)
     shapes = published_shapes(depth=8, width=128, heads=2, token_bits=bits, text=256)
@@ -168,16 +174,19 @@ def test_the_features_are_not_read(network, texts):
     ("ratio", "area", "count", "figures"),
     [
         (1.0, "0.25M", 2521, {2: (1.0, 0.0, 0.656495, -0.75433), 40: (0.656495, -0.75433, 0.995257, -0.097276),
-                              1260: (-0.376742, 0.926318, -0.212036, -0.977262), 2520: (-0.95305, -0.302813, -0.95305, -0.302813)}),
+                              1260: (-0.376742, 0.926318, -0.212036, -0.977262),
+                               2520: (-0.95305, -0.302813, -0.95305, -0.302813)}),
         (1.5, "0.06M", 533, {2: (1.0, 0.0, -0.465064, 0.885277), 40: (1.0, 0.0, 0.580003, -0.814614),
-                             266: (-0.62768, 0.778472, -0.284847, 0.958573), 532: (-0.71613, -0.697966, -0.284847, 0.958573)}),
+                             266: (-0.62768, 0.778472, -0.284847, 0.958573),
+                               532: (-0.71613, -0.697966, -0.284847, 0.958573)}),
         (0.571, "1M", 11252, {2: (1.0, 0.0, 0.056361, -0.99841), 40: (0.175157, 0.984541, -0.684382, 0.729124),
-                              5626: (0.248617, -0.968602, -0.306095, -0.952001), 11251: (0.270098, 0.962833, -0.900639, 0.434568)}),
+                              5626: (0.248617, -0.968602, -0.306095, -0.952001),
+                               11251: (0.270098, 0.962833, -0.900639, 0.434568)}),
     ],
 )  # fmt: skip
 def test_positions_are_those_of_infinitys_code(ratio, area, count, figures):
-    """Cosine and sine of the second height and width angle of some tokens, head size 64, as Infinity's code has them."""
-    source, *scales = replace(schedule_for(area, ratio), source=False).rotary(64)
+    """Cosine and sine of the second height and width angle of some tokens, head size 64, as in Infinity's code."""
+    source, *scales = rotary(schedule_for(area, ratio), 64, False)
     tables = torch.cat(scales, dim=1)
     assert source.shape == (2, 0, 32) and tables.shape == (2, count, 32)
     for token, figure in figures.items():
@@ -199,7 +208,7 @@ def test_copies_are_runs_with_the_next_seeds(network, texts):
     schedule, settings = schedule_for("0.06M"), replace(DRAWN, guidance=[3, 3, 2, 1, 3, 1, 1])
     both = [texts[0], texts[0][:4]]
     for work in (None, Workspace()):
-        found = run(network, both, schedule, settings, copies=2, workspace=work)
+        found = run(network, both, schedule, settings, variations=2, workspace=work)
         for row in range(4):
             alone = run(network, [both[row // 2]], schedule, replace(settings, seed=settings.seed + row))
             equal = equal_bits([(bits[row : row + 1], None) for bits, _ in found], alone)
@@ -210,7 +219,13 @@ def test_a_workspace_that_stays(network, texts):
     """No picture and no text of the run before has a part in the next, also not where an edit came in between."""
     schedule, work, pair = schedule_for("0.06M"), Workspace(), (network, (editing(network[0]), network[1]))
     other = [texts[0].flip(0)]
-    runs = [(0, texts, DRAWN), (0, other, DRAWN), (0, texts, replace(DRAWN, seed=9)), (1, texts, DRAWN), (0, texts, DRAWN)]
+    runs = [
+        (0, texts, DRAWN),
+        (0, other, DRAWN),
+        (0, texts, replace(DRAWN, seed=9)),
+        (1, texts, DRAWN),
+        (0, texts, DRAWN),
+    ]
     for edits, given, settings in runs:
         found = run(pair[edits], given, schedule, settings, workspace=work)
         for (bits, logits), (expected, wanted) in zip(found, run(pair[edits], given, schedule, settings)):
@@ -229,7 +244,7 @@ def test_memory_that_stays_in_place(network, texts, monkeypatch):
 
     monkeypatch.setattr(Workspace, "_run", noted)
     for given in ([texts[0], texts[0][:4]], [texts[0][:5], texts[0].flip(0)]):
-        found = run(network, given, schedule, GREEDY, copies=2, workspace=work)
+        found = run(network, given, schedule, GREEDY, variations=2, workspace=work)
         wanted = run(network, [text for text in given for _ in range(2)], schedule, GREEDY)
         for (_, logits), (_, expected) in zip(found[:1], wanted):
             torch.testing.assert_close(logits, expected, atol=3e-5, rtol=0)
@@ -247,7 +262,9 @@ def test_every_store(network, texts, name, rows, ratio, monkeypatch):
     monkeypatch.setattr(STORES[name], "release", lambda self: kept.append(self))
     found = []
     work = Workspace(STORES[name], kept=False, rows_at_once=rows)
-    for scale, (bits, _) in zip(sample(network[0], nothing(network, schedule), texts, schedule, settings, workspace=work), wanted):
+    for scale, (bits, _) in zip(
+        sample(network[0], nothing(network, schedule), texts, schedule, settings, workspace=work), wanted
+    ):
         found.append((scale.bits, scale.logits))
         scale.bits = bits
     spread = torch.cat([logits.flatten() for _, logits in wanted]).std().item()
@@ -274,7 +291,9 @@ def test_without_a_source_less_is_kept_and_done():
     assert text.shares()[0] == 0 < edit.shares()[0] and sum(text.shares()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("shortcuts", [Shortcuts(inside=3), Shortcuts(unguided=2), Shortcuts(stop=5), Shortcuts(window=0.3)])
+@pytest.mark.parametrize(
+    "shortcuts", [Shortcuts(inside=3), Shortcuts(unguided=2), Shortcuts(stop=5), Shortcuts(window=0.3)]
+)
 def test_shortcuts(network, texts, shortcuts):
     schedule = schedule_for("0.25M" if shortcuts.window else "0.06M")
     features, mask = torch.randn(nothing(network, schedule).shape), torch.zeros(1, 64, 64)
@@ -297,11 +316,11 @@ def test_a_window_of_the_whole_height_changes_nothing(network, texts):
 
 @pytest.mark.parametrize("first", [False, True])
 def test_bands_count_no_source(first):
-    schedule = replace(schedule_for("0.25M"), source=False)
+    schedule = schedule_for("0.25M")
     for index, grid in enumerate(schedule.grids):
         seen = sum(schedule.tokens[: index + 1])
-        assert all(pieces == (slice(0, seen),) for pieces in bands(schedule, index, 1.0, first).listed)
-        narrow = bands(schedule, index, 0.1, first).listed
+        assert all(pieces == (slice(0, seen),) for pieces in bands(schedule, index, 1.0, False, first).listed)
+        narrow = bands(schedule, index, 0.1, False, first).listed
         assert max(piece.stop for pieces in narrow for piece in pieces) <= seen
         shortest = min(sum(piece.stop - piece.start for piece in pieces) for pieces in narrow)
         assert shortest < seen if grid[0] > 16 else shortest == seen
@@ -325,17 +344,20 @@ def test_bits_outside_the_mask_are_the_pictures(network, texts):
 
 def test_a_drafter_of_the_other_kind(network, texts):
     other, schedule = editing(network[0]), schedule_for("0.06M")
-    args = (nothing(network, schedule), texts, schedule, Shortcuts(drafted=3), GREEDY)
+    given = nothing(network, schedule), texts, schedule, GREEDY
+    batch = EditBatch.of(*given, shortcuts=Shortcuts(drafted=3))
     with pytest.raises(ValueError, match="must both edit or both make pictures of text"):
-        next(draft_and_refine(other, network[0], *args))
-    drafted = [scale.bits for scale in draft_and_refine(network[0], network[0], *args)]
+        engine_of([network[0], other], [None, None])
+    drafted = [scale.bits for scale in loop.sample(engine_of([network[0]] * 2, [None, None]), batch)]
     assert equal_bits([(bits, None) for bits in drafted], run(network, texts, schedule)) > 0.999
 
 
 # --- files ---
 
 
-@pytest.mark.parametrize(("name", "source"), [("infinity_2b_reg.pth", False), ("8B-512.pth", True), ("my_infinity.pth", True)])
+@pytest.mark.parametrize(
+    ("name", "source"), [("infinity_2b_reg.pth", False), ("8B-512.pth", True), ("my_infinity.pth", True)]
+)
 def test_a_files_name_and_what_is_said(published_state, tmp_path, name, source):
     torch.save(published_state | {"lvl_1L": torch.zeros(1, 9)}, tmp_path / name)  # a buffer of older files
     assert load_transformer(tmp_path / name).config.source == source
@@ -349,8 +371,12 @@ def test_a_files_name_and_what_is_said(published_state, tmp_path, name, source):
 def test_a_converted_file_says_what_it_is(published_state, tmp_path):
     for name in ("infinity_8b.pth", "8B-512.pth"):
         torch.save(published_state, tmp_path / name)
-    cases = [("infinity_8b.pth", "auto", "text-to-image"), ("infinity_8b.pth", "edit", "edit"), ("8B-512.pth", "auto", None),
-             ("8B-512.pth", "text-to-image", "text-to-image")]  # fmt: skip
+    cases = [
+        ("infinity_8b.pth", "auto", "text-to-image"),
+        ("infinity_8b.pth", "edit", "edit"),
+        ("8B-512.pth", "auto", None),
+        ("8B-512.pth", "text-to-image", "text-to-image"),
+    ]
     for number, (name, kind, told) in enumerate(cases):
         target = tmp_path / f"infinity_{number}.safetensors"  # what is written counts more than the name
         metadata = convert(tmp_path / name, target, kind=kind)
@@ -360,7 +386,10 @@ def test_a_converted_file_says_what_it_is(published_state, tmp_path):
     assert load_transformer(target, kind="edit").config.source
     lora = demo_files()[0].parents[1] / "loras" / "varedit_demo_duotone.safetensors"
     shutil.copy(demo_files()[0], tmp_path / "infinity_demo.safetensors")
-    assert merge_lora(tmp_path / "infinity_demo.safetensors", lora, tmp_path / "merged.safetensors")[KIND] == "text-to-image"
+    assert (
+        merge_lora(tmp_path / "infinity_demo.safetensors", lora, tmp_path / "merged.safetensors")[KIND]
+        == "text-to-image"
+    )
     assert not load_transformer(tmp_path / "merged.safetensors").config.source
     assert "varedit.kind" not in convert(demo_files()[1], tmp_path / "vae.safetensors", "fp32", kind="text-to-image")
 
@@ -397,7 +426,9 @@ def test_a_picture_is_repainted_inside_the_mask_alone(editor, prompt):
     mask = Image.new("L", picture.size)
     mask.paste(255, (200, 60, 400, 240))
     seen = []
-    (result,) = editor.generate(prompt, "0.06M", picture=CAT, mask=mask, on_scale=lambda s, fitted: seen.append(s.free is not None))
+    (result,) = editor.generate(
+        prompt, "0.06M", picture=CAT, mask=mask, on_scale=lambda s, fitted: seen.append(s.free is not None)
+    )
     assert result.size == picture.size and all(seen) and len(seen) == 7
     difference = ImageChops.difference(result, picture.convert("RGB"))
     left, upper, right, lower = difference.getbbox()
@@ -418,7 +449,21 @@ def test_what_does_not_go_together(editor, record, prompt):
 
 def command(*more):
     model, vae, text = demo_files()
-    arguments = ["generate", "a red square", "--model", model, "--vae", vae, "--text-encoder", text, "--size", "256", "--device", "cpu", *more]
+    arguments = [
+        "generate",
+        "a red square",
+        "--model",
+        model,
+        "--vae",
+        vae,
+        "--text-encoder",
+        text,
+        "--size",
+        "256",
+        "--device",
+        "cpu",
+        *more,
+    ]
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
@@ -432,4 +477,6 @@ def test_the_command(tmp_path):
     assert done.exit_code == 0 and Image.open(tmp_path / "b.png").size == Image.open(CAT).size
     assert "edits pictures" in str(command("-o", tmp_path / "c.png").exception)
     assert "go together" in str(command("--image", CAT, "-o", tmp_path / "c.png").exception)
-    assert "neither a number nor one of 1:1" in command("--ratio", "wide", "-o", tmp_path / "c.png").output.replace("│", "")
+    assert "neither a number nor one of 1:1" in command("--ratio", "wide", "-o", tmp_path / "c.png").output.replace(
+        "│", ""
+    )

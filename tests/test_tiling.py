@@ -17,7 +17,7 @@ from varedit_core.model.config import AUTOENCODERS
 from varedit_core.model.layers import Operations
 from varedit_core.pictures.images import fit, load_image
 from varedit_core.runtime import tiling
-from varedit_core.runtime.tiling import LEAST_TILE, decode_fitted, decode_tiled
+from varedit_core.runtime.tiling import LEAST_TILE, bytes_to_decode, decode_fitted, decode_tiled
 from varedit_core.tokenizer.quantizer import encode, latent_grids
 from varedit_core.tokenizer.vae import Autoencoder, ResidualBlock
 
@@ -137,8 +137,8 @@ def test_the_estimate_goes_with_widths_and_bits():
         Autoencoder(c, device="meta") for c in (AUTOENCODERS["8B"], load_autoencoder(demo_files()[1]).config)
     )
     half = Autoencoder(AUTOENCODERS["8B"], device="meta", decode_dtype=torch.bfloat16)
-    assert wide.bytes_to_decode == 2 * half.bytes_to_decode == 3 * 256 * 64 * 4
-    assert narrow.bytes_to_decode < wide.bytes_to_decode / 2
+    assert bytes_to_decode(wide) == 2 * bytes_to_decode(half) == 3 * 256 * 64 * 4
+    assert bytes_to_decode(narrow) < bytes_to_decode(wide) / 2
 
 
 @torch.no_grad()

@@ -11,8 +11,10 @@ from PIL import Image
 from safetensors import safe_open
 from support import GOLDEN, ROOT
 from test_nodes import comfy, models, nodes, pack  # noqa: F401
+from typer.testing import CliRunner
 
-from varedit_core.tokenizer.tokens import Tokens, notes_of
+from varedit_core.cli.app import app
+from varedit_core.tokenizer.tokens import Tokens
 
 TOKENS = json.loads((ROOT / "workflows" / "api" / "tokens.json").read_text())
 VAE, PICTURE, SAMPLER = ["4", 0], ["5", 0], "8"
@@ -123,7 +125,7 @@ def test_an_edit_is_saved_loaded_and_decoded_to_the_same_pictures(server, settin
     done = server.run(edit(more, save, shown([SAMPLER, 0]), **settings))
     name, path = saved(server, done)
     assert name.startswith("sub/kept_0") and path.stat().st_size < bytes_at_most
-    assert Tokens.load(path).complete and notes_of(path) == {}
+    assert Tokens.load(path).complete and len(written(path)[1]) == 2
     load = {"l": node("+LoadTokens", file=name)}
     again = server.run(edit(load, shown(["l", 0])))
     assert same(levels(server, done), levels(server, again))
@@ -310,11 +312,38 @@ def test_a_wrong_sweep_is_one_sentence_in_comfyui(server, changes, message):
     assert error(server, edit(swept(**changes))) == message
 
 
-def test_notes_lie_beside_the_tokens(server, tmp_path):
-    """As the sampler's own auto mask does, so that a loaded edit is composited as the first one was."""
-    _, path = saved(server, server.run(edit({"t": node("+SaveTokens", latent=[SAMPLER, 0], filename_prefix="kept")})))
-    tokens = Tokens.load(path)
-    tokens.save(tmp_path / "noted.safetensors", notes={"auto_mask": "0.5", "format": "other"})
-    assert notes_of(tmp_path / "noted.safetensors") == {"auto_mask": "0.5"}
-    assert Tokens.load(tmp_path / "noted.safetensors").images == 1, "a note cannot take a name of the format's"
-    assert len(written(path)[1]) == 2
+LOCAL = "in the bottom centre, add a pink square"
+CONTROLS = dict(strength=1.0, preserve=0.0, source_attention=1.0, feather=1, auto_mask=0.5, best_of=1, best_at=4, score="near")
+
+
+def test_the_auto_mask_travels_with_the_tokens_from_nodes_to_nodes_and_the_command_line(server, tmp_path):
+    """Composited from a file as from the sampler's own latent, cut ones as drafts."""
+    made = {"o": node("+Controls", **CONTROLS), "w": node("+TextEncode", clip=["3", 0], text=LOCAL)}
+    made["t"] = node("+SaveTokens", latent=[SAMPLER, 0], filename_prefix="auto")
+    whole = shown([SAMPLER, 0], "v", image=None)
+    done = server.run(edit(made, shown([SAMPLER, 0]), whole, controls=["o", 0], positive=["w", 0]))
+    name, path = saved(server, done)
+    assert Tokens.load(path).auto_mask == 0.5 and not same(levels(server, done), levels(server, done, "v"))
+    load = {"l": node("+LoadTokens", file=name), "f": node("+FirstScales", latent=["l", 0], scales=7)}
+    load["g"] = node("+FirstScales", latent=["l", 0], scales=4)
+    drafts = {**shown(["g", 0], "h"), **shown(["g", 0], "i", image=None)}
+    again = server.run(edit(load, shown(["l", 0]), shown(["f", 0], "u"), drafts))
+    assert same(levels(server, done), levels(server, again)) and same(levels(server, done), levels(server, again, "u"))
+    assert same(levels(server, again, "h"), levels(server, again, "i")), "a draft is shown whole"
+    arguments = ["decode", path, "--image", ROOT / "samples" / "scene.png", "-o", tmp_path / "d.png", "--device", "cpu"]
+    decoded = CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
+    assert decoded.exit_code == 0, decoded.output
+    assert same(levels(server, done), [np.asarray(Image.open(tmp_path / "d.png"), dtype=np.int16)])
+
+
+def test_the_auto_mask_travels_with_the_tokens_from_the_command_line_to_nodes(server, tmp_path):
+    scene = ROOT / "samples" / "scene.png"
+    tokens = ["--auto-mask", 0.5, "--save-tokens", server.base / "input" / "auto.safetensors", "--device", "cpu"]
+    arguments = ["edit", scene, LOCAL, "-o", tmp_path / "e.png", *tokens]
+    edited = CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
+    assert edited.exit_code == 0, edited.output
+    load = {"l": node("+LoadTokens", file="auto.safetensors", vae=VAE)}
+    kept = np.asarray(Image.open(tmp_path / "e.png"), dtype=np.int16)
+    assert same(levels(server, server.run(edit(load, shown(["l", 0])))), [kept])
+    before = np.asarray(Image.open(scene).convert("RGB"), dtype=np.int16)
+    assert (kept[:100] == before[:100]).all() and (kept != before).any()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
 import subprocess
@@ -22,9 +23,8 @@ from support import ROOT
 accelerate = pytest.importorskip("accelerate")
 
 from varedit_core import Editor  # noqa: E402
-from varedit_core.defaults import SamplingSettings  # noqa: E402
 from varedit_core.model.config import AutoencoderConfig  # noqa: E402
-from varedit_core.model.transformer import PaddedTexts  # noqa: E402
+from varedit_core.sampling.settings import SamplingSettings  # noqa: E402
 from varedit_core.tokenizer.quantizer import encode, latent_grids, to_tokens  # noqa: E402
 from varedit_core.tokenizer.schedule import schedule_for  # noqa: E402
 from varedit_core.tokenizer.vae import Autoencoder  # noqa: E402
@@ -200,7 +200,9 @@ def test_the_manual_names_every_setting():
     tables = dict(re.findall(r"^### `([\w.\[\]]+)`.*?\n((?:.*\n)*?)(?=^#|\Z)", text, flags=re.MULTILINE))
     kinds = {
         "[[stage]]": settings.Stage, "stage.data": settings.Data, "stage.optimisation": settings.Optimisation,
-        "stage.objective": settings.Objective, "stage.reconstruction": settings.Reconstruction, "stage.lora": settings.Lora, "stage.new_transformer": NewTransformer,
+        "stage.objective": settings.Objective, "stage.reconstruction": settings.Reconstruction,
+        "stage.lora": settings.Lora,
+        "stage.new_transformer": NewTransformer,
         "stage.new_tokenizer": settings.NewTokenizer, "stage.new_text": NewText,
     }  # fmt: skip
     assert set(tables) == set(kinds)
@@ -268,8 +270,8 @@ def test_blocks_compile_twice_a_text_length_whatever_the_depth():
     store = BlockCausal(SCHEDULE, 32, "cpu")
     source, *inputs = (torch.randn(2, n, 4 * BITS) for n in (256, *SCHEDULE.tokens[1:]))
     for length, expected in ((8, 2), (16, 4), (8, 4)):
-        texts = PaddedTexts(torch.randn(2, length, 128), torch.ones(2, length, dtype=torch.bool))
-        parallel_logits(network, source, inputs, texts, store)
+        texts, real = torch.randn(2, length, 128), torch.ones(2, length, dtype=torch.bool)
+        parallel_logits(network, source, inputs, texts, store, real=real)
         assert len(graphs) == expected
 
 
@@ -295,8 +297,8 @@ def test_dropped_texts_are_the_learned_ones(parts):
     task = task_of(parts)
     batch = next(pairs.pair_batches(task, 0))
     texts = task.model._texts(batch, torch.tensor([True, False]))
-    learned = task.transformer.unconditional(texts.features.shape[1], "cpu")
-    assert torch.equal(texts.features[0], learned) and torch.equal(texts.features[1], batch["features"][1])
+    learned = task.transformer.unconditional(texts.shape[1], "cpu")
+    assert torch.equal(texts[0], learned) and torch.equal(texts[1], batch["features"][1])
 
 
 def test_checkpointing_gives_the_same_gradients(parts):
@@ -475,11 +477,172 @@ def test_results_load_and_edit(parts, tmp_path):
     assert (folder / "loss.png").exists() and len(list(folder.glob("events.*"))) == 2
 
 
-def test_an_undefined_loss_is_named(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks.TransformerTask, "encode", lambda self, x: torch.zeros(len(x), BITS, 32, 32))
-    monkeypatch.setattr(tasks, "bit_loss", lambda *a: (a[0][0].sum() * torch.nan, torch.zeros(7)))
-    with pytest.raises(ValueError, match="stage a: the loss became undefined at step 1; lower the learning rate"):
-        run(edits(parts), tmp_path / "out")
+BROKEN = {
+    "undefined": lambda loss: loss * torch.nan,
+    "infinite": lambda loss: loss * torch.inf,
+    "infinite, beside the weights": lambda loss: loss + torch.inf,
+}
+
+
+def broken_from(monkeypatch, begin: int, broken) -> None:
+    """Make the loss of every step from `begin` on no number."""
+    true, made = tasks.bit_loss, []
+
+    def bit_loss(*arguments):
+        made.append(1)
+        loss, scales = true(*arguments)
+        return (loss if len(made) < begin else broken(loss)), scales
+
+    monkeypatch.setattr(tasks, "bit_loss", bit_loss)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Checkpoints and results of a stage, and what is in them."""
+    kept = [p for p in folder.rglob("*") if p.is_file() and (p.suffix == ".safetensors" or "state-" in str(p))]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
+
+
+@pytest.mark.parametrize(("broken", "log_every"), [*zip(BROKEN, (1, 99, 99))])
+def test_an_undefined_loss_stops_before_it_is_written(parts, tmp_path, monkeypatch, broken, log_every):
+    """Between two saved steps, of figures that are read or not: checkpoint and result stay those of the step before."""
+    (stage,) = edits(parts, f"a.log_every={log_every}", "a.save_every=2", "a.steps=4")
+    with monkeypatch.context() as patch:
+        killed_after(patch, 2)
+        with pytest.raises(Killed):
+            run([stage], tmp_path / "out")
+    good = files_of(tmp_path / "out" / "a")
+    assert any(name.startswith("state-2/") for name in good) and "transformer.safetensors" in good
+    broken_from(monkeypatch, 1, BROKEN[broken])
+    with pytest.raises(ValueError, match="^stage a: the loss became undefined at step 3; lower the learning rate$"):
+        run([stage], tmp_path / "out", resume=True)
+    assert files_of(tmp_path / "out" / "a") == good
+    assert not (tmp_path / "out" / "a" / "finished.json").exists()
+    assert all(map(math.isfinite, losses(tmp_path / "out" / "a")))
+    monkeypatch.undo()
+    assert run([stage], tmp_path / "out", resume=True), "whole, so that a training goes on from it"
+
+
+def test_undefined_weights_stop_before_they_are_written(parts, tmp_path, monkeypatch):
+    """A loss may be a number and its gradient none."""
+    (stage,) = edits(parts, "a.save_every=1")
+    true = engine._step
+
+    def step(task, model, *more):
+        done = true(task, model, *more)
+        next(p for p in model.parameters() if p.requires_grad).data.flatten()[0] = torch.nan
+        return done
+
+    monkeypatch.setattr(engine, "_step", step)
+    with pytest.raises(ValueError, match="^stage a: the weights became undefined at step 1; lower the learning rate$"):
+        run([stage], tmp_path / "out")
+    assert not files_of(tmp_path / "out" / "a")
+
+
+class Folders:
+    """What saving asks of an accelerator: a checkpoint of several files, in a folder of its own."""
+
+    is_main_process = True
+    FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl")
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def save_state(self, folder: str) -> None:
+        Path(folder).mkdir(parents=True)
+        for name in self.FILES:
+            (Path(folder) / name).write_text(f"step {self.step}")
+
+    def wait_for_everyone(self) -> None:
+        pass
+
+    @classmethod
+    def step_of(cls, folder: Path) -> int:
+        """The step of a checkpoint, which must be whole."""
+        (step,) = {(folder / name).read_text() for name in cls.FILES}
+        assert step == folder.name.replace("state-", "step ")
+        return int(step.split()[1])
+
+
+CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.unlink", "shutil.rmtree")
+
+
+def save(folder: Path, step: int) -> None:
+    engine._save_state(folder, step, Folders(step))
+
+
+def killed_at(moment: int, work, *arguments) -> bool:
+    """Do something in a process that dies, without any clean-up, before its change number `moment` of the disk; whether
+    it died."""
+    child = os.fork()
+    if not child:
+        seen = []
+
+        def hook(event, arguments):
+            if event in CHANGES and not (event == "open" and arguments[1] in ("r", "rb", None)):
+                seen.append(event)
+                if len(seen) > moment:
+                    os._exit(9)
+
+        sys.addaudithook(hook)
+        work(*arguments)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a kill is that of a forked process")
+def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path):
+    found = []
+    for moment in range(100):
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        save(folder, 5)
+        died = killed_at(moment, save, folder, 10)
+        found.append(Folders.step_of(engine._last_state(folder)))
+        killed_at(moment, save, folder, found[-1] + 5)  # a training that goes on is killed again
+        assert Folders.step_of(engine._last_state(folder)) in (found[-1], found[-1] + 5)
+        save(folder, 20)
+        assert [path.name for path in folder.iterdir()] == ["state-20"], "nothing of the killed ones is left"
+        if not died:
+            break
+    assert found == sorted(found) and found[0] == 5 and found[-1] == 10 and found.count(5) > 4 < found.count(10)
+
+
+def test_a_failed_checkpoint_leaves_nothing_behind(tmp_path):
+    save(tmp_path, 5)
+
+    class Full(Folders):
+        def save_state(self, folder: str) -> None:
+            super().save_state(folder)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine._save_state(tmp_path, 10, Full(10))
+    assert [path.name for path in tmp_path.iterdir()] == ["state-5"] and engine._last_state(tmp_path).name == "state-5"
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_training_killed_while_it_saves_goes_on(parts, tmp_path, monkeypatch, published):
+    """Before its first checkpoint has its name and after its second one has: to the same losses."""
+    (stage,) = (replace(stage, save_every=1) for stage in CASES["tokenizer"](parts))
+    assert run([stage], tmp_path / "unbroken")
+
+    def kill(*arguments, **more):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.shutil, "rmtree", kill if published else lambda *a, **more: None)  # nothing is cleaned up
+        if not published:
+            patch.setattr(Path, "rename", kill)
+        with pytest.raises(Killed):
+            run([stage], tmp_path / "broken")
+    folder = tmp_path / "broken" / "a"
+    names = {path.name for path in folder.glob("state-*")}
+    assert names == ({"state-1", "state-2"} if published else {"state-1.partial"})
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')  # a line that the kill cut off
+    assert run([stage], tmp_path / "broken", resume=True)
+    assert losses(tmp_path / "unbroken" / "a") == losses(folder)
+    assert not list(folder.glob("*.partial"))
 
 
 def test_stages_of_different_precisions_follow_each_other(parts, tmp_path, monkeypatch):
@@ -588,6 +751,7 @@ def test_what_sharding_cannot_do_is_refused(parts, change, message):
 
 
 def test_editing_does_not_import_training():
-    code = "import sys, varedit_core.cli.app; print(sorted({'accelerate', 'peft', 'datasets', 'varedit_core.training.run'} & set(sys.modules)))"
+    heavy = "{'accelerate', 'peft', 'datasets', 'varedit_core.training.run'}"
+    code = f"import sys, varedit_core.cli.app; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stderr

@@ -7,20 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from varedit_core.defaults import SamplingSettings
-from varedit_core.model.kv_cache import KeyValueStore
-from varedit_core.model.transformer import Condition, FoldedText, PaddedTexts
+from varedit_core.model.layers import sdpa
 from varedit_core.runtime import workspace
+from varedit_core.runtime.folded_text import FoldedText, fill, room
 from varedit_core.runtime.graphs import State
+from varedit_core.runtime.kv_caches import DeviceCache
+from varedit_core.runtime.session import sample
 from varedit_core.runtime.workspace import Shape, Workspace
-from varedit_core.sampling.loop import sample
+from varedit_core.sampling.settings import SamplingSettings
 
 SETTINGS = SamplingSettings(temperature=0.7, seed=5)
 
 
 @pytest.fixture
 def folding(monkeypatch):
-    """Workspaces on the CPU take the form they have on CUDA: memory that stays, folded texts; only nothing is recorded."""
+    """Workspaces on the CPU take the form they have on CUDA: memory that stays, folded texts; nothing is recorded."""
     monkeypatch.setattr(Workspace, "_recording", property(lambda self: self.kept))
     monkeypatch.setattr(Workspace, "_run", lambda self, name, step, function, *inputs: function(*inputs))
 
@@ -44,9 +45,7 @@ def passes(monkeypatch, patchify):
 def edit(record, workspace=None, settings=SETTINGS, features=None, texts=None, **more):
     features = record["ref.vae_features"].float() if features is None else features
     texts = texts or record.texts("text")
-    scales = sample(
-        record.transformer, features, texts, record.schedule, settings, workspace=workspace, **more
-    )
+    scales = sample(record.transformer, features, texts, record.schedule, settings, workspace=workspace, **more)
     return [(scale.bits.clone(), scale.logits.clone()) for scale in scales]
 
 
@@ -130,8 +129,8 @@ def test_a_folded_text_is_cross_attention(patchify):
         row[: len(text)] = text
     real = torch.arange(32) < torch.tensor([len(text) for text in texts])[:, None]
     constants = network.constants(features.device)
-    room = Condition.room(network.config, constants, 4, 2, 32, True, torch.float32)
-    folded, plain = network.condition(PaddedTexts(features, real), room=room), network.condition(texts)
+    folded, plain = room(network.config, constants, 4, 2, 32, True, torch.float32), network.condition(texts)
+    fill(folded, network, features, real, sdpa)
     torch.manual_seed(0)
     h = torch.randn(2, 7, network.config.width)
     for block, one, other in zip(network.blocks, plain.blocks, folded.blocks):
@@ -152,7 +151,7 @@ def test_copies_are_edits_with_the_next_seeds(patchify, passes, form, request):
     features = torch.cat([patchify["ref.vae_features"].float(), patchify["ref.vae_features"].float().flip(-1)])
     texts = [patchify.texts("text")[0], patchify.texts("text")[0][:4]]
     settings = replace(SETTINGS, guidance=[3, 3, 2, 1, 3, 1, 1])
-    found = edit(patchify, Workspace(), settings, features, texts, copies=3)
+    found = edit(patchify, Workspace(), settings, features, texts, variations=3)
     assert passes["source"] == 1
     for image in range(2):
         for copy in range(3):
@@ -218,7 +217,7 @@ def test_the_state_of_a_network_tells_of_every_change():
 
 
 def test_a_store_of_another_kind(patchify):
-    class Counted(KeyValueStore):
+    class Counted(DeviceCache):
         made = 0
 
         def __init__(self, *args, **kw):
@@ -250,13 +249,15 @@ def test_a_recorded_pass_serves_other_lengths_only_where_a_kernel_reads_them(pat
 
 
 def test_copies_of_a_source_are_not_taken_apart(patchify):
-    found, wanted = (edit(patchify, Workspace(rows_at_once=rows), copies=2) for rows in (1, None))
+    found, wanted = (edit(patchify, Workspace(rows_at_once=rows), variations=2) for rows in (1, None))
     same(found, wanted, atol=2e-5)
 
 
 def test_an_edit_that_cannot_begin_leaves_nothing(patchify, monkeypatch):
     work = Workspace(kept=False)
-    monkeypatch.setattr(type(patchify.transformer), "condition", lambda *args, **kw: (_ for _ in ()).throw(RuntimeError("stop")))
+    monkeypatch.setattr(
+        type(patchify.transformer), "condition", lambda *args, **kw: (_ for _ in ()).throw(RuntimeError("stop"))
+    )
     with pytest.raises(RuntimeError, match="stop"):
         edit(patchify, work)
     assert work.store is None and work.transformer is None

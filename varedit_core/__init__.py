@@ -8,10 +8,11 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 _HOMES = {
-    "Controls": "defaults", "Editor": "editor", "Region": "editor", "SamplingSettings": "defaults",
-    "Tokens": "tokenizer.tokens", "Scale": "sampling.loop", "Schedule": "tokenizer.schedule",
+    "Controls": "controls.registry", "Editor": "editor", "Region": "pictures.composite",
+    "SamplingSettings": "sampling.settings", "Shortcuts": "controls.registry",
+    "Tokens": "tokenizer.tokens", "Scale": "sampling.scale", "Schedule": "tokenizer.schedule",
     "WeightError": "files.weights", "load_autoencoder": "files.checkpoints", "load_text_encoder": "text.encoder",
-    "load_transformer": "files.checkpoints", "sample": "sampling.loop", "schedule_for": "tokenizer.schedule",
+    "load_transformer": "files.checkpoints", "sample": "runtime.session", "schedule_for": "tokenizer.schedule",
 }  # fmt: skip
 __all__ = sorted(_HOMES)
 

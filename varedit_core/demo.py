@@ -12,11 +12,11 @@ GUIDANCE = 2.0
 """Less than the published models' 3: it edits as well and keeps backgrounds better (docs/LOG.md)."""
 NOTICE = "using the demo model, a toy that knows drawn shapes and global styles only; --model names another"
 FILES = ("diffusion_models/varedit_demo.safetensors", "vae/varedit_demo_tokenizer.safetensors", "text_encoders")
-"""Transformer, tokenizer and text encoder, in folders named as ComfyUI names them: the pack adds these to its own."""
+"""Transformer, VAE and text encoder, in folders named as ComfyUI names them: the pack adds these to its own."""
 
 
 def demo_files() -> tuple[Path, Path, Path]:
-    """The demo model's transformer, tokenizer and text encoder (a folder). FileNotFoundError where one is missing."""
+    """The demo model's transformer, VAE and text encoder (a folder). FileNotFoundError where one is missing."""
     paths = tuple(FOLDER / name for name in FILES)
     missing = [path.name for path in paths if not path.exists()]
     if missing:

@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .defaults import SamplingSettings
 from .editor import device_of
 from .files.checkpoints import load_autoencoder, load_transformer
 from .files.weights import WeightError, Weights, open_weights
 from .model.config import patch_size
 from .model.transformer import Transformer
 from .pictures.images import to_uint8
-from .sampling.loop import Scale, sample
+from .runtime.session import sample
+from .sampling.scale import Scale
+from .sampling.settings import SamplingSettings
 from .tokenizer.quantizer import area_resize, codes, decode, latent_grids, linear_resize, to_tokens
 from .tokenizer.schedule import Schedule, schedule_from
 from .tokenizer.vae import Autoencoder

@@ -9,17 +9,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from PIL import Image
+from torch import Tensor
 
-from .defaults import DEFAULT_SETTINGS, FIT, NEUTRAL, PRESET, SIZE, SWEPT, Controls, SamplingSettings
+from .controls.base import Known
+from .controls.registry import NEUTRAL, NO_SHORTCUTS, SWEPT, Controls, problems
+from .defaults import FIT, SIZE
 from .editor import Editor, Picture
 from .pictures.contact_sheet import LETTERS, Row, contact_sheet
 from .pictures.images import load_image
+from .sampling.settings import DEFAULT_SETTINGS, PRESET, SamplingSettings
+from .tokenizer.schedule import Schedule
 
 CELL = 256
 """Largest side of a picture on the grid, in pixels."""
 MOST = 100
 """Edits of a sweep, at most."""
-_NEUTRAL = {field.name: field.default for kind in (SamplingSettings, Controls) for field in fields(kind)} | {"preset": PRESET}
+_NEUTRAL = {field.name: field.default for kind in (SamplingSettings, Controls) for field in fields(kind)} | {
+    "preset": PRESET
+}
 _PREFERRED_LETTERS = 16  # pixels of a cell to one of its label
 
 
@@ -32,7 +39,8 @@ class Axis:
 
     @classmethod
     def read(cls, name: str, texts: str) -> Axis:
-        """Values with commas between them, each once. ValueError for an unknown setting and for what is none of its values."""
+        """Values with commas between them, each once. ValueError for an unknown setting, and for what is none of its
+        values."""
         if name not in SWEPT:
             raise ValueError(f"there is no setting {name!r} to sweep; choose one of {', '.join(SWEPT)}")
         kind = type(_NEUTRAL[name])
@@ -55,7 +63,9 @@ class Axis:
 
     @property
     def labels(self) -> list[str]:
-        return [f"{self.name} {value:g}" if isinstance(value, float) else f"{self.name} {value}" for value in self.values]
+        return [
+            f"{self.name} {value:g}" if isinstance(value, float) else f"{self.name} {value}" for value in self.values
+        ]
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,8 @@ class Cell:
 def planned(
     x: Axis, y: Axis | None = None, settings: SamplingSettings = DEFAULT_SETTINGS, controls: Controls = NEUTRAL
 ) -> list[list[Cell]]:
-    """The edits of a sweep, row by row, with all other settings as given. ValueError, before anything runs, where two axes
-    are one setting, where a value is out of its setting's range, and for too many edits."""
+    """The edits of a sweep, row by row, with all other settings as given. ValueError, before anything runs, where two
+    axes are one setting, where a value is out of its setting's range, and for too many edits."""
     if y is not None and x.name == y.name:
         raise ValueError(f"both axes are {x.name}; choose another setting for one of them")
     count = len(x.values) * (len(y.values) if y else 1)
@@ -88,6 +98,36 @@ def planned(
     ]
 
 
+def check(cells: Sequence[Sequence[Cell]], schedule: Schedule, mask: bool = False, negative: bool = False) -> None:
+    """Raise ValueError, before anything runs, for edits with settings that count for nothing (`registry.problems`), and
+    where two values of an axis give the same edits."""
+    listed = [cell for row in cells for cell in row]
+    known = [Known(schedule, cell.settings, cell.controls, NO_SHORTCUTS, mask) for cell in listed]
+    found = dict.fromkeys(text for edit in known for text in problems(edit))
+    if negative and not any(edit.guided(range(edit.stop)) for edit in known):
+        found["negative counts only with guidance, which is 1 at every scale; raise guidance, or leave it out"] = None
+    for name, lines in (("row", cells), ("column", list(zip(*cells)))):
+        seen: dict = {}
+        for line in lines:
+            same = seen.setdefault(tuple(_acts(cell, schedule) for cell in line), line)
+            if same is not line:
+                one, other = (getattr(each[0], name) for each in (same, line))
+                found[
+                    f"{one} and {other} give the same (without temperature no seed and no top_p counts); leave one out"
+                ] = None
+    if found:
+        raise ValueError("; ".join(found))
+
+
+def _acts(cell: Cell, schedule: Schedule) -> tuple:
+    """All of a cell that an edit depends on."""
+    plan = [
+        (guidance, warmth, top_p if warmth else None)
+        for guidance, warmth, top_p in cell.settings.per_scale(len(schedule))
+    ]
+    return tuple(plan), cell.settings.seed if any(warmth for _, warmth, _ in plan) else None, cell.controls
+
+
 def _with(values: dict, settings: SamplingSettings, controls: Controls) -> tuple[SamplingSettings, Controls]:
     def own(kind) -> dict:
         return {field.name: values[field.name] for field in fields(kind) if field.name in values}
@@ -97,31 +137,42 @@ def _with(values: dict, settings: SamplingSettings, controls: Controls) -> tuple
     return settings, replace(controls, **own(Controls))
 
 
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """What every edit of a sweep has in common; the arguments are those of `Editor.run`."""
+
+    picture: Picture
+    instruction: str | Tensor
+    negative: str = ""
+    size: str = SIZE
+    method: str = FIT
+    mask: Image.Image | None = None
+
+
 def sweep(
     editor: Editor,
-    picture: Picture,
-    instruction,
+    swept: Swept,
     cells: Sequence[Sequence[Cell]],
-    negative: str = "",
-    size: str = SIZE,
-    method: str = FIT,
-    mask: Image.Image | None = None,
     on_cell: Callable[[Cell, Image.Image], None] | None = None,
 ) -> list[list[Image.Image]]:
     """The pictures of the edits that `planned` lists; picture and instruction are encoded once.
 
-    The arguments are those of `Editor.run`. on_cell: called with every edit when it is done.
+    on_cell: called with every edit when it is done.
     """
-    source = load_image(picture) if not hasattr(picture, "rgb") else picture
-    features = editor.encode_source([editor.fit(source, size, method)])
-    prompt = editor.encode_text([instruction])[0] if isinstance(instruction, str) else instruction
-    unwanted = [editor.encode_text([negative])[0]] if negative else None
-    more = dict(size=size, method=method, mask=mask, features=features)
+    source = swept.picture if hasattr(swept.picture, "rgb") else load_image(swept.picture)
+    fitted = editor.fit(source, swept.size, swept.method)
+    check(cells, fitted.schedule, swept.mask is not None, bool(swept.negative))
+    features = editor.encode_source([fitted])
+    words = swept.instruction
+    prompt = editor.encode_text([words])[0] if isinstance(words, str) else words
+    unwanted = [editor.encode_text([swept.negative])[0]] if swept.negative else None
+    more = dict(size=swept.size, method=swept.method, mask=swept.mask, features=features)
     rows = []
     for row in cells:
         rows.append([])
         for cell in row:
-            (result,) = editor.run(source, prompt, unwanted, settings=cell.settings, controls=cell.controls, **more).pictures
+            negative = unwanted if cell.settings.guided else None
+            (result,) = editor.edit(source, prompt, negative, settings=cell.settings, controls=cell.controls, **more)
             rows[-1].append(result)
             if on_cell:
                 on_cell(cell, result)

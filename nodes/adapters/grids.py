@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ...varedit_core.defaults import SamplingSettings
+from ...varedit_core.sampling.settings import SamplingSettings
 from ...varedit_core.sweep import Axis, grid, planned
 from .pictures import decode_edit, to_image, to_pillow
 from .running import Edit, sample_latent

@@ -55,7 +55,7 @@ class Keeper(comfy.model_patcher.ModelPatcher):
         return 0  # it fills while an edit runs
 
     def partially_unload(self, *args, **kw) -> int:
-        freed = self.work.nbytes
+        freed = 0 if self.work.busy else self.work.nbytes  # an edit at work keeps it, and lets go at its end
         self.work.forget()
         return freed
 

@@ -15,15 +15,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ...varedit_core.controls.effects import differing
 from ...varedit_core.pictures.canvas import faded
+from ...varedit_core.pictures.composite import found_mask
 from ...varedit_core.pictures.contact_sheet import Row, contact_sheet
 from ...varedit_core.pictures.images import Fitting, fit, fit_mask, load_image, unfit, unfit_mask
-from ...varedit_core.pictures.preview import LEAST_DECODED, SIDE, ColourMap, at_own_size, enlarged
-from ...varedit_core.sampling.batch import repeated
+from ...varedit_core.pictures.preview import LEAST_DECODED, SIDE, at_own_size, enlarged
 from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS, Schedule, schedule_for
 from ...varedit_core.tokenizer.tokens import Tokens
-from .vae import VAREditVAE, checked_vae
+from .vae import Colours, VAREditVAE, checked_vae
 
 KEY = "varedit"
 """Where a LATENT keeps its `Origin`."""
@@ -35,15 +34,19 @@ class Origin:
 
     colours: None where no VAE was at hand. scales: how many scales' sums of each picture the latent holds, one scale
     after the other; 0: the result alone. empty: whether the latent is a size alone, for pictures made of text. tokens:
-    whose sum the latent is, where it is one. auto_mask: by how much the edit found its own mask (see `controls`).
+    whose sum the latent is, where it is one.
     """
 
     fitting: Fitting
-    colours: ColourMap | None = None
+    colours: Colours | None = None
     scales: int = 0
     empty: bool = False
     tokens: Tokens | None = None
-    auto_mask: float = 0.0
+
+    @property
+    def auto_mask(self) -> float:
+        """By how much the edit found its own mask (see `Controls`)."""
+        return self.tokens.auto_mask if self.tokens else 0.0
 
 
 def to_pillow(image_HWC: Tensor) -> Image.Image:
@@ -170,7 +173,7 @@ def scale_picture(
     patch = running_sum_BdHW.shape[-2] // fitting.schedule.grids[-1][0]
     cells = (grid[0] * patch, grid[1] * patch)
     if method == "fast":
-        return enlarged(origin.colours(at_own_size(running_sum_BdHW, cells))[0], part, side)
+        return enlarged(origin.colours.map()(at_own_size(running_sum_BdHW, cells))[0], part, side)
     decoded = vae.decode(at_own_size(running_sum_BdHW, cells, LEAST_DECODED))
     return enlarged(decoded[0].movedim(-1, 0) * 2 - 1, part, side)
 
@@ -236,7 +239,7 @@ def _drawn(
     if edits % len(masks):
         raise ValueError(f"there are {len(masks)} masks for {edits} pictures; connect one, or one for each")
     levels = (masks * 255).round().to(torch.uint8).numpy()
-    return repeated([Image.fromarray(one) for one in levels], edits // len(levels))
+    return [Image.fromarray(one) for one in levels for _ in range(edits // len(levels))]
 
 
 def _found(
@@ -264,12 +267,8 @@ def _found(
             "another node has changed the edit, so its own mask is lost and all of it is shown; connect the sampler's latent"
         )
         return None
-    if tokens.free is None:  # nothing was held to the source: all may have changed
-        return [Image.new("L", fitting.size, 255)] * len(levels)
-    before, free = tokens.under.total(), tokens.free.expand(len(levels), -1, -1, -1)
-    sources = (_levels(vae, one) for one in before)
-    pairs = zip(levels, sources, free, strict=True)
-    return [unfit_mask(differing(*pair, origin.auto_mask), fitting) for pair in pairs]
+    tokens = replace(tokens, fitting=fitting)
+    return [found_mask(tokens.of([n]), one, lambda x: _levels(vae, x)) for n, one in enumerate(levels)]
 
 
 def _composited(edited: Tensor, image: Tensor, masks: list[Image.Image], seam: int) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,14 @@
-"""Running an edit under ComfyUI: memory asked for once, progress and previews a scale, cancelled within a block."""
+"""Edits under ComfyUI: memory asked for once, progress and previews a scale, cancelled within a block.
+
+The driver of `varedit_core` runs them; here are the memory, the attention and the progress bar it works with.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.ldm.modules.attention as attention
 import comfy.model_management as mm
@@ -15,17 +17,21 @@ import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from torch import Tensor
 
-from ...varedit_core.controls.effects import Certainty
-from ...varedit_core.defaults import DEFAULT_SETTINGS, NEUTRAL, NO_SHORTCUTS, Controls, SamplingSettings, Shortcuts
+from ...varedit_core.controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts, problems
 from ...varedit_core.model.config import patch_size
+from ...varedit_core.model.engine import Engine
 from ...varedit_core.model.layers import sdpa
-from ...varedit_core.runtime.memory import kept_bytes
-from ...varedit_core.runtime.plan import STORES, Job, Plan, described, gigabytes, plan, plans, too_large
+from ...varedit_core.model.transformer import Transformer
+from ...varedit_core.pictures.composite import Region
+from ...varedit_core.runtime.memory import engine_of, kept_bytes
+from ...varedit_core.runtime.plan import STORES, Job, Plan, described, gigabytes, plan
 from ...varedit_core.runtime.workspace import Shape, Workspace
-from ...varedit_core.sampling.batch import Request, edits, repeated
-from ...varedit_core.sampling.loop import Scale
+from ...varedit_core.sampling.batch import EditBatch
+from ...varedit_core.sampling.driver import Wanted, run
+from ...varedit_core.sampling.scale import Scale
+from ...varedit_core.sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS, schedule_for
-from ...varedit_core.tokenizer.tokens import Tokens, joined, tokens_of
+from ...varedit_core.tokenizer.tokens import Tokens
 from .keeping import Keeper
 from .model import VAREditModel, checked_model, lies_still, unchanged
 from .pictures import KEY, Origin, fitted_mask, fitting_of, region_area, scale_picture, tokens_in, unfitted_mask
@@ -34,28 +40,12 @@ from .vae import VAREditVAE, checked_vae
 
 TICKS = 1000
 """Steps of the progress bar."""
+Tell = Callable[[str], None]
+T = TypeVar("T")
 
 
 def settings_of(seed: int, guidance: float, temperature: float, top_p: float | None) -> SamplingSettings:
     return SamplingSettings(guidance, temperature, DEFAULT_SETTINGS.top_p if top_p is None else top_p, seed)
-
-
-@dataclass(frozen=True, eq=False)
-class Region:
-    """An instruction and where it counts: a MASK of any size, None for everywhere."""
-
-    texts: Texts
-    mask: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What an edit comes to: sums [K, results, d, H, W] of all scales, the tokens, and how sure the model was
-    [results, H, W]."""
-
-    sums: Tensor
-    tokens: Tokens
-    sure: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +54,7 @@ class Edit:
 
     variations: results of each picture, with one seed after the other. mask: [y, x] or [B, y, x] of any size, above 0
     where the picture may change. drafter: a MODEL for `Shortcuts.drafted`. regions: instead of the texts' instruction,
-    several with their masks. begun: a LATENT whose tokens are the first scales of this edit.
+    several with their masks: `Texts` and a MASK each. begun: a LATENT whose tokens are the first scales of this edit.
     """
 
     texts: Texts | None
@@ -76,20 +66,6 @@ class Edit:
     controls: Controls = NEUTRAL
     regions: Sequence[Region] = ()
     begun: dict | None = None
-
-    @property
-    def each(self) -> int:
-        """Rows of a result: its regions, and the candidates for it."""
-        return max(1, len(self.regions)) * self.controls.best_of
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest text."""
-        return max(texts.longest for texts in (self.texts, *(region.texts for region in self.regions)) if texts)
-
-    def guided(self, scales: int) -> list[bool]:
-        """Of each scale that runs whether it has guidance, and so twice the rows."""
-        return [guidance != 1 for guidance, *_ in self.shortcuts.planned(self.settings.per_scale(scales))]
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -148,79 +124,117 @@ class Watcher:
         self.bar = comfy.utils.ProgressBar(TICKS)
         self.origin, self.method, self.vae, self.results = origin, method, vae, results
 
-    def passed(self, scale: Scale, first: int, count: int) -> None:
-        """A scale of the results `first` to `first + count` is drawn."""
-        preview = None
+    def __call__(self, scale: Scale, results: Sequence[int], pictures: Sequence[int]) -> None:
+        """A scale of some results, by their numbers."""
+        preview, first = None, results[0]
         if self.method != "off" and not first:
             picture = scale_picture(self.vae, scale.running_sum[:1], scale.grid, self.origin, self.method)
             preview = ("JPEG", picture, None)
-        share = (first + count * self.done[scale.index]) / self.results
+        share = (first + len(results) * self.done[scale.index]) / self.results
         self.bar.update_absolute(round(TICKS * share), TICKS, preview)
 
 
 def preview_method(choice: str, vae: VAREditVAE | None, origin: Origin) -> str:
-    """own, fast or off. ValueError for a preview that lacks the VAE."""
+    """own, fast or off. ValueError for a preview that lacks the VAE. Colours are fitted here, before the edit has the
+    memory."""
     if choice == "decoded" and vae is not None:
         return "own"
-    if choice == "auto":
-        return "off" if args.preview_method == LatentPreviewMethod.NoPreviews or origin.colours is None else "fast"
-    if choice == "decoded" or (choice == "fast" and origin.colours is None):
+    if choice == "off" or (choice == "auto" and args.preview_method == LatentPreviewMethod.NoPreviews):
+        return "off"
+    known = choice != "decoded" and origin.colours is not None and origin.colours.map() is not None
+    if not known and choice != "auto":
         raise ValueError(f"the preview {choice} needs the VAE; connect it to vae, or choose another preview")
-    return choice
+    return "fast" if known else "off"
 
 
-def sample_latent(
-    model, source: dict, edit: Edit, preview: str, vae, tell: Callable[[str], None]
-) -> tuple[dict, dict, Tensor]:
+class ComfyMemory:
+    """Memory that ComfyUI manages: models are loaded, and others make way, in one call before the loop.
+
+    models: MODELs of the transformer and of a drafter or none. vae: one that decodes previews meanwhile. beside: bytes
+    that it takes for that. tell: where sentences for the user go.
+    """
+
+    movable, exact = 0, False
+
+    def __init__(self, models: Sequence, vae: VAREditVAE | None, beside: float, copies: int, tell: Tell) -> None:
+        self.models, self.vae, self.beside, self.copies, self.tell = models, vae, int(beside), copies, tell
+        self.model = models[0]
+
+    @property
+    def networks(self) -> list[Transformer]:
+        return [checked_model(model).diffusion_model for model in self.models]
+
+    def free(self, job: Job) -> float:
+        return free_memory(self.model) - self.beside
+
+    def host(self) -> float:
+        return host_memory()
+
+    def counted(self, job: Job) -> Job:
+        return job
+
+    def within(self, plan: Plan, drafts: bool, loop: Callable[[Engine], T]) -> T:
+        model, job = self.model, plan.job
+        network = checked_model(model)
+        plain = plan.store == "exact" and not plan.rows_at_once
+        stays = plain and unchanged(model) and _may_stay(model, job, self.free(job))
+        keeper = network.keeper(model.load_device)
+        keeper.prepare(model.patches_uuid, _shape(job, min(self.copies, job.images), network) if stays else None)
+        # In one call, so that the models do not push each other out.
+        loaded = [*self.models, *([self.vae.patcher] if self.vae else [])]
+        keeper.load(loaded, plan.needed + self.beside + stays * kept_bytes(job), listed=stays)
+        work = keeper.workspace(lies_still(model)) if stays else _workspace(plan)
+        options = model.model_options["transformer_options"]
+        attend = attention_of(options, network.diffusion_model.config.head_size, job.dtype, model.load_device)
+
+        def inside(*networks: Transformer) -> T:
+            return loop(engine_of(networks, [work, _workspace(plan)], attend))
+
+        # Sets the current one of several GPUs; ComfyUI has it since 0.23.
+        with getattr(mm, "cuda_device_context", nullcontext)(model.load_device):
+            return _inside(self.models[: 1 + drafts], inside)
+
+    def ran_out(self, error: Exception) -> bool:
+        try:
+            mm.raise_non_oom(error)
+        except Exception:
+            return False
+        return True
+
+    def recover(self) -> None:
+        checked_model(self.model).keeper(self.model.load_device).work.forget()
+        mm.soft_empty_cache()
+
+
+def sample_latent(model, source: dict, edit: Edit, preview: str, vae, tell: Tell) -> tuple[dict, dict, Tensor]:
     """Edit a LATENT of sources; the LATENTs of the edits and of the sums after every scale, scale by scale, and how sure
     the model was of each place of the edits, a MASK.
 
-    Takes the next way to run (see `planning`) where memory runs out, saying so; ValueError where none is left.
+    Takes the next way to run (see `runtime.plan`) where memory runs out, saying so; ValueError where none is left.
     """
     network = checked_model(model)
     vae = checked_vae(vae) if vae is not None else None
-    features = source["samples"]
     origin = _origin(network, source, vae)
     method = preview_method(preview, vae, origin)
-    reads_source = network.diffusion_model.config.source
-    areas = _areas(edit.regions, origin, len(features))
-    mask = _mask(edit, source, origin, areas, edit.shortcuts.inside or not reads_source)
-    _check_source(reads_source, origin.empty, mask is not None, edit.controls, tell)
-    request, known = _request(edit, source, areas, mask)
-    if len(request.given) == len(origin.fitting.schedule):
-        tell(
-            "the edit to go on from has all its scales, so nothing is left to draw; keep the first ones by VAREdit First Scales"
-        )
+    batch, known = _batch(edit, source, origin, network.diffusion_model.config.source, tell)
+    for sentence in problems(batch.facts):
+        tell(sentence)
     models = [model, *_drafter(edit)]
-    schedule = origin.fitting.schedule
-    guided, results, each = edit.guided(len(schedule)), len(features) * edit.variations, edit.each
-    networks = [checked_model(one).diffusion_model for one in models]
-    jobs = [Job(n.config, schedule, results * each, any(guided), n.dtype, edit.longest) for n in networks]
-    job = max(jobs, key=lambda job: job.needed("exact"))  # the drafter is done when the refiner begins
-    beside = vae.memory_used_decode(features.shape, vae.vae_dtype) if method == "own" else 0
-    keeper = network.keeper(model.load_device)
-
-    def free() -> int:
-        return free_memory(model) - int(beside)
-
-    def attempt(way: Plan) -> Found:
-        (_, _, copies), *_ = batches(len(features), edit.variations, way.job.images // each)
-        stays = way.store == "exact" and not way.rows_at_once and unchanged(model) and _may_stay(model, way.job, free())
-        keeper.prepare(model.patches_uuid, _shape(way.job, copies, network) if stays else None)
-        # In one call, so that the models do not push each other out.
-        loaded = [*models, vae.patcher] if method == "own" else models
-        keeper.load(loaded, way.needed + beside + stays * kept_bytes(way.job), listed=stays)
-        work = keeper.workspace(lies_still(model)) if stays else _workspace(way)
-        watcher = Watcher(_costs(job, guided, edit.variations), results, origin, method, vae)
-        return _run(models, request.to(model.load_device), known, edit, way, work, watcher)
-
-    found, device = _as_it_fits(job, free, attempt, tell, each), mm.intermediate_device()
-    sums, tokens = found.sums.to(device), replace(found.tokens.to(device), fitting=origin.fitting)
+    decoder = vae if method == "own" else None
+    beside = vae.memory_used_decode(batch.features.shape, vae.vae_dtype) if decoder else 0
+    copies = max(edit.variations, edit.controls.best_of)
+    memory = ComfyMemory(models, decoder, beside, copies, tell)
+    watcher = Watcher(_costs(batch, network.diffusion_model), len(batch.seeds), origin, method, vae)
+    result = run(batch.to(model.load_device), memory, watcher, known=known, wanted=Wanted(scales=True, confidence=True))
+    result.check()
+    device = mm.intermediate_device()
+    sums = result.scales.to(device)
+    tokens = replace(result.tokens.to(device), fitting=origin.fitting, auto_mask=edit.controls.auto_mask)
     rest = {key: value for key, value in source.items() if key not in ("samples", "batch_index", KEY)}
-    origin = replace(origin, empty=False, tokens=tokens, auto_mask=edit.controls.auto_mask)
+    origin = replace(origin, empty=False, tokens=tokens)
     latent = {**rest, "samples": sums[-1].clone(), KEY: origin}  # a view would keep all scales
-    scales = {"samples": sums.flatten(0, 1), KEY: replace(origin, scales=len(sums), tokens=None, auto_mask=0.0)}
-    return latent, scales, unfitted_mask(found.sure, origin.fitting).to(device)
+    scales = {"samples": sums.flatten(0, 1), KEY: replace(origin, scales=len(sums), tokens=None)}
+    return latent, scales, unfitted_mask(result.confidence, origin.fitting).to(device)
 
 
 def layered(texts: Texts, mask: Tensor | None, above: Sequence[Region]) -> tuple[Region, ...]:
@@ -228,39 +242,36 @@ def layered(texts: Texts, mask: Tensor | None, above: Sequence[Region]) -> tuple
     return Region(texts, mask if mask is not None and mask.any() else None), *above
 
 
-def _areas(regions: Sequence[Region], origin: Origin, images: int) -> Tensor | None:
-    """Of every picture its regions, [B, R, y, x]; None where there are none."""
-    areas = [region_area(region.mask, origin.fitting, images) for region in regions]
-    return torch.stack(areas, dim=1) if areas else None
-
-
-def _request(edit: Edit, source: dict, areas: Tensor | None, mask: Tensor | None) -> tuple[Request, Tokens | None]:
-    """What is asked of the loop, and the sources' tokens, where they are known. ValueError where inputs do not belong
-    together."""
+def _batch(edit: Edit, source: dict, origin: Origin, reads: bool, tell: Tell) -> tuple[EditBatch, Tokens | None]:
+    """The batch of edits, and the sources' tokens, where they are known. reads: whether the model reads a source.
+    ValueError where inputs do not belong together."""
     features, images = source["samples"], len(source["samples"])
-    texts = [edit.texts.of(image) for image in range(images)] if edit.texts else [(None, None)] * images
-    rows, unwanted = [[wanted] for wanted, _ in texts], [negative for _, negative in texts]
-    if edit.regions:
-        rows = [[region.texts.of(image)[0] for region in edit.regions] for image in range(images)]
-        unwanted = [edit.regions[0].texts.of(image)[1] for image in range(images)]
-    known, begun = tokens_in(source), ()
+    areas = [region_area(region.mask, origin.fitting, images) for region in edit.regions]
+    areas = torch.stack(areas, dim=1) if areas else None
+    mask = _mask(edit, source, origin, areas, edit.shortcuts.inside or not reads)
+    _check_source(reads, origin.empty, mask is not None, edit.controls, tell)
+    instructions = [region.instruction for region in edit.regions] or [edit.texts]
+    texts = [[own.of(image)[0] for own in instructions] for image in range(images)]
+    negatives = [instructions[0].of(image)[1] for image in range(images)]
+    known, prefix = tokens_in(source), ()
     if edit.begun is not None:
         tokens = tokens_in(edit.begun)
         if tokens is None:
             raise ValueError(
-                "the latent to go on from holds no tokens; connect one of VAREdit Sampler, Load Tokens or First Scales, as it came"
+                "the latent to go on from holds no tokens; connect one of VAREdit Sampler, Load Tokens or First Scales, as it "
+                "came"
             )
-        begun = tokens.bits
-    return Request(features, rows, unwanted, mask, areas, begun, features if known else None), known
-
-
-def batches(images: int, variations: int, at_once: int) -> Iterator[tuple[slice, int, int]]:
-    """What runs together, at most `at_once` results: pictures, the index of the first result, variations of each."""
-    together, copies = max(1, at_once // variations), min(variations, at_once)
-    for image in range(0, images, together):
-        for first in range(0, variations, copies):
-            pictures = slice(image, min(image + together, images))
-            yield pictures, image * variations + first, min(copies, variations - first)
+        prefix = tokens.bits
+        if tokens.complete:
+            tell(
+                "the edit to go on from has all its scales, so nothing is left to draw; keep the first ones by VAREdit "
+                "First Scales"
+            )
+    batch = EditBatch.of(
+        features, texts, origin.fitting.schedule, edit.settings, negatives, edit.variations, controls=edit.controls,
+        shortcuts=edit.shortcuts, mask=mask, areas=areas, prefix=prefix, source_total=features if known else None,
+    )  # fmt: skip
+    return batch, known
 
 
 def _check_source(read: bool, empty: bool, masked: bool, controls: Controls, tell: Callable[[str], None]) -> None:
@@ -305,10 +316,11 @@ def _drafter(edit: Edit) -> list:
     return [edit.drafter] if edit.shortcuts.drafted else []
 
 
-def _costs(job: Job, guided: Sequence[bool], variations: int) -> list[float]:
-    """What the source's pass and each scale cost, as shares of anything."""
-    source, *scales = job.shares()
-    return [source * (1 + any(guided)) / variations, *(cost * (1 + twice) for cost, twice in zip(scales, guided))]
+def _costs(batch: EditBatch, network: Transformer) -> list[float]:
+    """What the source's pass and each scale that runs cost, as shares of anything."""
+    source, *scales = Job(network.config, batch.schedule, 1, True, network.dtype).shares()
+    guided = [guidance != 1 for guidance, *_ in batch.plan]
+    return [source * (1 + any(guided)) / batch.copies, *(cost * (1 + twice) for cost, twice in zip(scales, guided))]
 
 
 def _may_stay(model, job: Job, free: float) -> bool:
@@ -326,35 +338,6 @@ def _shape(job: Job, copies: int, network: VAREditModel) -> Shape:
 def _workspace(way: Plan) -> Workspace:
     """One that is let go of after the edit."""
     return Workspace(STORES[way.store], kept=False, rows_at_once=way.rows_at_once)
-
-
-def _as_it_fits(
-    job: Job, free: Callable[[], int], attempt: Callable[[Plan], Found], tell: Callable[[str], None], least: int = 1
-) -> Found:
-    """The result of the planned way to run, or of the first one after it that memory lasts for. least: rows that can only
-    run together."""
-    host = host_memory()
-    way = plan(job, free(), host)
-    if way.job.images < least:
-        raise ValueError(f"memory lasts for {way.job.images} of {least} rows of regions and candidates; use fewer")
-    if way.reasons:
-        tell(f"{'; '.join(way.reasons)}; running {described(way)} instead")
-    ways = [other for other in plans(job) if other.needed_on_host <= host and other.job.images >= least]
-    left = ways[ways.index(replace(way, reasons=())) :]
-    while True:
-        way, *left = left
-        try:
-            return attempt(way)
-        except Exception as error:
-            mm.raise_non_oom(error)
-        # Outside the handler: until its end the exception holds what the loop had made.
-        mm.soft_empty_cache()
-        # Of fewer pictures at a time not the next number, but one that takes clearly less.
-        clearly = 0.75 * way.needed
-        left = [other for other in left if other.needed < (way.needed if other.job.images == 1 else clearly)]
-        if not left:
-            raise ValueError(too_large(job, free(), host))
-        tell(f"memory ran out {described(way)}; running {described(left[0])} instead")
 
 
 def _origin(network: VAREditModel, source: dict, vae: VAREditVAE | None) -> Origin:
@@ -376,41 +359,7 @@ def _origin(network: VAREditModel, source: dict, vae: VAREditVAE | None) -> Orig
     return Origin(fitting_of(samples, vae.stride), vae.colours)
 
 
-def _run(
-    models: Sequence, request: Request, known: Tokens | None, edit: Edit, way: Plan, work: Workspace, watcher: Watcher
-) -> Found:
-    """A request's edits on the model's device. models: the one that edits, and a drafter or none. known: the sources'
-    tokens."""
-    model, config = models[0], checked_model(models[0]).diffusion_model.config
-    attend = attention_of(
-        model.model_options["transformer_options"], config.head_size, way.job.dtype, model.load_device
-    )
-    schedule = way.job.schedule
-    given = dict(shortcuts=edit.shortcuts, controls=edit.controls, attention=attend)
-
-    def loop(*networks) -> Found:
-        parts = []
-        for images, first, copies in batches(len(request), edit.variations, way.job.images // edit.each):
-            own, settings = request.part(images), replace(edit.settings, seed=(edit.settings.seed + first) % 2**64)
-            sums, bits, sure = [], [], Certainty()
-            with closing(edits(own, networks, schedule, settings, (work, _workspace(way)), copies=copies, **given)) as scales:
-                for scale in scales:
-                    sure(scale)
-                    sums.append(own.own(scale.running_sum, copies))
-                    bits.append(scale.bits)
-                    watcher.passed(scale, first, len(own) * copies)
-            under = known and known.of(repeated(range(known.images)[images], copies)).to(scale.total.device)
-            pick = partial(own.own, copies=copies)
-            parts.append(Found(torch.stack(sums), tokens_of(bits, scale, schedule, None, under, pick), pick(sure.map)))
-        sums = torch.cat([part.sums for part in parts], dim=1)
-        return Found(sums, joined([part.tokens for part in parts]), torch.cat([part.sure for part in parts]))
-
-    # Sets the current one of several GPUs; ComfyUI has it since 0.23.
-    with getattr(mm, "cuda_device_context", nullcontext)(model.load_device):
-        return _inside(models, loop)
-
-
-def _inside(models: Sequence, loop: Callable[..., Found], *networks) -> Found:
+def _inside(models: Sequence, loop: Callable[..., T], *networks) -> T:
     """A loop over the networks of models, inside what nodes put around the calls of each."""
     if not models:
         return loop(*networks)

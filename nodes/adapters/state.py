@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...varedit_core.files.checkpoints import expected, quantised
 from ...varedit_core.files.weights import SAFETENSORS, WeightError, Weights, open_weights
-from ...varedit_core.model.layers import fuses_gelu, linear_gelu
+from ...varedit_core.runtime.layers import fuses_gelu, linear_gelu
 
 
 def open_file(path: Path) -> Weights:

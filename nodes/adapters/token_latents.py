@@ -10,15 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...varedit_core.controls.effects import changed
-from ...varedit_core.pictures.images import Fitting
+from ...varedit_core.controls.auto_mask import changed
+from ...varedit_core.tokenizer.fitting import Fitting
 from ...varedit_core.tokenizer.quantizer import encode, latent_grids
-from ...varedit_core.tokenizer.tokens import Tokens, notes_of
+from ...varedit_core.tokenizer.tokens import Tokens
 from .pictures import KEY, Origin, origin_of, tokens_in, unfitted_mask
 from .vae import VAREditVAE, checked_vae
-
-AUTO_MASK = "auto_mask"
-"""What the file notes beside the tokens: by how much the edit found its own mask."""
 
 
 def checked_tokens(latent: dict) -> Tokens:
@@ -26,15 +23,16 @@ def checked_tokens(latent: dict) -> Tokens:
     tokens = tokens_in(latent)
     if tokens is None:
         raise ValueError(
-            "this latent holds no tokens; connect the latent of VAREdit Sampler, Load Tokens or First Scales, as it came"
+            "this latent holds no tokens; connect the latent of VAREdit Sampler, Load Tokens or First Scales, as it "
+            "came"
         )
     return tokens
 
 
 def save_tokens(latent: dict, path: Path) -> str:
     """Write a LATENT's tokens; what they are, in words."""
-    tokens, origin = checked_tokens(latent), latent[KEY]
-    tokens.save(path, notes={AUTO_MASK: repr(origin.auto_mask)} if origin.auto_mask else None)
+    tokens = checked_tokens(latent)
+    tokens.save(path)
     height, width = tokens.schedule.pixels
     return f"edits: {tokens.images}, scales: {len(tokens)} of {len(tokens.schedule)}, {width}x{height}"
 
@@ -46,22 +44,16 @@ def load_tokens(path: Path, vae=None) -> dict:
         tokens = Tokens.load(path).to(mm.intermediate_device())
     except FileNotFoundError as error:
         raise ValueError(str(error)) from None
-    bits, (height, width) = tokens.bits[0].shape[1], tokens.schedule.pixels
-    if vae is not None and (bits != vae.latent_channels or height != tokens.grid[0] * vae.stride):
-        raise ValueError(
-            f"the tokens of {path.name} are of {bits} bits on a grid of {tokens.grid[1]}x{tokens.grid[0]} but the VAE takes "
-            f"{vae.latent_channels} channels on {width // vae.stride}x{height // vae.stride}; load the VAE of the model that made them"
-        )
+    if vae is not None:
+        tokens.check_vae(vae.latent_channels, vae.stride, f"the tokens of {path.name}")
     tokens = replace(tokens, fitting=tokens.shown)
-    origin = Origin(tokens.shown, vae and vae.colours, tokens=tokens, auto_mask=float(notes_of(path).get(AUTO_MASK, 0)))
-    return {"samples": tokens.total(), KEY: origin}
+    return {"samples": tokens.total(), KEY: Origin(tokens.shown, vae and vae.colours, tokens=tokens)}
 
 
 def first_scales(latent: dict, count: int) -> dict:
     """The LATENT after some of its scales. ValueError where there are not so many, and as `checked_tokens`."""
-    tokens, origin = checked_tokens(latent).first(count), latent[KEY]
-    origin = replace(origin, tokens=tokens, auto_mask=origin.auto_mask if tokens.complete else 0.0)
-    return {**latent, "samples": tokens.total(), KEY: origin}
+    tokens = checked_tokens(latent).first(count)
+    return {**latent, "samples": tokens.total(), KEY: replace(latent[KEY], tokens=tokens)}
 
 
 def change_map(vae, latent: dict, source: dict, amount: float) -> tuple[Tensor, Tensor]:
@@ -76,10 +68,13 @@ def change_map(vae, latent: dict, source: dict, amount: float) -> tuple[Tensor, 
     other = origin_of(source, before, vae).fitting
     if fitting != other:
         raise ValueError(
-            f"the edit is of a picture of {_size(fitting)} but the source of one of {_size(other)}; connect the source that was edited"
+            f"the edit is of a picture of {_size(fitting)} but the source of one of {_size(other)}; connect the source "
+            "that was edited"
         )
     if not len(before) or len(edits) % len(before):
-        raise ValueError(f"there are {len(before)} sources for {len(edits)} edits; connect the sources that were edited")
+        raise ValueError(
+            f"there are {len(before)} sources for {len(edits)} edits; connect the sources that were edited"
+        )
     tokens, each = tokens_in(latent), len(edits) // len(before)
     held = tokens.free if tokens else None
     amounts, shown = [], None

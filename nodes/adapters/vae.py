@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from weakref import ref
 
 import comfy.model_management as mm
 import comfy.ops
@@ -48,7 +49,7 @@ class Layers(comfy.ops.manual_cast):
 class VAREditAutoencoder(Autoencoder):
     """The tokenizer where ComfyUI has memory in hand: it makes room beforehand and has tiles of its own."""
 
-    decode = Autoencoder.decode_whole
+    decode = Autoencoder.decode.plain
 
 
 class VAREditVAE(comfy.sd.VAE):
@@ -80,18 +81,28 @@ class VAREditVAE(comfy.sd.VAE):
         self.first_stage_model = VAREditAutoencoder(config, Layers, self.vae_dtype, offload, self.decode_dtype)
         self.patcher = patcher_of(self.first_stage_model, self.device, offload, disable_dynamic)
         fill(self.first_stage_model, weights, self.decode_dtype, self.patcher.is_dynamic())
-        self._colours: ColourMap | None = None
+        self.colours = Colours(self)
 
     @property
     def stride(self) -> int:
         return self.upscale_ratio
 
-    @property
-    def colours(self) -> ColourMap:
-        """The map from latents to colours, fitted when it is first asked for."""
-        if self._colours is None:
-            self._colours = fit_colours(lambda pixels: self.encode((pixels.movedim(1, -1) + 1) / 2), self.stride)
-        return self._colours
+
+class Colours:
+    """The map from a VAE's latents to colours, fitted when it is first wanted: that takes sixteen encodes.
+
+    A latent that holds it does not keep the VAE in memory.
+    """
+
+    def __init__(self, vae: VAREditVAE) -> None:
+        self._vae, self._map = ref(vae), None
+
+    def map(self) -> ColourMap | None:
+        """The fitted map; None where the VAE is gone."""
+        vae = self._vae()
+        if self._map is None and vae is not None:
+            self._map = fit_colours(lambda pixels: vae.encode((pixels.movedim(1, -1) + 1) / 2), vae.stride)
+        return self._map
 
 
 def load_vae(path: Path) -> VAREditVAE:

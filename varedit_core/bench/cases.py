@@ -8,13 +8,17 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, SIZES, SamplingSettings, Shortcuts
+from ..controls.registry import NO_SHORTCUTS, Shortcuts
+from ..defaults import SIZES
 from ..editor import Editor
 from ..model.config import TRANSFORMERS, TransformerConfig
 from ..model.transformer import Transformer
+from ..runtime.eight_bit_cache import EightBitCache
 from ..runtime.fp8 import LINEARS
-from ..runtime.stores import EightBitStore, HostStore
+from ..runtime.host_cache import HostCache
 from ..runtime.workspace import Workspace
+from ..sampling.batch import EditBatch
+from ..sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from ..tokenizer.schedule import Schedule, schedule_for
 from .models import MODELS, random_transformer
 
@@ -27,7 +31,7 @@ class Case:
 
     kind: key of KINDS. model: key of MODELS. size: side of the square in pixels, as text. settings: of the draw; every
     run has a seed of its own. variations, shortcuts: arguments of `Editor.sample`. masked: share of the picture that a
-    square mask covers; 0: no mask. linears: of the transformer, see `eight_bit.LINEARS`. editor: attributes that the
+    square mask covers; 0: no mask. linears: of the transformer, see `fp8.LINEARS`. editor: attributes that the
     editor has while the case runs, each made of the editor as it was. reroll: picture and instruction stay, only the
     seed is new. new_masks: every edit has another mask.
     """
@@ -81,7 +85,7 @@ MASK_SIDE = 64
 
 
 def _refiner(editor: Editor) -> Transformer:
-    """A transformer of the 2B size for the tokenizer and text encoder of another."""
+    """A transformer of the 2B size for the VAE and text encoder of another."""
     theirs = editor.transformer.config
     sizes = replace(TRANSFORMERS["2B"], token_bits=theirs.token_bits, text_width=theirs.text_width)
     return random_transformer(sizes, editor.device)
@@ -94,8 +98,8 @@ KINDS: dict[str, dict] = {
     "reroll": {"reroll": True},
     "variations": {"variations": 4},
     "unguided": {"settings": SamplingSettings(guidance=1.0)},
-    "8-bit-kv": {"editor": {"workspace": lambda editor: Workspace(EightBitStore)}},
-    "host-kv": {"editor": {"workspace": lambda editor: Workspace(HostStore, kept=False)}},
+    "8-bit-kv": {"editor": {"workspace": lambda editor: Workspace(EightBitCache)}},
+    "host-kv": {"editor": {"workspace": lambda editor: Workspace(HostCache, kept=False)}},
     **{f"unguided-{count}": {"shortcuts": Shortcuts(unguided=count)} for count in (1, 2, 3, 4)},
     "window": {"shortcuts": Shortcuts(window=0.125)},
     "inside": {"shortcuts": Shortcuts(inside=3), "masked": 0.25},
@@ -105,7 +109,7 @@ KINDS: dict[str, dict] = {
         "editor": {"drafter": lambda editor: editor.transformer, "transformer": _refiner},
     },
     "8-bit": {"linears": "8-bit"},
-    "8-bit-all": {"linears": "8-bit", "editor": {"workspace": lambda editor: Workspace(EightBitStore, fold=False)}},
+    "8-bit-all": {"linears": "8-bit", "editor": {"workspace": lambda editor: Workspace(EightBitCache, fold=False)}},
     "fast": _FAST,
     "fast-inside": {**_FAST, "shortcuts": Shortcuts(unguided=3, inside=3), "masked": 0.25},
     "fast-inside-6-new": {
@@ -162,8 +166,9 @@ def work(config: TransformerConfig, case: Case) -> list[tuple[Work, ...]]:
     """
     schedule, width = case.schedule, config.width
     weights = config.depth * (6 * width**2 + 2 * width * config.hidden)
-    guidance = [g for g, _, _ in case.shortcuts.planned(case.settings.per_scale(len(schedule)))]
-    guided = max((k + 1 for k, g in enumerate(guidance) if g != 1), default=0)
+    empty = torch.empty(1, config.token_bits, *schedule.grids[-1], device="meta")
+    batch = EditBatch.of(empty, [empty], schedule, case.settings, shortcuts=replace(case.shortcuts, inside=0))
+    guidance, guided = [g for g, _, _ in batch.plan], batch.guided
 
     def one(tokens: int, seen: int, rows: int) -> Work:
         return Work(2 * weights * tokens * rows, 4 * config.depth * width * tokens * seen * rows, weights)

@@ -16,6 +16,7 @@ import typer
 from ..cli import common as options
 from ..cli.common import console
 from ..editor import device_of
+from ..files.safe_write import write_json
 from .cases import KINDS, PLAIN, Case, choose
 from .ceilings import Ceilings, measure_ceilings
 from .measure import Result, measure
@@ -44,12 +45,14 @@ def bench(
     if place.type not in ("cuda", "cpu"):
         raise ValueError(f"bench measures CUDA devices and CPUs, not {place.type}; choose another --device")
     chosen = choose(models.split(","), sizes.split(","), cases.split(","))
+    if published and all(case.kind != PLAIN for case in chosen):
+        raise ValueError(f"--published is timed beside plain edits only; add the case {PLAIN}, or leave it out")
     if place.type == "cpu" and any(case.model != "tiny" for case in chosen):
         raise ValueError("models of these sizes need a GPU; use --models tiny --sizes 256 on a CPU")
     targets = _targets(report, save, device_name(place))
     facts = run(chosen, place, repeats, published)
     for target in targets:
-        target.write_text(json.dumps(merged(target, facts), indent=1) + "\n")
+        write_json(target, merged(target, facts))
     print(json.dumps(facts))
 
 

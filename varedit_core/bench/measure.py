@@ -1,6 +1,6 @@
 """The measurement: whole edits with models of random weights, from a fitted picture to decoded pixels on the device.
 
-A whole edit is text encoder, tokenizer's encoder, all scales and decoder; reading and writing pictures is not in it.
+A whole edit is text encoder, VAE's encoder, all scales and decoder; reading and writing pictures is not in it.
 Whole edits, phases and scales are timed in runs of their own, as the last two wait for the device or mark its work.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..editor import Editor
 from ..pictures.images import FittedImage, SourceImage, fit
-from ..sampling.loop import Promises
+from ..sampling.batch import EditBatch
 from .cases import MASK_SIDE, Case, Work, work
 from .ceilings import Ceilings
 from .clock import Marks, Timed, synchronize, timed
@@ -83,7 +83,7 @@ def _tera(count: float) -> float:
 
 
 class Runs:
-    """Edits of one case, each of another picture than the last, with a seed of its own; a re-roll only has the latter."""
+    """Edits of one case, each of another picture than the last, with its own seed; a re-roll only has the latter."""
 
     def __init__(self, editor: Editor, case: Case) -> None:
         self.editor, self.case, self.count = editor, case, 0
@@ -103,18 +103,19 @@ class Runs:
         phase, moment = phase or _nothing, moment or _nothing
         self.count += 1
         source = self.pictures[self.count % PICTURES]
-        promises = Promises(checks=True)
+        hints = {}
         if self.kept:
             features, texts = self.kept
         elif phase is _nothing:
-            features, texts, promises = self.editor.begin([source], [PROMPT])
+            features, texts, hints = self.editor.begin([source], [PROMPT])
         else:
             features, texts = self._encoded(source, phase)
         moment()
         settings, options = replace(self.case.settings, seed=self.count), dict(self.options)
         if self.case.new_masks:
             options["mask"] = options["mask"].roll(self.count % MASK_SIDE, -1)
-        for scale in self.editor.sample(features, texts, self.case.schedule, settings, promises=promises, **options):
+        batch = EditBatch.of(features, texts, self.case.schedule, settings, **options, **hints)
+        for scale in self.editor.scales(batch):
             moment()
             last = scale
         latents = last.running_sum
@@ -173,7 +174,7 @@ def _passes(runs: Runs) -> list[float]:
 
 
 def picture(case: Case) -> FittedImage:
-    """A picture of the case's size: smooth noise, as a flat one would be no work for a tokenizer."""
+    """A picture of the case's size: smooth noise, as a flat one would be no work for a VAE."""
     height, width = case.schedule.pixels
     coarse = np.random.default_rng(0).integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
     smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)

@@ -19,6 +19,7 @@ from ..model.config import AUTOENCODERS, TRANSFORMERS, AutoencoderConfig, Transf
 from ..model.transformer import Transformer
 from ..runtime.fp8 import LINEARS, eight_bit
 from ..runtime.kernels import has_triton
+from ..runtime.layers import Operations
 from ..text.encoder import END, TextEncoder
 from ..text.t5 import T5Config, T5Encoder
 from ..tokenizer.vae import Autoencoder
@@ -55,7 +56,7 @@ MODELS = {
 def build(name: str, device: torch.device, linears: str = LINEARS[0]) -> Editor:
     """An editor of random weights, in the types that `Editor.load` chooses for the device.
 
-    name: a key of MODELS. On CUDA: blocks and decoder bf16, text encoder fp16, the rest fp32. linears: see `eight_bit`.
+    name: a key of MODELS. On CUDA: blocks and decoder bf16, text encoder fp16, the rest fp32. linears: see `fp8`.
     """
     sizes, cuda = MODELS[name], device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -63,7 +64,7 @@ def build(name: str, device: torch.device, linears: str = LINEARS[0]) -> Editor:
     if linears != LINEARS[0]:
         eight_bit(transformer)
     with Unfilled():
-        autoencoder = Autoencoder(sizes.autoencoder, device=device, decode_dtype=dtype)
+        autoencoder = Autoencoder(sizes.autoencoder, Operations, device=device, decode_dtype=dtype)
         encoder = T5Encoder(sizes.text, dtype=torch.float16 if cuda else torch.float32, device=device)
     generator = torch.Generator(device).manual_seed(1)
     for network in (autoencoder, encoder):
@@ -76,7 +77,8 @@ def build(name: str, device: torch.device, linears: str = LINEARS[0]) -> Editor:
 def random_transformer(sizes: TransformerConfig, device: torch.device) -> Transformer:
     """A transformer of random weights; its blocks are bf16 on CUDA, else fp32."""
     with Unfilled():
-        transformer = Transformer(sizes, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, device=device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        transformer = Transformer(sizes, Operations, dtype, device)
     fill(transformer, torch.Generator(device).manual_seed(0))
     return transformer
 

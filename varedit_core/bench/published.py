@@ -87,24 +87,24 @@ class PublishedEditor:
         self.patch = patch_size(sizes.transformer, sizes.autoencoder)
         self.bits = sizes.autoencoder.bits
         generator = torch.Generator(device).manual_seed(0)
-        self.tokenizer = _tokenizer(sizes).to(device)
-        self.transformer = _transformer(sizes, self.tokenizer, self.patch, device)
+        self.vae = _vae(sizes).to(device)
+        self.transformer = _transformer(sizes, self.vae, self.patch, device)
         self.text = _text(sizes, device)
-        for network in (self.tokenizer, self.transformer, self.text):
+        for network in (self.vae, self.transformer, self.text):
             fill(network, generator)
 
     def edit(self, case: Case, pixels: Tensor, seed: int = 0) -> Tensor:
         """The edited picture [y, x, 3], 8 bits, on the device. pixels: [3, y, x] in [-1, 1] in host memory."""
         guidance, temperature, _ = zip(*case.settings.per_scale(len(case.schedule)))
         return self.run.gen_one_img(
-            self.transformer, self.tokenizer, _padded_tokens, self.text, PROMPT, pixels, g_seed=seed, gt_leak=0,
+            self.transformer, self.vae, _padded_tokens, self.text, PROMPT, pixels, g_seed=seed, gt_leak=0,
             gt_ls_Bl=None, cfg_list=list(guidance), tau_list=list(temperature),
             scale_schedule=[(1, h, w) for h, w in case.schedule.grids], cfg_insertion_layer=[0], vae_type=self.bits,
             sampling_per_bits=1, enable_positive_prompt=0, apply_spatial_patchify=int(self.patch == 2),
         )  # fmt: skip
 
 
-def _tokenizer(sizes: Sizes) -> nn.Module:
+def _vae(sizes: Sizes) -> nn.Module:
     config = sizes.autoencoder
     multiples = [[width // config.stem for width in ws] for ws in (config.encoder_widths, config.decoder_widths)]
     return import_module(TOKENIZER).vae_model(
@@ -113,12 +113,12 @@ def _tokenizer(sizes: Sizes) -> nn.Module:
     )  # fmt: skip
 
 
-def _transformer(sizes: Sizes, tokenizer: nn.Module, patch: int, device: torch.device) -> nn.Module:
+def _transformer(sizes: Sizes, vae: nn.Module, patch: int, device: torch.device) -> nn.Module:
     """Made in host memory that is never written to, as its constructor draws there, then moved without a copy."""
     config = sizes.transformer
     with Unfilled(), torch.no_grad():
         network = import_module(TRANSFORMER).Infinity(
-            vae_local=tokenizer, text_channels=config.text_width, text_maxlen=config.text_length, shared_aln=True,
+            vae_local=vae, text_channels=config.text_width, text_maxlen=config.text_length, shared_aln=True,
             raw_scale_schedule=None, checkpointing="full-block", customized_flash_attn=False, fused_norm=True,
             pad_to_multiplier=128, use_flex_attn=0, add_lvl_embeding_only_first_block=1, use_bit_label=1,
             rope2d_each_sa_layer=1, rope2d_normalized_by_hw=2, pn="1M", apply_spatial_patchify=int(patch == 2),

@@ -38,7 +38,8 @@ def print_summary(rows: Sequence[dict], ceilings: Ceilings) -> None:
         )  # fmt: skip
         loop, tflop = row["phases"]["loop"], sum(row["tflop"].values())
         loops.add_row(
-            row["name"], _seconds(loop), _seconds(row["floor_seconds"]), f"{tflop:.3g}", "-" if row["share"] is None else f"{tflop / loop:.3g}",
+            row["name"], _seconds(loop), _seconds(row["floor_seconds"]), f"{tflop:.3g}",
+            "-" if row["share"] is None else f"{tflop / loop:.3g}",
             "-" if row["share"] is None else f"{row['share']:.0%}",
         )  # fmt: skip
     _print(phases)

@@ -1,4 +1,4 @@
-"""The command line: `varedit edit | generate | demo | info | convert | merge | train | bench | parity | shapeedit`. Thin: options in, library calls, tables out."""
+"""The command line, `varedit COMMAND`. Thin: options in, library calls, tables out."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from ..shapeedit.cli import app as shapeedit
 from ..training.cli import train
 from . import common as options
 from .common import DTYPES, choice, console, progress
+from .decode import decode
 from .demo import demo
-from .edit import decode, edit
+from .edit import edit
 from .generate import generate
 from .sweep import sweep
 
@@ -35,6 +36,7 @@ app = typer.Typer(
     help="Edit images by instruction with VAREdit.",
 )
 app.add_typer(shapeedit, name="shapeedit")
+
 
 def main() -> None:
     """Entry point: one sentence on standard error instead of a traceback for errors the user can mend."""
@@ -69,7 +71,7 @@ def info(
 @app.command(name="convert")
 def convert_command(
     source: Annotated[
-        Path, typer.Argument(help=".pth, .safetensors or a sharded folder: transformer, tokenizer or text encoder.")
+        Path, typer.Argument(help=".pth, .safetensors or a sharded folder: transformer, VAE or text encoder.")
     ],
     target: Annotated[Path, typer.Argument(help="Result, ending in .safetensors.")],
     precision: Annotated[
@@ -82,10 +84,16 @@ def convert_command(
     with progress() as bar:
         task = bar.add_task("converting", total=None)
         metadata = convert(
-            source, target, precision, overwrite, lambda done, total: bar.update(task, completed=done, total=total), kind
+            source,
+            target,
+            precision,
+            overwrite,
+            lambda done, total: bar.update(task, completed=done, total=total),
+            kind,
         )
     console.print(
-        f"{target}: {metadata['varedit.architecture']}, {metadata['varedit.precision']}, {target.stat().st_size / 1e9:.2f} GB",
+        f"{target}: {metadata['varedit.architecture']}, {metadata['varedit.precision']}, "
+        f"{target.stat().st_size / 1e9:.2f} GB",
         soft_wrap=True,
     )
 

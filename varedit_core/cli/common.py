@@ -1,28 +1,39 @@
 """What the commands share: their common options, the helpers that read these, the console and the progress bar.
 
-Knows no command, so that every module of commands can import it.
+Options of several commands are fields of a dataclass, those of controls come from the registry. A command takes such a
+dataclass as one parameter (`command`). Knows no command, so that every module of commands can import it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, get_type_hints
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..defaults import AUTO_MASK, DEFAULT_SETTINGS, FILLS, KINDS, MOST_FEATHER, PRESETS, SCORES, SIZE, Curve
+from ..controls.base import Knob, Known
+from ..controls.registry import Controls, Shortcuts, check, knob, knobs, problems
+from ..defaults import FIT, FITS, KINDS, NEGATIVE_PROMPT, SIZE
 from ..defaults import SIZES as SIDES
 from ..demo import GUIDANCE as DEMO_GUIDANCE
 from ..demo import SIZE as DEMO_SIZE
+from ..demo import demo_files
 from ..editor import Editor
 from ..files.lora import apply_lora, check_lora
+from ..pictures.composite import Region
+from ..pictures.images import load_mask
 from ..runtime.fp8 import LINEARS, check_linears, eight_bit
+from ..sampling.settings import DEFAULT_SETTINGS, PRESET, Curve, SamplingSettings
 from ..tokenizer.schedule import AREAS
+from ..tokenizer.tokens import Tokens
 
 console = Console(stderr=True, markup=False, highlight=False)
 
@@ -31,107 +42,201 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = SIDES | {area: area for area in AREAS}
 """Names of sizes on the command line."""
 
-Model = Annotated[
-    Optional[Path], typer.Option(help="Transformer: .safetensors, .pth or a sharded folder; by default the demo model.")
-]
-Vae = Annotated[
-    Optional[Path], typer.Option(help="Tokenizer file; by default the model file, where it holds both.")
-]
-TextEncoder = Annotated[Optional[Path], typer.Option(help="T5 encoder: a Hugging Face folder or one file.")]
-Tokenizer = Annotated[
-    Optional[Path], typer.Option(help="Folder or file of the text encoder's tokenizer, if not with its weights.")
-]
-Size = Annotated[
-    Optional[str],
-    typer.Option(help=f"Working size: {', '.join(SIZES)}.", show_default=f"{SIZE}; {DEMO_SIZE} for the demo model"),
-]
-Fit = Annotated[str, typer.Option(help="square (as published) or aspect (experimental).")]
-Seed = Annotated[int, typer.Option(help="Seed of the draw.")]
-Negative = Annotated[str, typer.Option(help="Negative prompt, in place of the learned unconditional features.")]
-Lora = Annotated[
-    Optional[list[str]], typer.Option(help="FILE[:STRENGTH], a LoRA to apply; may be given several times.")
-]
-Guidance = Annotated[
-    Optional[str],
+Regions = Annotated[
+    Optional[list[str]],
     typer.Option(
-        help="Classifier-free guidance; one number, one a scale (3,3,2,1), or from the first to the last (3:1).",
-        show_default=f"{DEFAULT_SETTINGS.guidance:g}; {DEMO_GUIDANCE:g} for the demo model",
+        help="INSTRUCTION@MASK, in place of an instruction: what to change where; may be given several times, later "
+        "ones lie on top; without @MASK it is for everywhere.",
+        show_default=False,
     ),
 ]
-Temperature = Annotated[str, typer.Option(help="Temperature; 0 is greedy; one number, one a scale (3,3,2,1), or from the first to the last (3:1).")]
-TopP = Annotated[str, typer.Option(help="Drop bit values of probability <= 1 - top_p.")]
+Variations = Annotated[int, typer.Option(min=1, help="Results of so many seeds, from one pass over the picture.")]
+Seam = Annotated[int, typer.Option(min=0, help="Pixels from a mask's edge inwards over which the edit fades in.")]
+SaveTokens = Annotated[
+    Optional[Path],
+    typer.Option(
+        help="Write the edit's tokens, some kilobytes, as .safetensors: to decode, finish, branch or edit again."
+    ),
+]
 Device = Annotated[Optional[str], typer.Option(help="cuda, cpu, mps; by default cuda where there is one.")]
 Dtype = Annotated[Optional[str], typer.Option(help=f"Of the transformer's blocks: {', '.join(DTYPES)}.")]
-Linears = Annotated[
-    str, typer.Option(help="Of the transformer's blocks: exact, or 8-bit (half the memory, faster, an approximation).")
-]
 Kind = Annotated[
     str, typer.Option(help=f"What the transformer was trained for: {', '.join(KINDS)} (as its file says, else edit).")
 ]
-Variations = Annotated[int, typer.Option(min=1, help="Results of so many seeds, from one pass over the picture.")]
 Mask = Annotated[
     Optional[Path],
-    typer.Option(help="Picture that is white (or, with alpha, opaque) where the edit may change something; elsewhere nothing "
-        "changes. Of any size: it is stretched over the picture."),
+    typer.Option(
+        help="Picture that is white (or, with alpha, opaque) where the edit may change something; elsewhere nothing "
+        "changes. Of any size: it is stretched over the picture."
+    ),
 ]
-Protect = Annotated[
-    Optional[Path], typer.Option(help="The opposite of --mask: a picture that is white where nothing may change."),
-]
-Regions = Annotated[
-    Optional[list[str]],
-    typer.Option(help="INSTRUCTION@MASK, in place of an instruction: what to change where; may be given several times, later "
-        "ones lie on top; without @MASK it is for everywhere.", show_default=False),
-]
-Crop = Annotated[
-    Optional[float],
-    typer.Option(help="Edit only what --mask marks, at the full working size, with so much around it (a share of its longer "
-        "side, such as 0.25), and put it back."),
-]
-Extend = Annotated[
-    Optional[str],
-    typer.Option(help="Outpaint: LEFT,TOP,RIGHT,BOTTOM of new picture, in pixels, or shares such as 25%; one number: all sides. 16 pixels of the old picture beside it may change, too."),
-]
-Fill = Annotated[str, typer.Option(help=f"What the model sees in the new part: {', '.join(FILLS)}.")]
-Seam = Annotated[int, typer.Option(min=0, help="Pixels from a mask's edge inwards over which the edit fades in.")]
-Strength = Annotated[
-    float, typer.Option(help="1 is the free edit; less holds more scales, coarse ones first, to the picture; 0: the picture itself.")
-]
-Preserve = Annotated[float, typer.Option(help="Pulls every bit towards the picture's, 0 to 1: 0 not at all, 1 all the way.")]
-SourceAttention = Annotated[float, typer.Option(help="What the picture weighs in self-attention: 1 as trained, 0 it is not seen.")]
-Feather = Annotated[int, typer.Option(help=f"Tokens around a mask that are drawn with it, and latents that stay so, 0 to {MOST_FEATHER}.")]
-AutoMask = Annotated[
-    float,
-    typer.Option(help=f"0 to 1; above 0 the edit finds what it changes, and all else stays as it is: {AUTO_MASK:g} is a good one, more lets more in."),
-]
-BestOf = Annotated[int, typer.Option(help="Begin so many candidates and go on with the best one.")]
-BestAt = Annotated[int, typer.Option(help="Scales after which the best candidate is chosen.")]
-Score = Annotated[str, typer.Option(help=f"What chooses it: {', '.join(SCORES)}.")]
-Begun = Annotated[
-    Optional[Path], typer.Option(help="Tokens of the first scales of this edit, to finish it; with --variations, to branch off.")
-]
-FromScale = Annotated[int, typer.Option(min=0, help="Draw from this scale on; of --begun only the earlier ones are kept.")]
-SaveTokens = Annotated[
-    Optional[Path], typer.Option(help="Write the edit's tokens, some kilobytes, as .safetensors: to decode, finish, branch or edit again.")
-]
-Maps = Annotated[
-    Optional[Path], typer.Option(help="Write two pictures of each result into this folder: what changed, and how sure the model was.")
-]
-Preset = Annotated[str, typer.Option(help=f"Curves of guidance and temperature over the scales: {', '.join(PRESETS)}.")]
-Unguided = Annotated[int, typer.Option(min=0, help="Shortcut: so many last scales without guidance; more than there are means all.")]
-Inside = Annotated[int, typer.Option(min=0, help="Shortcut: compute the last N scales inside the mask only. A wide mask loses less.")]
-Window = Annotated[
-    float, typer.Option(help="Shortcut: the last three scales see rows within this share of the height (grids of more than 16 rows only); 0: all.")
-]
-Stop = Annotated[int, typer.Option(min=0, help="Shortcut: a draft after so many scales; 0: all.")]
-Drafter = Annotated[
-    Optional[Path], typer.Option(help="A second, larger transformer of the same tokenizer, which draws the first --drafted scales.")
-]
-Drafted = Annotated[int, typer.Option(min=0, help="Shortcut: scales that --drafter draws.")]
 JsonReport = Annotated[bool, typer.Option("--json", help="Print a JSON report on standard output.")]
+NEGATIVE = "Negative prompt, in place of the learned unconditional features."
+PER_SCALE = "one number, one a scale (3,3,2,1), or from the first to the last (3:1)."
 
-# Texts, as one number and one a scale are the same option.
-TEMPERATURE = f"{DEFAULT_SETTINGS.temperature:g}"
-TOP_P = f"{DEFAULT_SETTINGS.top_p:g}"
+
+@dataclass(frozen=True)
+class Files:
+    """The model of a command, and how it is loaded."""
+
+    model: Annotated[
+        Optional[Path],
+        typer.Option(help="Transformer: .safetensors, .pth or a sharded folder; by default the demo model."),
+    ] = None
+    vae: Annotated[Optional[Path], typer.Option(help="VAE; by default the model file, where it holds both.")] = None
+    text_encoder: Annotated[Optional[Path], typer.Option(help="T5 encoder: a Hugging Face folder or one file.")] = None
+    kind: Kind = KINDS[0]
+    lora: Annotated[
+        Optional[list[str]], typer.Option(help="FILE[:STRENGTH], a LoRA to apply; may be given several times.")
+    ] = None
+    tokenizer: Annotated[
+        Optional[Path], typer.Option(help="Folder or file of the text encoder's tokenizer, if not with its weights.")
+    ] = None
+    device: Device = None
+    dtype: Dtype = None
+    linears: Annotated[
+        str,
+        typer.Option(help="Of the transformer's blocks: exact, or 8-bit (half the memory, faster, an approximation)."),
+    ] = LINEARS[0]
+
+    def check(self, demo: bool = True) -> None:
+        """Raise where options do not belong together or are unknown, before anything is loaded. demo: whether the demo
+        model is taken whole or not at all."""
+        if demo and self.model is None and any((self.vae, self.text_encoder, self.tokenizer)):
+            raise ValueError("--vae, --text-encoder and --tokenizer belong to a model of yours; name it with --model")
+        if self.tokenizer and not self.text_encoder:
+            raise ValueError("--tokenizer is that of a --text-encoder; name that too, or leave --tokenizer out")
+        if self.dtype:
+            choice(self.dtype, DTYPES, "dtype")
+        check_linears(self.linears)
+
+    def paths(self, words: str = "an instruction") -> tuple[Path, Path, Path | None]:
+        """Transformer, VAE and text encoder, the demo model's without a model. words: what there is to encode, empty
+        for nothing. ValueError where a text encoder is missing, or has nothing to do."""
+        if self.model is None:
+            return demo_files()
+        if words and self.text_encoder is None:
+            raise ValueError(f"{words} needs --text-encoder")
+        if self.text_encoder and not words:
+            raise ValueError("--text-encoder has nothing to read beside --features; leave it out")
+        return self.model, self.vae or self.model, self.text_encoder if words else None
+
+    def load(self, paths: Sequence[Path | None], loras: Sequence[tuple[Path, float]]) -> Editor:
+        """The editor, LoRAs applied before linear layers are rounded to 8 bits."""
+        number = DTYPES[self.dtype] if self.dtype else None
+        linears = LINEARS[0] if loras else self.linears
+        editor = Editor.load(*paths, self.tokenizer, self.device, number, linears, self.kind)
+        for file, strength in loras:
+            apply_lora(editor.transformer, file, strength)
+        if self.linears == "8-bit":
+            eight_bit(editor.transformer)
+        return editor
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How the bits are drawn."""
+
+    guidance: Annotated[
+        Optional[str],
+        typer.Option(
+            help=f"Classifier-free guidance; {PER_SCALE}",
+            show_default=f"{DEFAULT_SETTINGS.guidance:g}; {DEMO_GUIDANCE:g} for the demo model",
+        ),
+    ] = None
+    temperature: Annotated[str, typer.Option(help=f"Temperature; 0 is greedy; {PER_SCALE}")] = (
+        f"{DEFAULT_SETTINGS.temperature:g}"
+    )
+    top_p: Annotated[str, typer.Option(help="Drop bit values of probability <= 1 - top_p.")] = (
+        f"{DEFAULT_SETTINGS.top_p:g}"
+    )
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = DEFAULT_SETTINGS.seed
+
+    def settings(self, model: Path | None) -> SamplingSettings:
+        """As the library takes them. model: None for the demo model, which has a default guidance of its own."""
+        own = DEFAULT_SETTINGS.guidance if model else DEMO_GUIDANCE
+        guidance = own if self.guidance is None else per_scale(self.guidance)
+        return SamplingSettings(guidance, per_scale(self.temperature), per_scale(self.top_p), self.seed)
+
+    def set(self, name: str) -> bool:
+        """Whether an option is not at its default."""
+        return getattr(self, name) != getattr(type(self), name)
+
+    def check(self, settings: SamplingSettings, scales: int) -> None:
+        """Raise ValueError where a list has not one number a scale, and for a --top-p that does nothing."""
+        if self.set("top_p") and not any(temperature for _, temperature, _ in settings.per_scale(scales)):
+            raise ValueError(
+                "--top-p counts only where temperature is above 0; raise --temperature, or leave --top-p out"
+            )
+        settings.per_scale(scales)
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the bits are drawn of, beside the instruction."""
+
+    negative: Annotated[str, typer.Option(help=NEGATIVE)] = NEGATIVE_PROMPT
+    preset: Annotated[str, typer.Option(help=knob("curves", "preset").option)] = PRESET
+
+    def bent(self, settings: SamplingSettings, scales: int) -> SamplingSettings:
+        """The settings with the preset's curves over them. ValueError where it has nothing to bend."""
+        bent = settings.preset(self.preset)
+        if self.preset != PRESET and bent.per_scale(scales) == settings.per_scale(scales):
+            raise ValueError(
+                f"--preset {self.preset} bends guidance above 1 and temperature above 0, and here is neither; raise "
+                "one of them, or leave --preset out"
+            )
+        return bent
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The first scales of an edit that was begun before."""
+
+    begun: Annotated[
+        Optional[Path],
+        typer.Option(help="Tokens of the first scales of this edit, to finish it; with --variations, to branch off."),
+    ] = None
+    from_scale: Annotated[
+        int, typer.Option(min=0, help="Draw from this scale on; of --begun only the earlier ones are kept.")
+    ] = 0
+
+    def tokens(self) -> Tokens | None:
+        """Those before `from_scale`, all by default. ValueError where the options do not go together."""
+        file, scale = self.begun, self.from_scale
+        if file is None:
+            if scale:
+                raise ValueError("--from-scale counts scales of an edit that was begun; name its tokens with --begun")
+            return None
+        tokens = Tokens.load(file)
+        last = min(len(tokens) + 1, len(tokens.schedule))
+        if (scale or len(tokens) + 1) not in range(2, last + 1):
+            was = f"--from-scale {scale}" if scale else "the whole edit"
+            raise ValueError(
+                f"{file} has tokens of {len(tokens)} scales: give --from-scale from 2 to {last}, not {was}"
+            )
+        return tokens.first(scale - 1) if scale else tokens
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """The size at which the model works."""
+
+    size: Annotated[
+        Optional[str],
+        typer.Option(help=f"Working size: {', '.join(SIZES)}.", show_default=f"{SIZE}; {DEMO_SIZE} for the demo model"),
+    ] = None
+    fit: Annotated[
+        Optional[str], typer.Option(help="square (as published) or aspect (experimental).", show_default=FIT)
+    ] = None
+
+    def area(self, model: Path | None) -> str:
+        """The size as one of AREAS. model: None for the demo model, which has a default of its own."""
+        return choice(self.size or (SIZE if model else DEMO_SIZE), SIZES, "size")
+
+    @property
+    def method(self) -> str:
+        return choice(self.fit or FIT, {fit: fit for fit in FITS}, "fit")
 
 
 def per_scale(text: str) -> list[float] | Curve:
@@ -146,27 +251,69 @@ def per_scale(text: str) -> list[float] | Curve:
         ) from None
 
 
-def check_parts(model: Path | None, *parts: Path | None) -> None:
-    """ValueError where files are named that belong to a model, and no model is. parts: all but the model."""
-    if model is None and any(parts):
-        raise ValueError("--vae, --text-encoder and --tokenizer belong to a model of yours; name it with --model")
-
-
-def size_or_default(text: str | None, model: Path | None) -> str:
-    """--size as one of AREAS, or the default of the model named or (None) of the demo model."""
-    return choice(text or (SIZE if model else DEMO_SIZE), SIZES, "size")
-
-
 def numbered(path: Path, count: int) -> list[Path]:
     """Names of so many results: the path itself for one, STEM-1 and so on for several."""
     return [path.with_stem(f"{path.stem}-{n + 1}") for n in range(count)] if count > 1 else [path]
 
 
-def guidance_or_default(text: str | None, model: Path | None) -> float | list[float]:
-    """--guidance, or the default of the model named or (None) of the demo model."""
-    if text is not None:
-        return per_scale(text)
-    return DEFAULT_SETTINGS.guidance if model else DEMO_GUIDANCE
+def knob_options(kind: type, group: str, but: Callable[[Knob], bool] = lambda knob: False) -> type:
+    """A class of options with a field for each knob of a group; `values` makes `kind` of them. but: knobs to leave
+    out."""
+    own = [knob for knob in knobs(group) if not but(knob)]
+    made = [
+        (
+            knob.name,
+            Annotated[type(knob.default), typer.Option(help=knob.option or knob.help)],
+            field(default=knob.default),
+        )
+        for knob in own
+    ]
+    values = {"values": lambda self: kind(**vars(self)), "__module__": __name__}
+    return make_dataclass(f"{kind.__name__}Options", made, frozen=True, namespace=values)
+
+
+ControlOptions = knob_options(Controls, "controls")
+ShortcutOptions = knob_options(Shortcuts, "shortcuts")
+
+
+def command(function: Callable) -> Callable:
+    """A command of which every parameter that is a dataclass of options becomes these options."""
+    hints, parts, made = get_type_hints(function, include_extras=True), {}, []
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind = hints[name]
+        if not is_dataclass(kind):
+            made.append(parameter.replace(annotation=kind))
+            continue
+        own = get_type_hints(kind, include_extras=True)
+        parts[name] = kind, [field.name for field in fields(kind)]
+        made += [
+            parameter.replace(name=field.name, default=field.default, annotation=own[field.name])
+            for field in fields(kind)
+        ]
+
+    @wraps(function)
+    def run(**given) -> None:
+        for name, (kind, names) in parts.items():
+            given[name] = kind(**{field: given.pop(field) for field in names})
+        return function(**given)
+
+    run.__signature__ = inspect.Signature(made)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in made}
+    return run
+
+
+def spelled(name: str) -> str:
+    """A knob's name as an option."""
+    return "--" + name.replace("_", "-")
+
+
+def complain(edit: Known) -> None:
+    """Raise ValueError, in one sentence each, for options that do not go together, and then for ones that would do
+    nothing or more than there is."""
+    named = replace(edit, spelled=spelled)
+    check(named)
+    if found := problems(named):
+        raise ValueError("; ".join(found))
 
 
 def choice(text: str, table: dict[str, Any], name: str) -> Any:
@@ -174,6 +321,16 @@ def choice(text: str, table: dict[str, Any], name: str) -> Any:
     if text not in table:
         raise typer.BadParameter(f"unknown {name} {text!r}; choose one of {', '.join(table)}")
     return table[text]
+
+
+def region_of(text: str) -> Region:
+    """INSTRUCTION@MASK of --region."""
+    words, at, file = text.rpartition("@")
+    if not at:
+        return Region(text)
+    if not words.strip():
+        raise ValueError(f"the region {text!r} has no instruction; write INSTRUCTION@MASK, what to change and where")
+    return Region(words.strip(), load_mask(file))
 
 
 def checked_loras(model: Path, texts: list[str] | None) -> list[tuple[Path, float]]:
@@ -193,19 +350,6 @@ def lora_and_strength(text: str) -> tuple[Path, float]:
         if Path(file).is_file():
             raise typer.BadParameter(f"the strength {strength!r} of {file} is no number; 1 is as trained") from None
         return Path(text), 1.0
-
-
-def load_editor(
-    files: Sequence[Path | None], loras: Sequence[tuple[Path, float]], linears: str, *more, **named
-) -> Editor:
-    """`Editor.load` with LoRAs applied, before linear layers are rounded to 8 bits. ValueError for unknown linears."""
-    check_linears(linears)
-    editor = Editor.load(*files, *more, **named, linears=LINEARS[0] if loras else linears)
-    for file, strength in loras:
-        apply_lora(editor.transformer, file, strength)
-    if linears == "8-bit":
-        eight_bit(editor.transformer)
-    return editor
 
 
 def hardware(editor: Editor) -> dict[str, str]:

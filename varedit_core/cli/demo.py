@@ -1,4 +1,4 @@
-"""Edits shown scale by scale: the watcher of an edit, and `varedit demo`, a contact sheet of the demo model's."""
+"""`varedit demo`: edits of the demo model on a contact sheet."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from PIL import Image
-from rich.progress import Progress
 
-from ..defaults import FIT, SamplingSettings
+from ..defaults import FIT
 from ..demo import GUIDANCE, SAMPLES, SIZE, demo_files
 from ..editor import Editor
-from ..pictures.contact_sheet import Row, contact_sheet
-from ..pictures.images import FittedImage, SourceImage, check_target, load_image, save_image
-from ..sampling.loop import Scale
+from ..pictures.contact_sheet import contact_sheet
+from ..pictures.images import check_target, load_image, save_image
+from ..sampling.settings import SamplingSettings
 from . import common as options
 from .common import console, progress
+from .watcher import Watcher
 
 EDITS = {
     "scene.png": (
@@ -32,60 +31,6 @@ EDITS = {
 """Pictures of `samples/` and what to do with each."""
 FOLDER = Path("output/demo")
 SETTINGS = SamplingSettings(guidance=GUIDANCE)
-
-
-class Watcher:
-    """Follows the edit of one picture (the first of its variations) scale by scale: progress bar, seconds, and on request its pictures.
-
-    Pictures are decoded from the scale's running sum, but for the last one: that is the result, which whoever edits
-    gives to `take`. keep: hold them in `pictures`. folder: write them there, as STEM-scale-NN-HxW.png.
-    """
-
-    def __init__(
-        self, editor: Editor, bar: Progress, keep: bool = False, folder: Path | None = None, stem: str = ""
-    ) -> None:
-        self.editor, self.bar, self.keep, self.folder, self.stem = editor, bar, keep, folder, stem
-        self.task = bar.add_task("reading the source", total=None)
-        self.begin, self.scales, self.pictures = time.perf_counter(), [], []
-
-    def __call__(self, scale: Scale, fitted: list[FittedImage]) -> None:
-        height, width = scale.grid
-        tokens = fitted[0].schedule.tokens
-        bits = scale.bits  # drawn here, so that a scale's seconds hold its own draw
-        self.scales.append(
-            {
-                "scale": scale.index + 1,
-                "grid": [height, width],
-                "seconds": round(time.perf_counter() - self.begin, 4),
-                "ones": round(bits.float().mean().item(), 4),
-            }
-        )
-        self.bar.update(
-            self.task,
-            description=f"scale {scale.index + 1}/{scale.count} ({height}x{width})",
-            total=sum(tokens),
-            completed=sum(tokens[: scale.index + 1]),
-        )
-        if (self.keep or self.folder) and scale.index + 1 < scale.count:
-            self.take(*self.editor.decode(scale.running_sum[:1], fitted[:1]))
-        self.begin = time.perf_counter()
-
-    def take(self, picture: Image.Image) -> None:
-        """Keep or write the picture of the scale that passed last."""
-        if self.keep:
-            self.pictures.append(picture)
-        if self.folder:
-            number, (height, width) = len(self.scales), self.scales[-1]["grid"]
-            save_image(picture, self.folder / f"{self.stem}-scale-{number:02d}-{height}x{width}.png", overwrite=True)
-
-    @property
-    def columns(self) -> list[str]:
-        """A contact sheet's columns: those of `row`."""
-        return ["source", *("{}x{}".format(*scale["grid"]) for scale in self.scales), "result"]
-
-    def row(self, label: str, source: SourceImage) -> Row:
-        """A contact sheet's row: source, every scale, result."""
-        return Row(label, [source.rgb, *self.pictures, self.pictures[-1]])
 
 
 def demo(

@@ -1,4 +1,4 @@
-"""`varedit edit` and `varedit decode`: pictures, or the tokens of an edit, in; pictures, tokens and maps out."""
+"""`varedit edit`: pictures, or the tokens of an edit, in; pictures, tokens and maps out."""
 
 from __future__ import annotations
 
@@ -13,207 +13,259 @@ import torch
 import typer
 from PIL import Image, ImageOps
 
-from ..defaults import (
-    DEFAULT_SETTINGS,
-    FILL,
-    FIT,
-    FITS,
-    KINDS,
-    NEGATIVE_PROMPT,
-    NEUTRAL,
-    NO_SHORTCUTS,
-    PRESET,
-    Controls,
-    SamplingSettings,
-    Shortcuts,
-)  # fmt: skip
-from ..demo import NOTICE, demo_files
-from ..editor import Edited, Region, device_of
-from ..files.checkpoints import load_autoencoder, load_transformer
+from ..controls.base import Known
+from ..defaults import FILL, FILLS, FIT, SIZE
+from ..demo import NOTICE
+from ..files.checkpoints import load_transformer
+from ..files.tokens import SUFFIX
+from ..files.tokens import check_target as check_tokens
 from ..files.weights import open_weights
-from ..pictures.canvas import Region as Crop
-from ..pictures.canvas import crop, extend, region_of, sides_from, stitch
+from ..pictures.canvas import Crop, crop, crop_around, extend, sides_from, stitch
+from ..pictures.composite import Region, check_regions
 from ..pictures.contact_sheet import contact_sheet
-from ..pictures.images import Fitting, SourceImage, check_target, load_image, load_mask, save_image, to_uint8, unfit
-from ..pictures.images import fit as fit_image
-from ..runtime.fp8 import LINEARS
-from ..tokenizer.tokens import SUFFIX, Tokens
-from ..tokenizer.tokens import check_target as check_tokens
+from ..pictures.edited import Edited
+from ..pictures.images import Fitting, SourceImage, check_target, fitting_for, load_image, load_mask, save_image
+from ..tokenizer.tokens import Tokens
 from . import common as options
 from .common import (
-    DTYPES,
-    check_parts,
+    Begun,
+    Canvas,
+    ControlOptions,
+    Draw,
+    Files,
+    ShortcutOptions,
+    Words,
     checked_loras,
-    choice,
+    command,
+    complain,
     console,
-    guidance_or_default,
-    load_editor,
     numbered,
-    per_scale,
     progress,
-    size_or_default,
+    region_of,
 )  # fmt: skip
-from .demo import Watcher
+from .watcher import Watcher
 
 
-def edit(
-    image: Annotated[Path, typer.Argument(help="Picture to edit, or the tokens of an edit to go on from.")],
-    instruction: Annotated[str, typer.Argument(help="What to change, in words.")] = "",
-    model: options.Model = None,
-    vae: options.Vae = None,
-    text_encoder: options.TextEncoder = None,
-    kind: options.Kind = KINDS[0],
-    lora: options.Lora = None,
-    tokenizer: options.Tokenizer = None,
+@dataclass(frozen=True)
+class Place:
+    """Where a picture may change, and how it is cut or grown for that."""
+
+    mask: options.Mask = None
+    protect: Annotated[
+        Optional[Path],
+        typer.Option(help="The opposite of --mask: a picture that is white where nothing may change."),
+    ] = None
+    region: options.Regions = None
+    crop: Annotated[
+        Optional[float],
+        typer.Option(
+            help="Edit only what --mask marks, at the full working size, with so much around it (a share of its longer "
+            "side, such as 0.25), and put it back."
+        ),
+    ] = None
+    extend: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Outpaint: LEFT,TOP,RIGHT,BOTTOM of new picture, in pixels, or shares such as 25%; one number: all "
+            "sides. 16 pixels of the old picture beside it may change, too."
+        ),
+    ] = None
+    fill: Annotated[
+        Optional[str],
+        typer.Option(help=f"What the model sees in the new part: {', '.join(FILLS)}.", show_default=FILL),
+    ] = None
+    seam: options.Seam = 0
+
+    def check(self, instructed: bool) -> None:
+        """Raise ValueError for options that do not go together, or would do nothing."""
+        if self.mask and self.protect:
+            raise ValueError("--mask and --protect are opposites; give one of them")
+        if self.region and instructed:
+            raise ValueError("give an instruction or --region, not both; a --region without a mask is for everywhere")
+        if self.extend and (self.mask or self.protect):
+            raise ValueError("--extend makes a mask of its own; leave out --mask and --protect")
+        if self.crop is not None and not (self.mask or self.protect or self.extend):
+            raise ValueError("--crop needs to know what to crop; give a --mask")
+        if self.region and (self.crop is not None or self.extend):
+            raise ValueError("--region does not go with --crop or --extend, whose pictures its masks do not fit")
+        if self.fill and not self.extend:
+            raise ValueError("--fill is for the new part of a picture; add --extend, or leave it out")
+
+
+@dataclass(frozen=True)
+class Networks(Files):
+    """The model, and a second one that drafts."""
+
+    drafter: Annotated[
+        Optional[Path],
+        typer.Option(help="A second, larger transformer of the same VAE, which draws the first --drafted scales."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Asked(Words):
+    """What to change."""
+
+    instruction: Annotated[str, typer.Argument(help="What to change, in words.")] = ""
     features: Annotated[
         Optional[str], typer.Option(help="FILE:KEY with text features to use in place of an instruction.")
-    ] = None,
+    ] = None
+
+    def check(self, regions: Sequence[str]) -> None:
+        """Raise ValueError where nothing is asked for, or twice."""
+        if not (self.instruction or self.features or regions):
+            raise ValueError("say what to change: give an instruction, --region, or --features FILE:KEY")
+        if self.features and (self.instruction or regions):
+            raise ValueError("give an instruction or --features, not both")
+
+    def prompt(self) -> str | torch.Tensor:
+        return _features(self.features) if self.features else self.instruction
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is written."""
+
     output: Annotated[
         Optional[Path],
         typer.Option("--output", "-o", help="Result; by default beside the picture, as NAME-edited.png."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the output files if they exist.")] = False,
-    size: options.Size = None,
-    fit: options.Fit = FIT,
-    guidance: options.Guidance = None,
-    temperature: options.Temperature = options.TEMPERATURE,
-    top_p: options.TopP = options.TOP_P,
-    preset: options.Preset = PRESET,
-    seed: options.Seed = DEFAULT_SETTINGS.seed,
-    negative: options.Negative = NEGATIVE_PROMPT,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    linears: options.Linears = LINEARS[0],
-    variations: options.Variations = 1,
-    mask: options.Mask = None,
-    protect: options.Protect = None,
-    region: options.Regions = None,
-    crop: options.Crop = None,
-    extend: options.Extend = None,
-    fill: options.Fill = FILL,
-    seam: options.Seam = 0,
-    strength: options.Strength = NEUTRAL.strength,
-    preserve: options.Preserve = NEUTRAL.preserve,
-    source_attention: options.SourceAttention = NEUTRAL.source_attention,
-    feather: options.Feather = NEUTRAL.feather,
-    auto_mask: options.AutoMask = NEUTRAL.auto_mask,
-    best_of: options.BestOf = NEUTRAL.best_of,
-    best_at: options.BestAt = NEUTRAL.best_at,
-    score: options.Score = NEUTRAL.score,
-    begun: options.Begun = None,
-    from_scale: options.FromScale = 0,
-    save_tokens: options.SaveTokens = None,
-    maps: options.Maps = None,
-    unguided: options.Unguided = NO_SHORTCUTS.unguided,
-    inside: options.Inside = NO_SHORTCUTS.inside,
-    window: options.Window = NO_SHORTCUTS.window,
-    stop: options.Stop = NO_SHORTCUTS.stop,
-    drafter: options.Drafter = None,
-    drafted: options.Drafted = NO_SHORTCUTS.drafted,
-    preview_dir: Annotated[Optional[Path], typer.Option(help="Write every scale's picture into this folder.")] = None,
+    ] = None
+    overwrite: Annotated[bool, typer.Option(help="Replace the output files if they exist.")] = False
+    variations: options.Variations = 1
+    save_tokens: options.SaveTokens = None
+    maps: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Write two pictures of each result into this folder: what changed, and how sure the model was."
+        ),
+    ] = None
+    preview_dir: Annotated[Optional[Path], typer.Option(help="Write every scale's picture into this folder.")] = None
     sheet: Annotated[
         Optional[Path], typer.Option("--contact-sheet", help="Write source, every scale and result as one picture.")
-    ] = None,
-    report: options.JsonReport = False,
+    ] = None
+    report: options.JsonReport = False
+
+    def targets(self, image: Path) -> list[Path]:
+        """The results' files."""
+        return numbered(self.output or image.with_name(f"{image.stem}-edited.png"), self.variations)
+
+    def beside(self, targets: Sequence[Path]) -> list[Path]:
+        """Files beside the pictures: of each result its maps, and the tokens of all."""
+        kinds = ("changed", "certainty") if self.maps else ()
+        names = [self.maps / f"{path.stem}-{kind}.png" for path in targets for kind in kinds]
+        return names + ([self.save_tokens] if self.save_tokens else [])
+
+    def check(self, image: Path, transparent: bool) -> None:
+        """Raise what writing would, before the edit. ValueError where a sheet would replace a picture."""
+        targets, sheet = self.targets(image), self.sheet
+        for target in targets:
+            if sheet and sheet.resolve() in (image.resolve(), target.resolve()):
+                raise ValueError(
+                    f"the contact sheet {sheet} would replace a picture of the edit; choose another name for it"
+                )
+            check_target(target, transparent, self.overwrite)
+        if self.preview_dir:
+            check_target(self.preview_dir / "scale.png", False, overwrite=True)
+        if sheet:
+            check_target(sheet, False, self.overwrite)
+        for path in self.beside(targets):
+            if path == self.save_tokens:
+                check_tokens(path, self.overwrite)
+            else:
+                check_target(path, False, self.overwrite)
+
+    def write(self, results: Sequence[Image.Image], edited: Edited, image: Path, profile: bytes | None) -> list[Path]:
+        """Write pictures, maps and tokens; the files."""
+        targets = self.targets(image)
+        for result, path in zip(results, targets):
+            save_image(result, path, self.overwrite, profile)
+        beside = self.beside(targets)
+        # Of changes only what counts as one, so that the picture serves as a mask.
+        changed = [change.point(lambda level: 255 * (level == 255)) for change in edited.changes or ()]
+        maps = [picture for pair in zip(changed, edited.certainty or ()) for picture in pair]
+        for picture, path in zip(maps, beside):
+            save_image(picture, path, self.overwrite)
+        if self.save_tokens:
+            edited.tokens.save(self.save_tokens, self.overwrite)
+        return [*targets, *beside]
+
+
+@command
+def edit(
+    image: Annotated[Path, typer.Argument(help="Picture to edit, or the tokens of an edit to go on from.")],
+    asked: Asked,
+    files: Networks,
+    canvas: Canvas,
+    draw: Draw,
+    place: Place,
+    controls: ControlOptions,
+    begun: Begun,
+    shortcuts: ShortcutOptions,
+    outputs: Outputs,
 ) -> None:
     """Edit a picture by an instruction; the result has exactly its size.
 
-    Shortcuts save time and are not exact; README and docs/LOG.md say what each costs. Controls are neutral by default.
+    Shortcuts save time and are not exact; docs/SPEED.md says what each costs. Controls are neutral by default.
     """
-    check_parts(model, vae, text_encoder, tokenizer)
-    guided = guidance_or_default(guidance, model)
-    settings = SamplingSettings(guided, per_scale(temperature), per_scale(top_p), seed).preset(preset)
-    shortcuts = Shortcuts(unguided, inside, window, stop, drafted)
-    controls = Controls(strength, preserve, source_attention, feather, auto_mask, best_of, best_at, score)
-    if bool(drafter) != bool(drafted):
+    files.check()
+    named, saved = controls.values(), shortcuts.values()
+    if bool(files.drafter) != bool(saved.drafted):
         raise ValueError("--drafter and --drafted go together: a second transformer, and how many scales it draws")
-    area = size_or_default(size, model)
-    choice(fit, dict.fromkeys(FITS), "fit")
-    number = choice(dtype, DTYPES, "dtype") if dtype else None
-    files = _files(model, vae, text_encoder, instruction or bool(region), features, negative)
-    task = Task.read(image, area, fit, mask, protect, crop, extend, fill, region or (), bool(instruction or features))
-    settings.per_scale(len(task.fitting.schedule))
-    given = _begun(begun, from_scale)
-    target = output or image.with_name(f"{image.stem}-edited.png")
-    targets = numbered(target, variations)
-    written = _written(targets, save_tokens, maps)
-    for path in targets:
-        _check_targets(image, path, not task.opaque, sheet, preview_dir, overwrite)
-    for path in written:
-        check_tokens(path, overwrite) if path == save_tokens else check_target(path, False, overwrite)
-    prompt = [] if region else [_features(features) if features else instruction]
-    loras = checked_loras(files[0], lora)
+    asked.check(place.region or ())
+    place.check(bool(asked.instruction or asked.features))
+    words = asked.instruction or place.region or asked.negative
+    paths = files.paths("an instruction or a negative prompt" if words else "")
+    task, given = Task.read(image, canvas, place, files.model), begun.tokens()
+    schedule, settings = task.fitting.schedule, draw.settings(files.model)
+    draw.check(settings, len(schedule))
+    settings = asked.bent(settings, len(schedule))
+    complain(Known(
+        schedule, settings, named, saved, task.masked, len(given or ()), outputs.variations, place.seam,
+        bool(asked.negative),
+    ))  # fmt: skip
+    outputs.check(image, not task.opaque)
+    prompt, loras = () if place.region else asked.prompt(), checked_loras(paths[0], files.lora)
 
-    if model is None:
+    if files.model is None:
         console.print(NOTICE, soft_wrap=True)
     begin = time.perf_counter()
-    editor = load_editor(files, loras, linears, tokenizer, device, number, kind=kind)
-    if drafter:
-        editor.drafter = load_transformer(drafter, dtype=editor.transformer.dtype, device=editor.device)
+    editor = files.load(paths, loras)
+    if files.drafter:
+        editor.drafter = load_transformer(files.drafter, dtype=editor.transformer.dtype, device=editor.device)
     loaded = time.perf_counter()
     with progress() as bar:
-        watcher = Watcher(editor, bar, sheet is not None, preview_dir, target.stem)
+        watcher = Watcher(editor, bar, outputs.sheet is not None, outputs.preview_dir, outputs.targets(image)[0].stem)
         edited = editor.run(
-            [task.given], prompt, [negative], area, fit, settings, watcher, variations=variations, shortcuts=shortcuts,
-            mask=task.mask, controls=controls, regions=task.regions, given=given, seam=0 if task.crop else seam,
-            explain=maps is not None,
+            [task.given], prompt, asked.negative, *task.size, settings, watcher,
+            variations=outputs.variations, shortcuts=saved, mask=task.mask, controls=named, regions=task.regions,
+            given=given, seam=0 if task.crop else place.seam, explain=outputs.maps is not None,
         )  # fmt: skip
         watcher.take(edited.pictures[0])
     seconds = time.perf_counter() - loaded
-    results = [task.whole(picture, seam) for picture in edited.pictures]
-    for result, path in zip(results, targets):
-        save_image(result, path, overwrite, task.source and task.source.icc_profile)
-    for path, picture in zip(written, _pictures(edited, written, maps)):
-        edited.tokens.save(path, overwrite) if picture is None else save_image(picture, path, overwrite)
-    if sheet:
-        row = watcher.row(instruction or features or "; ".join(region or ()), task.shown(edited))
-        save_image(contact_sheet([row], watcher.columns), sheet, overwrite)
-    console.print(
-        f"{', '.join(map(str, [*targets, *written]))} ({results[0].width}x{results[0].height}) in {seconds:.1f} s after "
-        f"{loaded - begin:.1f} s of loading",
-        soft_wrap=True,
-        highlight=False,
-    )
-    if report:
+    results = [task.whole(picture, place.seam) for picture in edited.pictures]
+    written = outputs.write(results, edited, image, task.source and task.source.icc_profile)
+    if outputs.sheet:
+        row = watcher.row(asked.instruction or asked.features or "; ".join(place.region or ()), task.shown(edited))
+        save_image(contact_sheet([row], watcher.columns), outputs.sheet, outputs.overwrite)
+    report_edit(written, results[0].size, seconds, loaded - begin)
+    if outputs.report:
+        targets = written[: outputs.variations]
         facts = {
-            "output": str(targets[0]), "outputs": [str(path) for path in targets], "written": [str(path) for path in written],
-            "size": list(results[0].size), "pixels": list(task.fitting.schedule.pixels), "fit": fit,
-            "contact_sheet": str(sheet) if sheet else None,
+            "output": str(targets[0]), "outputs": [str(path) for path in targets],
+            "written": [str(path) for path in written[outputs.variations :]], "size": list(results[0].size),
+            "pixels": list(task.fitting.schedule.pixels), "fit": canvas.method,
+            "contact_sheet": str(outputs.sheet) if outputs.sheet else None,
             "loras": [{"file": str(file), "strength": strength} for file, strength in loras],
-            **asdict(settings), "linears": linears, "shortcuts": asdict(shortcuts), "controls": asdict(controls),
+            **asdict(settings), "linears": files.linears, "shortcuts": asdict(saved), "controls": asdict(named),
         }  # fmt: skip
         times = {"load_seconds": round(loaded - begin, 4), "edit_seconds": round(seconds, 4)}
         print(json.dumps({**facts, **times, "device": str(editor.device), "scales": watcher.scales}))
 
 
-def decode(
-    tokens: Annotated[Path, typer.Argument(help="Tokens of an edit, as varedit edit --save-tokens writes them.")],
-    vae: Annotated[
-        Optional[Path], typer.Option(help="Tokenizer file; by default the demo model's.")
-    ] = None,
-    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Result; by default NAME.png beside it.")] = None,
-    scales: Annotated[int, typer.Option(min=0, help="Only so many first scales; 0: all.")] = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace the output files if they exist.")] = False,
-    device: options.Device = None,
-) -> None:
-    """Decode the tokens of edits to pictures again, or of their first scales to drafts."""
-    target, found = output or tokens.with_suffix(".png"), Tokens.load(tokens)
-    found = found.first(scales) if scales else found
-    targets = numbered(target, found.images)
-    for path in targets:
-        check_target(path, False, overwrite)
-    place = device_of(device)
-    network = load_autoencoder(vae or demo_files()[1], device=place)
-    with torch.no_grad():
-        for total, path in zip(found.to(place).total(), targets):
-            save_image(unfit(to_uint8(network.decode(total[None])[0]), found.shown), path, overwrite)
-    console.print(f"{', '.join(map(str, targets))} ({found.shown.size[0]}x{found.shown.size[1]})", soft_wrap=True, highlight=False)
-
-
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What an edit works on. given: the picture, or the crop of it, or the tokens to go on from. source: the whole picture,
-    None for tokens. fitting: of what is given."""
+    """What an edit works on. given: the picture, or the crop of it, or the tokens to go on from. source: the whole
+    picture, None for tokens. fitting: of what is given. size: named size and fit, that tokens have of their own."""
 
     given: SourceImage | Tokens
     source: SourceImage | None
@@ -221,39 +273,37 @@ class Task:
     mask: Image.Image | None = None
     regions: Sequence[Region] = ()
     crop: Crop | None = None
+    size: tuple[str, str] = (SIZE, FIT)
 
     @classmethod
-    def read(
-        cls, image: Path, area: str, fit: str, mask: Path | None, protect: Path | None, margin: float | None,
-        sides: str | None, fill: str, regions: Sequence[str], instructed: bool,
-    ) -> Task:  # fmt: skip
-        """The files that options name, put together. ValueError for options that do not go together."""
-        if mask and protect:
-            raise ValueError("--mask and --protect are opposites; give one of them")
-        if regions and instructed:
-            raise ValueError("give an instruction or --region, not both; a --region without a mask is for everywhere")
-        if sides and (mask or protect):
-            raise ValueError("--extend makes a mask of its own; leave out --mask and --protect")
-        if margin is not None and not (mask or protect or sides):
-            raise ValueError("--crop needs to know what to crop; give a --mask")
-        if regions and (margin is not None or sides):
-            raise ValueError("--region does not go with --crop or --extend, whose pictures its masks do not fit")
-        shown = load_mask(mask or protect) if mask or protect else None
-        shown = ImageOps.invert(shown) if protect else shown
-        parts = [_region(text) for text in regions]
+    def read(cls, image: Path, canvas: Canvas, place: Place, model: Path | None) -> Task:
+        """The files that options name, put together. model: None for the demo model. ValueError for options that do not
+        go with what the files hold."""
+        shown = load_mask(place.mask or place.protect) if place.mask or place.protect else None
+        shown = ImageOps.invert(shown) if place.protect else shown
+        parts = [region_of(text) for text in place.region or ()]
+        check_regions(parts, ())
         if image.suffix == SUFFIX:
-            if sides or margin is not None:
+            if place.extend or place.crop is not None:
                 raise ValueError("tokens have the size they were made with; --crop and --extend want a picture")
+            if canvas.size or canvas.fit:
+                raise ValueError("tokens have the size and fit they were made with; leave out --size and --fit")
             tokens = Tokens.load(image)
             return cls(tokens, None, tokens.shown, shown, parts)
+        area, fit = canvas.area(model), canvas.method
         source = load_image(image)
-        if sides:
-            source, shown = extend(source, sides_from(sides), fill=fill)
-        if margin is None:
-            return cls(source, source, fit_image(source, area, fit).fitting, shown, parts)
-        place = region_of(source.size, shown, margin, fit)
-        part, inner = crop(source, place)
-        return cls(part, source, fit_image(part, area, fit).fitting, inner, parts, place)
+        if place.extend:
+            source, shown = extend(source, sides_from(place.extend), fill=place.fill or FILL)
+        if place.crop is None:
+            return cls(source, source, fitting_for(source.size, area, fit), shown, parts, size=(area, fit))
+        around = crop_around(source.size, shown, place.crop, fit)
+        part, inner = crop(source, around)
+        return cls(part, source, fitting_for(part.size, area, fit), inner, parts, around, (area, fit))
+
+    @property
+    def masked(self) -> bool:
+        """Whether it can change in a part only."""
+        return self.mask is not None or (bool(self.regions) and all(region.mask for region in self.regions))
 
     @property
     def opaque(self) -> bool:
@@ -268,74 +318,13 @@ class Task:
         return self.given if isinstance(self.given, SourceImage) else load_image(edited.pictures[0])
 
 
-def _region(text: str) -> Region:
-    words, at, file = text.rpartition("@")
-    if not at:
-        return Region(text)
-    if not words.strip():
-        raise ValueError(f"the region {text!r} has no instruction; write INSTRUCTION@MASK, what to change and where")
-    return Region(words.strip(), load_mask(file))
-
-
-def _begun(file: Path | None, scale: int) -> Tokens | None:
-    """The scales before `scale` of a file of tokens, all by default. ValueError where the options do not go together."""
-    if file is None:
-        if scale:
-            raise ValueError("--from-scale counts scales of an edit that was begun; name its tokens with --begun")
-        return None
-    tokens = Tokens.load(file)
-    last = min(len(tokens) + 1, len(tokens.schedule))
-    if (scale or len(tokens) + 1) not in range(2, last + 1):
-        was = f"--from-scale {scale}" if scale else "the whole edit"
-        raise ValueError(f"{file} has tokens of {len(tokens)} scales: give --from-scale from 2 to {last}, not {was}")
-    return tokens.first(scale - 1) if scale else tokens
-
-
-def _written(targets: Sequence[Path], tokens: Path | None, maps: Path | None) -> list[Path]:
-    """Files beside the pictures: of each result its maps, and the tokens of all."""
-    names = [maps / f"{path.stem}-{kind}.png" for path in targets for kind in ("changed", "certainty")] if maps else []
-    return names + ([tokens] if tokens else [])
-
-
-def _pictures(edited: Edited, written: Sequence[Path], maps: Path | None) -> list[Image.Image | None]:
-    """What goes into the files of `_written`, None for tokens."""
-    # Of changes only what counts as one, so that the picture serves as a mask.
-    changed = [change.point(lambda level: 255 * (level == 255)) for change in edited.changes or ()]
-    found = [picture for pair in zip(changed, edited.certainty) for picture in pair] if maps else []
-    return found + [None] * (len(written) - len(found))
-
-
-def _files(
-    model: Path | None,
-    vae: Path | None,
-    text_encoder: Path | None,
-    instruction: str | bool,
-    features: str | None,
-    negative: str,
-) -> tuple[Path, Path, Path | None]:
-    """Transformer, tokenizer and text encoder, the demo model's without a model. ValueError where words lack one."""
-    if not (instruction or features):
-        raise ValueError("say what to change: give an instruction, --region, or --features FILE:KEY")
-    if instruction and features:
-        raise ValueError("give an instruction or --features, not both")
-    if model is None:
-        return demo_files()
-    if (instruction or negative) and not text_encoder:
-        raise ValueError("an instruction or a negative prompt needs --text-encoder")
-    return model, vae or model, text_encoder
-
-
-def _check_targets(
-    image: Path, target: Path, transparent: bool, sheet: Path | None, previews: Path | None, overwrite: bool
-) -> None:
-    """Raise what writing an edit's files would, before the edit. ValueError where a sheet would replace a picture."""
-    if sheet and sheet.resolve() in (image.resolve(), target.resolve()):
-        raise ValueError(f"the contact sheet {sheet} would replace a picture of the edit; choose another name for it")
-    check_target(target, transparent, overwrite)
-    if previews:
-        check_target(previews / "scale.png", False, overwrite=True)
-    if sheet:
-        check_target(sheet, False, overwrite)
+def report_edit(written: Sequence[Path], size: tuple[int, int], seconds: float, loading: float) -> None:
+    """Say what was written."""
+    console.print(
+        f"{', '.join(map(str, written))} ({size[0]}x{size[1]}) in {seconds:.1f} s after {loading:.1f} s of loading",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def _features(name: str) -> torch.Tensor:
@@ -344,7 +333,6 @@ def _features(name: str) -> torch.Tensor:
         raise ValueError(f"--features takes FILE:KEY, got {name}; name the tensor behind a colon")
     weights = open_weights(path)
     if key not in weights:
-        raise ValueError(
-            f"{path} has no tensor {key}; it has {', '.join(sorted(k for k in weights if len(weights.shapes[k]) == 2)[:3])}, ..."
-        )
+        near = ", ".join(sorted(k for k in weights if len(weights.shapes[k]) == 2)[:3])
+        raise ValueError(f"{path} has no tensor {key}; it has {near}, ...")
     return weights[key].float()

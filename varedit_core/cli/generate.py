@@ -1,101 +1,176 @@
-"""`varedit generate`: pictures of a text alone, and parts of pictures repainted, by Infinity checkpoints."""
+"""`varedit generate`: pictures of text alone, by an Infinity checkpoint."""
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from ..defaults import (
-    KINDS,
-    NEGATIVE_PROMPT,
-    NO_SHORTCUTS,
-    RATIO,
-    RATIOS,
-    SIZE,
-    TEXT_SETTINGS,
-    SamplingSettings,
-    Shortcuts,
-)
-from ..pictures.images import check_target, load_image, load_mask, save_image
-from ..runtime.fp8 import LINEARS
+from ..controls.base import Known
+from ..controls.registry import Controls, Shortcuts
+from ..defaults import FITS, RATIO, RATIOS, SIZE
+from ..files.tokens import check_target as check_tokens
+from ..pictures.composite import Region, check_regions, check_rest
+from ..pictures.images import check_target, fitting_for, load_image, load_mask, save_image
+from ..sampling.settings import TEXT_SETTINGS
+from ..tokenizer.schedule import nearest_ratio, schedule_for
 from . import common as options
-from .common import DTYPES, SIZES, checked_loras, choice, console, load_editor, numbered, per_scale, progress
-from .demo import Watcher
+from .common import (
+    SIZES,
+    Begun,
+    Draw,
+    Files,
+    Words,
+    checked_loras,
+    choice,
+    command,
+    complain,
+    knob_options,
+    numbered,
+    progress,
+    region_of,
+)  # fmt: skip
+from .edit import report_edit
+from .watcher import Watcher
+
+ControlOptions = knob_options(Controls, "controls", but=lambda knob: "source" in knob.needs.split())
+"""Controls that need no source."""
+ShortcutOptions = knob_options(Shortcuts, "shortcuts", but=lambda knob: knob.name == "drafted")
 
 
-def generate(
-    prompt: Annotated[str, typer.Argument(help="What the picture shows, in words.")],
-    model: Annotated[Path, typer.Option(help="Infinity transformer: .safetensors, .pth or a sharded folder.")],
-    text_encoder: Annotated[Path, typer.Option(help="T5 encoder: a Hugging Face folder or one file.")],
-    vae: options.Vae = None,
-    kind: options.Kind = KINDS[0],
-    lora: options.Lora = None,
-    tokenizer: options.Tokenizer = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Result.")] = Path("generated.png"),
-    overwrite: Annotated[bool, typer.Option(help="Replace the output file if it exists.")] = False,
-    size: Annotated[str, typer.Option(help=f"Size: {', '.join(SIZES)}.")] = SIZE,
-    ratio: Annotated[
-        str, typer.Option(help=f"Height / width, or one of {', '.join(RATIOS)} (width:height); the nearest table counts.")
-    ] = RATIO,
-    image: Annotated[Optional[Path], typer.Option(help="Picture to repaint inside --mask, in its own shape.")] = None,
-    mask: options.Mask = None,
-    guidance: Annotated[
-        str, typer.Option(help="Classifier-free guidance; one number, or one a scale.")
-    ] = f"{TEXT_SETTINGS.guidance:g}",
+@dataclass(frozen=True)
+class TextDraw(Draw):
+    """How the bits are drawn, by Infinity's defaults."""
+
+    guidance: Annotated[str, typer.Option(help=f"Classifier-free guidance; {options.PER_SCALE}")] = (
+        f"{TEXT_SETTINGS.guidance:g}"
+    )
     temperature: Annotated[
         str, typer.Option(help="Temperature; Infinity's own scripts take 0.5 for 2B and 1 for 8B; 0 is greedy.")
-    ] = f"{TEXT_SETTINGS.temperature:g}",
-    top_p: options.TopP = f"{TEXT_SETTINGS.top_p:g}",
-    seed: options.Seed = TEXT_SETTINGS.seed,
-    negative: options.Negative = NEGATIVE_PROMPT,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    linears: options.Linears = LINEARS[0],
-    variations: Annotated[int, typer.Option(min=1, help="Results of so many seeds.")] = 1,
-    unguided: options.Unguided = NO_SHORTCUTS.unguided,
-    inside: options.Inside = NO_SHORTCUTS.inside,
-    window: options.Window = NO_SHORTCUTS.window,
-    stop: options.Stop = NO_SHORTCUTS.stop,
-    report: options.JsonReport = False,
+    ] = f"{TEXT_SETTINGS.temperature:g}"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is made: its size, or the part of a picture that is repainted."""
+
+    size: Annotated[str, typer.Option(help=f"Size: {', '.join(SIZES)}.")] = SIZE
+    ratio: Annotated[
+        str,
+        typer.Option(help=f"Height / width, or one of {', '.join(RATIOS)} (width:height); the nearest table counts."),
+    ] = RATIO
+    image: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Picture to repaint a part of, with --mask: it is read only outside the mask, and gives size and "
+            "shape."
+        ),
+    ] = None
+    mask: options.Mask = None
+    region: options.Regions = None
+
+    def check(self, prompt: str, controls: Controls) -> None:
+        """Raise ValueError for options that do not go together."""
+        if not (prompt or self.region):
+            raise ValueError("say what the picture shows: give a prompt, or --region")
+        if prompt and self.region:
+            raise ValueError("give a prompt or --region, not both; a --region without a mask is for everywhere")
+        if bool(self.image) != bool(self.mask):
+            raise ValueError("--image and --mask go together: a picture, and where it is repainted")
+        if not self.image:
+            controls.check_source()
+        if self.image and self.ratio != RATIO:
+            raise ValueError("--image gives the shape; leave out --ratio")
+
+    def regions(self) -> list[Region]:
+        """Those of --region. ValueError where they do not belong together."""
+        regions = [region_of(text) for text in self.region or ()]
+        check_regions(regions, ())
+        if not self.image:
+            check_rest(regions)
+        return regions
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is written."""
+
+    output: Annotated[Path, typer.Option("--output", "-o", help="Result.")] = Path("generated.png")
+    overwrite: Annotated[bool, typer.Option(help="Replace the output files if they exist.")] = False
+    variations: options.Variations = 1
+    save_tokens: options.SaveTokens = None
+    seam: options.Seam = 0
+    report: options.JsonReport = False
+
+
+@command
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows, in words; empty with --region.")],
+    files: Files,
+    shape: Shape,
+    draw: TextDraw,
+    words: Words,
+    controls: ControlOptions,
+    begun: Begun,
+    shortcuts: ShortcutOptions,
+    outputs: Outputs,
 ) -> None:
-    """Make a picture of a text, or repaint a part of one, with an Infinity text-to-image checkpoint."""
-    settings = SamplingSettings(per_scale(guidance), per_scale(temperature), per_scale(top_p), seed)
-    if bool(image) != bool(mask):
-        raise ValueError("--image and --mask go together: a picture, and where it is repainted")
-    area, shape = choice(size, SIZES, "size"), _ratio(ratio)
-    number = choice(dtype, DTYPES, "dtype") if dtype else None
-    source = load_image(image) if image else None
-    targets = numbered(output, variations)
+    """Make a picture of a text alone, with an Infinity checkpoint, or repaint a part of a picture.
+
+    Shortcuts save time and are not exact; docs/SPEED.md says what each costs.
+    """
+    if files.model is None:
+        raise ValueError("name an Infinity transformer with --model; the demo model edits pictures")
+    files.check()
+    named, saved = controls.values(), shortcuts.values()
+    shape.check(prompt, named)
+    area, ratio, regions = choice(shape.size, SIZES, "size"), _ratio(shape.ratio), shape.regions()
+    source = load_image(shape.image) if shape.image else None
+    schedule, settings = schedule_for(area, nearest_ratio(ratio)), draw.settings(files.model)
+    if source:
+        schedule = fitting_for(source.size, area, FITS[1]).schedule
+    draw.check(settings, len(schedule))
+    settings, given = words.bent(settings, len(schedule)), begun.tokens()
+    complain(Known(
+        schedule, settings, named, saved, bool(shape.mask), len(given or ()), outputs.variations, outputs.seam,
+        bool(words.negative),
+    ))  # fmt: skip
+    targets = numbered(outputs.output, outputs.variations)
     for path in targets:
-        check_target(path, source is not None and not source.opaque, overwrite)
-    more = dict(variations=variations, shortcuts=Shortcuts(unguided, inside, window, stop))
-    more |= dict(picture=source, mask=load_mask(mask)) if mask else {}
-    loras = checked_loras(model, lora)
+        check_target(path, source is not None and not source.opaque, outputs.overwrite)
+    if outputs.save_tokens:
+        check_tokens(outputs.save_tokens, outputs.overwrite)
+    paths = files.paths()
+    loras = checked_loras(paths[0], files.lora)
 
     begin = time.perf_counter()
-    editor = load_editor((model, vae or model, text_encoder), loras, linears, tokenizer, device, number, kind=kind)
+    editor = files.load(paths, loras)
     loaded = time.perf_counter()
     with progress() as bar:
         watcher = Watcher(editor, bar)
         bar.update(watcher.task, description="reading the text")
-        results = editor.generate([prompt], area, shape, settings, [negative], on_scale=watcher, **more)
+        made = editor.make(
+            [prompt] if prompt else (), area, ratio, settings, words.negative, source, watcher,
+            variations=outputs.variations, shortcuts=saved, mask=load_mask(shape.mask) if shape.mask else None,
+            controls=named, regions=regions, given=given, seam=outputs.seam,
+        )  # fmt: skip
     done = time.perf_counter()
-    for result, path in zip(results, targets):
-        save_image(result, path, overwrite, source.icc_profile if source else None)
-    console.print(
-        f"{', '.join(map(str, targets))} ({result.width}x{result.height}) in {done - loaded:.1f} s after {loaded - begin:.1f} s of loading",
-        soft_wrap=True,
-        highlight=False,
-    )
-    if report:
-        facts = {"outputs": [str(path) for path in targets], "size": [result.width, result.height], "scales": watcher.scales}
+    for result, path in zip(made.pictures, targets):
+        save_image(result, path, outputs.overwrite, source.icc_profile if source else None)
+    written = [*targets, *([outputs.save_tokens] if outputs.save_tokens else [])]
+    if outputs.save_tokens:
+        made.tokens.save(outputs.save_tokens, outputs.overwrite)
+    size = made.pictures[0].size
+    report_edit(written, size, done - loaded, loaded - begin)
+    if outputs.report:
+        facts = {"outputs": [str(path) for path in targets], "size": list(size), "scales": watcher.scales}
         times = {"load_seconds": round(loaded - begin, 4), "generate_seconds": round(done - loaded, 4)}
-        print(json.dumps({**facts, **asdict(settings), **times, "device": str(editor.device), "linears": linears}))
+        named = {"controls": asdict(named), "shortcuts": asdict(saved), "linears": files.linears}
+        print(json.dumps({**facts, **asdict(settings), **times, "device": str(editor.device), **named}))
 
 
 def _ratio(text: str) -> float:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..defaults import EDIT, KINDS, TEXT_TO_IMAGE
-from ..model.config import AutoencoderConfig, TransformerConfig
-from ..model.layers import Operations
 from ..model.transformer import Transformer
 from ..runtime.fp8 import LINEARS, EightBitLinear, check_linears, prepare, quantise_weight
 from ..runtime.kernels import has_triton
+from ..runtime.layers import Operations
 from ..tokenizer.vae import Autoencoder
+from .shapes import autoencoder_config, transformer_config
 from .weights import WeightError, Weights, open_weights, under
 
 logger = logging.getLogger(__name__)
@@ -199,8 +199,8 @@ def load_transformer(
     """Load a transformer of any size; its sizes are read off the file.
 
     dtype: of the blocks (everything else is fp32). linears: "exact", or "8-bit" (see `eight_bit`): every matrix is
-    rounded as it comes. kind: "edit" or "text-to-image"; auto does as the file says (see `told_kind`), and edits where it
-    says nothing. Tensors go to `device` one by one, so that the peak there is the network plus one tensor.
+    rounded as it comes. kind: "edit" or "text-to-image"; auto does as the file says (see `told_kind`), and edits
+    where it says nothing. Tensors go to `device` one by one, so that the peak there is the network plus one tensor.
     Raises WeightError, and ValueError for unknown linears or kinds; never loads a part.
     """
     check_linears(linears)
@@ -245,9 +245,10 @@ def blank(
     kind: of a transformer, where not as the file says. more: further arguments of the network. Raises WeightError where
     the weights are not exactly those of one.
     """
-    sizes, network = {TRANSFORMER: (TransformerConfig, Transformer), TOKENIZER: (AutoencoderConfig, Autoencoder)}[part]
+    kinds = {TRANSFORMER: (transformer_config, Transformer), TOKENIZER: (autoencoder_config, Autoencoder)}
+    read_sizes, network = kinds[part]
     try:
-        config = sizes.from_shapes(weights.shapes)
+        config = read_sizes(weights.shapes)
         if part == TRANSFORMER:
             config = replace(config, source=(kind or told_kind(weights)) != TEXT_TO_IMAGE)
         with Unfilled():
@@ -281,8 +282,8 @@ def _filled(network: Transformer | Autoencoder, weights: Weights, device) -> Tra
     foreign = sorted(key for key in weights if key.endswith(_BESIDE[1:]))
     if foreign:
         raise WeightError(
-            f"{weights.path} is quantised in a way that only ComfyUI runs ({foreign[0]}); use the original or convert it "
-            "with `varedit convert`"
+            f"{weights.path} is quantised in a way that only ComfyUI runs ({foreign[0]}); use the original or convert "
+            "it with `varedit convert`"
         )
     rounded = {f"{name}.weight" for name, m in network.named_modules() if isinstance(m, EightBitLinear)}
     network.load_state_dict(dict(_placed(expected(network), weights, device, rounded)), assign=True)
@@ -331,5 +332,6 @@ def check(weights: Weights, wanted: dict[str, Sequence[int]]) -> None:
         packed = key in scaled and weights.meta[key].dtype in (torch.uint8, torch.int8)
         if weights.meta[key].shape[: 1 if packed else None] != torch.Size(shape)[: 1 if packed else None]:
             raise WeightError(
-                f"{weights.path} has {key} of shape {list(weights.meta[key].shape)} where {list(shape)} was expected; nothing was loaded"
+                f"{weights.path} has {key} of shape {list(weights.meta[key].shape)} where {list(shape)} was expected; "
+                "nothing was loaded"
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import shutil
 import struct
@@ -35,7 +34,7 @@ from .checkpoints import (
     select,
     told_kind,
 )  # fmt: skip
-from .safe_write import check_free
+from .safe_write import check_free, make_folder, safe_write
 from .weights import WeightError, Weights, open_weights
 
 logger = logging.getLogger(__name__)
@@ -78,9 +77,9 @@ def convert(
     """Convert a transformer, tokenizer or text encoder file or folder; returns the metadata written.
 
     precision: "fp32", "bf16", or "fp8" (float8_e4m3fn with one fp32 scale a matrix). on_tensor(done, total):
-    bytes written. kind: what a transformer was trained for, "edit" or "text-to-image"; auto keeps what the file says (see
-    `checkpoints.told_kind`), and says nothing where it does not. Reads and writes one tensor at a time. Raises WeightError for unusable input, FileExistsError
-    where the target exists, ValueError for a bad choice.
+    bytes written. kind: what a transformer was trained for, "edit" or "text-to-image"; auto keeps what the file says
+    (see `checkpoints.told_kind`), and says nothing where it does not. Reads and writes one tensor at a time. Raises
+    WeightError for unusable input, FileExistsError where the target exists, ValueError for a bad choice.
     """
     source, target = Path(source), Path(target)
     if precision not in PRECISIONS:
@@ -93,6 +92,8 @@ def convert(
         raise WeightError(
             f"{source} is {describe(opened)}; expected a VAREdit transformer, a tokenizer or a T5 encoder"
         )
+    if chosen and part != TRANSFORMER:
+        raise ValueError(f"only a transformer has a kind, and {source} is {describe(opened)}; leave kind at {KINDS[0]}")
     if part == TRANSFORMER and holds(opened, TOKENIZER):
         logger.warning("%s holds a tokenizer too, which is left out; keep the file for it", source)
     weights = _checked(opened, part)
@@ -102,7 +103,7 @@ def convert(
     metadata |= {KIND: kind} if kind else {}
     total = sum(entry.nbytes for entry in plan.values())
     check_space(target, total)
-    write(target, plan, metadata, _tensors(weights, plan), total, on_tensor)
+    write(target, plan, metadata, _tensors(weights, plan), total, on_tensor, overwrite)
     return metadata
 
 
@@ -167,11 +168,12 @@ def check_result(target: Path, overwrite: bool) -> None:
 
 def check_space(target: Path, needed: int) -> None:
     """Make the result's folder; ValueError where its disk has not that many bytes free."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise ValueError(
-            f"{target.parent} has {free / 1e9:.1f} GB free but the result takes {needed / 1e9:.1f} GB; choose another disk"
+            f"{target.parent} has {free / 1e9:.1f} GB free but the result takes {needed / 1e9:.1f} GB; choose another "
+            "disk"
         )
 
 
@@ -192,8 +194,9 @@ def _tensors(weights: Weights, plan: Mapping[str, Entry]) -> Iterator[Tensor]:
 
 
 def write(
-    target: Path, plan: Mapping[str, Entry], metadata: dict[str, str], tensors: Iterator[Tensor], total: int, on_tensor
-) -> None:
+    target: Path, plan: Mapping[str, Entry], metadata: dict[str, str], tensors: Iterator[Tensor], total: int, on_tensor,
+    overwrite: bool,
+) -> None:  # fmt: skip
     """The safetensors layout: header length, JSON header, tensors in the header's order."""
     header, begin = {"__metadata__": metadata}, 0
     for key, entry in plan.items():
@@ -205,15 +208,11 @@ def write(
         begin += entry.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    partial, done = target.with_name(target.name + ".partial"), 0
-    try:
-        with open(partial, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for entry, tensor in zip(plan.values(), tensors):
-                file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
-                done += entry.nbytes
-                if on_tensor:
-                    on_tensor(done, total)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    done = 0
+    with safe_write(target, overwrite) as temporary, open(temporary, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for entry, tensor in zip(plan.values(), tensors):
+            file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            done += entry.nbytes
+            if on_tensor:
+                on_tensor(done, total)

@@ -7,12 +7,13 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from ..model.config import TRANSFORMERS, AutoencoderConfig, TransformerConfig
+from ..model.config import TRANSFORMERS
 from .checkpoints import TOKENIZER, TRANSFORMER, blank, canonical, describe, part_of, told_kind
 from .lora import read_lora
+from .shapes import autoencoder_config, transformer_config
 from .weights import WeightError, Weights, open_weights
 
-_CONFIGS = {TRANSFORMER: TransformerConfig, TOKENIZER: AutoencoderConfig}
+_CONFIGS = {TRANSFORMER: transformer_config, TOKENIZER: autoencoder_config}
 
 
 def inspect(path: str | Path) -> dict:
@@ -56,9 +57,9 @@ def inspect(path: str | Path) -> dict:
     }
 
 
-def _sizes(weights: Weights, part: str, kind) -> dict | None:
+def _sizes(weights: Weights, part: str, config) -> dict | None:
     try:
-        sizes = asdict(kind.from_shapes(canonical(weights, part).shapes))
+        sizes = asdict(config(canonical(weights, part).shapes))
     except (ValueError, KeyError, IndexError):
         return None
     sizes.pop("source", None)  # no size, and no tensor tells it

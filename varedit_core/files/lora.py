@@ -80,7 +80,8 @@ class Lora:
                 raise WeightError(f"{path} has both {found[name].down} and {update.down}; remove one of them")
             if not all(self.weights[key].float().isfinite().all() for key in (update.down, update.up)):
                 raise WeightError(
-                    f"{path} has infinite or undefined numbers in {update.down} or {update.up}; train or download it again"
+                    f"{path} has infinite or undefined numbers in {update.down} or {update.up}; train or download it "
+                    "again"
                 )
             found[name] = update
         return found
@@ -221,7 +222,7 @@ def merge_lora(
     }
     total = sum(entry.nbytes for entry in plan.values())
     check_space(out, total)
-    write(out, plan, metadata, _merged(weights, file, updates, strength), total, on_tensor)
+    write(out, plan, metadata, _merged(weights, file, updates, strength), total, on_tensor, overwrite)
     return metadata
 
 

@@ -1,8 +1,96 @@
-"""What every writer asks of the file it is to write."""
+"""Writing files: each appears whole or not at all, whatever fails and whoever writes the same name at the same time.
+
+`safe_write` is the one way to write a file; the functions below it are for the usual contents.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@contextmanager
+def safe_write(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path`, to be written in the `with` block; at its end the file takes its name at once.
+
+    The temporary name is of this call alone, so that writers of one name never meet: the last one wins, and without
+    overwrite the first. After any error, KeyboardInterrupt too, the temporary file is gone and an old file as it was.
+    The file has the mode of any new one here. Links are followed; a pipe or device is written to, never replaced.
+    Raises as `check_free`, and OSError where the folder cannot be written to.
+    """
+    path = Path(path)
+    check_free(path, overwrite)
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{uuid4().hex}.tmp")
+    try:
+        mode = _made(temporary, path)
+        yield temporary
+        if temporary.stat().st_mode != mode:  # a writer put a file of its own there: safetensors' is the owner's only
+            temporary.chmod(mode)
+        _publish(temporary, target, overwrite)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _made(temporary: Path, path: Path) -> int:
+    """Make the temporary file; its mode."""
+    try:
+        with open(temporary, "xb"):
+            pass
+    except OSError as error:  # under the name that the user knows
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+    return temporary.stat().st_mode
+
+
+def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
+    if overwrite:
+        os.replace(temporary, target)
+        return
+    try:
+        os.link(temporary, target)  # fails where another writer was faster, which a rename would not
+    except FileExistsError:
+        raise FileExistsError(_taken(target)) from None
+    except OSError:  # a file system without links
+        check_free(target, overwrite)
+        os.replace(temporary, target)
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes, overwrite: bool = True) -> None:
+    """Write bytes. Raises as `safe_write`."""
+    with safe_write(path, overwrite) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+
+
+def write_text(path: str | os.PathLike[str], text: str, overwrite: bool = True) -> None:
+    """Write a text in UTF-8. Raises as `safe_write`."""
+    write_bytes(path, text.encode(), overwrite)
+
+
+def write_json(path: str | os.PathLike[str], facts: object, indent: int = 1, overwrite: bool = True) -> None:
+    """Write JSON and an end of line. Raises as `safe_write`."""
+    write_text(path, json.dumps(facts, indent=indent) + "\n", overwrite)
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], overwrite: bool = True
+) -> None:
+    """Write a safetensors file. Raises as `safe_write`."""
+    with safe_write(path, overwrite) as temporary:
+        try:
+            save_file(dict(tensors), temporary, dict(metadata))
+        except SafetensorError as error:
+            raise OSError(f"cannot write {path} ({error}); make room, or choose another place") from error
 
 
 def check_free(path: Path, overwrite: bool) -> None:
@@ -10,9 +98,11 @@ def check_free(path: Path, overwrite: bool) -> None:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file in it")
     if path.exists() and not overwrite:
-        raise FileExistsError(
-            f"{path} exists; choose another name or allow overwriting (--overwrite, in Python overwrite=True)"
-        )
+        raise FileExistsError(_taken(path))
+
+
+def _taken(path: Path) -> str:
+    return f"{path} exists; choose another name or allow overwriting (--overwrite, in Python overwrite=True)"
 
 
 def make_folder(path: Path) -> None:

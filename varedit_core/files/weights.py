@@ -21,9 +21,9 @@ REOPEN_AFTER = 2 << 30
 SAFETENSORS = {".safetensors", ".sft"}
 PICKLED = {".pth", ".pt", ".bin", ".ckpt"}
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
 
@@ -130,7 +130,8 @@ def _unpickle(path: Path) -> tuple[dict[str, Tensor], bool]:
         return _flat(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)), mapped
     except pickle.UnpicklingError as error:
         raise WeightError(
-            f"{path} is damaged or holds more than tensors, so it was not loaded; download it again, or convert it to safetensors where you trust it"
+            f"{path} is damaged or holds more than tensors, so it was not loaded; download it again, or convert it to "
+            "safetensors where you trust it"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise WeightError(
@@ -175,7 +176,8 @@ def _open_index(path: Path) -> Weights:
     absent = sorted(key for key, name in shard_of.items() if key not in shards[name])
     if absent:
         raise WeightError(
-            f"{path.parent / shard_of[absent[0]]} lacks the tensor {absent[0]} that {path.name} lists; download the shard again"
+            f"{path.parent / shard_of[absent[0]]} lacks the tensor {absent[0]} that {path.name} lists; download the "
+            "shard again"
         )
     metadata = {key: value for shard in shards.values() for key, value in shard.metadata.items()}
     return Weights(

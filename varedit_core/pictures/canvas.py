@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..defaults import CROP_MARGIN, FEATHER, FILL, FILLS, FIT, FITS, LEAST_MARGIN, OVERLAP, SIZE
+from ..tokenizer.fitting import MAX_CANVAS_PIXELS, Size, canvas_size
 from ..tokenizer.schedule import nearest_ratio, schedule_for
-from .images import MAX_CANVAS_PIXELS, Size, SourceImage, canvas_size
+from .images import SourceImage
 
 Box = tuple[int, int, int, int]
 Sides = Sequence[int | float]
@@ -30,7 +31,7 @@ MOST_SHARE = 4.0
 
 
 @dataclass(frozen=True, eq=False)
-class Region:
+class Crop:
     """Where pictures of one size are edited.
 
     boxes: what is cut out, one for all pictures or one for each; of one size, so that the crops are a batch.
@@ -51,7 +52,7 @@ class Region:
         return right - left, bottom - top
 
 
-def region_of(size: Size, mask: Image.Image | Tensor, margin: float = CROP_MARGIN, shape: str = FIT) -> Region:
+def crop_around(size: Size, mask: Image.Image | Tensor, margin: float = CROP_MARGIN, shape: str = FIT) -> Crop:
     """The region around what a mask marks in pictures of this size.
 
     mask: a picture's brightness, or [H, W] to [N, 1, H, W], one for all pictures or one for each; stretched over them.
@@ -70,10 +71,10 @@ def region_of(size: Size, mask: Image.Image | Tensor, margin: float = CROP_MARGI
         raise ValueError(f"{which} is empty; paint where the picture may change")
     largest = max(r - l for l, _, r, _ in marked), max(b - t for _, t, _, b in marked)
     wanted = _crop_size(largest, size, margin, shape)
-    return Region(tuple(_box_around(one, wanted, size) for one in marked), mask_NHW)
+    return Crop(tuple(_box_around(one, wanted, size) for one in marked), mask_NHW)
 
 
-def crop_pixels(images_BHWC: Tensor, region: Region) -> tuple[Tensor, Tensor]:
+def crop_pixels(images_BHWC: Tensor, region: Crop) -> tuple[Tensor, Tensor]:
     """The pictures' parts [B, h, w, C], and masks [N, h, w] that are 1 wherever these may change, else 0.
 
     The masks are hard so that a soft one is blended once, by `stitch_pixels`. ValueError for pictures of another size
@@ -85,7 +86,7 @@ def crop_pixels(images_BHWC: Tensor, region: Region) -> tuple[Tensor, Tensor]:
     return _parts(zip(images_BHWC, boxes)), _parts((mask > 0, box) for mask, box in masks).float()
 
 
-def stitch_pixels(images_BHWC: Tensor, edited_EhwC: Tensor, region: Region, feather: int = FEATHER) -> Tensor:
+def stitch_pixels(images_BHWC: Tensor, edited_EhwC: Tensor, region: Crop, feather: int = FEATHER) -> Tensor:
     """The whole pictures [E, H, W, C] with the edit where the mask is 1; where it is 0 they stay as they are, exactly.
 
     edited: crops after the edit, several of one picture behind each other; of another size they are resized. Their
@@ -186,7 +187,7 @@ def extension_mask(size: Size, sides: Sides, overlap: int = OVERLAP) -> Tensor:
     return torch.maximum(across[None], down[:, None])[None]
 
 
-def crop(source: SourceImage, region: Region) -> tuple[SourceImage, Image.Image]:
+def crop(source: SourceImage, region: Crop) -> tuple[SourceImage, Image.Image]:
     """A picture's part in a region of one box, and the mask [mode L] of what may change there, 0 or 255."""
     _check_whole(_empty(source), region)
     alpha = source.alpha if source.alpha is None else source.alpha.crop(region.boxes[0])
@@ -195,7 +196,7 @@ def crop(source: SourceImage, region: Region) -> tuple[SourceImage, Image.Image]
     return part, Image.fromarray(mask.numpy().astype(np.uint8) * 255)
 
 
-def stitch(source: SourceImage, edited: Image.Image, region: Region, feather: int = FEATHER) -> Image.Image:
+def stitch(source: SourceImage, edited: Image.Image, region: Crop, feather: int = FEATHER) -> Image.Image:
     """The whole picture with the edited part put back (see `stitch_pixels`), RGB or (with the source's alpha) RGBA."""
     result = _pillow(stitch_pixels(_levels(source.rgb), _levels(edited.convert("RGB")), region, feather))
     if source.alpha is not None:
@@ -294,7 +295,7 @@ def _box_around(marked: Box, wanted: Size, size: Size) -> Box:
     return left, top, left + wanted[0], top + wanted[1]
 
 
-def _check_whole(images_BHWC: Tensor, region: Region) -> None:
+def _check_whole(images_BHWC: Tensor, region: Crop) -> None:
     """ValueError unless these are the pictures that a region is of."""
     if images_BHWC.ndim != 4 or not len(images_BHWC):
         raise ValueError("there is no picture; give at least one")

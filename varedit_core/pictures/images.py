@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -17,15 +17,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..defaults import FITS
-from ..files.safe_write import check_free, make_folder
+from ..files.safe_write import check_free, make_folder, write_bytes
+from ..tokenizer.fitting import MAX_CANVAS_PIXELS, Fitting, Size, canvas_size
 from ..tokenizer.schedule import Schedule, nearest_ratio, schedule_for
-
-Size = tuple[int, int]
 
 # The published code truncates: half a level darker on average, but the pack must equal its output.
 PUBLISHED_ROUNDING = "truncate"
 ROUNDINGS = (PUBLISHED_ROUNDING, "nearest")
-MAX_CANVAS_PIXELS = 2**28  # 1 GiB in Pillow; a long thin picture padded to a square exceeds it quickly
 
 # Lossy only where the format is, so that repeated edits lose as little as they can.
 _JPEG = ("JPEG", {"quality": 95, "subsampling": 0})
@@ -51,24 +49,6 @@ class SourceImage:
     def opaque(self) -> bool:
         """Whether nothing shines through: no alpha, or one that is full everywhere."""
         return self.alpha is None or _is_full(self.alpha)
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """How a picture of `size` (width, height) was brought to the schedule's pixels.
-
-    padded_size: (width, height) of the canvas that was resized to them; the picture lies at its top left.
-    """
-
-    schedule: Schedule
-    padded_size: Size
-    size: Size
-
-    @classmethod
-    def exact(cls, schedule: Schedule) -> Fitting:
-        """Of a picture that has exactly the schedule's pixels."""
-        height, width = schedule.pixels
-        return cls(schedule, (width, height), (width, height))
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,26 +89,32 @@ def load_mask(image: str | os.PathLike[str] | Image.Image) -> Image.Image:
     return source.rgb.convert("L") if source.opaque else source.alpha
 
 
+def fitting_for(size: Size, area: str, method: str) -> Fitting:
+    """How a picture of a size (width, height) is brought to the model's; arguments and errors as of `fit`."""
+    if method not in FITS:
+        raise ValueError(f"unknown fit {method!r}; choose one of {', '.join(FITS)}")
+    width, height = size
+    schedule = schedule_for(area, 1.0 if method == "square" else nearest_ratio(height / width))
+    padded_size = canvas_size(size, schedule.pixels)
+    if padded_size[0] * padded_size[1] > MAX_CANVAS_PIXELS:
+        raise ValueError(
+            f"a {width}x{height} image needs a canvas of {padded_size[0]}x{padded_size[1]}; make it smaller"
+        )
+    return Fitting(schedule, padded_size, size)
+
+
 def fit(source: SourceImage, area: str, method: str) -> FittedImage:
     """Pad the source with white at the right and bottom, then resize it (Lanczos) to the model's size.
 
     area: a key of schedule.AREAS. method: one of FITS. Raises ValueError for another area or method and
     for a canvas of more than MAX_CANVAS_PIXELS.
     """
-    if method not in FITS:
-        raise ValueError(f"unknown fit {method!r}; choose one of {', '.join(FITS)}")
-    width, height = source.size
-    schedule = schedule_for(area, 1.0 if method == "square" else nearest_ratio(height / width))
-    padded_size = canvas_size(source.size, schedule.pixels)
-    if padded_size[0] * padded_size[1] > MAX_CANVAS_PIXELS:
-        raise ValueError(
-            f"a {width}x{height} image needs a canvas of {padded_size[0]}x{padded_size[1]}; make it smaller"
-        )
-    canvas = Image.new("RGB", padded_size, "white")
+    fitting = fitting_for(source.size, area, method)
+    canvas = Image.new("RGB", fitting.padded_size, "white")
     canvas.paste(source.rgb)
-    resized = canvas.resize(schedule.pixels[::-1], Image.Resampling.LANCZOS)
+    resized = canvas.resize(fitting.schedule.pixels[::-1], Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    return FittedImage(pixels, Fitting(schedule, padded_size, source.size), source)
+    return FittedImage(pixels, fitting, source)
 
 
 def empty(schedule: Schedule) -> FittedImage:
@@ -202,12 +188,9 @@ def save_image(
     check_target(path, _transparent(image), overwrite)
     image = image.convert("RGB") if image.mode == "RGBA" and _is_jpeg(path) else image
     format_name, options = _FORMATS[path.suffix.lower()]
-    temporary = path.with_name(f".{uuid4().hex}.tmp")
-    try:
-        image.save(temporary, format_name, icc_profile=icc_profile, **options)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    encoded = BytesIO()  # Pillow's encoders do not notice where a disk takes a part of what they write
+    image.save(encoded, format_name, icc_profile=icc_profile, **options)
+    write_bytes(path, encoded.getvalue(), overwrite)
 
 
 def check_target(path: str | os.PathLike[str], transparent: bool, overwrite: bool = False) -> None:
@@ -268,11 +251,3 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if "transparency" in image.info:
         grey.putalpha(Image.fromarray((values != image.info["transparency"]).astype(np.uint8) * 255))
     return grey
-
-
-def canvas_size(size: Size, pixels: Size) -> Size:
-    """The smallest (width, height) that holds `size`, shaped as the grid `pixels` (height, width)."""
-    (width, height), (grid_height, grid_width) = size, pixels
-    if height * grid_width >= width * grid_height:
-        return max(width, round(height * grid_width / grid_height)), height
-    return width, max(height, round(width * grid_height / grid_width))

@@ -1,0 +1,23 @@
+"""Why it is fast and why it fits: graphs, kernels, caches of keys and values, plans. Nobody needs it to understand the
+model.
+
+Importing anything of it puts the runtime's forms of the networks' operations in their place
+(`functional.REPLACEMENTS`). Each runs only where it can; everywhere else the plain one does.
+"""
+
+from ..model.functional import REPLACEMENTS
+from .kernels import add_norm, double_picture, laid_out
+from .layers import feed_forward, norm_silu, residual_block
+from .tiling import decode
+
+REPLACEMENTS.update(
+    {
+        "add_norm": add_norm,
+        "double_picture": double_picture,
+        "laid_out": laid_out,
+        "norm_silu": norm_silu,
+        "FeedForward.forward": feed_forward,
+        "ResidualBlock.forward": residual_block,
+        "Autoencoder.decode": decode,
+    }
+)

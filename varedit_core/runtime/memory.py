@@ -8,19 +8,24 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from traceback import clear_frames
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..model.engine import Engine
+from ..model.layers import Attention, sdpa
 from ..model.transformer import Transformer
+from ..sampling.drafting import Drafting
 from .graphs import State
-from .plan import STORES, Job, Plan, described, plan
-from .stores import exact_heads, query_scales
+from .plan import STORES, Job, Plan, described, plan, plans, too_large
+from .session import Session
+from .eight_bit_cache import exact_heads, query_scales
 from .tiling import free_memory
 from .workspace import FOLDED, RECORDED_TOKENS, Shape, Workspace
 
@@ -31,37 +36,174 @@ SPARE = 512 << 20
 _HOST_SHARE = 0.8  # of the free host memory, which others want too
 
 
-def planned(
-    job: Job, transformer: Transformer, device: torch.device, workspace: Workspace, others: Sequence[nn.Module] = (),
-    exact: bool = False,
-) -> tuple[Plan, Workspace]:  # fmt: skip
-    """The best way to run a job within what is free on a CUDA device, and the workspace for it; elsewhere, where nobody
-    tells what is free, all at once.
+T = TypeVar("T")
 
-    workspace: the present one. What it has ready for such a job is used, else its memory is given back. others:
-    networks that may be moved to host memory while the loop runs. exact: not in 8 bits. Logs a line where not all runs
-    at once.
-    Raises ValueError where nothing fits.
+
+class Memory(Protocol):
+    """Where the memory of edits comes from, and the engine that works in it.
+
+    networks: the one that edits, and a drafter or none. movable: bytes of other networks that may go to host memory
+    meanwhile. exact: whether the KV cache must never be in 8 bits.
     """
-    best = Plan(job)
-    if device.type != "cuda":
-        return best, workspace
-    if holds(workspace, job) and job.activations() <= free_memory(device) - SPARE:
-        return best, workspace
-    workspace.forget(host=False)
-    budget = free_memory(device) - SPARE
-    if best.fits(budget, math.inf):
-        return best, workspace_for(best, workspace, kept=best.needed + kept_bytes(job) <= budget)
-    job = replace(job, exact_keys=sum(map(len, exact_heads(query_scales(transformer, device)))))
-    way = plan(job, budget, free_host_memory(), sum(map(nbytes, others)), exact)
-    logger.warning("%s; running %s instead", "; ".join(way.reasons), described(way))
-    return way, workspace_for(way, workspace, kept=False)
+
+    networks: Sequence[Transformer]
+    movable: int
+    exact: bool
+
+    def free(self, job: Job) -> float:
+        """Bytes of the device that a job may take."""
+
+    def host(self) -> float:
+        """Bytes of host memory that a job may take."""
+
+    def counted(self, job: Job) -> Job:
+        """A job that does not fit at once, its bytes counted more exactly where that takes time."""
+
+    def within(self, plan: Plan, drafts: bool, loop: Callable[[Engine], T]) -> T:
+        """The result of a loop that runs as planned, with its engine. drafts: whether the drafter is to be in it."""
+
+    def ran_out(self, error: Exception) -> bool:
+        """Whether an error says that the device's memory ran out."""
+
+    def recover(self) -> None:
+        """Give back what an attempt that ran out of memory has left."""
+
+    def tell(self, text: str) -> None:
+        """A sentence for the user."""
+
+
+def as_it_fits(job: Job, memory: Memory, attempt: Callable[[Plan], T], least: int = 1) -> T:
+    """The result of the best way to run a job within what is free, or of the first one after it that memory lasts for.
+
+    least: rows that can only run together. ValueError where nothing is left to try.
+    """
+    host, budget = memory.host(), memory.free(job)
+    if not Plan(job).fits(budget, host):
+        job = memory.counted(job)
+    way = plan(job, budget, host, memory.movable, memory.exact)
+    if way.job.images < least:
+        raise ValueError(f"memory lasts for {way.job.images} of {least} rows of regions; use fewer")
+    if way.reasons:
+        memory.tell(f"{'; '.join(way.reasons)}; running {described(way)} instead")
+    ways = plans(job, memory.movable, memory.exact)
+    left = [way, *ways[ways.index(replace(way, reasons=())) + 1 :]]
+    left = [other for other in left if other.needed_on_host <= host and other.job.images >= least]
+    while True:
+        way, *left = left
+        try:
+            return attempt(way)
+        except Exception as error:
+            if not memory.ran_out(error):
+                raise
+        memory.recover()  # outside the handler: until its end the exception holds what the loop had made
+        # Of fewer pictures at a time not the next number, but one that takes clearly less.
+        clearly = 0.75 * way.needed
+        left = [other for other in left if other.needed < (way.needed if other.job.images == 1 else clearly)]
+        if not left:
+            raise ValueError(too_large(job, memory.free(job), host, memory.movable, memory.exact))
+        memory.tell(f"memory ran out {described(way)}; running {described(left[0])} instead")
+
+
+class TorchMemory:
+    """Memory that torch hands out: on a CUDA device what is free there, elsewhere as much as one likes.
+
+    network: the one that edits. A workspace stays from edit to edit where there is room for it; `use` makes it another
+    one, in which everything runs as it is, whatever is free.
+    """
+
+    def __init__(self, network: Transformer, device: torch.device) -> None:
+        self.network, self.device = network, device
+        self.others: Sequence[nn.Module] = ()
+        """Networks that may make way meanwhile."""
+        self.drafter: Transformer | None = None
+        self.exact = False
+        self.workspace = self._planned = Workspace()
+        self.drafts, self.elsewhere = Workspace(), Elsewhere()
+        self.recordings: Sequence = ()
+        """What keeps recorded work of other networks, to be forgotten when these move."""
+
+    @property
+    def networks(self) -> list[Transformer]:
+        return [self.network, *([self.drafter] if self.drafter else [])]
+
+    @property
+    def movable(self) -> int:
+        return sum(map(nbytes, self.others)) if self.device.type == "cuda" and not self.fixed else 0
+
+    def use(self, workspace: Workspace) -> None:
+        """Run all in a workspace of the caller's, until it is given the former one back."""
+        self.workspace = workspace
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the workspace is the caller's."""
+        return self.workspace is not self._planned
+
+    def free(self, job: Job) -> float:
+        if self.device.type != "cuda" or self.fixed:
+            return math.inf
+        here = free_memory(self.device) - SPARE
+        if holds(self.workspace, job) and job.activations() <= here:
+            return math.inf
+        self.workspace.forget(host=False)
+        return free_memory(self.device) - SPARE
+
+    def host(self) -> float:
+        return free_host_memory() if self.device.type == "cuda" else math.inf
+
+    def counted(self, job: Job) -> Job:
+        return replace(job, exact_keys=sum(map(len, exact_heads(query_scales(self.network, self.device)))))
+
+    def within(self, plan: Plan, drafts: bool, loop: Callable[[Engine], T]) -> T:
+        if not self.fixed:
+            self.workspace = self._planned = self._workspace(plan)
+        others = self.others if plan.movable else ()
+        for kept in self.recordings if others else ():
+            kept.forget()
+        with self.elsewhere(others, self.device):
+            return loop(engine_of(self.networks[: 1 + drafts], [self.workspace, self.drafts]))
+
+    def _workspace(self, way: Plan) -> Workspace:
+        """The present one where it is of the way's kind, else a new one; it stays where there is room for it."""
+        stays = way.store == "exact" and not (way.rows_at_once or way.movable or way.reasons)
+        if stays and self.device.type == "cuda" and not holds(self.workspace, way.job):
+            stays = way.needed + kept_bytes(way.job) <= free_memory(self.device) - SPARE
+        wanted = (STORES[way.store], stays, way.rows_at_once)
+        present = self.workspace
+        return present if (present.kind, present.kept, present.rows_at_once) == wanted else Workspace(*wanted)
+
+    def ran_out(self, error: Exception) -> bool:
+        return isinstance(error, torch.cuda.OutOfMemoryError)
+
+    def recover(self) -> None:
+        for kept in (self.workspace, self.drafts, *self.recordings):
+            kept.forget()
+        torch.cuda.empty_cache()
+
+    def tell(self, text: str) -> None:
+        logger.warning(text)
+
+    def forget(self) -> None:
+        """Give back all that stays between edits."""
+        for kept in (self.workspace, self.drafts, self.elsewhere):
+            kept.forget()
+
+
+def engine_of(
+    networks: Sequence[Transformer], workspaces: Sequence[Workspace | None], attention: Attention = sdpa
+) -> Engine:
+    """The engine of a network, or of two of which the second drafts."""
+    sessions = [Session(network, work, attention) for network, work in zip(networks, workspaces)]
+    if len(sessions) == 1:
+        return sessions[0]
+    refiner, drafter = networks
+    return Drafting(sessions[1], sessions[0], (drafter.config, refiner.config))
 
 
 def holds(workspace: Workspace, job: Job) -> bool:
     """Whether a workspace has all that it keeps for such a job, from the edit before."""
     shape = workspace.shape
-    if shape is None or workspace.kind is not STORES["exact"] or workspace.rows_at_once:
+    if workspace.busy or shape is None or workspace.kind is not STORES["exact"] or workspace.rows_at_once:
         return False
     wanted = Shape.of(job.schedule, [range(job.text_tokens)] * job.rows, 1, job.dtype, shape.device)
     return replace(shape, copies=1) == wanted
@@ -74,12 +216,6 @@ def kept_bytes(job: Job) -> int:
     folded = 2 * config.depth * job.rows * config.heads * room * config.width * size
     recorded = Job.pass_bytes(config, job.dtype, RECORDED_TOKENS)
     return folded + recorded
-
-
-def workspace_for(way: Plan, present: Workspace, kept: bool) -> Workspace:
-    """The workspace of a way: the present one where it is of its kind. kept: whether it may stay after the edit."""
-    wanted = (STORES[way.store], kept, way.rows_at_once)
-    return present if (present.kind, present.kept, present.rows_at_once) == wanted else Workspace(*wanted)
 
 
 def make_room(workspace: Workspace, device: torch.device, needed: float) -> None:

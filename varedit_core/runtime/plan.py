@@ -12,11 +12,12 @@ import torch
 
 from ..defaults import SIZES
 from ..model.config import TransformerConfig
-from ..model.kv_cache import KeyValueStore
 from ..tokenizer.schedule import Schedule, schedule_for
-from .stores import EightBitStore, HostStore
+from .eight_bit_cache import EightBitCache
+from .host_cache import HostCache
+from .kv_caches import DeviceCache, source_tokens
 
-STORES = {"exact": KeyValueStore, "host": HostStore, "8-bit": EightBitStore}
+STORES = {"exact": DeviceCache, "host": HostCache, "8-bit": EightBitCache}
 """Ways to keep keys and values, in the order in which they are tried."""
 _WORDS = {
     "exact": "keys and values on the device",
@@ -34,8 +35,7 @@ class Job:
     """One run of the loop: images at once, two rows each under guidance, in the transformer's compute dtype.
 
     text_tokens: of the longest text; None: as many as the model takes. exact_keys: of how many heads of all blocks but
-    the first the 8-bit store does not round the keys (`stores.exact_heads`); None: as if of all. The schedule becomes
-    one with or without a source, as the transformer reads one.
+    the first the 8-bit cache does not round the keys (`eight_bit_cache.exact_heads`); None: as if of all.
     """
 
     config: TransformerConfig
@@ -46,20 +46,17 @@ class Job:
     text_tokens: int | None = None
     exact_keys: int | None = None
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "schedule", replace(self.schedule, source=self.config.source))
-
     @property
     def rows(self) -> int:
         return self.images * (2 if self.guided else 1)
 
     @property
     def _sizes(self) -> tuple:
-        return self.schedule, self.config.depth, self.rows, self.config.width, self.dtype
+        return self.config, self.schedule, self.rows, self.dtype
 
     def stored(self, store: str, at_once: int | None = None) -> int:
         """Bytes of keys and values on the device with a store of STORES; at_once: rows of a pass, if not all."""
-        return STORES[store].nbytes(*self._sizes, heads=self.config.heads, at_once=at_once, exact_keys=self.exact_keys)
+        return STORES[store].nbytes(*self._sizes, at_once=at_once, exact_keys=self.exact_keys)
 
     def activations(self, at_once: int | None = None) -> int:
         """Bytes of everything else beside the weights: what a pass makes, and the text's keys and values."""
@@ -85,7 +82,7 @@ class Job:
         """Each pass's share of the time, the source's first (0 without one): products and attention by their
         multiplications."""
         history, costs = 0, []
-        for tokens in (self.schedule.source_tokens, *self.schedule.tokens):
+        for tokens in (source_tokens(self.config, self.schedule), *self.schedule.tokens):
             history += tokens
             products = 14 * self.config.width * max(tokens, _LEAST_TOKENS) * bool(tokens)
             costs.append(products + 2 * tokens * history)

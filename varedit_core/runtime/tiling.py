@@ -1,6 +1,6 @@
 """Decoding latents of which the decoder does not fit into memory whole: picture by picture, then in tiles.
 
-Knows a function that decodes and what it takes, not the network. A tile is decoded alone, so that its norms see the
+Knows a function that decodes and what it takes; of the network only its sizes. A tile is decoded alone, so that its norms see the
 tile only: tones differ a little from those of the picture decoded whole, the less the larger the tiles are (demo
 tokenizer at 1024 pixels: PSNR to the whole picture 37 dB in tiles of 768, 31 in tiles of 512, 28 in tiles of 256).
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .graphs import recorded_bytes
 
@@ -26,6 +26,21 @@ _OVERLAP = 4  # neighbours share this part of a tile: a quarter
 _SPARE = 1.25
 
 Decode = Callable[[Tensor], Tensor]
+
+
+def decode(autoencoder: nn.Module, latents: Tensor) -> Tensor:
+    """`vae.Autoencoder.decode` in the memory that the device has left."""
+    whole = partial(type(autoencoder).decode.plain, autoencoder)
+    return decode_fitted(whole, latents, autoencoder.config.stride, bytes_to_decode(autoencoder))
+
+
+def bytes_to_decode(autoencoder: nn.Module) -> int:
+    """Memory that decoding takes, a position of the latents; about, and rather more than less."""
+    stride, widths = autoencoder.config.stride, autoencoder.config.decoder_widths
+    wider = (max(pair) for pair in zip(widths, (*widths[1:], widths[-1])))
+    # A residual block that changes the width holds its input, that normalised, and the first convolution's result.
+    numbers = max(3 * width / min(2**level, stride) ** 2 for level, width in enumerate(wider))
+    return round(numbers * stride**2 * autoencoder.decode_dtype.itemsize)
 
 
 def decode_fitted(decode: Decode, latents: Tensor, stride: int, needed: float) -> Tensor:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 
 import torch
 from torch import Tensor
 
-from ..model.kv_cache import KeyValueStore, Pass
 from ..model.layers import Attention
-from ..model.transformer import BlockConstants, Condition, PaddedTexts, Transformer
+from ..model.transformer import BlockConstants, Condition, Transformer
 from ..tokenizer.schedule import Schedule
+from .folded_text import counted, fill, foldable, room
 from .graphs import Answer, Recordings, State, can_record, on
 from .kernels import can_attend_to_text, widens
+from .kv_caches import DeviceCache, RowPass
 
 RECORDED_TOKENS = 2304
 """Passes of up to so many tokens, all rows together, wait for their launches and are recorded; longer ones keep the
@@ -50,16 +52,16 @@ class Shape:
 class Workspace:
     """The memory of edits with one transformer.
 
-    store: kind of store (see `kv`). kept: whether anything stays when an edit is over; only then passes are recorded,
+    store: kind of KV cache (see `kv_caches`). kept: whether anything stays when an edit is over; only then passes are recorded,
     each when it is run for the second time. rows_at_once: rows that go through a pass together, all by default; fewer
-    make fewer activations. fold: whether short texts may take memory that saves work (see `transformer.FoldedText`).
+    make fewer activations. fold: whether short texts may take memory that saves work (see `folded_text`).
     state: what must not change for recorded passes and the source's pass to be used again; by default where the weights
     lie and whether they were written. record: whether passes may be recorded at all.
     """
 
     def __init__(
         self,
-        store: type[KeyValueStore] = KeyValueStore,
+        store: type[DeviceCache] = DeviceCache,
         kept: bool = True,
         rows_at_once: int | None = None,
         fold: bool = True,
@@ -68,15 +70,38 @@ class Workspace:
     ) -> None:
         self.kind, self.kept, self.rows_at_once, self.fold = store, kept, rows_at_once, fold
         self.state, self.record = state or State(), record
-        self.store: KeyValueStore | None = None
+        self.store: DeviceCache | None = None
         self.memory = None
+        self._lock, self._leaving = Lock(), False
+        self.busy = False
+        """Whether an edit is at work in it."""
         self.moved: dict[str, int] = {}
         """Bytes copied between host and device by the last store that was let go of."""
         self.recordings = Recordings()
         self.forget()
 
+    def claim(self) -> bool:
+        """Take it for an edit, until `end`; False where another edit is at work in it."""
+        with self._lock:
+            free, self.busy = not self.busy, True
+        return free
+
+    def another(self) -> Workspace:
+        """One of the same kind that keeps nothing, already claimed."""
+        made = Workspace(self.kind, False, self.rows_at_once, self.fold, record=False)
+        made.claim()
+        return made
+
     def forget(self, host: bool = True) -> None:
-        """Give all memory back; host: that of the host, too, else the next store may have it."""
+        """Give all memory back; host: that of the host, too, else the next store may have it. While an edit is at work
+        in it, it keeps all, and gives it back at the end."""
+        if self.busy:
+            self._leaving = True
+            return
+        self._leaving = False
+        self._release(host)
+
+    def _release(self, host: bool) -> None:
         if self.store is not None:
             self.memory, self.moved = getattr(self.store, "memory", None), dict(getattr(self.store, "moved", {}))
             self.store.release()
@@ -85,8 +110,8 @@ class Workspace:
         self.shape: Shape | None = None
         self.weights: Hashable = None
         self.store = None
-        self.passes: list[Pass] = []
-        self.changed: list[Pass] = []
+        self.passes: list[RowPass] = []
+        self.changed: list[RowPass] = []
         self._depends: tuple = ()
         self.constants: tuple[BlockConstants, ...] = ()
         self.static: Condition | None = None
@@ -114,24 +139,19 @@ class Workspace:
         beside: the stream on which they are made, of which the present one knows nothing yet; it does afterwards.
         """
         # Another attention of the same kind is taken for the same.
-        weights = self.state(transformer), getattr(attention, "recordable", False)
+        weights = self.state(transformer), transformer.config, getattr(attention, "recordable", False)
         if (shape, weights) != (self.shape, self.weights):
-            self.forget(host=False)
+            self._release(host=False)
         if self.store is None:
-            size = transformer.config
-            sizes = (size.depth, shape.rows, size.heads, size.head_size, shape.dtype, shape.device)
+            sizes = (shape.schedule, shape.rows, shape.dtype, shape.device)
             more = {"copies": shape.copies, "memory": self.memory}
-            self.store, self.memory = self.kind.of(transformer, self.rows_at_once, shape.schedule, *sizes, **more), None
+            self.store, self.memory = self.kind.of(transformer, self.rows_at_once, *sizes, **more), None
             self.passes = self.store.passes(shape.device)
             self.constants = transformer.constants(shape.device)
-            self.finite = torch.ones((), dtype=torch.bool, device=shape.device)
-            short = shape.text in FOLDED and all(block.ca.foldable(shape.dtype) for block in transformer.blocks)
+            short = shape.text in FOLDED and foldable(transformer, shape.dtype)
             self.foldable = short and widens(shape.device, shape.dtype)  # asked once, as the answer may change
             self.shape, self.weights = shape, weights
         self.transformer, self.attention = transformer, attention
-        self.finite.fill_(True)
-        self.store.keep_rows(shape.rows)
-        self.store.share(1)
         self.condition = self._condition(texts, beside)
 
     def expect(self, identity: Sequence[Tensor], fresh: bool = False) -> None:
@@ -149,23 +169,23 @@ class Workspace:
         if self.source and self._unchanged is not None and self._unchanged():
             return
         self.source = ()
-        copies = self.shape.copies
+        copies, step = self.shape.copies, self.passes[0]
 
-        def read(x: Tensor, condition: Condition) -> None:
-            self.transformer.read_source(x, condition, self.passes[0], self.store, self.attention)
+        def read(x: Tensor, condition: Condition, step: RowPass) -> None:
+            self.transformer.read_source(x, condition, step, self.store, self.attention)
 
         def run(given: Tensor) -> None:
             x = tokens(given)
             if copies > 1:
-                read(x, self.condition.rows(slice(None, None, copies)))
+                read(x, self.condition.rows(slice(None, None, copies)), step)
             else:
-                self._in_turn(x, read)
+                self._in_turn(x, step, read)
 
-        self._run(("source", self.lengths), self.passes[0].rotary.shape[1] * (self.shape.rows // copies), run, features)
+        self._run(("source", self.lengths), step.rotary.shape[1] * (self.shape.rows // copies), run, features)
         if self.kept:
             self.source = tuple(x.clone() for x in self._expected)
 
-    def scale_passes(self, made: Callable[[], list[Pass]], *depends: object) -> list[Pass]:
+    def scale_passes(self, made: Callable[[], list[RowPass]], *depends: object) -> list[RowPass]:
         """Passes that differ from `passes`, kept, with what was recorded of them, while what they depend on stays.
 
         depends: comparable things, and tensors or None.
@@ -177,33 +197,37 @@ class Workspace:
             self.recordings.keep(lambda name: name[0] in present)
         return self.changed
 
-    def run(self, tokens: Callable[..., Tensor], step: Pass, rows: int, asked: int, *inputs: Tensor) -> Tensor:
+    def run(
+        self, tokens: Callable[..., Tensor], step: RowPass, rows: int, asked: int, *inputs: Tensor, shared: int = 1
+    ) -> Tensor:
         """Logits [asked, n, D, 2] of the first rows of a scale's pass, of `rows` in all.
 
-        tokens: makes its input [rows, n, C] of `inputs`.
+        tokens: makes its input [rows, n, C] of `inputs`. shared: how many consecutive rows of the edit share each row of
+        the pass: 1, or all copies of a source.
         """
-
-        shared = self.store.shared
 
         def run(*given: Tensor) -> Tensor:
             x = tokens(*given)
             whole = self.condition.rows(slice(None, None, shared)) if shared > 1 else self.condition
 
-            def forward(x: Tensor, condition: Condition) -> Tensor:
+            def forward(x: Tensor, condition: Condition, step: RowPass) -> Tensor:
                 return self.transformer(x, condition, step, self.store, self.attention)
 
-            x = self._in_turn(x, forward) if shared == 1 else forward(x, whole.rows(slice(0, rows)))
-            logits = self.transformer.logits(x[:asked], whole)
-            self.finite.logical_and_(logits.isfinite().all())
-            return logits
+            if shared > 1:
+                own = replace(step, rows=slice(0, rows * shared, shared))
+                x = forward(x, whole.rows(slice(0, rows)), own)
+            else:
+                x = self._in_turn(x, step, forward)
+            return self.transformer.logits(x[:asked], whole)
 
         return self._run((step, rows, asked, shared, self.lengths), rows * step.rotary.shape[1], run, *inputs)
 
     def end(self) -> None:
         """An edit is over, in whichever way. Unless kept, everything is let go of."""
         self.transformer = self.attention = None
-        if not self.kept:
-            self.forget(host=False)
+        self.busy = False
+        if self._leaving or not self.kept:
+            self.forget(host=self._leaving)
 
     @property
     def _recording(self) -> bool:
@@ -216,15 +240,16 @@ class Workspace:
         """Whether cross-attention's projections are folded into the text: it takes memory, and saves a tenth."""
         return self.fold and self._recording and self.foldable
 
-    def _in_turn(self, x_RnC: Tensor, function: Callable[[Tensor, Condition], Tensor | None]) -> Tensor | None:
+    def _in_turn(
+        self, x_RnC: Tensor, step: RowPass, function: Callable[[Tensor, Condition, RowPass], Tensor | None]
+    ) -> Tensor | None:
         """A pass over all rows, or over some after the other."""
         rows, copies = len(x_RnC), self.shape.copies
-        step = -(-(self.rows_at_once or rows) // copies) * copies  # copies of a source stay together
+        count = -(-(self.rows_at_once or rows) // copies) * copies  # copies of a source stay together
         parts = []
-        for begin in range(0, rows, step):
-            self.store.rows = own = slice(begin, min(begin + step, rows))
-            parts.append(function(x_RnC[own], self.condition.rows(own)))
-        self.store.rows = slice(0, rows)
+        for begin in range(0, rows, count):
+            own = slice(begin, min(begin + count, rows))
+            parts.append(function(x_RnC[own], self.condition.rows(own), replace(step, rows=own)))
         return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
     def _run(
@@ -241,10 +266,10 @@ class Workspace:
         if not self._recording and shape.copies == 1:
             if beside:
                 here.wait_stream(beside)
-            return self.transformer.condition(texts, self.attention, self.constants)
+            return counted(self.transformer.condition(texts, self.attention, self.constants))
         if self.static is None:
             sizes = (shape.rows, shape.copies, shape.text, self._folding, shape.dtype)
-            self.static = Condition.room(self.transformer.config, self.constants, *sizes)
+            self.static = room(self.transformer.config, self.constants, *sizes)
             if beside:
                 beside.wait_stream(here)
         lengths = [len(text) for text in texts]
@@ -267,7 +292,7 @@ class Workspace:
 
     def _take_text(self, features: Tensor, counts: Tensor) -> None:
         real = torch.arange(features.shape[1], device=features.device) < counts[:, None]
-        self.transformer.condition(PaddedTexts(features, real), self.attention, self.constants, self.static)
+        fill(self.static, self.transformer, features, real, self.attention)
 
 
 def _same(a: object, b: object) -> bool:

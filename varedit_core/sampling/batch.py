@@ -1,161 +1,239 @@
-"""What is asked of the loop for some pictures, cut and repeated in one place, and the loop for it with its controls.
+"""A batch of edits: features, texts, seeds, and what holds them to their sources.
 
-Shape suffixes: B pictures, R regions (instructions a picture), d bits a latent position, (H, W) latent grid, (y, x)
-pixels.
+Shape suffixes: P pictures, R regions (instructions a picture), d bits a latent position, (H, W) latent grid of the last
+scale, (h, w) of one scale, (y, x) pixels of any size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+import torch
 from torch import Tensor
 
-from ..controls.effects import Candidates, Regions, steering
-from ..defaults import NEUTRAL, NO_SHORTCUTS, Controls, SamplingSettings, Shortcuts
-from ..model.layers import Attention, sdpa
-from ..model.transformer import Transformer
-from ..runtime.workspace import Workspace
-from ..tokenizer.schedule import Schedule
-from .drafting import draft_and_refine
-from .loop import Control, Promises, Scale, sample
+from ..controls.base import Control, Known, Plan
+from ..controls.mask import checked_mask
+from ..controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts, active
+from ..model.kv_cache import Pass
+from ..tokenizer.quantizer import latent_grids
+from ..tokenizer.schedule import Grid, Schedule
+from ..tokenizer.source import Source
+from .settings import DEFAULT_SETTINGS, SamplingSettings
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
-    """features: [B, d, H, W] of the sources. texts: of every picture R instructions, one or those of its regions.
-    negatives: of every picture its negative prompt or None. mask: [1 or B, y, x]. areas: [B, R, y, x] of the regions.
-    given: bits [B, d, h, w] of the first scales. source_total: the sources' sums of codes [B, d, H, W], where known.
+class EditBatch:
+    """P pictures, each edited with R instructions and as many times as it has seeds.
+
+    features: [P, d, H, W], unquantised, of the sources; where no source is read they give the shape, and with a mask
+    what stays. texts: features [L, T] of the R instructions of each picture. seeds: one a result; those of a picture
+    follow each other. negatives: of each picture its negative prompt's features, None for the learned unconditional
+    ones. mask: [1 or P, y, x], above 0 where the picture may change. areas: [P, R, y, x] of the regions. prefix: bits
+    [P or P * copies, d, h, w] of the first scales. source_total: the sources' sums of codes [P, d, H, W], where they
+    are known. trial_seeds: of the candidates of each picture, where the best is chosen. room: where a picture has one
+    result, of how many the memory may be made for, so that it is that of the candidates and the source is not read again.
+
+    fresh: picture or texts are known to be others than those of the last edit. stream: where the texts are being made.
+    Both save time only. ValueError where the parts do not belong together.
     """
 
     features: Tensor
     texts: Sequence[Sequence[Tensor]]
-    negatives: Sequence[Tensor | None] | None = None
+    schedule: Schedule
+    seeds: tuple[int, ...]
+    settings: SamplingSettings = DEFAULT_SETTINGS
+    negatives: Sequence[Tensor | None] = ()
+    controls: Controls = NEUTRAL
+    shortcuts: Shortcuts = NO_SHORTCUTS
     mask: Tensor | None = None
     areas: Tensor | None = None
-    given: Sequence[Tensor] = ()
+    prefix: Sequence[Tensor] = ()
     source_total: Tensor | None = None
+    trial_seeds: tuple[int, ...] = ()
+    room: int = 1
+    fresh: bool = False
+    stream: torch.cuda.Stream | None = None
+
+    @classmethod
+    def of(
+        cls,
+        features: Tensor,
+        texts: Sequence[Tensor | Sequence[Tensor]],
+        schedule: Schedule,
+        settings: SamplingSettings = DEFAULT_SETTINGS,
+        negatives: Sequence[Tensor | None] | None = None,
+        variations: int = 1,
+        **more,
+    ) -> EditBatch:
+        """The batch whose results draw with the seeds `settings.seed`, the next one, and so on.
+
+        texts: one instruction a picture, or a list of R of them. more: further fields.
+        """
+        rows = [[text] if isinstance(text, Tensor) else list(text) for text in texts]
+        trials = more.get("controls", NEUTRAL).best_of
+        made = {
+            name: tuple((settings.seed + n) % 2**64 for n in range(len(features) * count))
+            for name, count in (("seeds", variations), ("trial_seeds", trials if trials > 1 else 0))
+        }
+        return cls(features, rows, schedule, settings=settings, negatives=list(negatives or ()), **made, **more)
 
     def __post_init__(self) -> None:
-        if self.given and len(self.given[0]) != len(self):
+        negatives = list(self.negatives) or [None] * self.pictures
+        if len(self.texts) != self.pictures or len(negatives) != self.pictures:
             raise ValueError(
-                f"there are tokens of {len(self.given[0])} edits for {len(self)} pictures; go on from one edit of each picture"
+                f"{self.pictures} images need {self.pictures} instructions and negative prompts, got {len(self.texts)} and "
+                f"{len(negatives)}"
+            )
+        object.__setattr__(self, "negatives", negatives)
+        if self.mask is not None:
+            checked_mask(self.mask, self.pictures)
+        self._check_prefix()
+
+    def _check_prefix(self) -> None:
+        for k, (bits, grid) in enumerate(zip(self.prefix, self.grids)):
+            if len(bits) not in (self.pictures, len(self.seeds)):
+                raise ValueError(one_edit_each(len(bits), self.pictures))
+            if bits.shape[-2:] != grid:
+                raise ValueError(
+                    f"the tokens of scale {k + 1} have the shape {list(bits.shape)} but the edit needs {self.pictures} of a grid "
+                    f"of {grid[0]}x{grid[1]}; use the same size, shape and number of pictures as in the edit that made them"
+                )
+        if len(self.prefix) > len(self.grids):
+            raise ValueError(
+                f"there are tokens of {len(self.prefix)} scales but the edit has {len(self.grids)}; use the size they are of"
             )
 
-    def __len__(self) -> int:
+    @property
+    def pictures(self) -> int:
         return len(self.features)
 
     @property
     def regions(self) -> int:
-        """R, the rows of each picture."""
+        """R, the instructions of each picture."""
         return len(self.texts[0])
+
+    @property
+    def copies(self) -> int:
+        """Results of each picture."""
+        return len(self.seeds) // self.pictures
+
+    @property
+    def patch(self) -> int:
+        """Latents along a token's edge."""
+        return max(1, self.features.shape[-2] // self.schedule.grids[-1][0])
+
+    @property
+    def grids(self) -> list[Grid]:
+        """The latent grid (h, w) of every scale."""
+        return latent_grids(self.schedule, self.patch)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest text."""
-        return max(len(text) for row in (*self.texts, self.negatives or ()) for text in row if text is not None)
+        return max(len(text) for row in (*self.texts, self.negatives) for text in row if text is not None)
 
-    def part(self, pictures: slice) -> Request:
-        """The request for some of the pictures."""
-        return self._picked(list(range(len(self))[pictures]))
+    @cached_property
+    def active(self) -> tuple[Control, ...]:
+        """What changes these edits, in the order in which it acts."""
+        return active(self)
 
-    def repeated(self, count: int) -> Request:
-        """Every picture `count` times, one behind the other."""
-        return self._picked(repeated(range(len(self)), count))
+    @cached_property
+    def plan(self) -> Plan:
+        """(guidance, temperature, top_p) of the scales that run."""
+        plan = self.settings.per_scale(len(self.schedule))
+        for control in self.active:
+            plan = control.plan(plan)
+        return plan
 
-    def _picked(self, rows: list[int]) -> Request:
+    @property
+    def facts(self) -> Known:
+        """What is known of these edits, to ask whether all of it counts (`registry.problems`)."""
+        return Known(
+            self.schedule, self.settings, self.controls, self.shortcuts, self.mask is not None, len(self.prefix),
+            self.copies, negative=any(text is not None for text in self.negatives),
+        )  # fmt: skip
+
+    @property
+    def guided(self) -> int:
+        """Scales until guidance ends for good, and with it the unconditional rows."""
+        return max((k + 1 for k, (guidance, _, _) in enumerate(self.plan) if guidance != 1), default=0)
+
+    @property
+    def shared(self) -> int:
+        """First scales that the results of a picture have in common, so that each pass is done once for them."""
+        return len(self.prefix) if self.prefix and len(self.prefix[0]) == self.pictures and self.copies > 1 else 0
+
+    def steps(self, passes: Sequence[Pass]) -> list[Pass]:
+        """The passes of a network, the source's first, as what is active changes them."""
+        made, source = [passes[0]], passes[0].end > 0
+        for step in passes[1:]:
+            for control in self.active:
+                step = control.step(step, source)
+            begin = made[-1].end
+            made.append(step if step.begin == begin else replace(step, begin=begin))
+        return made
+
+    def each_source(self, x_P: Tensor) -> Tensor:
+        """Something with a row a picture, repeated for its regions: [P * R, ...]."""
+        return x_P if self.regions == 1 else x_P.repeat_interleave(self.regions, 0)
+
+    def each_row(self, x_P: Tensor) -> Tensor:
+        """Something with a row a picture, repeated for its regions and results: [P * R * copies, ...]."""
+        x = self.each_source(x_P)
+        return x if self.copies == 1 else x.repeat_interleave(self.copies, 0)
+
+    def each_result(self, x: Tensor) -> Tensor:
+        """Something with a row a result, repeated for the regions: [P * R * copies, ...]."""
+        if self.regions == 1:
+            return x
+        return x.unflatten(0, (self.pictures, self.copies)).repeat_interleave(self.regions, 0).flatten(0, 1)
+
+    def results(self, x_B: Tensor) -> Tensor:
+        """Of something with a row for every region and result, a row a result: the regions' have become the same."""
+        return x_B if self.regions == 1 else x_B.unflatten(0, (-1, self.regions, self.copies))[:, 0].flatten(0, 1)
+
+    def row_seeds(self) -> list[int]:
+        """The seed of every row [P * R * copies]: the regions of a result draw alike."""
+        count = self.copies
+        return [s for p in range(self.pictures) for s in self.seeds[p * count : (p + 1) * count] * self.regions]
+
+    def source(self) -> Source:
+        """What the rows may be held to."""
+        total = None if self.source_total is None else self.each_row(self.source_total)
+        return Source(self.each_row(self.features).float(), self.grids, total)
+
+    def rows(self, pictures: slice, copies: slice = slice(None)) -> EditBatch:
+        """The batch of some of the pictures, with some of their results each."""
+        which, count = range(self.pictures)[pictures], self.copies
+        chosen = [p * count + c for p in which for c in range(count)[copies]]
+        trials = len(self.trial_seeds) // self.pictures
+
         def own(x: Tensor | None) -> Tensor | None:
-            return x if x is None else x[rows]
+            return x if x is None or len(x) == 1 < self.pictures else x[list(which)]
 
-        return Request(
-            self.features[rows],
-            [self.texts[row] for row in rows],
-            self.negatives and [self.negatives[row] for row in rows],
-            self.mask if self.mask is None or len(self.mask) == 1 else self.mask[rows],
-            own(self.areas),
-            [bits[rows] for bits in self.given],
-            own(self.source_total),
+        alike = bool(self.prefix) and len(self.prefix[0]) == self.pictures
+        return replace(
+            self,
+            features=self.features[list(which)],
+            texts=[self.texts[p] for p in which],
+            negatives=[self.negatives[p] for p in which],
+            seeds=tuple(self.seeds[n] for n in chosen),
+            mask=own(self.mask),
+            areas=own(self.areas),
+            prefix=[bits[list(which) if alike else chosen] for bits in self.prefix],
+            source_total=own(self.source_total),
+            trial_seeds=tuple(s for p in which for s in self.trial_seeds[p * trials : (p + 1) * trials]),
         )
 
-    def arguments(self, copies: int, given: Sequence[Tensor]) -> tuple[tuple, dict]:
-        """What `sampling.sample` takes of it: features, texts and negatives; and the rest by name. Rows are pictures, their
-        regions behind each other. given: bits of the first scales, in place of its own."""
-        count = self.regions
-        texts = [text for row in self.texts for text in row]
-        negatives = self.negatives and [text for text in self.negatives for _ in range(count)]
-        mask = self.mask if self.mask is None or len(self.mask) == 1 else _each(self.mask, count)
-        more = dict(mask=mask, copies=copies, given=[_each(bits, count) for bits in given])
-        more["source_total"] = self.source_total if self.source_total is None else _each(self.source_total, count)
-        more["steer"] = [Regions(self.areas, copies)] if self.areas is not None and count > 1 else []
-        if count > 1:  # the regions of a result draw alike
-            more["draws"] = [n * copies + copy for n in range(len(self)) for _ in range(count) for copy in range(copies)]
-        return (_each(self.features, count), texts, negatives), more
-
-    def to(self, device) -> Request:
+    def to(self, device) -> EditBatch:
         """The same with its features, and what is as large, on a device."""
-        moved = [x if x is None else x.to(device) for x in (self.features, self.source_total)]
-        return replace(self, features=moved[0], source_total=moved[1], given=[bits.to(device) for bits in self.given])
-
-    def own(self, x_B: Tensor, copies: int) -> Tensor:
-        """Of something with a row for every region and copy, one row for every copy: the regions' have become the same."""
-        return x_B if self.regions == 1 else x_B.unflatten(0, (-1, self.regions, copies))[:, 0].flatten(0, 1)
+        moved = {name: getattr(self, name) for name in ("features", "source_total")}
+        moved = {name: None if x is None else x.to(device) for name, x in moved.items()}
+        return replace(self, **moved, prefix=[bits.to(device) for bits in self.prefix])
 
 
-def repeated(items: Sequence, count: int) -> list:
-    """Every item `count` times, one behind the other."""
-    return [item for item in items for _ in range(count)]
-
-
-def _each(x: Tensor, count: int) -> Tensor:
-    return x if count == 1 else x.repeat_interleave(count, 0)
-
-
-def edits(
-    request: Request,
-    networks: Sequence[Transformer],
-    schedule: Schedule,
-    settings: SamplingSettings,
-    workspaces: Sequence[Workspace | None] = (None, None),
-    shortcuts: Shortcuts = NO_SHORTCUTS,
-    controls: Controls = NEUTRAL,
-    copies: int = 1,
-    steer: Sequence[Control] = (),
-    attention: Attention = sdpa,
-    promises: Promises = Promises(),
-) -> Iterator[Scale]:
-    """The scales of a request's edits (see `sampling.sample`), with their controls.
-
-    networks, workspaces: of the transformer and, where scales are drafted, of the drafter. copies: variations of each
-    picture. steer: further controls, behind those of `controls`. Where a best beginning is chosen, candidates run to
-    `best_at` scales first, and the best one's are given to the edit. ValueError where scales are to be drafted and
-    nobody is there to do it.
-    """
-    if shortcuts.drafted and len(networks) < 2:
-        raise ValueError("drafted scales need a second transformer; name a drafter, or leave drafted at 0")
-    if shortcuts.drafted and controls.best_of > 1:
-        raise ValueError("drafted and best_of do not go together; choose one")
-
-    def run(copies: int, given: Sequence[Tensor], shortcuts: Shortcuts, promises: Promises) -> Iterator[Scale]:
-        args, more = request.arguments(copies, given)
-        more["steer"] += [*steering(controls), *steer]
-        more |= dict(feather=controls.feather, source_attention=controls.source_attention)
-        more |= dict(attention=attention, promises=promises)
-        if shortcuts.drafted and not given:
-            refiner, drafter = networks
-            pair = (workspaces[1], workspaces[0])
-            return draft_and_refine(
-                drafter, refiner, *args[:2], schedule, shortcuts, settings, args[2], pair, **more
-            )
-        own = dict(workspace=workspaces[0], shortcuts=replace(shortcuts, drafted=0))
-        return sample(networks[0], *args[:2], schedule, settings, args[2], **own, **more)
-
-    given = request.given
-    if controls.best_of > 1:
-        found, promises = Candidates(controls.score), promises.settled()
-        begun = replace(shortcuts, stop=min(controls.best_at, shortcuts.stop or len(schedule)))
-        with closing(run(controls.best_of, given, begun, replace(promises, checks=False))) as scales:
-            for scale in scales:
-                found(scale)
-        given = found.best(controls.best_of, request.regions)
-    return run(copies, given, shortcuts, promises)
+def one_edit_each(edits: int, pictures: int) -> str:
+    """What to say of tokens of another number of edits than there are pictures."""
+    return f"there are tokens of {edits} edits for {pictures} pictures; go on from one edit of each picture"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -13,43 +12,34 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from ..cli import common as options
-from ..cli.common import (
-    DTYPES,
-    checked_loras,
-    choice,
-    console,
-    guidance_or_default,
-    hardware,
-    load_editor,
-    per_scale,
-    progress,
-)
-from ..defaults import NO_SHORTCUTS, SamplingSettings, Shortcuts
+from ..cli.common import Draw, Files, checked_loras, command, complain, console, hardware, knob_options, progress
+from ..controls.base import Known
+from ..controls.registry import NEUTRAL, Shortcuts
 from ..demo import demo_files
-from ..files.safe_write import check_free, make_folder
+from ..files.safe_write import check_free, make_folder, write_json
 from ..pictures.images import check_target, save_image
-from ..runtime.fp8 import LINEARS
+from ..tokenizer.schedule import schedule_for
 from .edits import FAMILIES
-from .evaluate import BATCH, Batch, Report, draw, evaluate, make, picture
+from .evaluate import AREA, BATCH, Batch, Report, draw, evaluate, make, picture
 from .metrics import ssim_function
 from .scenes import SIDE, STYLES
 
 COUNT, SEED = 1000, 0
+SHOWN = 4
 CAPTION = 24
 """Height of an instruction above its pictures, in pixels."""
 COLUMNS = {
     "family": "family",
     "count": "samples",
     "success": "success",
-    "ceiling_success": "(tokenizer's)",
+    "ceiling_success": "(VAE's)",
     "s": "S",
     "o": "O",
     "balance": "balance",
     "psnr": "background PSNR",
-    "ceiling_psnr": "(tokenizer's)",
+    "ceiling_psnr": "(VAE's)",
     "ssim": "SSIM",
-    "ceiling_ssim": "(tokenizer's)",
+    "ceiling_ssim": "(VAE's)",
 }
 
 app = typer.Typer(no_args_is_help=True, help="ShapeEdit, a procedural benchmark of edits with exact answers.")
@@ -67,52 +57,65 @@ def make_command(
     console.print(f"{folder}: {count} samples of the {split} split", soft_wrap=True)
 
 
-@app.command("evaluate")
-def evaluate_command(
-    model: Annotated[Optional[Path], typer.Option(help="Transformer; by default the demo model's.")] = None,
-    vae: Annotated[Optional[Path], typer.Option(help="Tokenizer; by default the demo model's.")] = None,
-    text_encoder: Annotated[Optional[Path], typer.Option(help="T5 encoder; by default the demo model's.")] = None,
-    lora: options.Lora = None,
-    seed: Annotated[int, typer.Option(help="Seed of the samples and of the draws.")] = SEED,
-    count: Annotated[int, typer.Option(min=1, help="Number of samples, the families in turn.")] = COUNT,
+_Shortcuts = knob_options(Shortcuts, "shortcuts", but=lambda knob: knob.name == "drafted")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is judged, and how."""
+
+    count: Annotated[int, typer.Option(min=1, help="Number of samples, the families in turn.")] = COUNT
     family: Annotated[
         Optional[list[str]], typer.Option(help=f"Only this one; may be given several times: {', '.join(FAMILIES)}.")
-    ] = None,
-    style: Annotated[str, typer.Option(help=f"Only this style: {', '.join(STYLES[1:])}.")] = "",
-    guidance: options.Guidance = None,
-    temperature: options.Temperature = options.TEMPERATURE,
-    top_p: options.TopP = options.TOP_P,
-    batch: Annotated[int, typer.Option(min=1, help="Samples edited at a time.")] = BATCH,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    linears: options.Linears = LINEARS[0],
-    masked: Annotated[bool, typer.Option(help="Give every edit its true region as a mask.")] = False,
-    unguided: options.Unguided = NO_SHORTCUTS.unguided,
-    inside: options.Inside = NO_SHORTCUTS.inside,
-    window: options.Window = NO_SHORTCUTS.window,
-    stop: options.Stop = NO_SHORTCUTS.stop,
-    report: Annotated[Optional[Path], typer.Option("--json", help="Write figures, every sample's too, here.")] = None,
+    ] = None
+    style: Annotated[str, typer.Option(help=f"Only this style: {', '.join(STYLES[1:])}.")] = ""
+    batch: Annotated[int, typer.Option(min=1, help="Samples edited at a time.")] = BATCH
+    masked: Annotated[bool, typer.Option(help="Give every edit its true region as a mask.")] = False
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is written."""
+
+    report: Annotated[Optional[Path], typer.Option("--json", help="Write figures, every sample's too, here.")] = None
     pictures: Annotated[
         Optional[Path], typer.Option(help="Write source, edit and target of some samples here, a PNG a family.")
-    ] = None,
-    show: Annotated[int, typer.Option(min=1, help="How many samples of a family --pictures shows.")] = 4,
-    overwrite: Annotated[bool, typer.Option(help="Replace files that exist.")] = False,
-) -> None:
-    """Edit test samples and judge them by their exact answers (see docs/SHAPEEDIT.md)."""
-    settings = SamplingSettings(guidance_or_default(guidance, model), per_scale(temperature), per_scale(top_p), seed)
-    shortcuts = Shortcuts(unguided, inside, window, stop)
-    if inside and not masked:
+    ] = None
+    show: Annotated[int, typer.Option(min=1, help="How many samples of a family --pictures shows.")] = SHOWN
+    overwrite: Annotated[bool, typer.Option(help="Replace files that exist.")] = False
+
+    def check(self) -> None:
+        """Raise ValueError for a --show of nothing."""
+        if self.show != SHOWN and not self.pictures:
+            raise ValueError("--show counts what --pictures shows; name a folder with that, or leave --show out")
+
+
+@app.command("evaluate")
+@command
+def evaluate_command(files: Files, asked: Samples, draws: Draw, shortcuts: _Shortcuts, outputs: Outputs) -> None:
+    """Edit test samples and judge them by their exact answers (see docs/SHAPEEDIT.md).
+
+    --seed is that of the samples and of the draws; --model, --vae and --text-encoder are the demo model's by default.
+    """
+    settings, saved, schedule = draws.settings(files.model), shortcuts.values(), schedule_for(AREA)
+    files.check(demo=False)
+    outputs.check()
+    if saved.inside and not asked.masked:
         raise ValueError("--inside computes inside a mask only; add --masked")
-    kind = choice(dtype, DTYPES, "dtype") if dtype else None
-    samples = draw(seed, count, family, style)
-    gallery = Gallery(pictures, show, overwrite, [s.family for s in samples]) if pictures else None
-    if report:
-        check_free(report, overwrite)
-        make_folder(report.parent)
+    draws.check(settings, len(schedule))
+    complain(Known(schedule, settings, NEUTRAL, saved, asked.masked))
+    samples = draw(draws.seed, asked.count, asked.family, asked.style)
+    families = [sample.family for sample in samples]
+    gallery = Gallery(outputs.pictures, outputs.show, outputs.overwrite, families) if outputs.pictures else None
+    if outputs.report:
+        check_free(outputs.report, outputs.overwrite)
+        make_folder(outputs.report.parent)
     ssim_function()
-    files = _files(model, vae, text_encoder)
-    loras = checked_loras(files[0], lora)
-    editor = load_editor(files, loras, linears, device=device, dtype=kind)
+    paths = [
+        own or demo for own, demo in zip((files.model, files.vae or files.model, files.text_encoder), demo_files())
+    ]
+    loras = checked_loras(paths[0], files.lora)
+    editor = files.load(paths, loras)
     with progress() as bar:
         task = bar.add_task("editing", total=len(samples))
 
@@ -121,24 +124,19 @@ def evaluate_command(
             if gallery:
                 gallery.add(done)
 
-        figures = evaluate(editor, samples, settings, batch, follow, shortcuts, masked)
+        figures = evaluate(editor, samples, settings, asked.batch, follow, saved, asked.masked)
     if gallery:
         gallery.save()
-    if report:
-        facts = {"seed": seed, "count": count, "style": style, "loras": [[str(f), strength] for f, strength in loras]}
-        named = {"linears": linears, "masked": masked, "shortcuts": asdict(shortcuts), **dict(zip(("model", "vae", "text_encoder"), (path.name for path in files)))}
-        report.write_text(
-            json.dumps({**facts, **named, **hardware(editor), **figures.to_json(samples=True)}, indent=1) + "\n"
-        )
+    if outputs.report:
+        names = dict(zip(("model", "vae", "text_encoder"), (path.name for path in paths)))
+        facts = {
+            "seed": draws.seed, "count": asked.count, "style": asked.style,
+            "loras": [[str(file), strength] for file, strength in loras], "linears": files.linears,
+            "masked": asked.masked, "shortcuts": asdict(saved), **names, **hardware(editor),
+            **figures.to_json(samples=True),
+        }  # fmt: skip
+        write_json(outputs.report, facts, overwrite=outputs.overwrite)
     _print(figures)
-
-
-def _files(model: Path | None, vae: Path | None, text_encoder: Path | None) -> tuple[Path, Path, Path]:
-    """The files named, each by default the demo model's; a transformer's own file may hold its tokenizer."""
-    if model and text_encoder:
-        return model, vae or model, text_encoder
-    demo = demo_files()
-    return model or demo[0], vae or demo[1], text_encoder or demo[2]
 
 
 class Gallery:

@@ -66,7 +66,7 @@ class Sample:
 def draw_sample(rng: Random, split: str, family: str | None = None, picture: bool = False, style: str = "") -> Sample:
     """A random sample of `split` ("train" or "test").
 
-    family: one of FAMILIES, random otherwise. picture: the source is a cluttered picture (families of PICTURE_FAMILIES).
+    family: one of FAMILIES, random otherwise. picture: the source is a cluttered picture (of PICTURE_FAMILIES).
     style: restricts the style family to one style. The test split draws distractors too.
     """
     if split not in ("train", "test"):

@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..defaults import DEFAULT_SETTINGS, NO_SHORTCUTS, SamplingSettings, Shortcuts
+from ..controls.registry import NO_SHORTCUTS, Shortcuts
 from ..editor import Editor
+from ..files.safe_write import write_text
 from ..pictures.images import save_image, to_uint8
+from ..sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from ..tokenizer.quantizer import encode, latent_grids
 from ..tokenizer.schedule import TOKEN_PIXELS, Schedule, schedule_for
 from ..tokenizer.vae import Autoencoder
@@ -36,7 +38,7 @@ BATCH = 8
 class Record:
     """One sample's figures. index: its number in the list that was evaluated.
 
-    ceiling_*: what the tokenizer alone allows: whether the target's reconstruction is a success, and background PSNR
+    ceiling_*: what the VAE alone allows: whether the target's reconstruction is a success, and background PSNR
     and SSIM of the source's reconstruction. new_pair: see `Sample`.
     """
 
@@ -143,8 +145,9 @@ def evaluate(
 
     shortcuts: work to leave out; `inside` leaves out what no mask of a batch covers, so give it batches of one. masked:
     give every edit its true region as a mask. Samples run in the order of their text's length, which is fastest; the
-    n-th in that order draws from the settings' seed + n, whatever the batch. on_batch: called with every `Batch`; raise in it to cancel. ValueError where the
-    editor has no text encoder or cannot edit 256 x 256 pixels, and where scikit-image is missing.
+    n-th in that order draws from the settings' seed + n, whatever the batch. on_batch: called with every `Batch`; raise
+    in it to cancel. ValueError where the editor has no text encoder or cannot edit 256 x 256 pixels, and where
+    scikit-image is missing.
     """
     texts = editor.encode_text([s.instruction for s in samples])
     schedule = schedule_for(AREA)
@@ -169,7 +172,7 @@ def evaluate_reconstruction(
     batch: int = BATCH,
     on_batch: OnBatch | None = None,
 ) -> Report:
-    """Judge the tokenizer's reconstruction of every target: what no edit through this tokenizer can be expected to
+    """Judge the VAE's reconstruction of every target: what no edit through this VAE can be expected to
     exceed, and what one that predicts every bit right reaches."""
     device = next(autoencoder.parameters()).device
     return Report(_collected(_judged(autoencoder, device, samples, range(len(samples)), batch), on_batch))
@@ -189,7 +192,7 @@ def evaluate_pictures(
 
 @torch.no_grad()
 def reconstruct(autoencoder: Autoencoder, pixels: Tensor, schedule: Schedule | None = None) -> Tensor:
-    """Pixels [B, 3, y, x] through the tokenizer and back, with a schedule's scales (by default those of 256 pixels)."""
+    """Pixels [B, 3, y, x] through the VAE and back, with a schedule's scales (by default those of 256 pixels)."""
     return _restored(autoencoder, _rows(autoencoder.encode, pixels), schedule or schedule_for(AREA))
 
 
@@ -275,7 +278,7 @@ def make(folder: str | Path, seed: int, count: int, split: str = "test", batch: 
                 image = picture(pixels)
                 save_image(image.convert("L") if kind == "mask" else image, folder / names[kind])
             lines.append(json.dumps({**names, "instruction": sample.instruction, "family": sample.family}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_text(folder / "metadata.jsonl", "".join(lines))
     return folder
 
 

@@ -28,7 +28,7 @@ CLOSING = 9
 HALF = 0.5
 """An edit must come closer to the target than this share of the source's distance."""
 KEEP_DB = 3.0
-"""What an unchanged picture may lose against the tokenizer's own reconstruction."""
+"""What an unchanged picture may lose against the VAE's own reconstruction."""
 LEAST_ERROR = 1e-10
 """Squared errors are at least this, so that PSNR is at most 100 dB."""
 
@@ -138,11 +138,11 @@ def succeeds(
 
     Inside the region, the edit's distance to the target must be below half the source's (three quarters of the
     squared error are gone). And it must be closer to the target than to every distractor (a row's pictures
-    [n, 3, H, W]: near misses, and what other instructions would have made of the source), each compared where target and distractor
-    differ.
+    [n, 3, H, W]: near misses, and what other instructions would have made of the source), each compared where target
+    and distractor differ.
 
     Where the region is empty (`keep`), the PSNR against the source must be at most 3 dB below that of
-    `reconstruction` [B, 3, H, W], the source through the tokenizer.
+    `reconstruction` [B, 3, H, W], the source through the VAE.
     """
     done = distance(edited, target, region) < HALF * distance(source, target, region)
     kept = _background_psnr(edited, source, region) >= _background_psnr(reconstruction, source, region) - KEEP_DB

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..defaults import TEXT_TOKENS
 from ..files.checkpoints import TEXT_ENCODER, Unfilled, check, expected, select
 from ..files.weights import WeightError, Weights, open_weights
-from ..model.layers import Operations
 from ..runtime.graphs import Recorder
+from ..runtime.layers import Operations
 from .t5 import T5Config, T5Encoder
 
 logger = logging.getLogger(__name__)

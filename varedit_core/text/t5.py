@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model.config import Shapes
 from ..model.layers import Operations
 
 # Ours: what config.json of a Hugging Face folder calls it.
@@ -76,7 +75,7 @@ class T5Config:
         }  # fmt: skip
 
     @classmethod
-    def from_shapes(cls, shapes: Shapes) -> T5Config:
+    def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> T5Config:
         """Read the sizes off the weights' shapes. KeyError for a weight that is not there."""
         buckets, heads = shapes[f"{_ATTENTION}.relative_attention_bias.weight"]
         inner, width = shapes[f"{_ATTENTION}.q.weight"]

@@ -59,3 +59,8 @@ def to_tokens(x_BdHW: Tensor, patch: int) -> Tensor:
 def from_tokens(x_BlD: Tensor, grid: Grid, patch: int) -> Tensor:
     """Tokens [B, i * j, d * p * p] of a token grid (i, j) -> latents [B, d, i * p, j * p]."""
     return F.pixel_shuffle(x_BlD.transpose(1, 2).unflatten(2, grid), patch)
+
+
+def on_latents(mask_B1hw: Tensor, patch: int) -> Tensor:
+    """A mask of tokens as one of latent positions."""
+    return mask_B1hw.repeat_interleave(patch, -1).repeat_interleave(patch, -2)

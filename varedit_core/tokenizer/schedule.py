@@ -1,6 +1,6 @@
-"""Scale tables: which token grids an edit runs through, coarse to fine, and where their tokens lie.
+"""Scale tables: which token grids an edit runs through, coarse to fine.
 
-Knows aspect ratios, token grids and token positions; knows nothing of weights or pixels' content.
+Knows aspect ratios and token grids; knows nothing of weights or pixels' content.
 A token covers 16 x 16 pixels of the last grid (VAREdit, arXiv 2508.15772, section 3; the tables are
 those of Infinity, arXiv 2412.04431, appendix).
 """
@@ -10,9 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 Grid = tuple[int, int]
 
@@ -50,13 +47,11 @@ TABLES = _tables()
 class Schedule:
     """The token grids of one edit, coarse to fine, out of the table of one aspect ratio.
 
-    ratio: key of the table in TABLES. grids: (height, width) in tokens of every scale that runs. source: whether the
-    tokens of a source picture come before them (see `TransformerConfig.source`).
+    ratio: key of the table in TABLES. grids: (height, width) in tokens of every scale that runs.
     """
 
     ratio: float
     grids: tuple[Grid, ...]
-    source: bool = True
 
     def __post_init__(self) -> None:
         if self.ratio not in TABLES:
@@ -86,49 +81,6 @@ class Schedule:
     def tokens(self) -> tuple[int, ...]:
         """Number of tokens of every scale."""
         return tuple(h * w for h, w in self.grids)
-
-    @property
-    def source_tokens(self) -> int:
-        """Number of tokens of the source: as many as of the last scale, or none."""
-        return self.tokens[-1] if self.source else 0
-
-    @property
-    def kept(self) -> int:
-        """Number of tokens that later ones attend to: of the source and of all scales but the last."""
-        return self.source_tokens + sum(self.tokens[:-1])
-
-    def positions(self) -> Tensor:
-        """Positions [N, 2] (row, column) of the source's tokens, if it has any, then of every scale of the full table.
-
-        Always built from the table's 13 scales, whatever runs: shorter schedules index the same list
-        with the offsets of their own (`rotary`). Released weights depend on this layout.
-        """
-        table = TABLES[self.ratio]
-        rows, columns = table[-1]
-        parts = [_cells(torch.arange(rows) + rows, torch.arange(columns) + columns)] if self.source else []
-        for height, width in table:
-            # int64 times a Python float is float32 in torch; rounding follows it, half to even.
-            parts.append(
-                _cells(
-                    (torch.arange(height) * (rows / height)).round(), (torch.arange(width) * (columns / width)).round()
-                )
-            )
-        return torch.cat(parts).long()
-
-    def rotary(self, head_size: int, device: torch.device | str = "cpu") -> list[Tensor]:
-        """Rotary tables [2, n, head_size / 2] (cosine, sine), fp32: the source's first, then one a scale.
-
-        head_size / 4 frequencies 10000^(-2i / (head_size / 2)) an axis, height before width.
-        """
-        frequencies = 1.0 / 10000.0 ** (torch.arange(0, head_size // 2, 2).float() / (head_size // 2))
-        lengths = [self.source_tokens, *self.tokens]
-        positions = self.positions()[: sum(lengths)].float()
-        angles = (positions[:, :, None] * frequencies).flatten(1)
-        return list(torch.stack([angles.cos(), angles.sin()]).to(device).split(lengths, dim=1))
-
-
-def _cells(rows: Tensor, columns: Tensor) -> Tensor:
-    return torch.cartesian_prod(rows, columns).reshape(-1, 2)
 
 
 def schedule_for(area: str, ratio: float = 1.0) -> Schedule:

@@ -1,19 +1,20 @@
-"""The tokenizer's convolutional encoder and decoder (BSQ-VAE; Infinity, arXiv 2412.04431, section 3.2).
+"""The VAE: the picture's convolutional encoder and decoder (BSQ-VAE; Infinity, arXiv 2412.04431, section 3.2).
 
-Pixels [B, 3, y, x] in [-1, 1] <-> latents [B, d, y / stride, x / stride]. The quantiser lives in
-`quantizer`; scales and tokens are not known here.
+Pixels [B, 3, y, x] in [-1, 1] <-> latents [B, d, y / stride, x / stride]. The quantiser lives in `quantizer`; scales
+and tokens are not known here.
 """
 
 from __future__ import annotations
+
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.config import AutoencoderConfig
+from ..model.functional import double_picture, laid_out, norm_silu, replaceable
 from ..model.layers import Operations
-from ..runtime.kernels import add_pictures, double_picture, fusable
-from ..runtime.tiling import decode_fitted
 
 
 class ResidualBlock(nn.Module):
@@ -25,11 +26,11 @@ class ResidualBlock(nn.Module):
         self.conv2 = ops.Conv2d(width, width, 3, padding=1, **kw)
         self.nin_shortcut = ops.Conv2d(width_in, width, 1, **kw) if width_in != width else nn.Identity()
 
+    @replaceable
     def forward(self, x: Tensor) -> Tensor:
         # In one expression, so that nothing is kept that is not read again; the sum is made in place for that too.
-        h, bias = _apart(self.conv2, _activated(self.norm2, *_apart(self.conv1, _activated(self.norm1, x))))
-        y, own = _apart(self.nin_shortcut, x)
-        return add_pictures(h, y, own if bias is None else bias if own is None else bias + own)
+        h = self.conv2(norm_silu(self.norm2, self.conv1(norm_silu(self.norm1, x))))
+        return h.add_(self.nin_shortcut(x))
 
 
 class Resample(nn.Module):
@@ -47,19 +48,12 @@ class Resample(nn.Module):
 class Level(nn.Module):
     def __init__(self, width_in: int, width: int, blocks: int, ops, **kw) -> None:
         super().__init__()
-        self.block = nn.ModuleList(
-            ResidualBlock(width_in if i == 0 else width, width, ops, **kw) for i in range(blocks)
-        )
+        self.block = nn.ModuleList(ResidualBlock(width if i else width_in, width, ops, **kw) for i in range(blocks))
 
 
-class Middle(nn.Module):
-    def __init__(self, width: int, ops, **kw) -> None:
-        super().__init__()
-        self.block_1 = ResidualBlock(width, width, ops, **kw)
-        self.block_2 = ResidualBlock(width, width, ops, **kw)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.block_1(x))
+def middle(width: int, ops, **kw) -> nn.Module:
+    """Two residual blocks at the lowest resolution."""
+    return nn.Sequential(OrderedDict((f"block_{i}", ResidualBlock(width, width, ops, **kw)) for i in (1, 2)))
 
 
 class Encoder(nn.Module):
@@ -73,7 +67,7 @@ class Encoder(nn.Module):
             if 2**i < config.stride:
                 level.downsample = Resample(width, True, ops, **kw)
             self.down.append(level)
-        self.mid = Middle(widths[-1], ops, **kw)
+        self.mid = middle(widths[-1], ops, **kw)
         self.norm_out = _norm(widths[-1], ops, **kw)
         self.conv_out = ops.Conv2d(widths[-1], config.bits, 3, padding=1, **kw)
 
@@ -84,7 +78,7 @@ class Encoder(nn.Module):
                 x = block(x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
-        return self.conv_out(_activated(self.norm_out, self.mid(x)))
+        return self.conv_out(norm_silu(self.norm_out, self.mid(x)))
 
 
 class Decoder(nn.Module):
@@ -92,7 +86,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = config.decoder_widths
         self.conv_in = ops.Conv2d(config.bits, widths[-1], 3, padding=1, **kw)
-        self.mid = Middle(widths[-1], ops, **kw)
+        self.mid = middle(widths[-1], ops, **kw)
         self.up = nn.ModuleList()
         for i, (width, width_in) in enumerate(zip(widths, (*widths[1:], widths[-1]))):
             level = Level(width_in, width, config.decoder_blocks, ops, **kw)
@@ -109,73 +103,37 @@ class Decoder(nn.Module):
                 x = block(x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
-        return self.conv_out(_activated(self.norm_out, x))
+        return self.conv_out(norm_silu(self.norm_out, x))
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder of the tokenizer.
+    """Encoder and decoder of the VAE.
 
-    operations: namespace of layers (see `operations`); a group norm with a method `silu` is asked for both at once.
-    dtype: of the weights and the computation; decode_dtype: of the decoder's, if it is another.
+    operations: namespace of layers (see `layers`). dtype: of the weights and the computation; decode_dtype: of the
+    decoder's, if it is another.
     """
 
     def __init__(
-        self,
-        config: AutoencoderConfig,
-        operations=Operations,
-        dtype: torch.dtype = torch.float32,
-        device=None,
+        self, config: AutoencoderConfig, operations=Operations, dtype: torch.dtype = torch.float32, device=None,
         decode_dtype: torch.dtype | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.config = config
-        self.dtype, self.decode_dtype = dtype, decode_dtype or dtype
+        self.config, self.dtype, self.decode_dtype = config, dtype, decode_dtype or dtype
         self.encoder = Encoder(config, operations, dtype=self.dtype, device=device)
         self.decoder = Decoder(config, operations, dtype=self.decode_dtype, device=device)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, y, x] in [-1, 1] -> unquantised features [B, d, y / stride, x / stride], fp32."""
-        return self.encoder(_laid_out(pixels, self.dtype, self.encoder.norm_out)).float()
+        return self.encoder(laid_out(pixels, self.dtype)).float()
 
+    @replaceable
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [B, d, h, w] -> pixels [B, 3, h * stride, w * stride] in [-1, 1], fp32.
 
-        Where the device has too little memory left, picture by picture or in tiles (see `tiling`).
+        With the runtime, picture by picture or in tiles where the device has too little memory left (see
+        `runtime.tiling`); `Autoencoder.decode.plain` is at once, whatever memory it takes.
         """
-        return decode_fitted(self.decode_whole, latents, self.config.stride, self.bytes_to_decode)
-
-    def decode_whole(self, latents: Tensor) -> Tensor:
-        """`decode` at once, whatever memory it takes."""
-        return self.decoder(_laid_out(latents, self.decode_dtype, self.decoder.norm_out)).float().clamp(-1, 1)
-
-    @property
-    def bytes_to_decode(self) -> int:
-        """Memory that decoding takes, a position of the latents; about, and rather more than less."""
-        stride, widths = self.config.stride, self.config.decoder_widths
-        wider = (max(pair) for pair in zip(widths, (*widths[1:], widths[-1])))
-        # A residual block that changes the width holds its input, that normalised, and the first convolution's result.
-        numbers = max(3 * width / min(2**level, stride) ** 2 for level, width in enumerate(wider))
-        return round(numbers * stride**2 * self.decode_dtype.itemsize)
-
-
-def _activated(norm: nn.Module, x: Tensor, offset: Tensor | None = None) -> Tensor:
-    """SiLU of a norm of x + offset, at once where the layer can."""
-    if hasattr(norm, "silu"):
-        return norm.silu(x, offset)
-    return F.silu(norm(x if offset is None else x + offset[:, None, None]))
-
-
-def _apart(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A layer's result without its bias, and the bias, where the layer can leave it to what follows."""
-    return layer.apart(x) if hasattr(layer, "apart") else (layer(x), None)
-
-
-def _laid_out(x: Tensor, dtype: torch.dtype, norm: nn.Module) -> Tensor:
-    """x as convolutions and norms of this kind are fastest with it: channels-last where norms are fused, else plain."""
-    if hasattr(norm, "silu") and fusable(x):
-        return x.to(dtype, memory_format=torch.channels_last)
-    # Strides from a permute make torch pick channels-last kernels, whose CPU group normalisation is less exact.
-    return x.to(dtype).contiguous()
+        return self.decoder(laid_out(latents, self.decode_dtype)).float().clamp(-1, 1)
 
 
 def _norm(width: int, ops, **kw) -> nn.Module:

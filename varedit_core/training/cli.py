@@ -27,9 +27,11 @@ def train(
         Optional[list[str]], typer.Option("--set", help="STAGE.NAME=VALUE in place of the file's; several times.")
     ] = None,
 ) -> None:
-    """Train a tokenizer, a transformer or a LoRA on pairs of pictures."""
+    """Train a VAE, a transformer or a LoRA on pairs of pictures."""
     from .settings import load_stages
 
+    if check_data and (output or resume or stop_after is not None):
+        raise ValueError("--check-data trains nothing; leave out --output, --resume and --stop-after")
     stages = load_stages(config, changes or ())
     if check_data:
         _check_data(stages)

@@ -6,9 +6,9 @@ follows from the seed and the step's number, so a training that was killed goes 
 
 from __future__ import annotations
 
-import json
 import logging
 import math
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..files.safe_write import write_json
 from .muon import Muon
 from .report import Report
 from .settings import Optimisation, Stage
@@ -79,6 +80,34 @@ class Average:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for i, value in enumerate(self.values):
             value.copy_(state[str(i)])
+
+
+class Sound:
+    """Watches that a training computes with numbers: nothing that is undefined or infinite may be written."""
+
+    def __init__(self, stage: Stage, model: nn.Module) -> None:
+        self.name, self.trained = stage.name, [p for p in model.parameters() if p.requires_grad]
+        self.losses: list[tuple[int, Tensor]] = []
+
+    def note(self, step: int, loss: Tensor) -> None:
+        self.losses.append((step, loss.isfinite()))
+
+    def check(self, accelerator, weights: bool) -> None:
+        """ValueError where a loss since the last check is no number, in any process, or, where asked for, a trained
+        weight. Makes the device wait."""
+        steps, fine = zip(*self.losses)
+        bad = [step for step, one in zip(steps, torch.stack(fine).tolist()) if not one]
+        self._stop("loss", bad[:1], accelerator)
+        self.losses.clear()
+        if weights:
+            found = all(bool(_local(p).isfinite().all()) for p in self.trained)
+            self._stop("weights", [] if found else steps[-1:], accelerator)
+
+    def _stop(self, what: str, steps: Sequence[int], accelerator) -> None:
+        here = torch.tensor([*steps, 2**62][:1], device=accelerator.device)
+        first = int(accelerator.gather(here).min())  # all stop, or none: the others would wait for ever
+        if first < 2**62:
+            raise ValueError(f"stage {self.name}: the {what} became undefined at step {first}; lower the learning rate")
 
 
 class Progress:
@@ -152,7 +181,7 @@ def train(task: Task, stage: Stage, folder: Path, accelerator, resume: bool, unt
     generator = torch.Generator(accelerator.device)
     begun, first = time.monotonic() - progress.seconds, progress.step
     batches = task.batches(progress.step)
-    stopped, written = False, []
+    sound, stopped, written = Sound(stage, model), False, []
     try:
         while progress.step < stage.steps and not stopped:
             step = progress.step
@@ -161,11 +190,15 @@ def train(task: Task, stage: Stage, folder: Path, accelerator, resume: bool, unt
             loss, figures = _step(task, model, prepared, batches, generator, accelerator, stage)
             average.update(step)
             progress.step, progress.seconds = step + 1, time.monotonic() - begun
-            report.note(step, loss, figures, stage.batch * accelerator.num_processes, progress.seconds)
+            sound.note(progress.step, loss)
             last = progress.step == stage.steps
             stopped = until is not None and accelerator.process_index == 0 and time.monotonic() > until
             stopped = _agreed(stopped, accelerator, step)
-            if last or stopped or progress.step % stage.save_every == 0:
+            saved = last or stopped or progress.step % stage.save_every == 0
+            if saved or report.due(step):
+                sound.check(accelerator, weights=saved)
+            report.note(step, loss, figures, stage.batch * accelerator.num_processes, progress.seconds)
+            if saved:
                 _save_state(folder, progress.step, accelerator)
                 with average:  # the result so far can be used at any time
                     written = task.export(folder)
@@ -183,7 +216,7 @@ def train(task: Task, stage: Stage, folder: Path, accelerator, resume: bool, unt
             written = task.export(folder)
     if accelerator.is_main_process:
         summary = {"steps": progress.step, "seconds": round(progress.seconds, 1), "files": [p.name for p in written]}
-        (folder / DONE).write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(folder / DONE, summary, indent=2)
     logger.info("%s: %d steps, %d of them now", stage.name, progress.step, progress.step - first)
     return True
 
@@ -199,6 +232,12 @@ def whole(tensor: Tensor) -> Tensor:
     """A parameter's values, gathered from all processes where it is sharded: then all of them must ask."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a parameter."""
+    tensor = tensor.detach()
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _set_rates(prepared: Sequence[torch.optim.Optimizer], factor: float) -> None:
@@ -234,20 +273,30 @@ def _agreed(stop: bool, accelerator, step: int) -> bool:
 
 
 def _last_state(folder: Path) -> Path | None:
-    states = [p for p in folder.glob("state-*") if p.suffix != ".partial"]
-    return max(states, key=lambda p: int(p.name.split("-")[1]), default=None)
+    """The newest checkpoint that is whole: only those have their name."""
+    steps = [int(match[1]) for path in folder.glob("state-*") if (match := re.fullmatch(r"state-(\d+)", path.name))]
+    return folder / f"state-{max(steps)}" if steps else None
 
 
 def _save_state(folder: Path, step: int, accelerator) -> None:
-    """A new checkpoint beside the old one, which goes only when the new one is whole."""
+    """A checkpoint, which takes its name when it is whole. Only then the others go, and parts of killed trainings."""
     partial, final = folder / f"state-{step}.partial", folder / f"state-{step}"
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for old in folder.glob("state-*"):
-            if old != partial:
-                shutil.rmtree(old)
-        partial.rename(final)
+    main = accelerator.is_main_process
+    try:
+        if main and partial.exists():
+            shutil.rmtree(partial)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if main:
+            partial.rename(final)
+    except BaseException:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in folder.glob("state-*") if main else ():
+        if old != final:
+            shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 

@@ -6,17 +6,16 @@ since they only ever call modules. The files are those that `varedit_core.files.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files.convert import check_result
 from ..files.lora import PREFIX, linear_layers, read_lora
+from ..files.safe_write import make_folder, write_tensors
 from ..files.weights import WeightError
 from ..model.transformer import Transformer
 from .engine import whole
@@ -71,13 +70,8 @@ def save_lora(
     """
     path = Path(path)
     check_result(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(dict(state), partial, {"format": "pt", "varedit.architecture": "varedit-lora", **(metadata or {})})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    make_folder(path.parent)
+    write_tensors(path, state, {"format": "pt", "varedit.architecture": "varedit-lora", **(metadata or {})}, overwrite)
 
 
 def load_lora_for_training(transformer: Transformer, path: str | Path) -> dict[str, str]:
@@ -92,7 +86,8 @@ def load_lora_for_training(transformer: Transformer, path: str | Path) -> dict[s
     summary = file.summary()
     if len(summary["rank"]) > 1 or len(summary["alpha"]) > 1:
         raise WeightError(
-            f"{path} has the ranks {summary['rank']} and alphas {summary['alpha']}; go on with a file that has one of each"
+            f"{path} has the ranks {summary['rank']} and alphas {summary['alpha']}; go on with a file that has one of "
+            "each"
         )
     _inject(transformer, list(updates), summary["rank"][0], summary["alpha"][0])
     with torch.no_grad():

@@ -33,7 +33,7 @@ class Teaching:
 def draw_flips(
     shape: torch.Size, schedule: Schedule, patch: int, rates_B: Tensor, generator: torch.Generator | None = None
 ) -> list[Tensor]:
-    """Which bits of every scale are flipped in what later scales see: boolean [B, d, h, w], each with its row's rate."""
+    """Which bits of every scale are flipped in what later scales see: boolean [B, d, h, w], at each row's own rate."""
     return [
         torch.rand(*shape[:2], *grid, generator=generator, device=rates_B.device) < rates_B[:, None, None, None]
         for grid in latent_grids(schedule, patch)

@@ -1,6 +1,6 @@
 """The parallel forward over the source and all scales at once, as training runs it.
 
-Stores that stand where the sampler's `KeyValueStore` stands. Shape suffixes: B pairs, n tokens of a scale, D bits of
+Caches that stand where the sampler's `KVCache` stands. Shape suffixes: B pairs, n tokens of a scale, D bits of
 a token, N tokens of source and all scales, P of the pooled references, H heads, C width.
 """
 
@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..model.functional import split_heads
 from ..model.kv_cache import SOURCE, Pass, pooled
 from ..model.layers import Attention, sdpa
-from ..model.transformer import PaddedTexts, Transformer
-from ..runtime.kernels.plain import split_heads
+from ..model.positions import rotary
+from ..model.transformer import Transformer
 from ..tokenizer.schedule import Schedule
 
 
@@ -29,12 +30,12 @@ class TeacherForced:
     def __init__(self, schedule: Schedule, head_size: int, device) -> None:
         self.schedule = schedule
         self.spans = [schedule.tokens[-1], *schedule.tokens]
-        self.step = Pass(SOURCE, torch.cat(schedule.rotary(head_size, device), dim=1), 0)
+        self.step = Pass(SOURCE, torch.cat(rotary(schedule, head_size, True, device), dim=1), 0)
 
     def references(self, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The source's k and v [B, H, N, D] pooled to every scale's grid."""
         part = k[:, :, : self.spans[0]], v[:, :, : self.spans[0]]
-        return [pooled(*part, self.schedule, grid) for grid in self.schedule.grids]
+        return [pooled(*part, self.schedule.grids[-1], grid) for grid in self.schedule.grids]
 
     @torch.compiler.disable
     def attend(
@@ -116,17 +117,19 @@ def parallel_logits(
     transformer: Transformer,
     source_BnD: Tensor,
     inputs: Sequence[Tensor],
-    texts: PaddedTexts | Sequence[Tensor],
+    texts: Tensor | Sequence[Tensor],
     store: TeacherForced,
     attention: Attention = sdpa,
+    real: Tensor | None = None,
 ) -> list[Tensor]:
     """Logits [B, n, D, 2] of every scale in one pass.
 
     source_BnD: tokens of the source's features. inputs: tokens [B, n, D] of the running sum at every scale from the
-    second on. texts: of every row. store: how the tokens attend to each other.
+    second on. texts: features of every row, [L_i, T]; padded to one length, [B, L, T], where `real` (boolean [B, L])
+    says which tokens are real. store: how the tokens attend to each other.
     """
     schedule = store.schedule
-    condition = transformer.condition(texts, attention)
+    condition = transformer.condition(texts, attention, real=real)
     x = torch.cat(
         [
             transformer.embed(source_BnD, len(schedule) - 1),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+from io import BytesIO
 from pathlib import Path
 
 from torch import Tensor
 
+from ..files.safe_write import make_folder, write_bytes, write_text
 from .settings import Stage
 
 logger = logging.getLogger(__name__)
@@ -23,7 +26,7 @@ class Report:
         self.seconds, self.since = 0.0, start
         self.board = None
         if main:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             self._keep_before(start)
             self.file = open(folder / METRICS, "a")
             try:
@@ -33,15 +36,15 @@ class Report:
             except ImportError:
                 logger.info("tensorboard is not installed; figures go to %s only", METRICS)
 
+    def due(self, step: int) -> bool:
+        """Whether a step is one whose figures are read."""
+        return not (step + 1) % self.stage.log_every or step + 1 == self.stage.steps
+
     def note(self, step: int, loss: Tensor, figures: dict[str, Tensor], samples: int, seconds: float) -> None:
         """One step. Figures are read off the device only at every `log_every`th: reading makes it wait."""
-        if (step + 1) % self.stage.log_every and step + 1 < self.stage.steps:
+        if not self.due(step):
             return
         values = {"loss": float(loss)} | {name: value.float().tolist() for name, value in figures.items()}
-        if values["loss"] != values["loss"]:
-            raise ValueError(
-                f"stage {self.stage.name}: the loss became undefined at step {step + 1}; lower the learning rate"
-            )
         spent = seconds - self.seconds
         rate = (step + 1 - self.since) * samples * self.stage.optimisation.accumulate / max(spent, 1e-9)
         left = (self.stage.steps - step - 1) * spent / max(step + 1 - self.since, 1)
@@ -76,8 +79,8 @@ class Report:
         """Drop lines of steps that the resumed training will run again."""
         path = self.folder / METRICS
         if path.is_file():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
-            path.write_text("".join(line + "\n" for line in lines))
+            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= start]
+            write_text(path, "".join(line + "\n" for line in lines))
 
     def _show_samples(self) -> None:
         import numpy as np
@@ -101,4 +104,14 @@ class Report:
             axes.plot(*zip(*points), linewidth=1)
             axes.set(xlabel="step", ylabel="loss", title=self.stage.name)
             axes.grid(alpha=0.3)
-            figure.savefig(self.folder / "loss.png", dpi=100)
+            drawn = BytesIO()
+            figure.savefig(drawn, dpi=100, format="png")
+            write_bytes(self.folder / "loss.png", drawn.getvalue())
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of figures; later than any for half a line, which a killed training may leave."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..files.safe_write import make_folder, write_json
 from .engine import finished, train
 from .pairs import check_source
 from .settings import EARLIER, Stage
@@ -118,8 +119,8 @@ def _leaves(table: dict, prefix: str = "") -> dict:
 
 def _remember(folder: Path, stage: Stage) -> None:
     """Keep a stage's settings beside its result."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SETTINGS).write_text(json.dumps(dataclasses.asdict(stage), indent=2) + "\n")
+    make_folder(folder)
+    write_json(folder / SETTINGS, dataclasses.asdict(stage), indent=2)
 
 
 __all__ = ["LORA_FILE", "resolve", "run"]

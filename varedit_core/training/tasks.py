@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
 
 import torch
-from safetensors.torch import save_file
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..defaults import EDIT, TEXT_TOKENS, SamplingSettings
+from ..defaults import EDIT, TEXT_TOKENS
 from ..files.checkpoints import TOKENIZER, TRANSFORMER, load_autoencoder, load_transformer
 from ..files.convert import ARCHITECTURES
+from ..files.safe_write import make_folder, write_bytes, write_json, write_tensors
 from ..model.config import AutoencoderConfig, TransformerConfig, patch_size
-from ..model.transformer import PaddedTexts, Transformer
-from ..sampling.loop import sample
+from ..model.transformer import Transformer
+from ..pictures.images import save_image
+from ..runtime.layers import Operations
+from ..runtime.session import sample
+from ..sampling.settings import SamplingSettings
 from ..shapeedit.edits import draw_sample
 from ..shapeedit.evaluate import reconstruct
 from ..shapeedit.metrics import psnr
@@ -138,18 +140,17 @@ class EditModel(nn.Module):
             summed = torch.rand(count, 1, 1, 1, generator=generator, device=device) < settings.sums
             source = torch.where(summed, encode(source, latent_grids(self.schedule, self.patch))[1], source)
         source = to_tokens(source, self.patch)
-        logits = parallel_logits(self.transformer, source, taught.inputs, texts, self.store)
+        logits = parallel_logits(self.transformer, source, taught.inputs, texts, self.store, real=batch["real"])
         weights = token_weights(self.schedule, batch.get("region"), settings.inside, settings.power)
         return bit_loss(logits, taught.labels, weights)
 
-    def _texts(self, batch: dict[str, Tensor], dropped: Tensor) -> PaddedTexts:
+    def _texts(self, batch: dict[str, Tensor], dropped: Tensor) -> Tensor:
         if self.text is None:
             features = batch["features"]
         else:
             features = self.text(batch["ids"], batch["real"])
         learned = self.transformer.unconditional(features.shape[1], features.device)
-        features = torch.where(dropped[:, None, None], learned, features.float())
-        return PaddedTexts(features, batch["real"])
+        return torch.where(dropped[:, None, None], learned, features.float())
 
 
 class TransformerTask:
@@ -314,7 +315,7 @@ def new_autoencoder(sizes: NewTokenizer, seed: int) -> Autoencoder:
         sizes.decoder_blocks,
         sizes.stride,
     )
-    return Autoencoder(config)
+    return Autoencoder(config, Operations)
 
 
 def new_transformer(
@@ -327,7 +328,7 @@ def new_transformer(
     config = TransformerConfig(
         sizes.depth, sizes.width, sizes.heads, bits, text_width, text_length, sizes.hidden, sizes.levels
     )
-    network = Transformer(config)
+    network = Transformer(config, Operations)
     for name, parameter in network.named_parameters():
         if name.endswith("scale_mul.weight"):
             nn.init.constant_(parameter, math.log(4))
@@ -346,16 +347,13 @@ def new_transformer(
 
 def save_grid(path: Path, rows: Sequence[Tensor]) -> None:
     """Rows of pictures [n, 3, y, x] in [-1, 1] as one PNG."""
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
     width = max(len(row) for row in rows)
     lines = []
     for row in rows:
         cells = torch.cat(list(row), dim=2)
         lines.append(nn.functional.pad(cells, (0, width * row.shape[-1] - cells.shape[2]), value=1.0))
     whole = ((torch.cat(lines, dim=1).float().cpu() + 1) * 127.5).round().clamp(0, 255).byte()
-    Image.fromarray(whole.permute(1, 2, 0).numpy()).save(path)
+    save_image(Image.fromarray(whole.permute(1, 2, 0).numpy()), path, overwrite=True)
 
 
 def _compile(modules) -> None:
@@ -370,9 +368,9 @@ def _compile(modules) -> None:
 def _save(path: Path, state: dict[str, Tensor], part: str, accelerator) -> None:
     rounded = _rounded(state)
     if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         metadata = {"format": "pt", "varedit.architecture": ARCHITECTURES[part], "varedit.precision": "bf16"}
-        save_file(rounded, path, metadata)
+        write_tensors(path, rounded, metadata)
 
 
 def _rounded(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -388,10 +386,10 @@ def save_text(folder: Path, text: T5Encoder, vocabulary: Path, write: bool = Tru
     state = _rounded(text.state_dict())
     if not write:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(text.config.to_json(), indent=2) + "\n")
+    make_folder(folder)
+    write_tensors(folder / "model.safetensors", state, {"format": "pt"})
+    write_json(folder / "config.json", text.config.to_json(), indent=2)
     beside = vocabulary if vocabulary.is_dir() else vocabulary.parent
     for file in (beside / "tokenizer.json", beside / "spiece.model"):
         if file.is_file() and file.parent != folder:
-            shutil.copy(file, folder)
+            write_bytes(folder / file.name, file.read_bytes())

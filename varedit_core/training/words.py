@@ -8,6 +8,7 @@ from random import Random
 import torch
 from torch import Tensor, nn
 
+from ..files.safe_write import make_folder, write_text
 from ..shapeedit.edits import draw_sample, words
 from ..text.encoder import END
 from ..text.t5 import T5Config, T5Encoder
@@ -39,8 +40,8 @@ def make_vocabulary(path: Path, size: int) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", END)]
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(path))
+    make_folder(path.parent)
+    write_text(path, tokenizer.to_str(pretty=True))
 
 
 def new_text_encoder(sizes: NewText, vocabulary: int) -> T5Encoder:

@@ -1,19 +1,21 @@
 """Operations that are worth fusing: in one Triton kernel each on a GPU, in plain PyTorch everywhere else.
 
-Every operation here has both forms with the same meaning; they agree up to rounding, and nobody who calls one needs to
-know which ran. Triton is asked for only where a tensor lies on a CUDA device, gradients are off and nothing is being
+Both forms have the same meaning and agree up to rounding. The plain ones are those of `model.functional` for what the
+networks compute, which ask the forms here first (None: the plain one is to run), and `plain` for what only the
+runtime does. Triton is asked for only where a tensor lies on a CUDA device, gradients are off and nothing is being
 traced; where it is missing (Windows, macOS, CPU builds of torch) the plain form runs.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...model import functional
 from . import plain
 from .plain import Rounded
 from .probes import tried_once
@@ -61,16 +63,16 @@ def _fits(x: Tensor, size: int) -> bool:
 
 def add_norm(
     x_RnC: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype,
-    rounded: bool = False,
-) -> tuple[Tensor, Tensor | Rounded]:  # fmt: skip
-    """A gated residual and the norm that reads it: x + gate * y, and norm(x + gate * y) * scale + shift in `dtype`.
-
-    x: fp32. y: [R, n, C] in any type; None: nothing is added. gate, scale, shift: fp32 [R or 1, C]; gate None: 1.
-    rounded: the second in 8 bits, for layers that read those and answer in `dtype`.
-    """
-    fused = fusable(x_RnC) and (not rounded or multiplies_eight_bit(x_RnC.device))
-    form = _triton("transformer") if fused else plain
-    return form.add_norm(x_RnC, y, gate, scale, shift, eps, dtype, rounded)
+    reader: nn.Module | None = None,
+) -> tuple[Tensor, Tensor | Rounded] | None:  # fmt: skip
+    """`functional.add_norm`; for a reader that reads them, the second in 8 bits."""
+    rounded = getattr(reader, "reads_rounded", False)
+    if fusable(x_RnC) and (not rounded or multiplies_eight_bit(x_RnC.device)):
+        return _triton("transformer").add_norm(x_RnC, y, gate, scale, shift, eps, dtype, rounded)
+    if not rounded:
+        return None
+    x, normed = functional.add_norm.plain(x_RnC, y, gate, scale, shift, eps, torch.float32)
+    return x, Rounded(*plain.quantise_rows(normed), dtype)
 
 
 def heads_into(qkv_RnC: Tensor, query_scale: Tensor, rotary: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ def heads_into(qkv_RnC: Tensor, query_scale: Tensor, rotary: Tensor, keys: Tenso
     """
     if _fits(qkv_RnC, keys.shape[3]) and qkv_RnC.stride(2) == 1:
         return _triton("transformer").heads_into(qkv_RnC, query_scale, rotary, keys, values)
-    q, k, v = plain.split_heads(qkv_RnC, query_scale, rotary)
+    q, k, v = functional.split_heads(qkv_RnC, query_scale, rotary)
     keys.copy_(k)
     values.copy_(v)
     return q.to(qkv_RnC.dtype)
@@ -162,6 +164,7 @@ def text_weights(scores_RnS: Tensor, bias_RS: Tensor, counts: Tensor, heads: int
     return form.text_weights(scores_RnS, bias_RS, counts, heads, dtype)
 
 
+@cache
 def _triton(name: str):
     return import_module(f".{name}", __name__)
 
@@ -196,11 +199,14 @@ def add_pictures(x_BCHW: Tensor, y_BCHW: Tensor, offset: Tensor | None) -> Tenso
     return _offset(x_BCHW.add_(y_BCHW), offset)
 
 
-def double_picture(x_BCHW: Tensor) -> Tensor:
-    """Every pixel of [B, C, H, W] as a square of four."""
-    if fuses_pictures(x_BCHW):
-        return _triton("convolution").double_picture(x_BCHW)
-    return F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
+def double_picture(x_BCHW: Tensor) -> Tensor | None:
+    """`functional.double_picture` of a picture that lies channels-last."""
+    return _triton("convolution").double_picture(x_BCHW) if fuses_pictures(x_BCHW) else None
+
+
+def laid_out(x_BCHW: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """`functional.laid_out` where kernels run: channels-last, as they read it."""
+    return x_BCHW.to(dtype, memory_format=torch.channels_last) if fusable(x_BCHW) else None
 
 
 def _offset(x_BCHW: Tensor, offset: Tensor | None) -> Tensor:

@@ -1,4 +1,5 @@
-"""The operations of this package in plain PyTorch: what the fused kernels must agree with, and what runs without them.
+"""The runtime's own operations in plain PyTorch: what the kernels must agree with, and what runs without them. Those of
+the networks are in `model.functional`.
 
 Shape suffixes: R rows (images, then their unconditional twins), n tokens, C width, H heads, D head size, L text tokens.
 """
@@ -25,31 +26,6 @@ class Rounded:
     codes: Tensor
     scales: Tensor
     dtype: torch.dtype
-
-
-def add_norm(
-    x_RnC: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, dtype: torch.dtype,
-    rounded: bool = False,
-) -> tuple[Tensor, Tensor | Rounded]:  # fmt: skip
-    x = x_RnC
-    if y is not None:
-        x = x + (y if gate is None else gate[:, None] * y)
-    normed = F.layer_norm(x, x.shape[-1:], eps=eps) * scale[:, None] + shift[:, None]
-    return x, Rounded(*quantise_rows(normed), dtype) if rounded else normed.to(dtype)
-
-
-def split_heads(qkv_RnC: Tensor, query_scale: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v [R, H, n, D] of self-attention: q and k of unit length and rotated, both in fp32, v as it comes."""
-    q, k, v = qkv_RnC.unflatten(-1, (3, query_scale.shape[0], -1)).permute(2, 0, 3, 1, 4)
-    q = rotate(F.normalize(q.float(), dim=-1, eps=1e-12) * query_scale[:, None, None], rotary)
-    return q, rotate(F.normalize(k.float(), dim=-1, eps=1e-12), rotary), v
-
-
-def rotate(x_RHnD: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate neighbouring pairs (x_2i, x_2i+1) by the angles of [2, n, D / 2] (RoPE, two axes)."""
-    cosine, sine = rotary
-    a, b = x_RHnD.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cosine - b * sine, a * sine + b * cosine), dim=-1).flatten(-2)
 
 
 def text_weights(

@@ -1,0 +1,123 @@
+"""What the loop asks of a network, and the plainest answer to it.
+
+`runtime.session.Session` gives the same numbers faster; a test holds the two equal. Shape suffixes: B rows, S sources,
+d bits a latent position, (H, W) latent grid of the last scale, n tokens of a scale, D token bits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from ..defaults import SIZES
+from ..tokenizer.quantizer import area_resize, linear_resize, to_tokens
+from ..tokenizer.schedule import AREAS
+from .config import TransformerConfig
+from .kv_cache import KVCache
+from .layers import Attention, sdpa
+from .transformer import Transformer
+
+if TYPE_CHECKING:
+    from ..sampling.batch import EditBatch
+
+
+class Engine(Protocol):
+    """A network at work on one batch at a time."""
+
+    def prefill(self, batch: EditBatch) -> None:
+        """Read the texts, then the sources: all that stays of them are keys and values. ValueError where the batch and the
+        network do not belong together."""
+
+    def logits(self, k: int, total: Tensor, guided: bool) -> Tensor:
+        """Logits [B or 2B, n, D, 2] of scale k, given the running sum [B, d, H, W] of the scales before it; guided: also of
+        the unconditional rows, behind the others."""
+
+    def tokens(self, k: int) -> Tensor | None:
+        """Which tokens of scale k are computed; None: all."""
+
+    def close(self) -> None:
+        """The batch is done, in whichever way."""
+
+
+class PlainEngine:
+    """The network as it is, in plain PyTorch: one row a result, a KV cache, nothing kept or skipped."""
+
+    def __init__(self, transformer: Transformer, attention: Attention = sdpa) -> None:
+        self.transformer, self.attention = transformer, attention
+
+    @torch.no_grad()
+    def prefill(self, batch: EditBatch) -> None:
+        network, config = self.transformer, self.transformer.config
+        check(batch, config)
+        if batch.shortcuts.inside or batch.shortcuts.window:
+            raise ValueError("the plain engine computes and sees every scale whole; leave out inside and window")
+        texts = row_texts(batch, network)
+        self.batch, device = batch, batch.features.device
+        self.cache = KVCache(config, batch.schedule, len(texts), network.dtype, device)
+        source, *scales = batch.steps(self.cache.passes(device))
+        self.condition, self.steps = network.condition(texts, self.attention), scales
+        if config.source:
+            tokens = to_tokens(area_resize(batch.each_row(batch.features).float(), batch.grids[-1]), batch.patch)
+            x = every_row(network.embed(tokens, len(batch.schedule) - 1), len(texts))
+            network.read_source(x, self.condition, source, self.cache, self.attention)
+
+    @torch.no_grad()
+    def logits(self, k: int, total: Tensor, guided: bool) -> Tensor:
+        network, step = self.transformer, self.steps[k]
+        rows = len(total) * (2 if k < self.batch.guided else 1)  # also unasked ones, which later scales attend to
+        condition = self.condition.rows(slice(0, rows))
+        x = network.start(condition) if k == 0 else self._embedded(k, total, rows)
+        x = network(x, condition, step, self.cache, self.attention)
+        return network.logits(x if guided else x[: len(total)], condition)
+
+    def _embedded(self, k: int, total: Tensor, rows: int) -> Tensor:
+        tokens = to_tokens(linear_resize(total, self.batch.grids[k]), self.batch.patch)
+        return every_row(self.transformer.embed(tokens, k), rows)
+
+    def tokens(self, k: int) -> Tensor | None:
+        return None
+
+    def close(self) -> None:
+        self.cache = self.condition = None
+
+
+def every_row(x_BnC: Tensor, count: int) -> Tensor:
+    """The conditional rows, and the same again for the unconditional ones."""
+    return x_BnC.repeat(count // len(x_BnC), 1, 1)
+
+
+def row_texts(batch: EditBatch, transformer: Transformer, copies: bool = True) -> list[Tensor]:
+    """Text features of the conditional rows, then of the unconditional ones where there is guidance. copies: a row a
+    result, else one for all results of a source. ValueError for features of another text encoder."""
+    device, rows = batch.features.device, [text for texts in batch.texts for text in texts]
+    if batch.guided:
+        negatives = [text for text in batch.negatives for _ in range(batch.regions)]
+        rows += [transformer.unconditional(len(t), device) if n is None else n for t, n in zip(rows, negatives)]
+    for text in rows:
+        if text.ndim != 2 or text.shape[1] != transformer.config.text_width or not len(text):
+            raise ValueError(
+                f"the text features have the shape {tuple(text.shape)} but the transformer reads [tokens, "
+                f"{transformer.config.text_width}]; use the text encoder it was trained with"
+            )
+    return [text.to(device) for text in rows for _ in range(batch.copies if copies else 1)]
+
+
+def check(batch: EditBatch, config: TransformerConfig) -> None:
+    """Raise ValueError where a batch is not what a transformer was made for."""
+    (height, width), (rows, columns) = batch.features.shape[-2:], batch.schedule.grids[-1]
+    patch, schedule = batch.patch, batch.schedule
+    if (height, width) != (rows * patch, columns * patch) or batch.features.shape[1] * patch**2 != config.token_bits:
+        raise ValueError(
+            f"source features of shape {tuple(batch.features.shape)} do not fit a {rows}x{columns} grid of tokens of "
+            f"{config.token_bits} bits; encode the image at {schedule.pixels[1]}x{schedule.pixels[0]} with the model's tokenizer"
+        )
+    if len(schedule) > config.levels:
+        fitting = [side for side, area in SIZES.items() if AREAS[area] <= config.levels]
+        raise ValueError(
+            f"this size has {len(schedule)} scales but the model was made for {config.levels}; use one of at most "
+            f"{config.levels}" + (f", such as {fitting[-1]}" if fitting else "")
+        )
+    for control in batch.active:
+        control.check(config)

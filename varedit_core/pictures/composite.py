@@ -1,0 +1,114 @@
+"""Masks, regions and tokens beside pictures: what the loop is told of them, and how edits are put into their pictures.
+
+Shape suffixes: P pictures, R regions, (y, x) pixels of the fitted pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from PIL import Image, ImageChops
+from torch import Tensor
+
+from ..controls.auto_mask import differing
+from ..tokenizer.tokens import Tokens
+from .canvas import faded
+from .images import FittedImage, fit_mask, unfit_mask
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """An instruction, a prompt or its text features [L, channels], and where it counts (white); None: everywhere."""
+
+    instruction: Any
+    mask: Any = None
+
+
+def drawn_masks(mask: Image.Image | Sequence[Image.Image] | None, pictures: int) -> list[Image.Image] | None:
+    """A mask for each picture. ValueError for another number of them."""
+    if mask is None:
+        return None
+    masks = [mask] if isinstance(mask, Image.Image) else list(mask)
+    if len(masks) not in (1, pictures):
+        raise ValueError(f"there are {len(masks)} masks for {pictures} pictures; give one, or one for each")
+    return masks if len(masks) == pictures else masks * pictures
+
+
+def fitted_masks(masks: Sequence[Image.Image] | None, fitted: Sequence[FittedImage]) -> Tensor | None:
+    """What the model sees of the pictures' masks, [P, y, x]."""
+    if masks is None:
+        return None
+    return torch.cat([fit_mask(one, image.fitting) for one, image in zip(masks, fitted)])
+
+
+def areas(
+    regions: Sequence[Region], fitted: Sequence[FittedImage], drawn: list[Image.Image] | None
+) -> tuple[Tensor | None, list[Image.Image] | None, Tensor | None]:
+    """Regions [P, R, y, x]; the masks of the pictures, within what regions cover where each has a mask; and these masks
+    as the model sees them."""
+    where = fitted_masks(drawn, fitted)
+    if not regions:
+        return None, drawn, where
+    whole = Image.new("L", (1, 1), 255)
+    masks = [region.mask or whole for region in regions]
+    made = torch.stack([torch.cat([fit_mask(mask, image.fitting) for mask in masks]) for image in fitted])
+    if any(region.mask is None for region in regions):
+        return made, drawn, where
+    size = max(image.source.size for image in fitted)
+    union = reduce(
+        ImageChops.lighter, [mask.convert("L").resize(size, Image.Resampling.BILINEAR) for mask in masks]
+    )
+    within = [union] * len(fitted)
+    touched = fitted_masks(within, fitted)
+    if drawn is None:
+        return made, within, touched
+    return made, [_darker(*pair) for pair in zip(drawn, within)], torch.minimum(where, touched)
+
+
+def _darker(a: Image.Image, b: Image.Image) -> Image.Image:
+    return ImageChops.darker(a.convert("L").resize(b.size, Image.Resampling.BILINEAR), b)
+
+
+def check_regions(regions: Sequence[Region], prompts: Sequence) -> None:
+    """Raise ValueError for regions beside an instruction, and for ones without instruction or with an empty mask."""
+    if regions and prompts:
+        raise ValueError(
+            "give an instruction or regions, not both; an instruction for everywhere is a region without a mask"
+        )
+    for number, region in enumerate(regions, start=1):
+        if region.mask is not None and region.mask.convert("L").getbbox() is None:
+            raise ValueError(f"the mask of region {number} is empty; paint where its instruction is to count")
+        if isinstance(region.instruction, str) and not region.instruction.strip():
+            raise ValueError(f"region {number} has no instruction; say what to change in it, or leave it out")
+
+
+def check_rest(regions: Sequence[Region]) -> None:
+    """Raise ValueError where regions have all a mask though there is no picture to stay as it is beside them."""
+    if regions and all(region.mask is not None for region in regions):
+        raise ValueError(
+            "every region has a mask, so that nothing says what is beside them; add one without a mask, for everywhere"
+        )
+
+
+def masked(edited: Image.Image, image: FittedImage, mask: Image.Image, seam: int = 0) -> Image.Image:
+    """The edit where the mask is white, the picture itself where it is black. seam: pixels from a mask's edge inwards
+    over which the edit fades in."""
+    result = Image.composite(edited.convert("RGB"), image.source.rgb, faded(mask, edited.size, seam))
+    if image.source.alpha is not None:
+        result.putalpha(image.source.alpha)
+    return result
+
+
+def found_mask(tokens: Tokens, levels_3yx: Tensor, decode: Callable[[Tensor], Tensor]) -> Image.Image:
+    """Where an edit with an auto mask changed its picture (see `auto_mask.differing`): white, mode L, of its size.
+
+    tokens: of one edit. levels_3yx: of the decoded edit, in 8 bits. decode: the same of a running sum [d, H, W].
+    """
+    if tokens.free is None:  # nothing was held to the source: all may have changed
+        return Image.new("L", tokens.shown.size, 255)
+    before = decode(tokens.under.total()[0])
+    return unfit_mask(differing(levels_3yx, before, tokens.free[0], tokens.auto_mask), tokens.shown)

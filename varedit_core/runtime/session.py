@@ -1,0 +1,155 @@
+"""The fast engine: recorded passes, memory that stays, short texts folded in, the source read once for a re-roll.
+
+It gives the numbers of `model.engine.PlainEngine`. What stays between batches is in its `Workspace`. Shape suffixes: B
+rows, d bits a latent position, (H, W) latent grid of the last scale, n tokens of a scale, C width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..model.engine import check, every_row, row_texts
+from ..model.layers import Attention, sdpa
+from ..model.transformer import Condition, Transformer
+from ..sampling import loop
+from ..sampling.batch import EditBatch
+from ..sampling.scale import Scale
+from ..sampling.settings import DEFAULT_SETTINGS, SamplingSettings
+from ..tokenizer.quantizer import area_resize, linear_resize, to_tokens
+from ..tokenizer.schedule import Grid, Schedule
+from .graphs import on
+from .workspace import Shape, Workspace
+
+
+class Session:
+    """An engine for one batch after the other. Where its workspace is at work on another edit, it takes one of its own.
+
+    workspace: by default memory of this batch alone, let go of however it ends.
+    """
+
+    def __init__(
+        self, transformer: Transformer, workspace: Workspace | None = None, attention: Attention = sdpa
+    ) -> None:
+        self.transformer, self.attention = transformer, attention
+        self.workspace = workspace or Workspace(kept=False)
+        self.work: Workspace | None = None
+
+    @torch.no_grad()
+    def prefill(self, batch: EditBatch) -> None:
+        network, config = self.transformer, self.transformer.config
+        check(batch, config)
+        if self.work is not None:
+            raise ValueError("this engine is in the middle of another batch; close that first, or make another engine")
+        self.work = self.workspace if self.workspace.claim() else self.workspace.another()
+        work, self.batch, device = self.work, batch, batch.features.device
+        # Stores that keep a row of its own for every result read every source as often.
+        apart = batch.copies > 1 and not work.kind.shares_source
+        roomy = batch.copies == 1 and batch.room > 1 and work.kind.shares_source
+        self.copies = batch.room if roomy else 1 if apart else batch.copies
+        self.shared = len(batch.plan) if roomy else 0 if apart else batch.shared
+        self.results = 1 if apart else batch.copies
+        features = batch.each_row(batch.features) if apart else batch.each_source(batch.features)
+        with on(batch.stream):
+            texts = row_texts(batch, network, copies=apart)
+        shape = Shape.of(batch.schedule, texts, self.copies, network.dtype, device)
+        self.rows = len(texts) * self.copies
+        work.begin(network, texts, shape, self.attention, batch.stream)
+        if config.source:
+            work.expect((features, *texts), batch.fresh)
+            work.read_source(lambda x: self._source(x, len(texts)), features)
+        depends = [x for control in batch.active for x in (type(control).__name__, *control.depends) if control.depends]
+        self.steps = work.scale_passes(lambda: batch.steps(work.passes), len(batch.schedule), *depends)[1:]
+
+    def _source(self, features: Tensor, count: int) -> Tensor:
+        tokens = to_tokens(area_resize(features.float(), self.batch.grids[-1]), self.batch.patch)
+        return every_row(self.transformer.embed(tokens, len(self.batch.schedule) - 1), count)
+
+    @torch.no_grad()
+    def logits(self, k: int, total: Tensor, guided: bool) -> Tensor:
+        batch, work, step = self.batch, self.work, self.steps[k]
+        sources = len(total) // self.results
+        if k == batch.guided and self.rows > sources * self.copies:
+            self.rows = sources * self.copies
+        shared = self.copies if k < self.shared else 1
+        repeats = self.results if shared > 1 else 1
+        rows, own = self.rows // shared, len(total) // repeats
+        tokens = _Tokens(self.transformer, work.condition, batch.grids[k], batch.patch, k, step.tokens, rows, shared)
+        logits = work.run(tokens, step, rows, rows if guided else own, *[total[::repeats]] * (k > 0), shared=shared)
+        return logits.repeat_interleave(repeats, 0) if repeats > 1 else logits
+
+    def tokens(self, k: int) -> Tensor | None:
+        return self.steps[k].tokens
+
+    def close(self) -> None:
+        if self.work is not None:
+            self.work.end()
+            self.work = None
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What makes a scale's input of the running sum: the first scale's of none. No tensor of an edit is held in it but
+    those that stay in place. shared: so many consecutive rows of the condition have one pass."""
+
+    transformer: Transformer
+    condition: Condition
+    grid: Grid
+    patch: int
+    index: int
+    which: Tensor | None
+    rows: int
+    shared: int = 1
+
+    def __call__(self, *total_BdHW: Tensor) -> Tensor:
+        if not total_BdHW:
+            return self.transformer.start(self.condition)[:: self.shared][: self.rows]
+        (total,) = total_BdHW
+        tokens = to_tokens(linear_resize(total, self.grid), self.patch)
+        tokens = tokens if self.which is None else tokens[:, self.which]
+        return every_row(self.transformer.embed(tokens, self.index), self.rows)
+
+
+def sample(
+    transformer: Transformer,
+    features: Tensor,
+    texts: Sequence[Tensor],
+    schedule: Schedule,
+    settings: SamplingSettings = DEFAULT_SETTINGS,
+    negatives: Sequence[Tensor | None] | None = None,
+    attention: Attention = sdpa,
+    workspace: Workspace | None = None,
+    steer: Sequence[Callable[[Scale], None]] = (),
+    **more,
+) -> Iterator[Scale]:
+    """The loop over a transformer: edits of features [P, d, H, W] by texts [L_i, T], one each; yields every `Scale` before
+    its bits are drawn (see `sampling.loop`).
+
+    workspace: where the KV cache is kept; by default memory of this edit alone. steer: called with every scale. more:
+    `variations` and further fields of `EditBatch`. ValueError where the parts do not belong together, and at the end
+    where the logits were undefined numbers.
+    """
+    batch = EditBatch.of(features, texts, schedule, settings, negatives, **more)
+    check_alone(batch)
+    yield from checked(loop.sample(Session(transformer, workspace, attention), batch, steer))
+
+
+def check_alone(batch: EditBatch, drafter: bool = False) -> None:
+    """Raise ValueError for what takes more than the loop: a second transformer, or the driver. drafter: whether there is
+    one."""
+    if batch.shortcuts.drafted and not drafter:
+        raise ValueError("drafted scales need a second transformer; give an Editor a drafter, or leave drafted at 0")
+    if batch.controls.best_of > 1:
+        raise ValueError("the loop alone does not choose the best of several; use Editor.run, or leave best_of at 1")
+
+
+def checked(scales: Iterator[Scale]) -> Iterator[Scale]:
+    """The scales of a loop, and at its end a ValueError where logits were undefined numbers."""
+    scale = None
+    for scale in scales:
+        yield scale
+    if scale is not None:
+        scale.check()

@@ -1,0 +1,192 @@
+"""The driver: runs a batch of edits within the memory there is. Library, command line and nodes run this one.
+
+It splits a batch by memory, goes to the next way where memory runs out, picks the best of several beginnings, and puts
+together sums, tokens and confidence. A row's numbers do not depend on how the batch was split.
+
+Shape suffixes: N results, P pictures, R regions, C candidates, d bits a latent position, (H, W) latent grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..controls import registry
+from ..controls.best_of import Candidates, best
+from ..controls.confidence import Confidence
+from ..model.engine import Engine
+from ..runtime.memory import Memory, as_it_fits
+from ..runtime.plan import Job, Plan
+from ..tokenizer.tokens import Tokens, joined, tokens_of
+from .batch import EditBatch, one_edit_each
+from .loop import sample
+from .scale import Scale
+
+Watch = Callable[[Scale, Sequence[int], Sequence[int]], None]
+"""Called with every scale before its bits are drawn, the numbers of its results, and those of their pictures."""
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What comes of a batch: tokens and sums [N, d, H, W] of its results, those of a picture behind each other.
+
+    scales: sums [K, N, d, H, W] after every scale. before: the sources' sums [N, d, H, W]. confidence: how sure the
+    model was, [N, H, W]. None where not asked for.
+    """
+
+    tokens: Tokens
+    total: Tensor
+    last: tuple[Scale, ...]
+    scales: Tensor | None = None
+    before: Tensor | None = None
+    confidence: Tensor | None = None
+
+    def check(self) -> None:
+        """Raise ValueError where logits were undefined numbers; waits for the device."""
+        for scale in self.last:
+            scale.check()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a caller wants beside tokens and sums; see `Result`."""
+
+    scales: bool = False
+    before: bool = False
+    confidence: bool = False
+
+
+def run(
+    batch: EditBatch,
+    memory: Memory,
+    watch: Watch | None = None,
+    controls: Sequence[Callable[[Scale], None]] = (),
+    known: Tokens | None = None,
+    wanted: Wanted = Wanted(),  # noqa: B008
+) -> Result:
+    """Edit a batch. ValueError where it does not belong together, or where no way to run it fits into memory.
+
+    watch: see `Watch`; raise in it to cancel. controls: further ones, behind the batch's own. known: the sources'
+    tokens, where they are edits themselves.
+    """
+    check(batch, len(memory.networks) > 1)
+    drafts = batch.shortcuts.drafted > 0
+    rows = batch.pictures * batch.regions * max(batch.copies, batch.controls.best_of)
+    jobs = [
+        Job(network.config, batch.schedule, rows, batch.guided > 0, network.dtype, batch.longest)
+        for network in memory.networks[: 1 + drafts]
+    ]
+    job = max(jobs, key=lambda job: job.needed("exact"))  # a drafter is done when the other begins
+    task = _Task(batch, watch, controls, known, wanted)
+
+    def attempt(plan: Plan) -> Result:
+        return memory.within(plan, drafts, lambda engine: task.run(engine, plan.job.images // batch.regions))
+
+    return as_it_fits(job, memory, attempt, batch.regions)
+
+
+def check(batch: EditBatch, drafter: bool) -> None:
+    """Raise ValueError for shortcuts that lack what they need, and for what does not go together."""
+    if batch.shortcuts.drafted and not drafter:
+        raise ValueError("drafted scales need a second transformer; name a drafter, or leave drafted at 0")
+    registry.check(batch.facts)
+    if batch.prefix and len(batch.prefix[0]) != batch.pictures:
+        raise ValueError(one_edit_each(len(batch.prefix[0]), batch.pictures))
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """A batch at work in one way to run it."""
+
+    batch: EditBatch
+    watch: Watch | None
+    controls: Sequence[Callable[[Scale], None]]
+    known: Tokens | None
+    wanted: Wanted
+
+    def run(self, engine: Engine, at_once: int) -> Result:
+        """The batch's results; at_once: how many, or candidates for them, run together."""
+        batch, parts = self.batch, []
+        most = max(batch.copies, batch.controls.best_of)
+        for pictures in slices(batch.pictures, max(1, at_once // most)):
+            own = batch.rows(pictures)
+            own = own if pictures.start == 0 else replace(own, fresh=False, stream=None)
+            if batch.controls.best_of > 1:
+                own = replace(own, prefix=self._beginnings(engine, own, at_once), fresh=False, stream=None)
+            for copies in slices(batch.copies, at_once):
+                part = own.rows(slice(None), copies)
+                part = part if copies.start == 0 else replace(part, fresh=False, stream=None)
+                numbers = range(batch.pictures)[pictures]
+                results = [p * batch.copies + c for p in numbers for c in range(batch.copies)[copies]]
+                parts.append(self._part(engine, part, at_once >= most, results, numbers))
+        return _joined(parts)
+
+    def _beginnings(self, engine: Engine, batch: EditBatch, at_once: int) -> list[Tensor]:
+        """Bits [P, d, h, w] of the first scales: those of the best candidate of every picture."""
+        scales = min(batch.controls.best_at, len(batch.plan))
+        shortcuts = replace(batch.shortcuts, stop=scales if scales < len(batch.schedule) else 0)
+        begun = replace(batch, seeds=batch.trial_seeds, shortcuts=shortcuts)
+        scores, bits = [], []
+        for copies in slices(begun.copies, at_once):
+            part = begun.rows(slice(None), copies)
+            part = part if copies.start == 0 else replace(part, fresh=False, stream=None)
+            found = Candidates(batch.controls.score)
+            with closing(sample(engine, part, self.controls)) as drawn:
+                for scale in drawn:
+                    found(scale)
+            scale.check()
+            scores.append(found.scores.unflatten(0, (part.pictures, part.regions, part.copies)))
+            bits.append([part.results(x).unflatten(0, (part.pictures, part.copies)) for x in found.bits])
+        which = best(torch.cat(scores, dim=2))
+        rows = torch.arange(batch.pictures, device=which.device)
+        return [torch.cat(of_scale, dim=1)[rows, which] for of_scale in zip(*bits)]
+
+    def _part(
+        self, engine: Engine, part: EditBatch, roomy: bool, results: list[int], pictures: Sequence[int]
+    ) -> Result:
+        """What runs together. roomy: whether there is room for as many rows as there were candidates."""
+        of_results = [picture for picture in pictures for _ in range(part.copies)]
+        confidence = Confidence() if self.wanted.confidence else None
+        part = replace(part, room=part.controls.best_of) if roomy and part.copies == 1 else part
+        bits, sums = [], []
+        with closing(sample(engine, part, self.controls)) as scales:
+            for scale in scales:
+                if confidence:
+                    confidence(scale)
+                if self.watch:
+                    self.watch(scale, results, of_results)
+                bits.append(scale.bits)
+                if self.wanted.scales:
+                    sums.append(part.results(scale.running_sum))
+        known = self.known and self.known.of(of_results).to(scale.total.device)
+        return Result(
+            tokens_of(bits, scale, part.schedule, None, known, part.results),
+            part.results(scale.running_sum),
+            (scale,),
+            torch.stack(sums) if sums else None,
+            part.results(scale.source.total) if self.wanted.before else None,
+            part.results(confidence.map) if confidence else None,
+        )
+
+
+def slices(count: int, at_once: int) -> list[slice]:
+    """`count` things, at most `at_once` at a time."""
+    return [slice(first, min(first + at_once, count)) for first in range(0, count, at_once)]
+
+
+def _joined(parts: Sequence[Result]) -> Result:
+    """The results of parts as those of one run."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def cat(name: str, dim: int = 0) -> Tensor | None:
+        found = [getattr(part, name) for part in parts]
+        return None if found[0] is None else torch.cat(found, dim=dim)
+
+    tokens = joined([part.tokens for part in parts])
+    last = tuple(scale for part in parts for scale in part.last)
+    return Result(tokens, cat("total"), last, cat("scales", 1), cat("before"), cat("confidence"))

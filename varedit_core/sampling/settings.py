@@ -1,0 +1,120 @@
+"""How the bits of an edit are drawn: guidance, temperature, top-p and the seed. It loads no torch."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A number a scale: from `start` at the first to `end` at the last, in equal steps."""
+
+    start: float
+    end: float
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Iterator[float]:
+        return iter((self.start, self.end))
+
+    def over(self, count: int) -> tuple[float, ...]:
+        """Its values at `count` scales."""
+        steps = max(1, count - 1)
+        return tuple(self.start + (self.end - self.start) * k / steps for k in range(count))
+
+
+PerScale = float | Sequence[float] | Curve
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How the bits of an edit are drawn. Each of the first three is one number, one a scale, or a `Curve`.
+
+    guidance: classifier-free guidance; 1 = off. temperature: divides the logits; 0 = greedy. top_p: a bit
+    value of probability <= 1 - top_p is never drawn. seed: image i of a batch draws from seed + i.
+    Published settings disagree; these are those of VAREdit's README and web demo.
+    """
+
+    guidance: PerScale = 3.0
+    temperature: PerScale = 0.1
+    top_p: PerScale = 0.97
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("guidance", -math.inf), ("temperature", 0.0), ("top_p", 0.5)):
+            values = _values(name, getattr(self, name))
+            high = 1.0 if name == "top_p" else math.inf
+            if not all(low <= value <= high and math.isfinite(value) for value in values):
+                bounds = {"guidance": "", "temperature": " of at least 0", "top_p": " from 0.5 to 1"}[name]
+                raise ValueError(f"{name} must be a finite number{bounds}, got {getattr(self, name)}")
+            if isinstance(getattr(self, name), Curve):
+                values = Curve(*values)
+            object.__setattr__(self, name, values if len(values) > 1 else values[0])
+        try:
+            object.__setattr__(self, "seed", operator.index(self.seed))
+        except TypeError:
+            raise ValueError(f"seed must be a whole number, got {self.seed!r}") from None
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be from 0 to 2^64 - 1, got {self.seed}")
+
+    def per_scale(self, count: int) -> list[tuple[float, float, float]]:
+        """(guidance, temperature, top_p) of each of `count` scales. ValueError where a list has another length."""
+        return list(zip(*(self._expand(name, count) for name in ("guidance", "temperature", "top_p"))))
+
+    def preset(self, name: str) -> SamplingSettings:
+        """These with the curves of PRESETS over them. ValueError for an unknown name, and as `bent`."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+        return self.bent(*PRESETS[name])
+
+    def bent(self, guided: Curve, warmth: Curve) -> SamplingSettings:
+        """These with factors over the scales: on what guidance is above 1, and on temperature. ValueError where guidance or
+        temperature are not one number."""
+        if guided == warmth == FLAT:
+            return self
+        for what, value in (("guidance", self.guidance), ("temperature", self.temperature)):
+            if not isinstance(value, float):
+                raise ValueError(f"a preset bends one {what} over the scales; give one number for it, or no preset")
+        guidance = Curve(*(1 + (self.guidance - 1) * factor for factor in guided))
+        return replace(self, guidance=guidance, temperature=Curve(*(self.temperature * factor for factor in warmth)))
+
+    @property
+    def guided(self) -> bool:
+        """Whether any scale has guidance, and so a second row a picture."""
+        return any(value != 1 for value in _values("guidance", self.guidance))
+
+    def _expand(self, name: str, count: int) -> tuple[float, ...]:
+        given = getattr(self, name)
+        if isinstance(given, Curve):
+            return given.over(count)
+        values = _values(name, given)
+        if len(values) not in (1, count):
+            raise ValueError(f"{name} has {len(values)} values but the edit runs {count} scales; give one or {count}")
+        return values * (count // len(values))
+
+
+def _values(name: str, value: PerScale) -> tuple[float, ...]:
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return tuple(float(v) for v in value) if hasattr(value, "__len__") else (float(value),)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number or a list of numbers, one a scale, got {value!r}") from None
+
+
+FLAT = Curve(1.0, 1.0)
+PRESETS = {
+    "balanced": (FLAT, FLAT),
+    "faithful": (Curve(1.0, 0.0), Curve(0.5, 0.5)),
+    "creative": (Curve(1.25, 1.0), Curve(8.0, 1.0)),
+}
+"""Names of curves: factors on what guidance is above 1, and on temperature, from the first to the last scale."""
+PRESET = "balanced"
+
+DEFAULT_SETTINGS = SamplingSettings()
+TEXT_SETTINGS = SamplingSettings(temperature=1.0)
+"""Of pictures made of text alone: those of Infinity's notebooks for 8B; its scripts for 2B take 0.5, with guidance 3 or 4."""
