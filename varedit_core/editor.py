@@ -31,11 +31,12 @@ from .runtime.workspace import Workspace
 from .sampling.batch import EditBatch
 from .sampling.driver import Wanted, check, run
 from .sampling.loop import sample
+from .sampling.results import joined
 from .sampling.scale import Scale
 from .sampling.settings import DEFAULT_SETTINGS, TEXT_SETTINGS, SamplingSettings
 from .text.encoder import TextEncoder, load_text_encoder
 from .tokenizer.schedule import Schedule, nearest_ratio, schedule_for
-from .tokenizer.tokens import Tokens, joined
+from .tokenizer.tokens import Tokens
 from .tokenizer.vae import Autoencoder
 
 RECORDED_SIDE = 640
@@ -287,7 +288,7 @@ class Editor:
                 raise ValueError(
                     "the pictures of a batch need different aspect tables; edit them one by one or fit them to squares"
                 )
-            return self._run(fitted, instructions, negatives, settings, on_scale, wanted, source)
+            return self._edited(fitted, instructions, negatives, settings, on_scale, wanted, source)
 
     def generate(self, *args, **more) -> list[Image.Image]:
         """The pictures of `make`."""
@@ -335,7 +336,7 @@ class Editor:
                 made = empty(schedule_for(size, nearest_ratio(ratio)))
             else:
                 made = self.fit(picture, size, FITS[1])
-            return self._run([made] * max(1, len(texts)), texts, negatives, settings, on_scale, wanted)
+            return self._edited([made] * max(1, len(texts)), texts, negatives, settings, on_scale, wanted)
 
     def _sources(self, pictures: Sequence, size: str, method: str) -> tuple[list[FittedImage], Tokens | None]:
         """Pictures as the model sees them; of tokens, which are decoded for this alone, with the tokens."""
@@ -365,7 +366,7 @@ class Editor:
     def _shown(self, tokens: Tokens) -> list[Image.Image]:
         return [unfit(to_uint8(self.decode_pixels(total[None])[0]), tokens.shown) for total in tokens.total()]
 
-    def _run(
+    def _edited(
         self, fitted: list[FittedImage], instructions, negatives, settings: SamplingSettings, on_scale, wanted: Options,
         source: Tokens | None = None,
     ) -> Edited:  # fmt: skip

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ...varedit_core.pictures.canvas import faded
+from ...varedit_core.pictures.canvas import blended, faded
 from ...varedit_core.pictures.composite import found_mask
 from ...varedit_core.pictures.contact_sheet import Row, contact_sheet
 from ...varedit_core.pictures.images import Fitting, fit, fit_mask, load_image, unfit, unfit_mask
@@ -279,8 +279,7 @@ def _composited(edited: Tensor, image: Tensor, masks: list[Image.Image], seam: i
     weight = (torch.from_numpy(weight) / 255).to(edited.device)
     original, share = image[..., :3].to(edited), weight[..., None]
     original = original.expand(*original.shape[:3], 3)  # grey
-    mixed = ((edited * share + original * (1 - share)) * 255).round() / 255
-    return torch.where(share == 0, original, mixed), weight
+    return blended(edited, original, share, eight_bit=True), weight
 
 
 def fitted_mask(mask: Tensor, fitting: Fitting, images: int) -> Tensor | None:

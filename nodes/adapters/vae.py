@@ -54,7 +54,7 @@ class VAREditAutoencoder(Autoencoder):
 
 
 class VAREditVAE(comfy.sd.VAE):
-    """Our VAE as one of ComfyUI's; `__init__` sets what that of `comfy.sd.VAE` would have found out from a state dict."""
+    """Our VAE as one of ComfyUI's. `__init__` sets what `comfy.sd.VAE` finds out from a state dict."""
 
     def __init__(self, weights, disable_dynamic: bool = False) -> None:
         config = blank(weights, TOKENIZER).config

@@ -27,8 +27,8 @@ class Engine(Protocol):
     """A network at work on one batch at a time."""
 
     def prefill(self, batch: EditBatch) -> None:
-        """Read the texts, then the sources into the KV cache. ValueError where the batch does not fit the network. Where
-        it fails the engine is as it was: there is nothing to close."""
+        """Read the texts, then the sources into the KV cache. ValueError where the batch does not fit the network.
+        Where it fails the engine is as it was: there is nothing to close."""
 
     def logits(self, k: int, total: Tensor, guided: bool) -> Tensor:
         """Logits [B or 2B, n, D, 2] of scale k. total: the running sum [B, d, H, W] of the scales before it.

@@ -108,8 +108,14 @@ def stitch_pixels(images_BHWC: Tensor, edited_EhwC: Tensor, region: Crop, feathe
     for i, (whole, edit) in enumerate(zip(result, edited)):
         k = i // copies % len(region.boxes)
         weight_hw1, part = weights[k][..., None], _part(whole, region.boxes[k])[..., :3]
-        part.copy_(torch.where(weight_hw1 == 0, part, edit * weight_hw1 + part * (1 - weight_hw1)))
+        part.copy_(blended(edit, part, weight_hw1))
     return result
+
+
+def blended(edited: Tensor, picture: Tensor, weight: Tensor, eight_bit: bool = False) -> Tensor:
+    """The edit by its weight from 0 to 1, the picture itself, exactly, where that is 0. eight_bit: rounded to levels."""
+    mixed = edited * weight + picture * (1 - weight)
+    return torch.where(weight == 0, picture, (mixed * 255).round() / 255 if eight_bit else mixed)
 
 
 def feathered(mask_NHW: Tensor, pixels: int) -> Tensor:

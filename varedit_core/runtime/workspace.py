@@ -1,7 +1,8 @@
 """What stays between edits: the KV cache, the source in it, and passes recorded as graphs.
 
 A workspace holds the memory of one edit. The next edit of the same shape finds its passes recorded. The next edit of
-the same picture and text also finds the prefill done, which is a quarter of an edit. What an edit cannot use is freed. Shape suffixes: R rows of a scale's pass, n tokens, C width.
+the same picture and text also finds the prefill done, which is a quarter of an edit.
+What an edit cannot use is freed. Shape suffixes: R rows of a scale's pass, n tokens, C width.
 """
 
 from __future__ import annotations
