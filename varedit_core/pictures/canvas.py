@@ -113,7 +113,7 @@ def stitch_pixels(images_BHWC: Tensor, edited_EhwC: Tensor, region: Crop, feathe
 
 
 def blended(edited: Tensor, picture: Tensor, weight: Tensor, eight_bit: bool = False) -> Tensor:
-    """The edit by its weight from 0 to 1, the picture itself, exactly, where that is 0. eight_bit: rounded to levels."""
+    """The edit by its weight from 0 to 1; where that is 0 exactly the picture. eight_bit: rounded to levels."""
     mixed = edited * weight + picture * (1 - weight)
     return torch.where(weight == 0, picture, (mixed * 255).round() / 255 if eight_bit else mixed)
 
