@@ -1,6 +1,6 @@
 """Set up the development environment in .venv and run the project in it. Needs Python >= 3.10 and pip only.
 
-    python dev.py edit [ARGS...]      `varedit edit ARGS`; without arguments, `varedit demo`: six edits with the demo model
+    python dev.py edit [ARGS...]      `varedit edit ARGS`; without any, `varedit demo`: six edits with the demo model
     python dev.py test [ARGS...]      the tests; ARGS go to pytest
     python dev.py varedit ARGS...     any `varedit` command
     python dev.py render              fill the tables of README and docs, and the texts of controls in locales

@@ -114,7 +114,7 @@ def comfyui() -> str:
         again = f"{last['all']:.1f} s" if len(case["seconds"]) > 1 else "-"
         limit = f"{case['limit_gb']:.0f} GB" if case["limit_gb"] else "all"
         way = " ".join(case["said"]).rpartition("running")[2]
-        stored = next((text for words, text in STORED.items() if f"keys and values {words}" in way), "exact")
+        stored = next((text for words, text in STORED.items() if re.search(f"(values|cache) {words}", way)), "exact")
         rows.append([names[case["kind"]], limit, f"{case['peak_gb']:.1f} GB", stored, f"{first['all']:.1f} s", again])
     head = [
         f"8B bf16 at 1024, {facts['device']}",

@@ -17,13 +17,15 @@ class VAREditCropRegion(io.ComfyNode):
             node_id="VAREditCropRegion",
             display_name="VAREdit Crop Region",
             category="VAREdit",
-            description="Cuts out what a mask marks, with some of its surroundings, so that a small part of a large picture is edited at the model's full size.",
+            description="Cuts out what a mask marks, with some of its surroundings, so that a small part of a large "
+            "picture is edited at the model's full size.",
             search_aliases=["inpaint crop", "crop by mask", "crop and stitch", "detailer"],
             inputs=[
                 io.Image.Input("image", tooltip="One picture or a batch, of any size."),
                 io.Mask.Input(
                     "mask",
-                    tooltip="What may change (not 0), one for all pictures or one for each. Of any size: it is stretched over the picture.",
+                    tooltip="What may change (not 0), one for all pictures or one for each. Of any size: it is "
+                    "stretched over the picture.",
                 ),
                 io.Float.Input(
                     "margin",
@@ -32,13 +34,15 @@ class VAREditCropRegion(io.ComfyNode):
                     max=4.0,
                     step=0.05,
                     round=0.001,
-                    tooltip=f"Surroundings that the model sees on every side, as a share of the masked part's longer side; at least {LEAST_MARGIN} pixels.",
+                    tooltip="Surroundings that the model sees on every side, as a share of the masked part's longer "
+                    f"side; at least {LEAST_MARGIN} pixels.",
                 ),
                 io.Combo.Input(
                     "shape",
                     options=list(FITS),
                     default=FIT,
-                    tooltip="square, or aspect for the nearest of 15 shapes; choose the same as fit of VAREdit Source Encode.",
+                    tooltip="square, or aspect for the nearest of 15 shapes; choose the same as fit of VAREdit Source "
+                    "Encode.",
                     advanced=True,
                 ),
             ],
@@ -47,7 +51,8 @@ class VAREditCropRegion(io.ComfyNode):
                 io.Mask.Output(
                     "mask",
                     display_name="mask",
-                    tooltip="1 where that part may change, else 0, for the sampler; soft edges come back in VAREdit Stitch.",
+                    tooltip="1 where that part may change, else 0, for the sampler; soft edges come back in VAREdit "
+                    "Stitch.",
                 ),
                 RegionType.Output("region", display_name="region", tooltip="Place and mask, for VAREdit Stitch."),
             ],
@@ -69,7 +74,8 @@ class VAREditStitch(io.ComfyNode):
             node_id="VAREditStitch",
             display_name="VAREdit Stitch",
             category="VAREdit",
-            description="Puts an edited part back into the whole picture, inside the mask only; the rest stays exactly as it was.",
+            description="Puts an edited part back into the whole picture, inside the mask only; the rest stays exactly "
+            "as it was.",
             search_aliases=["inpaint stitch", "paste back", "uncrop", "crop and stitch"],
             inputs=[
                 io.Image.Input("image", tooltip="The whole picture(s), as they went into VAREdit Crop Region."),
@@ -84,7 +90,8 @@ class VAREditStitch(io.ComfyNode):
                     default=FEATHER,
                     min=0,
                     max=512,
-                    tooltip="Pixels over which the edit appears, from the mask's edge inwards; 0 is a hard edge, or the mask's own soft one.",
+                    tooltip="Pixels over which the edit appears, from the mask's edge inwards; 0 is a hard edge, or "
+                    "the mask's own soft one.",
                 ),
             ],
             outputs=[
@@ -125,14 +132,16 @@ class VAREditExtendCanvas(io.ComfyNode):
                     "fill",
                     options=list(FILLS),
                     default=FILL,
-                    tooltip="What the model sees there: blur spreads the edges' colours, mirror goes on with what is there, white is what published models are padded with.",
+                    tooltip="What the model sees there: blur spreads the edges' colours, mirror goes on with what is "
+                    "there, white is what published models are padded with.",
                 ),
                 io.Int.Input(
                     "overlap",
                     default=OVERLAP,
                     min=0,
                     max=MOST,
-                    tooltip="Pixels of the old picture, beside what is new, that may be repainted; the mask falls to 0 in them.",
+                    tooltip="Pixels of the old picture, beside what is new, that may be repainted; the mask falls to 0 "
+                    "in them.",
                     advanced=True,
                 ),
             ],

@@ -16,10 +16,11 @@ class VAREditChangeMap(io.ComfyNode):
             node_id="VAREditChangeMap",
             display_name="VAREdit Change Map",
             category="VAREdit",
-            description="Finds where an edit changed its picture, as masks: both are decoded, so that what the tokenizer alone changes does not count.",
+            description="Finds where an edit changed its picture, as masks: both are decoded, so that what the VAE "
+            "alone changes does not count.",
             search_aliases=["difference", "what changed", "auto mask", "diff mask"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The tokenizer, from VAREdit VAE Loader."),
+                io.Vae.Input("vae", tooltip="The VAE, from VAREdit VAE Loader."),
                 io.Latent.Input("latent", tooltip="The edit, from VAREdit Sampler."),
                 io.Latent.Input("source", tooltip="What was edited: the sampler's source."),
                 io.Float.Input(
@@ -34,7 +35,9 @@ class VAREditChangeMap(io.ComfyNode):
             ],
             outputs=[
                 io.Mask.Output(
-                    "changed", display_name="changed", tooltip="1 where the picture changed, else 0; of the picture's size."
+                    "changed",
+                    display_name="changed",
+                    tooltip="1 where the picture changed, else 0; of the picture's size.",
                 ),
                 io.Mask.Output(
                     "amount",

@@ -20,7 +20,8 @@ class VAREditControls(io.ComfyNode):
             node_id="VAREditControls",
             display_name="VAREdit Controls",
             category="VAREdit",
-            description="How far an edit may leave its source, and which of several beginnings goes on. As it comes, it changes nothing.",
+            description="How far an edit may leave its source, and which of several beginnings goes on. As it comes, "
+            "it changes nothing.",
             search_aliases=["strength", "denoise", "preserve", "auto mask", "best of", "candidates"],
             inputs=widgets("controls"),
             outputs=[ControlsType.Output("controls", display_name="controls", tooltip="For the sampler's controls.")],
@@ -39,7 +40,8 @@ class VAREditCurves(io.ComfyNode):
             node_id="VAREditCurves",
             display_name="VAREdit Curves",
             category="VAREdit",
-            description="Lets guidance and temperature rise or fall from the first scale to the last, as factors on the sampler's own.",
+            description="Lets guidance and temperature rise or fall from the first scale to the last, as factors on "
+            "the sampler's own.",
             search_aliases=["preset", "schedule", "faithful", "creative", "guidance curve", "temperature curve"],
             inputs=widgets("curves"),
             outputs=[CurvesType.Output("curves", display_name="curves", tooltip="For the sampler's curves.")],
@@ -58,13 +60,15 @@ class VAREditRegion(io.ComfyNode):
             node_id="VAREditRegion",
             display_name="VAREdit Region",
             category="VAREdit",
-            description="Another instruction for a part of the picture, beside the sampler's own; several of these lie on top of each other.",
+            description="Another instruction for a part of the picture, beside the sampler's own; several of these lie "
+            "on top of each other.",
             search_aliases=["regional prompt", "second instruction", "attention couple", "area conditioning"],
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The instruction for this part."),
                 io.Mask.Input(
                     "mask",
-                    tooltip="Where it counts (not 0), instead of all that lies below it. Of any size, one for all pictures or one for each.",
+                    tooltip="Where it counts (not 0), instead of all that lies below it. Of any size, one for all "
+                    "pictures or one for each.",
                 ),
                 RegionsType.Input(
                     "regions",
@@ -74,7 +78,9 @@ class VAREditRegion(io.ComfyNode):
             ],
             outputs=[
                 RegionsType.Output(
-                    "regions", display_name="regions", tooltip="For the sampler's regions, or for another region on top."
+                    "regions",
+                    display_name="regions",
+                    tooltip="For the sampler's regions, or for another region on top.",
                 )
             ],
         )

@@ -16,10 +16,11 @@ class VAREditDecode(io.ComfyNode):
             node_id="VAREditDecode",
             display_name="VAREdit Decode",
             category="VAREdit",
-            description="Decodes an edit to a picture of exactly the source's size, and composites it by a mask, or the auto mask, if there is one.",
+            description="Decodes an edit to a picture of exactly the source's size, and composites it by a mask, or "
+            "the auto mask, if there is one.",
             search_aliases=["vae decode", "masked edit", "composite", "paste back"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The tokenizer, from VAREdit VAE Loader."),
+                io.Vae.Input("vae", tooltip="The VAE, from VAREdit VAE Loader."),
                 io.Latent.Input("latent", tooltip="The edit, from VAREdit Sampler."),
                 io.Image.Input(
                     "image",
@@ -29,7 +30,8 @@ class VAREditDecode(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the edit shows (1); elsewhere the picture stays exactly as it was. Of any size; an empty one counts as none.",
+                    tooltip="Where the edit shows (1); elsewhere the picture stays exactly as it was. Of any size; an "
+                    "empty one counts as none.",
                 ),
                 io.Int.Input(
                     "seam",
@@ -37,7 +39,8 @@ class VAREditDecode(io.ComfyNode):
                     min=0,
                     max=MOST_SEAM,
                     optional=True,
-                    tooltip="Pixels from the mask's edge inwards over which the edit fades in; outside of the mask nothing changes.",
+                    tooltip="Pixels from the mask's edge inwards over which the edit fades in; outside of the mask "
+                    "nothing changes.",
                 ),
             ],
             outputs=[
@@ -47,7 +50,8 @@ class VAREditDecode(io.ComfyNode):
                 io.Mask.Output(
                     "mask",
                     display_name="mask",
-                    tooltip="Where the edit shows: the mask with its seam, or what the auto mask found; 1 everywhere without one.",
+                    tooltip="Where the edit shows: the mask with its seam, or what the auto mask found; 1 everywhere "
+                    "without one.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -70,13 +74,14 @@ class VAREditScalePreview(io.ComfyNode):
             description="Shows the picture after every scale, and all of them on one contact sheet.",
             search_aliases=["contact sheet", "preview scales", "intermediate images", "progress pictures"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The tokenizer, from VAREdit VAE Loader."),
+                io.Vae.Input("vae", tooltip="The VAE, from VAREdit VAE Loader."),
                 io.Latent.Input("scales", tooltip="The sampler's scales."),
                 io.Combo.Input(
                     "pictures",
                     options=list(SCALE_PICTURES),
                     default=SCALE_PICTURES[0],
-                    tooltip="full decodes every scale at the final size, own at the scale's own size, fast maps latents to colours.",
+                    tooltip="full decodes every scale at the final size, own at the scale's own size, fast maps "
+                    "latents to colours.",
                 ),
             ],
             outputs=[

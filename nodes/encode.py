@@ -22,7 +22,8 @@ class VAREditTextEncode(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     placeholder="what to change, as an order: make it a rainy night",
-                    tooltip="What to change in the picture, up to 512 tokens (64 with the demo model); parentheses are plain text, not weights.",
+                    tooltip="What to change in the picture, up to 512 tokens (64 with the demo model); parentheses are "
+                    "plain text, not weights.",
                 ),
             ],
             outputs=[
@@ -53,19 +54,21 @@ class VAREditSourceEncode(io.ComfyNode):
             description="Brings the picture to edit to a size of the model and encodes it.",
             search_aliases=["vae encode", "source image", "reference image", "image to edit"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The tokenizer, from VAREdit VAE Loader."),
+                io.Vae.Input("vae", tooltip="The VAE, from VAREdit VAE Loader."),
                 io.Image.Input("image", tooltip="One picture or a batch, of any size and shape; alpha is not edited."),
                 io.Combo.Input(
                     "size",
                     options=list(SIZES),
                     default=SIDE,
-                    tooltip="Working size in pixels: the one the weights were trained for (demo 256, 8B-512 512, 8B-1024 1024).",
+                    tooltip="Working size in pixels: the one the weights were trained for (demo 256, 8B-512 512, "
+                    "8B-1024 1024).",
                 ),
                 io.Combo.Input(
                     "fit",
                     options=list(FITS),
                     default=FIT,
-                    tooltip="square pads with white as published; aspect takes the nearest of 15 shapes (experimental).",
+                    tooltip="square pads with white as published; aspect takes the nearest of 15 shapes "
+                    "(experimental).",
                     advanced=True,
                 ),
             ],
@@ -95,12 +98,13 @@ class VAREditEmptySource(io.ComfyNode):
             description="Size and shape of pictures that an Infinity model makes of text alone.",
             search_aliases=["empty latent", "text to image", "infinity", "txt2img"],
             inputs=[
-                io.Vae.Input("vae", tooltip="The tokenizer, from VAREdit VAE Loader."),
+                io.Vae.Input("vae", tooltip="The VAE, from VAREdit VAE Loader."),
                 io.Combo.Input(
                     "size",
                     options=list(SIZES),
                     default=SIDE,
-                    tooltip="Side of a square of the same area, in pixels: the one the weights were trained for (Infinity 2B and 8B 1024).",
+                    tooltip="Side of a square of the same area, in pixels: the one the weights were trained for "
+                    "(Infinity 2B and 8B 1024).",
                 ),
                 io.Combo.Input(
                     "ratio",
@@ -108,11 +112,11 @@ class VAREditEmptySource(io.ComfyNode):
                     default=RATIO,
                     tooltip="Width to height.",
                 ),
-                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures, with one seed after the other."),
+                io.Int.Input(
+                    "batch_size", default=1, min=1, max=64, tooltip="Pictures, with one seed after the other."
+                ),
             ],
-            outputs=[
-                io.Latent.Output("source", display_name="source", tooltip="For the sampler's source.")
-            ],
+            outputs=[io.Latent.Output("source", display_name="source", tooltip="For the sampler's source.")],
         )
 
     @classmethod

@@ -11,7 +11,8 @@ DEMO = Path(__file__).resolve().parents[1] / "demo"
 NO_FILE = "no file found"
 PUBLISHED = {
     "diffusion_models": "8B-1024.pth, 8B-512.pth or 2B-512.pth of https://huggingface.co/HiDream-ai/VAREdit",
-    "vae": "infinity_vae_d56_f8_14_patchify.pth (8B) or infinity_vae_d32reg.pth (2B) of https://huggingface.co/FoundationVision/infinity",
+    "vae": "infinity_vae_d56_f8_14_patchify.pth (8B) or infinity_vae_d32reg.pth (2B) of "
+    "https://huggingface.co/FoundationVision/infinity",
     "text_encoders": "the encoder of https://huggingface.co/google/flan-t5-xl",
 }
 """Where the files of a folder are published."""

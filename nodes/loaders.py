@@ -14,13 +14,22 @@ class VAREditModelLoader(io.ComfyNode):
             node_id="VAREditModelLoader",
             display_name="VAREdit Model Loader",
             category="VAREdit/loaders",
-            description="Loads a VAREdit transformer: published, converted, quantised, or the demo model; or one of Infinity.",
-            search_aliases=["load varedit", "unet loader", "diffusion model", "transformer", "checkpoint", "load infinity"],
+            description="Loads a VAREdit transformer: published, converted, quantised, or the demo model; or one of "
+            "Infinity.",
+            search_aliases=[
+                "load varedit",
+                "unet loader",
+                "diffusion model",
+                "transformer",
+                "checkpoint",
+                "load infinity",
+            ],
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=listed("diffusion_models"),
-                    tooltip="A transformer in ComfyUI's folder diffusion_models. varedit_demo is a toy that comes with the pack.",
+                    tooltip="A transformer in ComfyUI's folder diffusion_models. varedit_demo is a toy that comes with "
+                    "the pack.",
                 ),
                 io.Combo.Input(
                     "precision",
@@ -34,7 +43,8 @@ class VAREditModelLoader(io.ComfyNode):
                     options=list(KINDS),
                     default=KINDS[0],
                     optional=True,
-                    tooltip="What the file was trained for: auto is as it says itself (by metadata, or a name that begins with infinity_), else edit.",
+                    tooltip="What the file was trained for: auto is as it says itself (by metadata, or a name that "
+                    "begins with infinity_), else edit.",
                     advanced=True,
                 ),
             ],
@@ -67,7 +77,8 @@ class VAREditTextEncoderLoader(io.ComfyNode):
             node_id="VAREditTextEncoderLoader",
             display_name="VAREdit Text Encoder Loader",
             category="VAREdit/loaders",
-            description="Loads the T5 encoder a VAREdit transformer was trained with: flan-t5-xl for the published ones.",
+            description="Loads the T5 encoder a VAREdit transformer was trained with: flan-t5-xl for the published "
+            "ones.",
             search_aliases=["clip loader", "flan t5 xl", "load t5", "text encoder"],
             inputs=[
                 io.Combo.Input(
@@ -108,13 +119,13 @@ class VAREditVAELoader(io.ComfyNode):
             node_id="VAREditVAELoader",
             display_name="VAREdit VAE Loader",
             category="VAREdit/loaders",
-            description="Loads the tokenizer of a VAREdit transformer as a VAE.",
+            description="Loads the VAE of a VAREdit transformer.",
             search_aliases=["vae loader", "tokenizer", "infinity vae", "bsq"],
             inputs=[
                 io.Combo.Input(
                     "vae_name",
                     options=listed("vae"),
-                    tooltip="A tokenizer in ComfyUI's folder vae. varedit_demo_tokenizer belongs to the demo model.",
+                    tooltip="A VAE in ComfyUI's folder vae. varedit_demo_tokenizer belongs to the demo model.",
                 )
             ],
             outputs=[

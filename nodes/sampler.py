@@ -29,7 +29,8 @@ class VAREditSampler(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="The draw; result i of a batch or of variations uses seed + i. In fp32 one seed is one picture on every device.",
+                    tooltip="The draw; result i of a batch or of variations uses seed + i. In fp32 one seed is one "
+                    "picture on every device.",
                 ),
                 io.Float.Input(
                     "guidance",
@@ -38,7 +39,8 @@ class VAREditSampler(io.ComfyNode):
                     max=30.0,
                     step=0.1,
                     round=0.001,
-                    tooltip="How strongly the instruction counts. 1 switches guidance off and halves work and memory; the demo model wants 2.",
+                    tooltip="How strongly the instruction counts. 1 switches guidance off and halves work and memory; "
+                    "the demo model wants 2.",
                 ),
                 io.Float.Input(
                     "temperature",
@@ -77,8 +79,8 @@ class VAREditSampler(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Pictures of every scale while sampling: auto follows ComfyUI's live preview setting, fast maps "
-                        "latents to colours, decoded runs the VAE at the scale's own size, off shows none."
+                        "Pictures of every scale while sampling: auto follows ComfyUI's live preview setting, fast "
+                        "maps latents to colours, decoded runs the VAE at the scale's own size, off shows none."
                     ),
                 ),
                 io.Int.Input(
@@ -87,7 +89,8 @@ class VAREditSampler(io.ComfyNode):
                     min=1,
                     max=64,
                     optional=True,
-                    tooltip="Results of each picture, one behind the other, with one seed after the other: the source is read once for all.",
+                    tooltip="Results of each picture, one behind the other, with one seed after the other: the source "
+                    "is read once for all.",
                 ),
                 ShortcutsType.Input(
                     "shortcuts",
@@ -97,7 +100,9 @@ class VAREditSampler(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the edit may change anything (not 0); outside it, and outside a margin of one token around it (feather of VAREdit Controls), every bit is the source's. Of any size; an empty one counts as none.",
+                    tooltip="Where the edit may change anything (not 0); outside it, and outside a margin of one token "
+                    "around it (feather of VAREdit Controls), every bit is the source's. Of any size; an empty one "
+                    "counts as none.",
                 ),
                 io.Model.Input(
                     "drafter",
@@ -117,12 +122,14 @@ class VAREditSampler(io.ComfyNode):
                 RegionsType.Input(
                     "regions",
                     optional=True,
-                    tooltip="Further instructions with masks, from VAREdit Region. They lie on top of positive, which counts inside mask, or everywhere without one.",
+                    tooltip="Further instructions with masks, from VAREdit Region. They lie on top of positive, which "
+                    "counts inside mask, or everywhere without one.",
                 ),
                 io.Latent.Input(
                     "begun",
                     optional=True,
-                    tooltip="What to go on from: an edit of the same pictures and size whose first scales are taken as they are; only the others are drawn.",
+                    tooltip="What to go on from: an edit of the same pictures and size whose first scales are taken as "
+                    "they are; only the others are drawn.",
                 ),
             ],
             outputs=[
@@ -185,7 +192,8 @@ class VAREditMemoryPlan(io.ComfyNode):
             node_id="VAREditMemoryPlan",
             display_name="VAREdit Memory Plan",
             category="VAREdit",
-            description="Says what an edit will take in GB and how the sampler will run it, before the model goes to the GPU.",
+            description="Says what an edit will take in GB and how the sampler will run it, before the model goes to "
+            "the GPU.",
             search_aliases=["vram", "memory estimate", "kv cache size", "will it fit"],
             inputs=[
                 io.Model.Input("model", tooltip="The transformer, from VAREdit Model Loader."),

@@ -16,8 +16,8 @@ class VAREditShortcuts(io.ComfyNode):
             node_id="VAREditShortcuts",
             display_name="VAREdit Shortcuts",
             category="VAREdit",
-            description="Work that the sampler leaves out to be faster. All off at first: none is exact; docs/SPEED.md has what "
-            "each costs.",
+            description="Work that the sampler leaves out to be faster. All off at first: none is exact; docs/SPEED.md "
+            "has what each costs.",
             search_aliases=["speed", "faster", "turbo", "draft", "two models"],
             inputs=widgets("shortcuts"),
             outputs=[

@@ -16,13 +16,14 @@ class VAREditSweep(io.ComfyNode):
             node_id="VAREditSweep",
             display_name="VAREdit Sweep",
             category="VAREdit",
-            description="Runs one edit at several values of one or two settings, and shows the results as a labelled grid.",
+            description="Runs one edit at several values of one or two settings, and shows the results as a labelled "
+            "grid.",
             search_aliases=["xy plot", "grid", "compare settings", "parameter sweep"],
             inputs=[
                 io.Model.Input("model", tooltip="The transformer, from VAREdit Model Loader."),
                 io.Latent.Input("source", tooltip="The picture to edit, from VAREdit Source Encode."),
                 io.Conditioning.Input("positive", tooltip="The instruction."),
-                io.Vae.Input("vae", tooltip="The tokenizer, from VAREdit VAE Loader."),
+                io.Vae.Input("vae", tooltip="The VAE, from VAREdit VAE Loader."),
                 io.Int.Input(
                     "seed",
                     default=DEFAULT_SETTINGS.seed,
@@ -51,18 +52,30 @@ class VAREditSweep(io.ComfyNode):
                 ),
                 io.Combo.Input("x", options=list(SWEPT), default="guidance", tooltip="The setting from left to right."),
                 io.String.Input(
-                    "x_values", default="1, 2, 3", tooltip="Its values, with commas between them; names for score and preset."
+                    "x_values",
+                    default="1, 2, 3",
+                    tooltip="Its values, with commas between them; names for score and preset.",
                 ),
                 io.Combo.Input(
                     "y", options=[NONE, *SWEPT], default=NONE, tooltip="The setting from top to bottom, or none."
                 ),
                 io.String.Input("y_values", default="", tooltip="Its values, with commas between them."),
                 io.Conditioning.Input("negative", optional=True, tooltip="What to stay away from."),
-                io.Image.Input("image", optional=True, tooltip="The picture that was edited; needed for a mask, and to keep its alpha."),
-                io.Mask.Input("mask", optional=True, tooltip="Where the edits may change anything (not 0); an empty one counts as none."),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The picture that was edited; needed for a mask, and to keep its alpha.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the edits may change anything (not 0); an empty one counts as none.",
+                ),
             ],
             outputs=[
-                io.Image.Output("grid", display_name="grid", tooltip="The labelled grid that the node shows, of the first picture."),
+                io.Image.Output(
+                    "grid", display_name="grid", tooltip="The labelled grid that the node shows, of the first picture."
+                ),
                 io.Image.Output(
                     "cells",
                     display_name="cells",

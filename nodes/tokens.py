@@ -90,8 +90,8 @@ class VAREditLoadTokens(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=token_files(),
-                    tooltip="A file of VAREdit Save Tokens or of varedit edit --save-tokens, in ComfyUI's input or output "
-                    "folder.",
+                    tooltip="A file of VAREdit Save Tokens or of varedit edit --save-tokens, in ComfyUI's input or "
+                    "output folder.",
                 ),
                 io.Vae.Input(
                     "vae",
@@ -132,8 +132,8 @@ class VAREditFirstScales(io.ComfyNode):
             node_id="VAREditFirstScales",
             display_name="VAREdit First Scales",
             category="VAREdit",
-            description="Keeps the first scales of an edit: a draft to look at, or the beginning that other edits go on "
-            "from.",
+            description="Keeps the first scales of an edit: a draft to look at, or the beginning that other edits go "
+            "on from.",
             search_aliases=["cut tokens", "draft", "branch", "truncate"],
             inputs=[
                 io.Latent.Input("latent", tooltip="The edit, from VAREdit Sampler or VAREdit Load Tokens, as it came."),

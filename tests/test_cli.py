@@ -148,7 +148,7 @@ def test_unknown_choices_name_the_known_ones(arguments, message):
 
 def test_info(tmp_path):
     facts = json.loads(command("info", RECORD, "--json").stdout)
-    assert facts["is"] == "a VAREdit transformer, 4 blocks of width 128 with its tokenizer"
+    assert facts["is"] == "a VAREdit transformer, 4 blocks of width 128 with its VAE"
     assert "4 blocks of width 128" in " ".join(CliRunner().invoke(app, ["info", str(RECORD)]).output.split())
 
 

@@ -73,7 +73,7 @@ def test_the_graph_runs(server):
     done = server.run(graph_of(MODEL))
     assert done["status"]["status_str"] == "success"
     (text,) = done["outputs"]["1"]["text"]
-    assert text.startswith("8B-1024.safetensors\nis a VAREdit transformer, 4 blocks of width 128 with its tokenizer\n")
+    assert text.startswith("8B-1024.safetensors\nis a VAREdit transformer, 4 blocks of width 128 with its VAE\n")
     assert text.endswith("\n0.00806 GB")
 
 

@@ -243,7 +243,7 @@ def test_attention_is_the_injected_one_everywhere(patchify, monkeypatch):
         (lambda r: dict(negatives=[torch.randn(3, 128)]), "use the text encoder it was trained with"),
         (lambda r: dict(texts=[torch.randn(600, 256)]), "600 text tokens but the model takes 512"),
         (lambda r: dict(features=torch.randn(1, 14, 30, 32)), "encode the image at 256x256"),
-        (lambda r: dict(features=torch.randn(1, 16, 32, 32)), "with the model's tokenizer"),
+        (lambda r: dict(features=torch.randn(1, 16, 32, 32)), "with the model's VAE"),
         (
             lambda r: dict(settings=SamplingSettings(guidance=[1, 2])),
             "guidance has 2 values but the edit runs 7 scales",

@@ -46,7 +46,7 @@ def test_files_are_small_and_whole():
     assert sum(sizes.values()) <= 24 * MB and max(sizes.values()) <= 16 * MB
     transformer, tokenizer, text = demo_files()
     assert "not whole" not in inspect(transformer)["is"] and "VAREdit transformer" in inspect(transformer)["is"]
-    assert "not whole" not in inspect(tokenizer)["is"] and "VAREdit tokenizer" in inspect(tokenizer)["is"]
+    assert "not whole" not in inspect(tokenizer)["is"] and "VAREdit VAE" in inspect(tokenizer)["is"]
     refiner = demo.FOLDER / "diffusion_models" / "varedit_demo_refiner.safetensors"
     assert "not whole" not in inspect(refiner)["is"] and "VAREdit transformer" in inspect(refiner)["is"]
     check_lora(transformer, demo.FOLDER / "loras" / "varedit_demo_duotone.safetensors")

@@ -324,10 +324,10 @@ def test_parts_in_the_wrong_place(published_file, tmp_path):
     convert_vae(tmp_path)
     with pytest.raises(WeightError) as error:
         load_transformer(tmp_path / "vae.safetensors")
-    explained(error, "is a VAREdit tokenizer, not a VAREdit transformer")
+    explained(error, "is a VAREdit VAE, not a VAREdit transformer")
     with pytest.raises(WeightError) as error:
         load_autoencoder(published_file)
-    explained(error, "is a VAREdit transformer, not a tokenizer such as infinity_vae_d56_f8_14_patchify.pth")
+    explained(error, "is a VAREdit transformer, not a VAE such as infinity_vae_d56_f8_14_patchify.pth")
 
 
 @pytest.mark.parametrize("name", ["infinity_2b_reg.pth", "infinity_8b_weights"])
@@ -416,7 +416,7 @@ def test_select_and_canonical_agree_on_parts():
 
 def test_info(published_file, tmp_path):
     facts = inspect(RECORD)
-    assert facts["is"] == "a VAREdit transformer, 4 blocks of width 128 with its tokenizer"
+    assert facts["is"] == "a VAREdit transformer, 4 blocks of width 128 with its VAE"
     assert facts[TRANSFORMER]["token_bits"] == 56 and facts[TOKENIZER]["encoder_widths"] == (32, 64, 128, 128)
     save_file({"something.else": torch.ones(5, dtype=torch.int8)}, tmp_path / "x.safetensors")
     facts = inspect(tmp_path / "x.safetensors")

@@ -125,8 +125,8 @@ def test_a_preview_without_its_vae_is_one_sentence(found):
         ("vae as model", "connect one from VAREdit Model Loader"),
         ("model as vae", "connect one from VAREdit VAE Loader"),
         ("vae as clip", "connect one from VAREdit Text Encoder Loader"),
-        ("vae file as model", "is a VAREdit tokenizer, not a VAREdit transformer"),
-        ("model file as vae", "is a VAREdit transformer, not a tokenizer"),
+        ("vae file as model", "is a VAREdit VAE, not a VAREdit transformer"),
+        ("model file as vae", "is a VAREdit transformer, not a VAE"),
         ("model file as clip", "is a VAREdit transformer, not a T5 encoder"),
         ("nan weights", "check the weights"),
         ("nan vae", "the decoded picture holds undefined numbers"),
@@ -421,7 +421,7 @@ def test_the_plan_states_gigabytes(found):
     assert lines[0] == "256x256, pictures: 2, with guidance, float32 on cpu"
     assert [line.split(":")[0] for line in lines[1:5]] == [
         "weights",
-        "keys and values",
+        "KV cache",
         "activations, at most",
         "in all",
     ]

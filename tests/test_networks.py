@@ -140,7 +140,7 @@ def test_strides_do_not_change_the_picture(plain):
 def test_parts_that_do_not_belong_together(patchify, plain):
     assert patch_size(patchify.transformer.config, patchify.autoencoder.config) == 2
     assert patch_size(plain.transformer.config, plain.autoencoder.config) == 1
-    with pytest.raises(ValueError, match="56 bits but the tokenizer .* makes tokens of 32; load the tokenizer"):
+    with pytest.raises(ValueError, match="56 bits but the VAE .* makes tokens of 32; load the VAE"):
         patch_size(patchify.transformer.config, plain.autoencoder.config)
 
 

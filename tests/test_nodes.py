@@ -600,11 +600,11 @@ def test_the_text_says_what_the_file_is(file_info, models):
     assert output.ui.as_dict() == {"text": (text,)}
     assert text.splitlines() == [
         "small.safetensors",
-        "is a VAREdit transformer, 4 blocks of width 128 with its tokenizer",
+        "is a VAREdit transformer, 4 blocks of width 128 with its VAE",
         "VAREdit transformer:",
         "  depth 4, width 128, heads 2, token bits 56, text width 256,",
         "  text length 512, hidden 512, levels 15",
-        "VAREdit tokenizer:",
+        "VAREdit VAE:",
         "  bits 14, stem 32, encoder widths 32/64/128/128,",
         "  decoder widths 32/64/128/128, encoder blocks 2,",
         "  decoder blocks 3, stride 8",

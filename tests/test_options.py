@@ -94,7 +94,7 @@ IDLE = [
     (["train", "t.toml", "--check-data", "--resume"], "--check-data trains nothing"),
     (["train", "t.toml", "--check-data", "--stop-after", "9"], "--check-data trains nothing"),
     (["bench", "--models", "tiny", "--cases", "reroll", "--published", "{tmp}"], "--published is timed beside"),
-    (["convert", FOLDER / FILES[1], "{tmp}/x.safetensors", "--kind", "edit"], "only a transformer has a kind"),
+    (["convert", FOLDER / FILES[1], "{tmp}/x.safetensors", "--kind", "edit"], "--kind is a transformer's"),
     (["decode", "{begun}", "--scales", "4", "-o", "{tmp}/x.png"], "keep from 1 to 3 of them, not 4"),
     (["decode", "{begun}", "--image", SCENE, "-o", "{tmp}/x.png"], "nothing of --image would show"),
     # without a mask

@@ -76,7 +76,7 @@ def test_an_instruction_without_a_text_encoder(editor):
 
 
 def test_networks_that_do_not_belong_together():
-    with pytest.raises(ValueError, match="load the tokenizer the transformer was trained with"):
+    with pytest.raises(ValueError, match="load the VAE the transformer was trained with"):
         Editor.load(GOLDEN / "patchify_256.safetensors", GOLDEN / "plain_256.safetensors", device="cpu")
 
 

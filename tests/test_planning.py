@@ -130,9 +130,9 @@ def test_the_best_way_within_a_budget():
         assert named(found) == named(way)
         assert bool(found.reasons) == (way is not ways[0])
     reasons = plan(JOB, ways[-1].needed).reasons
-    assert len(reasons) == 3 and "3 pictures at once with keys and values on the device would take" in reasons[0]
+    assert len(reasons) == 3 and "3 pictures at once with the KV cache on the device would take" in reasons[0]
     assert described(ways[3]) == (
-        "one picture at a time, with and without the text one after the other, with keys and values on the device"
+        "one picture at a time, with and without the text one after the other, with the KV cache on the device"
     )
 
 

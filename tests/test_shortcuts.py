@@ -216,7 +216,7 @@ def test_what_does_not_belong_together(patchify, plain):
         run(patchify, mask=torch.ones(3, 4, 4))
     with pytest.raises(ValueError, match="need a second transformer"):
         run(patchify, shortcuts=Shortcuts(drafted=2))
-    with pytest.raises(ValueError, match="must share tokenizer"):
+    with pytest.raises(ValueError, match="must share VAE"):
         next(draft_and_refine(patchify.transformer, plain.transformer, *given, shortcuts=Shortcuts(drafted=3)))
     with pytest.raises(ValueError, match="from 1 to 6"):
         next(draft_and_refine(patchify.transformer, patchify.transformer, *given, shortcuts=Shortcuts(drafted=7)))

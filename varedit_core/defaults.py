@@ -17,7 +17,8 @@ PRECISIONS = ("auto", "bf16", "fp32")
 """What a ComfyUI node lets the transformer's blocks compute in."""
 EDIT, TEXT_TO_IMAGE = "edit", "text-to-image"
 KINDS = ("auto", EDIT, TEXT_TO_IMAGE)
-"""What a transformer was trained for, which its tensors do not tell: auto asks the file (see `checkpoints.told_kind`)."""
+"""What a transformer was trained for, which its tensors do not tell: auto asks the file (see
+`checkpoints.told_kind`)."""
 RATIOS = {
     "1:1": 1.0, "4:5": 1.25, "3:4": 1.333, "2:3": 1.5, "4:7": 1.75, "1:2": 2.0, "2:5": 2.5, "1:3": 3.0,
     "5:4": 0.8, "4:3": 0.75, "3:2": 0.666, "7:4": 0.571, "2:1": 0.5, "5:2": 0.4, "3:1": 0.333,

@@ -31,11 +31,12 @@ from .runtime.workspace import Workspace
 from .sampling.batch import EditBatch
 from .sampling.driver import Wanted, check, run
 from .sampling.loop import sample
+from .sampling.results import joined
 from .sampling.scale import Scale
 from .sampling.settings import DEFAULT_SETTINGS, TEXT_SETTINGS, SamplingSettings
 from .text.encoder import TextEncoder, load_text_encoder
 from .tokenizer.schedule import Schedule, nearest_ratio, schedule_for
-from .tokenizer.tokens import Tokens, joined
+from .tokenizer.tokens import Tokens
 from .tokenizer.vae import Autoencoder
 
 RECORDED_SIDE = 640
@@ -49,11 +50,11 @@ class Options:
     """What `Editor.run` takes by name beside pictures, instructions and settings.
 
     variations: results of each picture, one behind the other, of as many seeds. mask: where the pictures may change
-    (white), one for all or one each; elsewhere they stay as they are. regions: in place of instructions, several of them
-    with masks. given: the first scales of this edit, or of the edit this one branches off from. steer: functions of a
-    `Scale`, called behind the controls. seam: pixels from a mask's edge inwards over which the edit fades in. explain:
-    whether to find out, too, what changed and how sure the model was. features: of the pictures, by `encode_source`,
-    where they are known.
+    (white), one for all or one each; elsewhere they stay as they are. regions: in place of instructions, several of
+    them with masks. given: the first scales of this edit, or of the edit this one branches off from. steer: functions
+    of a `Scale`, called behind the controls. seam: pixels from a mask's edge inwards over which the edit fades in.
+    explain: whether to find out, too, what changed and how sure the model was. features: of the pictures, by
+    `encode_source`, where they are known.
     """
 
     variations: int = 1
@@ -169,16 +170,17 @@ class Editor:
 
     @torch.no_grad()
     def encode_source(self, images: Sequence[FittedImage]) -> Tensor:
-        """Unquantised features [P, d, H, W] of fitted pictures, each encoded alone; zeros of those of `images.empty`."""
+        """Unquantised features [P, d, H, W] of fitted pictures, each encoded alone; zeros of those of
+        `images.empty`."""
         bits, stride = self.autoencoder.config.bits, self.autoencoder.config.stride
         found = []
         with self._lock:
             for image in images:
                 sides = [side // stride for side in image.schedule.pixels]
-                empty = not image.pixels.numel()
-                found.append(
-                    torch.zeros(1, bits, *sides, device=self.device) if empty else self._encoder(image.pixels.to(self.device))
-                )
+                if image.pixels.numel():
+                    found.append(self._encoder(image.pixels.to(self.device)))
+                else:
+                    found.append(torch.zeros(1, bits, *sides, device=self.device))
         return torch.cat(found)
 
     def encode(self, images: Sequence[FittedImage], prompts: Sequence[str | Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -191,8 +193,8 @@ class Editor:
     def begin(
         self, images: Sequence[FittedImage], prompts: Sequence[str | Tensor]
     ) -> tuple[Tensor, list[Tensor], dict]:
-        """`encode` for an edit that follows at once, and what saves it time: the fields `fresh` and `stream` of `EditBatch`.
-        The device works on the texts while it still encodes the pictures."""
+        """`encode` for an edit that follows at once, and what saves it time: the fields `fresh` and `stream` of
+        `EditBatch`. The device works on the texts while it still encodes the pictures."""
         given = [image.pixels for image in images], list(prompts)
         fresh, self._last = not _alike(given, self._last), given
         if self._beside is None:
@@ -209,7 +211,9 @@ class Editor:
     @torch.no_grad()
     def decode(self, latents_PdHW: Tensor, images: Sequence[FittedImage]) -> list[Image.Image]:
         """Pictures of a running sum, each of exactly its input's size, alpha kept."""
-        return [restore(self.decode_pixels(latent[None])[0].cpu(), image) for latent, image in zip(latents_PdHW, images)]
+        return [
+            restore(self.decode_pixels(latent[None])[0].cpu(), image) for latent, image in zip(latents_PdHW, images)
+        ]
 
     @torch.no_grad()
     def decode_pixels(self, latent_1dHW: Tensor) -> Tensor:
@@ -231,10 +235,12 @@ class Editor:
         """The loop with the editor's transformer and workspace. more: further fields of `EditBatch`, such as controls,
         shortcuts and mask. ValueError where there is no drafter. Several may run in turns: one that finds the workspace
         taken has one of its own."""
-        yield from checked(self.scales(EditBatch.of(features, texts, schedule, settings, negatives, variations, **more), steer))
+        batch = EditBatch.of(features, texts, schedule, settings, negatives, variations, **more)
+        yield from checked(self.scales(batch, steer))
 
     def scales(self, batch: EditBatch, steer: Sequence[Callable[[Scale], None]] = ()) -> Iterator[Scale]:
-        """`sample` for a batch; whether the logits were numbers is left to `Scale.check`, which waits for the device."""
+        """`sample` for a batch; whether the logits were numbers is left to `Scale.check`, which waits for the
+        device."""
         check(batch, self.drafter is not None)
         check_alone(batch, self.drafter is not None)
         networks = self.memory.networks[: 1 + (batch.shortcuts.drafted > 0)]
@@ -266,7 +272,8 @@ class Editor:
         wanted = Options(**options)
         if not self.transformer.config.source:
             raise ValueError(
-                "this transformer makes pictures of text alone; use `generate`, or load it as the kind edit if it learned to edit"
+                "this transformer makes pictures of text alone; use `generate`, or load it as the kind edit if it "
+                "learned to edit"
             )
         pictures = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
         if not pictures:
@@ -281,7 +288,7 @@ class Editor:
                 raise ValueError(
                     "the pictures of a batch need different aspect tables; edit them one by one or fit them to squares"
                 )
-            return self._run(fitted, instructions, negatives, settings, on_scale, wanted, source)
+            return self._edited(fitted, instructions, negatives, settings, on_scale, wanted, source)
 
     def generate(self, *args, **more) -> list[Image.Image]:
         """The pictures of `make`."""
@@ -309,7 +316,8 @@ class Editor:
         wanted = Options(**options)
         if self.transformer.config.source:
             raise ValueError(
-                "this transformer edits pictures; use `edit`, or load it as the kind text-to-image if it is an Infinity checkpoint"
+                "this transformer edits pictures; use `edit`, or load it as the kind text-to-image if it is an "
+                "Infinity checkpoint"
             )
         if (picture is None) != (wanted.mask is None):
             raise ValueError(
@@ -324,8 +332,11 @@ class Editor:
         elif ratio != 1:
             raise ValueError("the picture gives the shape; leave out ratio")
         with self._lock:
-            made = self.fit(picture, size, FITS[1]) if picture is not None else empty(schedule_for(size, nearest_ratio(ratio)))
-            return self._run([made] * max(1, len(texts)), texts, negatives, settings, on_scale, wanted)
+            if picture is None:
+                made = empty(schedule_for(size, nearest_ratio(ratio)))
+            else:
+                made = self.fit(picture, size, FITS[1])
+            return self._edited([made] * max(1, len(texts)), texts, negatives, settings, on_scale, wanted)
 
     def _sources(self, pictures: Sequence, size: str, method: str) -> tuple[list[FittedImage], Tokens | None]:
         """Pictures as the model sees them; of tokens, which are decoded for this alone, with the tokens."""
@@ -334,7 +345,8 @@ class Editor:
             return [self.fit(picture, size, method) for picture in pictures], None
         if not all(isinstance(picture, Tokens) and picture.complete for picture in known):
             raise ValueError(
-                "tokens of some of the scales are no picture yet: finish them (--begun, given), and do not mix tokens with pictures"
+                "tokens of some of the scales are no picture yet: finish them (--begun, given), and do not mix tokens "
+                "with pictures"
             )
         if len({tokens.schedule for tokens in known}) > 1:
             raise ValueError("these edits have different sizes or aspect tables; go on from them one by one")
@@ -342,8 +354,8 @@ class Editor:
             raise ValueError("the pictures of this edit have different sizes; go on from edits of one picture each")
         for tokens in known:
             tokens.check_vae(self.autoencoder.config.bits, self.autoencoder.config.stride)
-            own = tokens.schedule if (size, method) == (SIZE, FIT) else fitting_for(tokens.shown.size, size, method).schedule
-            if own != tokens.schedule:
+            asked = (size, method) != (SIZE, FIT)
+            if asked and fitting_for(tokens.shown.size, size, method).schedule != tokens.schedule:
                 raise ValueError("tokens have the size and fit they were made with; leave out size and method")
         source, shown = joined(known).to(self.device), []
         for picture, tokens in zip(pictures, known):
@@ -354,7 +366,7 @@ class Editor:
     def _shown(self, tokens: Tokens) -> list[Image.Image]:
         return [unfit(to_uint8(self.decode_pixels(total[None])[0]), tokens.shown) for total in tokens.total()]
 
-    def _run(
+    def _edited(
         self, fitted: list[FittedImage], instructions, negatives, settings: SamplingSettings, on_scale, wanted: Options,
         source: Tokens | None = None,
     ) -> Edited:  # fmt: skip
@@ -425,19 +437,26 @@ def each(given, count: int, name: str) -> list:
 
 def _alike(given: tuple[list, list], last: tuple[list, list]) -> bool:
     """Whether pictures and prompts may be the last ones: pictures by some of their pixels."""
-    counts = (len(a) == len(b) for a, b in zip(given, last))
-    pictures = (a.shape == b.shape and torch.equal(a[..., ::31, ::31], b[..., ::31, ::31]) for a, b in zip(given[0], last[0]))
-    return all(counts) and all(pictures) and all(a is b or (isinstance(a, str) and a == b) for a, b in zip(given[1], last[1]))
+    if any(len(a) != len(b) for a, b in zip(given, last)):
+        return False
+    (pictures, prompts), (last_pictures, last_prompts) = given, last
+    for a, b in zip(pictures, last_pictures):
+        if a.shape != b.shape or not torch.equal(a[..., ::31, ::31], b[..., ::31, ::31]):
+            return False
+    return all(a is b or (isinstance(a, str) and a == b) for a, b in zip(prompts, last_prompts))
 
 
 def _check_begun(given: Tokens, fitted: list[FittedImage]) -> None:
     """ValueError for tokens that leave nothing to draw, or are of another picture's shape."""
     if given.complete:
-        raise ValueError(f"these tokens are of all {len(given)} scales, so that nothing is left to draw; keep fewer of them")
+        raise ValueError(
+            f"these tokens are of all {len(given)} scales, so that nothing is left to draw; keep fewer of them"
+        )
     sizes = {image.fitting.size for image in fitted}
     if given.fitting is not None and sizes != {given.fitting.size}:
         raise ValueError(
-            f"the tokens are of a {given.fitting.size[0]}x{given.fitting.size[1]} picture, not of this one; go on with theirs"
+            f"the tokens are of a {given.fitting.size[0]}x{given.fitting.size[1]} picture, not of this one; go on with "
+            "theirs"
         )
 
 

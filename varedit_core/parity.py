@@ -30,9 +30,9 @@ from .tokenizer.schedule import Schedule, schedule_from
 from .tokenizer.vae import Autoencoder
 
 LOGITS = 1e-4  # largest absolute error of a logit
-FEATURES = 1e-4  # and of the tokenizer's features and sums
+FEATURES = 1e-4  # and of the VAE's features and sums
 MARGIN = 1e-3  # a bit whose recorded log-odds are closer to zero may flip
-RESIDUAL = 1e-6  # and so may a tokenizer's bit whose residual is
+RESIDUAL = 1e-6  # and so may a bit of the VAE's whose residual is
 FREE_BITS = 0.999  # share of equal bits of a run without the record's help
 HALF = 1e-3  # pictures in [-1, 1] recorded in fp16
 # Share of an edited picture's 8-bit values more than one level off: values are truncated, so that one level is
@@ -84,7 +84,8 @@ class Record:
         weights = open_weights(path)
         if "in.image_u8" not in weights or "scale_schedule" not in weights.metadata:
             raise WeightError(
-                f"{path} is not a recorded run (it lacks in.image_u8 or scale_schedule); see docs/MODEL.md for the format"
+                f"{path} is not a recorded run (it lacks in.image_u8 or scale_schedule); see docs/MODEL.md for the "
+                "format"
             )
         files = {}
         for part in ("transformer", "vae"):
@@ -252,6 +253,7 @@ def _share(equal: Tensor) -> float:
 def _error(value: Tensor, reference: Tensor) -> float:
     if value.shape != reference.shape:
         raise WeightError(
-            f"the record's shape {tuple(reference.shape)} differs from ours, {tuple(value.shape)}; it belongs to another network"
+            f"the record's shape {tuple(reference.shape)} differs from ours, {tuple(value.shape)}; it belongs to "
+            "another network"
         )
     return (value.float() - reference.float()).abs().max().item()

@@ -1,6 +1,6 @@
 """A workspace that stays between runs of a graph, in ComfyUI's hands.
 
-It is listed among the loaded models: as large as its keys and values, and gone when ComfyUI wants their memory.
+It is listed among the loaded models: as large as its KV cache, and gone when ComfyUI wants their memory.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ...varedit_core.runtime.workspace import Shape, Workspace
 
 
 class Weights:
-    """What a workspace depends on in a network: the patches that ComfyUI applied (an id of its own) and, where passes are
-    recorded, the places where weights lie; elsewhere ComfyUI moves them as it likes."""
+    """What a workspace depends on in a network: the patches that ComfyUI applied (an id of its own) and, where passes
+    are recorded, the places where weights lie; elsewhere ComfyUI moves them as it likes."""
 
     def __init__(self) -> None:
         self.patches: Hashable = None
@@ -67,7 +67,9 @@ class Keeper(comfy.model_patcher.ModelPatcher):
     def prepare(self, patches: Hashable, shape: Shape | None) -> None:
         """Let go of all that the next edit cannot use. shape: of the edit; None: it has another workspace."""
         held = self.work.shape
-        if held is not None and (shape is None or patches != self.state.patches or held != replace(shape, device=held.device)):
+        if held is not None and (
+            shape is None or patches != self.state.patches or held != replace(shape, device=held.device)
+        ):
             self.work.forget()
         self.state.patches = patches
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ...varedit_core.pictures.canvas import faded
+from ...varedit_core.pictures.canvas import blended, faded
 from ...varedit_core.pictures.composite import found_mask
 from ...varedit_core.pictures.contact_sheet import Row, contact_sheet
 from ...varedit_core.pictures.images import Fitting, fit, fit_mask, load_image, unfit, unfit_mask
@@ -89,15 +89,15 @@ def empty_source(vae, area: str, ratio: float, count: int) -> dict:
 def decode_edit(
     vae, latent: dict, image: Tensor | None, mask: Tensor | None, tell: Callable[[str], None], seam: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The edited pictures [B, H, W, 3 or 4] of a LATENT, and where the edit shows in them [B, H, W]; see `VAREditDecode`
-    for what image, mask and seam do."""
+    """The edited pictures [B, H, W, 3 or 4] of a LATENT, and where the edit shows in them [B, H, W]; see
+    `VAREditDecode` for what image, mask and seam do."""
     vae, samples = checked_vae(vae), _samples(vae, latent)
     mask = latent.get("noise_mask") if mask is None else mask
     fitting = origin_of(latent, samples, vae).fitting
     if image is not None and tuple(image.shape[2:0:-1]) != fitting.size:
         raise ValueError(
-            f"the image is {image.shape[2]}x{image.shape[1]} but the edit is of one of {fitting.size[0]}x{fitting.size[1]}; "
-            "connect the picture that was encoded"
+            f"the image is {image.shape[2]}x{image.shape[1]} but the edit is of one of "
+            f"{fitting.size[0]}x{fitting.size[1]}; connect the picture that was encoded"
         )
     if image is not None and image.shape[3] not in (1, 3, 4):
         raise ValueError(f"the image has {image.shape[3]} channels; connect one with 1, 3 or 4")
@@ -147,8 +147,8 @@ def tokens_in(latent: dict) -> Tokens | None:
 
 
 def region_area(mask: Tensor | None, fitting: Fitting, images: int) -> Tensor:
-    """A region's MASK beside the fitted pictures, [images, y, x]; all of them for a region that has none. ValueError for
-    an empty one."""
+    """A region's MASK beside the fitted pictures, [images, y, x]; all of them for a region that has none. ValueError
+    for an empty one."""
     found = fitted_mask(torch.ones(1, 1) if mask is None else mask, fitting, images)
     if found is None:
         raise ValueError("a region's mask is empty; paint where its instruction is to count")
@@ -165,7 +165,8 @@ def unfitted_mask(mask_BHW: Tensor, fitting: Fitting) -> Tensor:
 def scale_picture(
     vae: VAREditVAE | None, running_sum_BdHW: Tensor, grid, origin: Origin, method: str, side: int = SIDE
 ) -> Image.Image:
-    """The picture of one running sum [1, d, H, W]: decoded at the final size (full), at its own, or by colours (fast)."""
+    """The picture of one running sum [1, d, H, W]: decoded at the final size (full), at its own, or by colours
+    (fast)."""
     fitting = origin.fitting
     if method == "full":
         return unfit(_levels(vae, running_sum_BdHW[0]), fitting)
@@ -212,8 +213,8 @@ def _samples(vae: VAREditVAE, latent: dict) -> Tensor:
     samples = latent["samples"]
     if samples.ndim != 4 or samples.shape[1] != vae.latent_channels:
         raise ValueError(
-            f"the latent has the shape {list(samples.shape)} but the VAE takes {vae.latent_channels} channels; connect a "
-            "latent of VAREdit, and the VAE that belongs to its model"
+            f"the latent has the shape {list(samples.shape)} but the VAE takes {vae.latent_channels} channels; connect "
+            "a latent of VAREdit, and the VAE that belongs to its model"
         )
     _defined(samples, "the latent", "check the model's weights")
     return samples
@@ -226,9 +227,7 @@ def _levels(vae: VAREditVAE, latent_dHW: Tensor) -> Tensor:
     return (pixels.float() * 255).clamp(0, 255).to(torch.uint8)
 
 
-def _drawn(
-    mask: Tensor, edits: int, image: Tensor | None, tell: Callable[[str], None]
-) -> list[Image.Image] | None:
+def _drawn(mask: Tensor, edits: int, image: Tensor | None, tell: Callable[[str], None]) -> list[Image.Image] | None:
     """A MASK of any size as one of every edit, in 8 bits; None for an empty one."""
     masks = mask.reshape(-1, *mask.shape[-2:]).float().cpu().clamp(0, 1)
     if not masks.any():
@@ -257,14 +256,15 @@ def _found(
         return None
     if image is None:
         tell(
-            "the edit has found its own mask; connect the picture that was edited to image, and all outside of it stays "
-            "as it was"
+            "the edit has found its own mask; connect the picture that was edited to image, and all outside of it "
+            "stays as it was"
         )
         return None
     tokens = tokens_in(latent)
     if tokens is None:
         tell(
-            "another node has changed the edit, so its own mask is lost and all of it is shown; connect the sampler's latent"
+            "another node has changed the edit, so its own mask is lost and all of it is shown; connect the sampler's "
+            "latent"
         )
         return None
     tokens = replace(tokens, fitting=fitting)
@@ -279,12 +279,12 @@ def _composited(edited: Tensor, image: Tensor, masks: list[Image.Image], seam: i
     weight = (torch.from_numpy(weight) / 255).to(edited.device)
     original, share = image[..., :3].to(edited), weight[..., None]
     original = original.expand(*original.shape[:3], 3)  # grey
-    mixed = ((edited * share + original * (1 - share)) * 255).round() / 255
-    return torch.where(share == 0, original, mixed), weight
+    return blended(edited, original, share, eight_bit=True), weight
 
 
 def fitted_mask(mask: Tensor, fitting: Fitting, images: int) -> Tensor | None:
-    """A MASK or a latent's noise_mask, of any size, beside the fitted pictures: [1 or B, y, x]; None for an empty one."""
+    """A MASK or a latent's noise_mask, of any size, beside the fitted pictures: [1 or B, y, x]; None for an empty
+    one."""
     masks = mask.reshape(-1, *mask.shape[-2:]).float().cpu()
     if not masks.any():
         return None

@@ -114,7 +114,7 @@ def _takes_scale(attend, head_size: int, dtype: torch.dtype, device: torch.devic
 class Watcher:
     """Shows progress by the passes' real cost, and a picture of every scale where one is wanted.
 
-    costs: of the source's pass and of every scale that runs.
+    costs: of the prefill and of every scale that runs.
     """
 
     def __init__(
@@ -207,8 +207,8 @@ class ComfyMemory:
 
 
 def sample_latent(model, source: dict, edit: Edit, preview: str, vae, tell: Tell) -> tuple[dict, dict, Tensor]:
-    """Edit a LATENT of sources; the LATENTs of the edits and of the sums after every scale, scale by scale, and how sure
-    the model was of each place of the edits, a MASK.
+    """Edit a LATENT of sources; the LATENTs of the edits and of the sums after every scale, scale by scale, and how
+    sure the model was of each place of the edits, a MASK.
 
     Takes the next way to run (see `runtime.plan`) where memory runs out, saying so; ValueError where none is left.
     """
@@ -258,8 +258,8 @@ def _batch(edit: Edit, source: dict, origin: Origin, reads: bool, tell: Tell) ->
         tokens = tokens_in(edit.begun)
         if tokens is None:
             raise ValueError(
-                "the latent to go on from holds no tokens; connect one of VAREdit Sampler, Load Tokens or First Scales, as it "
-                "came"
+                "the latent to go on from holds no tokens; connect one of VAREdit Sampler, Load Tokens or First "
+                "Scales, as it came"
             )
         prefix = tokens.bits
         if tokens.complete:
@@ -275,12 +275,12 @@ def _batch(edit: Edit, source: dict, origin: Origin, reads: bool, tell: Tell) ->
 
 
 def _check_source(read: bool, empty: bool, masked: bool, controls: Controls, tell: Callable[[str], None]) -> None:
-    """ValueError where a source is not what the model or its controls take, and a word where it is a picture that nobody
-    looks at."""
+    """ValueError where a source is not what the model or its controls take, and a word where it is a picture that
+    nobody looks at."""
     if read and empty:
         raise ValueError(
-            "this model edits pictures but the source is empty; connect VAREdit Source Encode, or set kind to text-to-image "
-            "in VAREdit Model Loader if the file is an Infinity checkpoint"
+            "this model edits pictures but the source is empty; connect VAREdit Source Encode, or set kind to "
+            "text-to-image in VAREdit Model Loader if the file is an Infinity checkpoint"
         )
     if empty and masked:
         raise ValueError(
@@ -290,7 +290,10 @@ def _check_source(read: bool, empty: bool, masked: bool, controls: Controls, tel
         controls.check_source()
     held = masked or controls.strength < 1 or controls.preserve or controls.auto_mask
     if not (read or empty or held):
-        tell("this model makes pictures of text alone and takes only the source's size; connect a mask to repaint a part of it")
+        tell(
+            "this model makes pictures of text alone and takes only the source's size; connect a mask to repaint a "
+            "part of it"
+        )
 
 
 def _mask(edit: Edit, source: dict, origin: Origin, areas: Tensor | None, own: bool) -> Tensor | None:
@@ -317,14 +320,14 @@ def _drafter(edit: Edit) -> list:
 
 
 def _costs(batch: EditBatch, network: Transformer) -> list[float]:
-    """What the source's pass and each scale that runs cost, as shares of anything."""
+    """What the prefill and each scale that runs cost, in any unit."""
     source, *scales = Job(network.config, batch.schedule, 1, True, network.dtype).shares()
     guided = [guidance != 1 for guidance, *_ in batch.plan]
     return [source * (1 + any(guided)) / batch.copies, *(cost * (1 + twice) for cost, twice in zip(scales, guided))]
 
 
 def _may_stay(model, job: Job, free: float) -> bool:
-    """Whether keys and values may stay when the edit is over: as much again must be free beside the whole model."""
+    """Whether the KV cache may stay when the edit is over: as much again must be free beside the whole model."""
     weights = 0 if mm.is_device_cpu(model.load_device) or _weights_stay() else model.model_size()
     return 2 * (job.stored("exact") + kept_bytes(job)) <= free - weights
 
@@ -341,12 +344,12 @@ def _workspace(way: Plan) -> Workspace:
 
 
 def _origin(network: VAREditModel, source: dict, vae: VAREditVAE | None) -> Origin:
-    """The source's origin; ValueError where its latents are of another tokenizer than the model's."""
+    """The source's origin; ValueError where its latents are of another VAE than the model's."""
     config, samples, origin = network.diffusion_model.config, source["samples"], source.get(KEY)
     if samples.ndim != 4 or config.token_bits not in (samples.shape[1], 4 * samples.shape[1]):
         raise ValueError(
-            f"the source has the shape {list(samples.shape)} but the model predicts tokens of {config.token_bits} bits; "
-            "encode it with VAREdit Source Encode and the VAE that belongs to the model"
+            f"the source has the shape {list(samples.shape)} but the model predicts tokens of {config.token_bits} "
+            "bits; encode it with VAREdit Source Encode and the VAE that belongs to the model"
         )
     if origin is not None and origin.scales:
         raise ValueError("these are the sums of all scales; connect the sampler's latent, or VAREdit Source Encode")
@@ -401,7 +404,7 @@ def plan_text(model, area: str, images: int, guided: bool) -> str:
     lines = [
         f"{width}x{height}, pictures: {images}, {'with' if guided else 'without'} guidance, {kind} on {device}",
         f"weights: {gigabytes(model.model_size())}",
-        f"keys and values: {gigabytes(job.stored('exact'))}",
+        f"KV cache: {gigabytes(job.stored('exact'))}",
         f"activations, at most: {gigabytes(job.activations())}",
         f"in all: {gigabytes(model.model_size() + job.needed('exact'))}",
         f"free when other models make way: {gigabytes(free)}",

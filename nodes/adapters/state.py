@@ -83,8 +83,8 @@ class Casting(comfy.ops.manual_cast):
             return y
 
         def matrix(self, dtype: torch.dtype) -> Tensor | None:
-            """The weight [out, in] where it is what the layer multiplies with; None where ComfyUI moves, casts or patches
-            it first."""
+            """The weight [out, in] where it is what the layer multiplies with; None where ComfyUI moves, casts or
+            patches it first."""
             changed = self.weight_function or self.bias_function
             moved = hasattr(self, "_v") or hasattr(self, "prev_comfy_cast_weights")
             return None if changed or moved or self.weight.dtype != dtype else self.weight

@@ -129,8 +129,8 @@ def _tokenizer(path: Path, config: T5Config) -> Callable[[str], list[int]]:
         return load_tokenizer(path)
     if config.vocabulary != FLAN_VOCABULARY:
         raise WeightError(
-            f"{path} has a vocabulary of {config.vocabulary} where flan-t5-xl has {FLAN_VOCABULARY}; put it into a folder "
-            "of its own with its tokenizer.json"
+            f"{path} has a vocabulary of {config.vocabulary} where flan-t5-xl has {FLAN_VOCABULARY}; put it into a "
+            "folder of its own with its tokenizer.json"
         )
     return load_tokenizer(Path(comfy.text_encoders.__path__[0]) / "t5_tokenizer" / "tokenizer.json")
 
@@ -140,13 +140,15 @@ def checked_clip(clip) -> comfy.sd.CLIP:
     network = getattr(clip, "cond_stage_model", None)
     if not isinstance(network, TextModel):
         raise ValueError(
-            f"this clip is a {type(network).__name__}, not a T5 encoder of VAREdit; connect one from VAREdit Text Encoder Loader"
+            f"this clip is a {type(network).__name__}, not a T5 encoder of VAREdit; connect one from VAREdit Text "
+            "Encoder Loader"
         )
     return clip
 
 
 def encode(clip: comfy.sd.CLIP, text: str) -> tuple[list, str | None]:
-    """Conditioning of a text, and a sentence where it had to be cut or is not understood. ValueError for an empty one."""
+    """Conditioning of a text, and a sentence where it had to be cut or is not understood. ValueError for an empty
+    one."""
     if not text.strip():
         raise ValueError(
             "the text is empty; say what to change, or leave the sampler's negative unconnected for no negative prompt"
@@ -200,7 +202,8 @@ def _features(conditioning: list, name: str) -> list[Tensor]:
         raise ValueError(f"the {name} conditioning is empty; connect VAREdit Text Encode")
     if len(conditioning) > 1:
         raise ValueError(
-            f"the {name} conditioning combines {len(conditioning)} texts, which this model cannot; write one instruction"
+            f"the {name} conditioning combines {len(conditioning)} texts, which this model cannot; write one "
+            "instruction"
         )
     features, facts = conditioning[0]
     if MARK not in facts:

@@ -92,7 +92,7 @@ def change_map(vae, latent: dict, source: dict, amount: float) -> tuple[Tensor, 
 
 
 def _source_total(vae: VAREditVAE, source: dict) -> Tensor:
-    """What the tokenizer makes of sources, as running sums; those of edits are their own."""
+    """What the VAE makes of sources, as running sums; those of edits are their own."""
     samples, origin = source["samples"], source.get(KEY)
     if origin is not None and origin.empty:
         raise ValueError("the source is empty, so that nothing was changed; connect VAREdit Source Encode")

@@ -1,4 +1,4 @@
-"""A tokenizer's autoencoder as ComfyUI's VAE: the stock nodes encode, decode and tile with it."""
+"""The model's VAE as ComfyUI's VAE: the stock nodes encode, decode and tile with it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...varedit_core.runtime.kernels import fuses_pictures, group_norm_silu
 from ...varedit_core.tokenizer.vae import Autoencoder
 from .state import fill, open_file, patcher_of, plain
 
-# Bytes a pixel of the finest level takes, by the widths of the published tokenizer (ComfyUI's figures for its like).
+# Bytes a pixel of the finest level takes, by the widths of the published VAE (ComfyUI's figures for its like).
 _ENCODE, _DECODE, _STEM = 1767, 2178, 128
 
 
@@ -27,7 +27,8 @@ class Layers(comfy.ops.manual_cast):
 
     class Conv2d(comfy.ops.manual_cast.Conv2d):
         def apart(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-            """The convolution without its bias, and the bias, where kernels run that add it in passing; else with it."""
+            """The convolution without its bias, and the bias, where kernels run that add it in passing; else with
+            it."""
             if not fuses_pictures(x):
                 return self(x), None
             comfy.ops.run_every_op()
@@ -47,13 +48,13 @@ class Layers(comfy.ops.manual_cast):
 
 
 class VAREditAutoencoder(Autoencoder):
-    """The tokenizer where ComfyUI has memory in hand: it makes room beforehand and has tiles of its own."""
+    """The VAE where ComfyUI has memory in hand: it makes room beforehand and has tiles of its own."""
 
     decode = Autoencoder.decode.plain
 
 
 class VAREditVAE(comfy.sd.VAE):
-    """A VAE built from a tokenizer; `__init__` sets what that of `comfy.sd.VAE` would have found out from a state dict."""
+    """Our VAE as one of ComfyUI's. `__init__` sets what `comfy.sd.VAE` finds out from a state dict."""
 
     def __init__(self, weights, disable_dynamic: bool = False) -> None:
         config = blank(weights, TOKENIZER).config
@@ -106,7 +107,7 @@ class Colours:
 
 
 def load_vae(path: Path) -> VAREditVAE:
-    """A tokenizer's file as a VAE. Raises ValueError for a file that is none or is not whole."""
+    """A VAE's file as a VAE of ComfyUI's. Raises ValueError for a file that is none or is not whole."""
     vae = _load(path)
     vae.patcher.cached_patcher_init = (_patcher, (path,))
     return vae
@@ -127,5 +128,5 @@ def checked_vae(vae) -> VAREditVAE:
     """A VAE of ours. ValueError where it is another model's."""
     if not isinstance(vae, VAREditVAE):
         network = type(getattr(vae, "first_stage_model", vae)).__name__
-        raise ValueError(f"this vae is a {network}, not a VAREdit tokenizer; connect one from VAREdit VAE Loader")
+        raise ValueError(f"this vae is a {network}, not VAREdit's; connect one from VAREdit VAE Loader")
     return vae

@@ -120,10 +120,10 @@ KINDS: dict[str, dict] = {
 """Name -> what differs from the plain edit. A new kind of case is one line here.
 
 reroll: another seed for the same picture and instruction. variations: four seeds at once. unguided: without guidance,
-or without it at so many last scales. 8-bit-kv, host-kv: keys and values in 8 bits, or in host memory. window: the last
+or without it at so many last scales. 8-bit-kv, host-kv: the KV cache in 8 bits, or in host memory. window: the last
 three scales see an eighth of the height each way. inside: they compute only a square of a quarter of the picture.
 draft: ten scales. drafted: nine scales by this model, the rest by one of the 2B size. 8-bit: linear layers; 8-bit-all:
-keys and values too. fast: 8-bit and unguided-3; fast-inside: with inside as well, for three scales or six, with the
+the KV cache too. fast: 8-bit and unguided-3; fast-inside: with inside as well, for three scales or six, with the
 same mask every time or a new one.
 """
 

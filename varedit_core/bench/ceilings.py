@@ -63,7 +63,7 @@ def _fp8(device: torch.device, side: int) -> float | None:
             return torch._scaled_mm(a, b.t(), rows, columns, out_dtype=torch.bfloat16, use_fast_accum=True)
 
         return round(2 * side**3 / _median(product, device) / 1e12, 1)
-    except (RuntimeError, AttributeError):  # older GPUs and builds of torch
+    except (RuntimeError, AttributeError, TypeError):  # older GPUs and builds of torch
         return None
 
 

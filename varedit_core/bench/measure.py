@@ -33,7 +33,7 @@ PHASES = ("text", "encode", "loop", "decode")
 @dataclass(frozen=True)
 class Result:
     """A measured case. phases: seconds of each of PHASES that ran. passes: seconds from each scale's logits to the
-    next one's, the source's pass in the first, the last draw in the last; work: the passes in these."""
+    next one's, the prefill in the first, the last draw in the last; work: the passes in these."""
 
     case: Case
     whole: Timed

@@ -15,9 +15,11 @@ from rich.table import Table
 
 from ..bench.cli import bench
 from ..defaults import KINDS
+from ..files.checkpoints import TRANSFORMER, describe, part_of
 from ..files.convert import PRECISIONS, convert
 from ..files.info import inspect
 from ..files.lora import merge_lora
+from ..files.weights import open_weights
 from ..parity import Parity, compare
 from ..shapeedit.cli import app as shapeedit
 from ..training.cli import train
@@ -81,6 +83,8 @@ def convert_command(
     kind: options.Kind = KINDS[0],
 ) -> None:
     """Convert weights to safetensors, a tensor at a time."""
+    if kind != KINDS[0] and part_of(weights := open_weights(source))[0] not in (None, TRANSFORMER):
+        raise ValueError(f"--kind is a transformer's, and {source} is {describe(weights)}; leave it out")
     with progress() as bar:
         task = bar.add_task("converting", total=None)
         metadata = convert(

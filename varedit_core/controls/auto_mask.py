@@ -35,8 +35,8 @@ class AutoMask(Control):
     knobs = (
         Knob(
             "auto_mask", 0.0, 0.0, 1.0, needs="source",
-            help="Above 0 the edit finds out by itself where it changes something, and the rest stays the source's; the "
-            "larger, the more is taken for changed. 0.5 is a good start. Connect the picture to VAREdit Decode.",
+            help="Above 0 the edit finds out by itself where it changes something, and the rest stays the source's; "
+            "the larger, the more is taken for changed. 0.5 is a good start. Connect the picture to VAREdit Decode.",
             option="0 to 1; above 0 the edit finds what it changes, and all else stays as it is: "
             f"{AUTO_MASK:g} is a good one, more lets more in.",
             label_zh="自动遮罩",

@@ -151,7 +151,8 @@ class Control:
         return ()
 
     def step(self, step: Pass, source: bool) -> Pass:
-        """A scale's pass through the network, changed. source: whether the tokens of a source come before all scales."""
+        """A scale's pass through the network, changed. source: whether the tokens of a source come before all
+        scales."""
         return step
 
     def __call__(self, scale: Scale) -> None:

@@ -39,8 +39,8 @@ class BestOf(Control):
         ),
         Knob(
             "score", SCORES[0], choices=SCORES, advanced=True, needs="best_of",
-            help="What the best candidate is: likelihood the most probable one, instruction the one that the instruction "
-            "explains best (needs guidance), near the nearest to the source, far the farthest.",
+            help="What the best candidate is: likelihood the most probable one, instruction the one that the "
+            "instruction explains best (needs guidance), near the nearest to the source, far the farthest.",
             option=f"What chooses it: {', '.join(SCORES)}.",
             label_zh="评分",
             help_zh="怎样算最好：likelihood 概率最大，instruction 指令最能解释（需要引导），near 离源图最近，far 离源图最远。",
@@ -81,8 +81,8 @@ class BestOf(Control):
 class Candidates:
     """Scores beginnings of edits, each from its logits and bits.
 
-    likelihood: log-probability of the bits with the instruction. instruction: how much more likely they are with it than
-    without, which wants guidance. near, far: distance of the running sum from the source's own, the smaller or the
+    likelihood: log-probability of the bits with the instruction. instruction: how much more likely they are with it
+    than without, which wants guidance. near, far: distance of the running sum from the source's own, the smaller or the
     larger the better.
     """
 

@@ -21,25 +21,31 @@ class Curves(Control):
     knobs = (
         Knob(
             "preset", PRESET, choices=(*PRESETS, OWN),
-            help="balanced changes nothing, faithful lets guidance end and halves temperature, creative begins warm and with "
-            "more guidance, own takes the four numbers below.",
+            help="balanced changes nothing, faithful lets guidance end and halves temperature, creative begins warm "
+            "and with more guidance, own takes the four numbers below.",
             label_zh="预设",
             help_zh="balanced 不改变任何结果，faithful 让引导结束并把温度减半，creative 开头更随机、引导更强，own 使用下面四个数值。",
             option=f"Curves of guidance and temperature over the scales: {', '.join(PRESETS)}.",
         ),
         _factor(
             "guidance_start", FLAT.start,
-            "For own: at the first scale so many times what guidance is above 1; 0 is no guidance there.", "引导起点", "用于 own：第一个尺度上，引导强度超过 1 的部分乘以这个系数；0 表示那里没有引导。",
+            "For own: at the first scale so many times what guidance is above 1; 0 is no guidance there.",
+            "引导起点", "用于 own：第一个尺度上，引导强度超过 1 的部分乘以这个系数；0 表示那里没有引导。",
         ),
         _factor(
-            "guidance_end", FLAT.end, "For own: the same at the last scale; between them in equal steps.", "引导终点", "用于 own：最后一个尺度上的同一系数；中间均匀变化。"
+            "guidance_end", FLAT.end,
+            "For own: the same at the last scale; between them in equal steps.",
+            "引导终点", "用于 own：最后一个尺度上的同一系数；中间均匀变化。",
         ),
         _factor(
             "temperature_start", FLAT.start,
-            "For own: at the first scale so many times the temperature. Layout and shapes are drawn there.", "温度起点", "用于 own：第一个尺度上温度乘以这个系数，布局和形状在那里决定。",
+            "For own: at the first scale so many times the temperature. Layout and shapes are drawn there.",
+            "温度起点", "用于 own：第一个尺度上温度乘以这个系数，布局和形状在那里决定。",
         ),
         _factor(
-            "temperature_end", FLAT.end, "For own: the same at the last scale, where fine detail is drawn.", "温度终点", "用于 own：最后一个尺度上的同一系数，细节在那里决定。"
+            "temperature_end", FLAT.end,
+            "For own: the same at the last scale, where fine detail is drawn.",
+            "温度终点", "用于 own：最后一个尺度上的同一系数，细节在那里决定。",
         ),
     )  # fmt: skip
 

@@ -14,8 +14,8 @@ class Drafted(Control):
     knobs = (
         Knob(
             "drafted", 0, 0, MOST_SCALES, scales=True,
-            help="So many first scales are drawn by the sampler's drafter, a second model; the first draws the rest, and its "
-            "quality shows.",
+            help="So many first scales are drawn by the sampler's drafter, a second model; the first draws the rest, "
+            "and its quality shows.",
             option="Shortcut: scales that --drafter draws.",
             label_zh="起草尺度数",
             help_zh="前面这么多个尺度由第二个模型（采样器的起草模型）绘制，其余由第一个模型绘制，结果的质量也随之而定。",

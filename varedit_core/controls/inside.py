@@ -26,8 +26,8 @@ class Inside(Control):
     knobs = (
         Knob(
             "inside", 0, 0, MOST_SCALES, needs="mask", scales=True,
-            help="At so many last scales only the masked part is computed: the smaller it is, the faster. The part no longer "
-            "sees the rest, so shapes at its edge may suffer; paint a wide mask. Needs a mask.",
+            help="At so many last scales only the masked part is computed: the smaller it is, the faster. The part no "
+            "longer sees the rest, so shapes at its edge may suffer; paint a wide mask. Needs a mask.",
             option="Shortcut: compute the last N scales inside the mask only. A wide mask loses less.",
             label_zh="仅遮罩内尺度数",
             help_zh="最后这么多个尺度只计算遮罩内的部分：遮罩越小越快。这部分不再看到其余部分，边缘的形状可能受损；"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..tokenizer.schedule import Grid
 from .base import Control
 
 
@@ -34,3 +35,26 @@ class Prefix(Control):
     def __call__(self, scale) -> None:
         if scale.index < len(self.bits):
             scale.bits = self.bits[scale.index]
+
+
+def checked_prefix(prefix: Sequence[Tensor], grids: Sequence[Grid], counts: tuple[int, int]) -> Sequence[Tensor]:
+    """Bits [B, d, h, w] of the first scales as they came. ValueError where they are not of these latent grids, or of
+    another number of edits. counts: of pictures and of results."""
+    for k, (bits, grid) in enumerate(zip(prefix, grids)):
+        if len(bits) not in counts:
+            raise ValueError(one_edit_each(len(bits), counts[0]))
+        if bits.shape[-2:] != grid:
+            raise ValueError(
+                f"the tokens of scale {k + 1} have the shape {list(bits.shape)} but the edit needs {counts[0]} of a "
+                f"grid of {grid[0]}x{grid[1]}; use the same size, shape and number of pictures as in the edit that made them"
+            )
+    if len(prefix) > len(grids):
+        raise ValueError(
+            f"there are tokens of {len(prefix)} scales but the edit has {len(grids)}; use the size they are of"
+        )
+    return prefix
+
+
+def one_edit_each(edits: int, pictures: int) -> str:
+    """What to say of tokens of another number of edits than there are pictures."""
+    return f"there are tokens of {edits} edits for {pictures} pictures; go on from one edit of each picture"

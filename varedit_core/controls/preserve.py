@@ -20,8 +20,8 @@ class Preserve(Control):
     knobs = (
         Knob(
             "preserve", 0.0, 0.0, 1.0, needs="source",
-            help="Pulls every bit towards the source's, at all scales: 0 not at all, 0.5 by so much that unsure ones stay, "
-            "1 wholly.",
+            help="Pulls every bit towards the source's, at all scales: 0 not at all, 0.5 by so much that unsure ones "
+            "stay, 1 wholly.",
             option="Pulls every bit towards the picture's, 0 to 1: 0 not at all, 1 all the way.",
             label_zh="保留",
             help_zh="在所有尺度上把每个比特拉向源图：0 不拉，0.5 使没有把握的比特不变，1 完全拉住。",

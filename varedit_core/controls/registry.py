@@ -25,7 +25,9 @@ _OTHERS = ("base", "registry")
 def registered() -> tuple[type[Control], ...]:
     """Every control, by its order and then its name."""
     package = __package__
-    names = [module.name for module in pkgutil.iter_modules(import_module(package).__path__) if module.name not in _OTHERS]
+    names = [
+        module.name for module in pkgutil.iter_modules(import_module(package).__path__) if module.name not in _OTHERS
+    ]
     modules = [import_module(f".{name}", package) for name in sorted(names)]
     found = {
         kind
@@ -123,8 +125,8 @@ def problems(edit: Known) -> list[str]:
         )
     if edit.negative and not edit.guided(range(edit.stop)):
         found.append(
-            f"{spelled('negative')} counts only with guidance, which is 1 at every scale; raise {spelled('guidance')}, or "
-            "leave the negative prompt out"
+            f"{spelled('negative')} counts only with guidance, which is 1 at every scale; raise {spelled('guidance')}, "
+            "or leave the negative prompt out"
         )
     if edit.seam and not (edit.mask or edit.controls.auto_mask):
         found.append(f"{spelled('seam')} fades an edit in at a mask's edge; give a mask, or leave it at 0")

@@ -16,8 +16,8 @@ class SourceAttention(Control):
     knobs = (
         Knob(
             "source_attention", 1.0, 0.0, 1.0, needs="source",
-            help="What the source weighs while the edit looks around: 1 is as trained, less lets more go, 0 does not see it. "
-            "Not together with the shortcut window.",
+            help="What the source weighs while the edit looks around: 1 is as trained, less lets more go, 0 does not "
+            "see it. Not together with the shortcut window.",
             option="What the picture weighs in self-attention: 1 as trained, 0 it is not seen.",
             label_zh="源图注意力",
             help_zh="编辑观察四周时源图的权重：1 与训练时相同，减小则放开更多，0 看不到源图。不能与捷径 window 同时使用。",

@@ -15,7 +15,8 @@ class Stop(Control):
     knobs = (
         Knob(
             "stop", 0, 0, MOST_SCALES, scales=True,
-            help="Only so many first scales run, 0 is all: a draft without fine detail, in which small edits are missing.",
+            help="Only so many first scales run, 0 is all: a draft without fine detail, in which small edits are "
+            "missing.",
             option="Shortcut: a draft after so many scales; 0: all.",
             label_zh="停止于",
             help_zh="只运行前面这么多个尺度，0 表示全部：得到缺少细节的草图，较小的改动不会出现。",

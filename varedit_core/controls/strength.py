@@ -18,12 +18,13 @@ class Strength(Control):
     knobs = (
         Knob(
             "strength", 1.0, 0.0, 1.0, needs="source",
-            help="1 is the free edit. Below it the first scales keep the source's bits, so that layout and colours stay: "
-            "0.75 still recolours and restyles. 0 is the source through the tokenizer.",
-            option="1 is the free edit; less holds more scales, coarse ones first, to the picture; 0: the picture itself.",
+            help="1 is the free edit. Below it the first scales keep the source's bits, so that layout and colours "
+            "stay: 0.75 still recolours and restyles. 0 is the source through the VAE.",
+            option="1 is the free edit; less holds more scales, coarse ones first, to the picture; 0: the picture "
+            "itself.",
             label_zh="强度",
             help_zh="1 为自由编辑。小于 1 时最初的尺度保留源图的比特，布局和颜色因此不变：0.75 仍可换颜色、换风格。"
-            "0 等于源图经过 tokenizer 的结果。",
+            "0 等于源图经过 VAE 的结果。",
         ),
     )  # fmt: skip
     strength: float

@@ -24,7 +24,8 @@ WINDOWED = 3
 
 @dataclass(frozen=True, eq=False)
 class Bands:
-    """Queries that see only some keys: each `tokens` consecutive ones their own pieces of `runtime.kv_caches.DeviceCache.seen`.
+    """Queries that see only some keys: each `tokens` consecutive ones their own pieces of
+    `runtime.kv_caches.DeviceCache.seen`.
 
     pieces: int32 [bands, P, 2], begin and end of each; empty ones fill up. listed: the same on the host.
     """
@@ -43,11 +44,11 @@ class Window(Control):
     knobs = (
         Knob(
             "window", 0.0, 0.0, 1.0, step=0.025,
-            help="The last three scales see only rows within this share of the height, such as 0.125; 0 is all. What is far "
-            "apart may match less. Grids of up to 16 rows are always whole, so nothing changes at 256. Not together with "
-            "inside.",
-            option="Shortcut: the last three scales see rows within this share of the height (grids of more than 16 rows "
-            "only); 0: all.",
+            help="The last three scales see only rows within this share of the height, such as 0.125; 0 is all. What "
+            "is far apart may match less. Grids of up to 16 rows are always whole, so nothing changes at 256. Not "
+            "together with inside.",
+            option="Shortcut: the last three scales see rows within this share of the height (grids of more than 16 "
+            "rows only); 0: all.",
             label_zh="窗口",
             help_zh="最后三个尺度只看上下各占图高这一比例以内的行，例如 0.125；0 表示全部。相距较远的内容可能对不上。"
             "不超过 16 行的网格总是全部可见，因此在 256 时没有变化。不能与 inside 同时使用。",
@@ -92,8 +93,8 @@ class Window(Control):
 
 def bands(schedule: Schedule, index: int, window: float, source: bool, first: bool, device="cpu") -> Bands:
     """The keys that each band of a scale's queries sees: rows within `window` of the height, of the source, earlier
-    scales and their own; coarse scales whole. source: whether there is one. first: of the first block, whose source is pooled to the scale's
-    grid."""
+    scales and their own; coarse scales whole. source: whether there is one. first: of the first block, whose source is
+    pooled to the scale's grid."""
     height, width = schedule.grids[index]
     read = [schedule.grids[index] if first else schedule.grids[-1]] if source else []
     seen = [*read, *schedule.grids[: index + 1]]

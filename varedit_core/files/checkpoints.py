@@ -1,7 +1,7 @@
 """What a weight file is, and how its keys become ours.
 
 One canonical key style, the one our modules have. Published files differ from it: transformer blocks sit in
-chunks, query and value biases are loose parameters, learned vectors have extra axes; newer tokenizer files
+chunks, query and value biases are loose parameters, learned vectors have extra axes; newer VAE files
 wrap every convolution and norm. `part_of` names a file; `canonical` gives its tensors under our keys.
 """
 
@@ -28,10 +28,10 @@ from .weights import WeightError, Weights, open_weights, under
 
 logger = logging.getLogger(__name__)
 
-TRANSFORMER, TOKENIZER, TEXT_ENCODER = "VAREdit transformer", "VAREdit tokenizer", "T5 text encoder"
+TRANSFORMER, TOKENIZER, TEXT_ENCODER = "VAREdit transformer", "VAREdit VAE", "T5 text encoder"
 EXPECTED = {
     TRANSFORMER: "a VAREdit transformer such as 8B-1024.pth",
-    TOKENIZER: "a tokenizer such as infinity_vae_d56_f8_14_patchify.pth",
+    TOKENIZER: "a VAE such as infinity_vae_d56_f8_14_patchify.pth",
     TEXT_ENCODER: "a T5 encoder such as the flan-t5-xl folder",
 }
 _MARKERS = {
@@ -47,7 +47,7 @@ _OTHERS = {
     "a language model": r"layers\.0\.self_attn\.q_proj\.weight",
     "a LoRA": r".*\.lora_(A|B|up|down)\.weight",
 }
-# Beside encoder and decoder a tokenizer file may hold the quantiser's constants and what only training needs.
+# Beside encoder and decoder a VAE's file may hold the quantiser's constants and what only training needs.
 _IGNORED_IN_TOKENIZER = re.compile(
     r"(quantizer?|quantize|image_disc|video_disc|image_discriminator|video_discriminator|perceptual_model|loss)\."
 )
@@ -166,7 +166,7 @@ def _joined_bias(parts: dict[str, Tensor]) -> Tensor:
 
 
 def tokenizer_recipes(weights: Weights) -> dict[str, Recipe]:
-    """Canonical key -> recipe for a tokenizer file, with or without the inner `.conv` / `.norm`."""
+    """Canonical key -> recipe for a VAE's file, with or without the inner `.conv` / `.norm`."""
     wrapped = "encoder.conv_in.conv.weight" in weights
     kept = [key for key in weights if not _IGNORED_IN_TOKENIZER.match(key)]
     logger.debug("%s: %d tensors beside the networks ignored", weights.path, len(weights) - len(kept))
@@ -177,7 +177,7 @@ _RECIPES = {TRANSFORMER: transformer_recipes, TOKENIZER: tokenizer_recipes}
 
 
 def canonical(weights: Weights, part: str) -> Weights:
-    """The tensors of a transformer or tokenizer under canonical keys, made when they are read."""
+    """The tensors of a transformer or VAE under canonical keys, made when they are read."""
     selected = select(weights, part)
     recipes = _RECIPES[part](selected)
     meta = {key: recipe.make(*(selected.meta[s] for s in recipe.sources)) for key, recipe in recipes.items()}
@@ -219,7 +219,7 @@ def load_autoencoder(
     device="cpu",
     decode_dtype: torch.dtype | None = None,
 ) -> Autoencoder:
-    """Load a tokenizer's autoencoder; its sizes are read off the file. Raises WeightError; never loads a part.
+    """Load a VAE; its sizes are read off the file. Raises WeightError; never loads a part.
 
     dtype: of the weights, of the decoder's only where decode_dtype names no other.
     """

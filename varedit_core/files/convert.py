@@ -74,7 +74,7 @@ def convert(
     on_tensor: Callable[[int, int], None] | None = None,
     kind: str = KINDS[0],
 ) -> dict[str, str]:
-    """Convert a transformer, tokenizer or text encoder file or folder; returns the metadata written.
+    """Convert a transformer, VAE or text encoder file or folder; returns the metadata written.
 
     precision: "fp32", "bf16", or "fp8" (float8_e4m3fn with one fp32 scale a matrix). on_tensor(done, total):
     bytes written. kind: what a transformer was trained for, "edit" or "text-to-image"; auto keeps what the file says
@@ -90,12 +90,10 @@ def convert(
     part, _ = part_of(opened)
     if part is None:
         raise WeightError(
-            f"{source} is {describe(opened)}; expected a VAREdit transformer, a tokenizer or a T5 encoder"
+            f"{source} is {describe(opened)}; expected a VAREdit transformer, a VAE or a T5 encoder"
         )
-    if chosen and part != TRANSFORMER:
-        raise ValueError(f"only a transformer has a kind, and {source} is {describe(opened)}; leave kind at {KINDS[0]}")
     if part == TRANSFORMER and holds(opened, TOKENIZER):
-        logger.warning("%s holds a tokenizer too, which is left out; keep the file for it", source)
+        logger.warning("%s holds a VAE too, which is left out; keep the file for it", source)
     weights = _checked(opened, part)
     plan = _plan(weights, part, precision)
     metadata = _metadata(plan, part, precision, source)

@@ -30,7 +30,7 @@ def inspect(path: str | Path) -> dict:
     if part_of(weights)[0] == TRANSFORMER and TRANSFORMER in facts:
         told = told_kind(weights)
         facts["is"] = f"a {TRANSFORMER}, {_name(facts[TRANSFORMER])}" + (
-            " with its tokenizer" if TOKENIZER in facts else ""
+            " with its VAE" if TOKENIZER in facts else ""
         ) + (f", {told}" if told else "")
     for part in facts.keys() & _CONFIGS.keys():
         try:

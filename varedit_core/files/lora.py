@@ -200,7 +200,7 @@ def merge_lora(
     opened = open_weights(checkpoint)
     weights = canonical(opened, TRANSFORMER)
     if holds(opened, TOKENIZER):
-        logger.warning("%s holds a tokenizer too, which is left out; keep the file for it", checkpoint)
+        logger.warning("%s holds a VAE too, which is left out; keep the file for it", checkpoint)
     eight_bit = [key for key, meta in weights.meta.items() if meta.dtype.itemsize == 1]
     if eight_bit:
         raise WeightError(

@@ -78,7 +78,7 @@ def patch_size(transformer: TransformerConfig, autoencoder: AutoencoderConfig) -
     if side and side * side * bits == transformer.token_bits:
         return side
     raise ValueError(
-        f"the transformer predicts tokens of {transformer.token_bits} bits but the tokenizer (stride "
-        f"{autoencoder.stride}, {bits} bits a position) makes tokens of {side * side * bits}; load the tokenizer the "
+        f"the transformer predicts tokens of {transformer.token_bits} bits but the VAE (stride "
+        f"{autoencoder.stride}, {bits} bits a position) makes tokens of {side * side * bits}; load the VAE the "
         "transformer was trained with"
     )

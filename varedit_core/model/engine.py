@@ -1,4 +1,4 @@
-"""What the loop asks of a network, and the plainest answer to it.
+"""The engine: what the loop needs of a network, and its plain form.
 
 `runtime.session.Session` gives the same numbers faster; a test holds the two equal. Shape suffixes: B rows, S sources,
 d bits a latent position, (H, W) latent grid of the last scale, n tokens of a scale, D token bits.
@@ -27,22 +27,22 @@ class Engine(Protocol):
     """A network at work on one batch at a time."""
 
     def prefill(self, batch: EditBatch) -> None:
-        """Read the texts, then the sources: all that stays of them are keys and values. ValueError where the batch and the
-        network do not belong together. Where it fails the engine is as it was: there is nothing to close."""
+        """Read the texts, then the sources into the KV cache. ValueError where the batch does not fit the network.
+        Where it fails the engine is as it was: there is nothing to close."""
 
     def logits(self, k: int, total: Tensor, guided: bool) -> Tensor:
-        """Logits [B or 2B, n, D, 2] of scale k, given the running sum [B, d, H, W] of the scales before it; guided: also of
-        the unconditional rows, behind the others."""
+        """Logits [B or 2B, n, D, 2] of scale k. total: the running sum [B, d, H, W] of the scales before it.
+        guided: whether the unconditional rows follow the others."""
 
     def tokens(self, k: int) -> Tensor | None:
         """Which tokens of scale k are computed; None: all."""
 
     def close(self) -> None:
-        """The batch is done, in whichever way."""
+        """The batch is over, whether it was finished or not."""
 
 
 class PlainEngine:
-    """The network as it is, in plain PyTorch: one row a result, a KV cache, nothing kept or skipped."""
+    """The network in plain PyTorch: one row for each result, a KV cache, nothing kept or skipped."""
 
     def __init__(self, transformer: Transformer, attention: Attention = sdpa) -> None:
         self.transformer, self.attention = transformer, attention
@@ -111,7 +111,8 @@ def check(batch: EditBatch, config: TransformerConfig) -> None:
     if (height, width) != (rows * patch, columns * patch) or batch.features.shape[1] * patch**2 != config.token_bits:
         raise ValueError(
             f"source features of shape {tuple(batch.features.shape)} do not fit a {rows}x{columns} grid of tokens of "
-            f"{config.token_bits} bits; encode the image at {schedule.pixels[1]}x{schedule.pixels[0]} with the model's tokenizer"
+            f"{config.token_bits} bits; encode the image at {schedule.pixels[1]}x{schedule.pixels[0]} with the model's "
+            "VAE"
         )
     if len(schedule) > config.levels:
         fitting = [side for side, area in SIZES.items() if AREAS[area] <= config.levels]

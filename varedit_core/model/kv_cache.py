@@ -1,4 +1,4 @@
-"""The keys and values of one edit, plainly kept: every block has [source][scale 1]...[scale K].
+"""The KV cache of one edit, in its plain form: every block has [source][scale 1]...[scale K].
 
 The runtime's caches (`runtime.kv_caches` and beside it) do the same in less memory and time. Shape suffixes: R rows
 (images, then their unconditional twins), H heads, n tokens of the pass, D head size.
@@ -20,7 +20,7 @@ from .layers import Attention
 from .positions import rotary
 
 SOURCE = -1
-"""Index of the source's pass among the passes of an edit; the scales count from 0."""
+"""Index of the prefill (the pass over the source) among the passes of an edit; the scales count from 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Pass:
 
 
 class KVCache:
-    """Keys and values of every block, all allocated here.
+    """The KV cache of every block, all allocated here.
 
     config: of the transformer. rows: R; a pass of fewer has the first ones. dtype: of the blocks.
     """
@@ -55,7 +55,7 @@ class KVCache:
         self.references: list[tuple[Tensor, Tensor]] = []
 
     def passes(self, device) -> list[Pass]:
-        """The source's pass (of no tokens where there is none), then one a scale; rotary tables on `device`."""
+        """The prefill (no tokens without a source), then one pass for each scale; rotary tables on `device`."""
         tables = rotary(self.schedule, self.head_size, self.source > 0, device)
         begins = accumulate([0, self.source, *self.schedule.tokens])
         return [Pass(index, table, begin) for index, (table, begin) in enumerate(zip(tables, begins), start=SOURCE)]

@@ -1,7 +1,7 @@
 """The VAREdit transformer: source tokens and text in, the logits of one scale's bits out.
 
-Knows blocks, text conditioning and the head; the loop over scales is in `sampling`, the keys and values of earlier
-passes are in the `KVCache` that the caller passes in. The backbone is Infinity's (arXiv 2412.04431); source prefix
+Knows blocks, text conditioning and the head; the loop over scales is in `sampling`, and the caller passes in the
+`KVCache` with the earlier passes. The backbone is Infinity's (arXiv 2412.04431); source prefix
 and scale-aligned reference are VAREdit's (arXiv 2508.15772, section 3).
 
 Shape suffixes: R rows (images, then their unconditional twins), n tokens of a pass, L text tokens, C width,
@@ -173,7 +173,7 @@ class Block(nn.Module):
         return x, (self.ffn(h), gain2)
 
     def remember(self, x_RnC: Tensor, pending, condition: BlockCondition, step: Pass, cache: KVCache) -> None:
-        """Leave keys and values in the cache: all that is ever asked of the source's last block."""
+        """Fill the cache only: nothing else of the prefill's last block is used."""
         _, h = self._first_norm(x_RnC, pending, condition)
         cache.keep(self.sa.index, self.sa.first, self.sa.mat_qkv(h), condition.constants.query_scale, step)
 
@@ -296,7 +296,7 @@ class Transformer(nn.Module):
     def read_source(
         self, x_RnC: Tensor, condition: Condition, step: Pass, cache: KVCache, attention: Attention = sdpa
     ) -> None:
-        """The source's pass: all that stays of it are keys and values, so the last block stops there."""
+        """The prefill: the source goes into the KV cache. Nothing else of it is used, so the last block stops there."""
         pending = None, None
         *blocks, (last, own) = zip(self.blocks, condition.blocks)
         for block, part in blocks:

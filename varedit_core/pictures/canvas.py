@@ -2,7 +2,8 @@
 
 Knows boxes, masks and colours; knows nothing of weights, tokens or `Editor`. Boxes are (left, top, right, bottom) and
 sizes (width, height), in pixels. Tensors of pictures are [B, H, W, C] with floats in any range and C = 1, 3 or 4 (alpha
-last), masks [N, H, W] from 0 to 1. `*_pixels` work on such tensors, `crop`, `stitch` and `extend` on one Pillow picture.
+last), masks [N, H, W] from 0 to 1. `*_pixels` work on such tensors, `crop`, `stitch` and `extend` on one Pillow
+picture.
 """
 
 from __future__ import annotations
@@ -107,8 +108,14 @@ def stitch_pixels(images_BHWC: Tensor, edited_EhwC: Tensor, region: Crop, feathe
     for i, (whole, edit) in enumerate(zip(result, edited)):
         k = i // copies % len(region.boxes)
         weight_hw1, part = weights[k][..., None], _part(whole, region.boxes[k])[..., :3]
-        part.copy_(torch.where(weight_hw1 == 0, part, edit * weight_hw1 + part * (1 - weight_hw1)))
+        part.copy_(blended(edit, part, weight_hw1))
     return result
+
+
+def blended(edited: Tensor, picture: Tensor, weight: Tensor, eight_bit: bool = False) -> Tensor:
+    """The edit by its weight from 0 to 1; where that is 0 exactly the picture. eight_bit: rounded to levels."""
+    mixed = edited * weight + picture * (1 - weight)
+    return torch.where(weight == 0, picture, (mixed * 255).round() / 255 if eight_bit else mixed)
 
 
 def feathered(mask_NHW: Tensor, pixels: int) -> Tensor:
@@ -180,8 +187,8 @@ def extension_mask(size: Size, sides: Sides, overlap: int = OVERLAP) -> Tensor:
     for side, length in (((left, right), size[0]), ((top, bottom), size[1])):
         if overlap < 0 or overlap * sum(map(bool, side)) >= length:
             raise ValueError(
-                f"an overlap of {overlap} does not fit a {size[0]}x{size[1]} picture; give at least 0 pixels, and leave some "
-                "of the picture as it is"
+                f"an overlap of {overlap} does not fit a {size[0]}x{size[1]} picture; give at least 0 pixels, and "
+                "leave some of the picture as it is"
             )
     across, down = _falling(size[0], left, right, overlap), _falling(size[1], top, bottom, overlap)
     return torch.maximum(across[None], down[:, None])[None]
@@ -231,7 +238,8 @@ def sides_from(text: str) -> tuple[int | float, ...]:
             raise ValueError
     except ValueError:
         raise ValueError(
-            f"{text!r} is no extension; give left,top,right,bottom in pixels (64) or shares (0.25 or 25%), or one for all"
+            f"{text!r} is no extension; give left,top,right,bottom in pixels (64) or shares (0.25 or 25%), or one for "
+            "all"
         ) from None
     return tuple(sides * (4 // len(sides)))
 
@@ -241,7 +249,9 @@ def sides_in_pixels(sides: Sides, size: Size) -> tuple[int, int, int, int]:
     if len(sides) != 4 or not all(0 <= side < math.inf for side in sides):
         raise ValueError(f"left, top, right and bottom must be at least 0, got {tuple(sides)}; to cut off is to crop")
     if any(isinstance(side, float) and side > MOST_SHARE for side in sides):
-        raise ValueError(f"a share of {max(sides)} is too much; give at most {MOST_SHARE:g}, or pixels as whole numbers")
+        raise ValueError(
+            f"a share of {max(sides)} is too much; give at most {MOST_SHARE:g}, or pixels as whole numbers"
+        )
     lengths = size * 2
     pixels = tuple(round(side * n) if isinstance(side, float) else int(side) for side, n in zip(sides, lengths))
     if not any(pixels):
@@ -289,9 +299,7 @@ def _crop_size(marked: Size, size: Size, margin: float, shape: str) -> Size:
 
 def _box_around(marked: Box, wanted: Size, size: Size) -> Box:
     """The box of the wanted size around a marked part's middle, moved into the picture."""
-    left, top = (
-        min(max((marked[i] + marked[i + 2] - wanted[i]) // 2, 0), size[i] - wanted[i]) for i in (0, 1)
-    )
+    left, top = (min(max((marked[i] + marked[i + 2] - wanted[i]) // 2, 0), size[i] - wanted[i]) for i in (0, 1))
     return left, top, left + wanted[0], top + wanted[1]
 
 

@@ -1,4 +1,4 @@
-"""Cheap pictures of running sums: a linear map from latents to colours, fitted to the tokenizer at hand.
+"""Cheap pictures of running sums: a linear map from latents to colours, fitted to the VAE at hand.
 
 Shape suffixes: B images, d bits a latent position, (H, W) latent grid of the last scale, (h, w) of a scale.
 """
@@ -39,7 +39,7 @@ class ColourMap:
 
 @torch.no_grad()
 def fit_colours(features_of: Callable[[Tensor], Tensor], stride: int) -> ColourMap:
-    """The colour map of a tokenizer, by least squares over pictures of smooth random colours.
+    """The colour map of a VAE, by least squares over pictures of smooth random colours.
 
     features_of: pixels [B, 3, y, x] in [-1, 1] -> unquantised features [B, d, y / stride, x / stride].
     """

@@ -1,4 +1,4 @@
-"""Why it is fast and why it fits: graphs, kernels, caches of keys and values, plans. Nobody needs it to understand the
+"""Why it is fast and why it fits: graphs, kernels, KV caches, plans. Nobody needs it to understand the
 model.
 
 Importing anything of it puts the runtime's forms of the networks' operations in their place

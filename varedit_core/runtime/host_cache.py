@@ -51,7 +51,7 @@ class HostCache(ElsewhereCache):
         self.memory = memory if memory and len(memory.bytes) == count else HostMemory(count, torch.device(device))
         self.host = list(self.memory.bytes.view(dtype).view(size))
         self.moved = {"to device": 0, "to host": 0}
-        """Bytes of keys and values copied so far."""
+        """Bytes of the KV cache copied so far."""
         device = torch.device(device)
         self.inward, self.outward, self.here = _Lane(device), _Lane(device), _Lane(device, current=True)
 
@@ -194,6 +194,6 @@ class HostMemory:
         if int(runtime.cudaHostRegister(address, count, 0)) == 0:
             weakref.finalize(self, runtime.cudaHostUnregister, address).atexit = False
             return
-        logger.warning("host memory cannot be locked, so that keys and values are copied more slowly")
+        logger.warning("host memory cannot be locked, so that the KV cache is copied more slowly")
         with suppress(RuntimeError):  # the next call of the device raises what has failed here
             torch.ones(1, device=device).neg_()

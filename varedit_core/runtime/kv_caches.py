@@ -48,9 +48,9 @@ class RowPass(Pass):
 
 
 class DeviceCache(KVCache):
-    """Keys and values of every block on the device, in the compute dtype.
+    """The KV cache of every block on the device, in the compute dtype.
 
-    config: of the transformer. rows: R. copies: how many consecutive rows share one source, whose pass then has R /
+    config: of the transformer. rows: R. copies: how many consecutive rows share one source; the prefill then has R /
     copies rows. All is allocated here; `nbytes` counts it. `HostCache` and `EightBitCache` keep all blocks but the
     first elsewhere or in fewer bits.
     """
@@ -70,7 +70,7 @@ class DeviceCache(KVCache):
         size = (rows, config.heads, self.front + blocks * step, config.head_size)
         keys, values = torch.empty(size, **kw), torch.empty(size, **kw)
         self.nbytes_kept = keys.nbytes + values.nbytes
-        """Bytes of keys and values on the device, without the pooled references."""
+        """Bytes of the KV cache on the device, without the pooled references."""
         # Of every block: room for the last scale in front, then what is kept.
         parts = [slice(block * step, block * step + self.front + self.length) for block in range(blocks)]
         self.keys, self.values = ([x[:, :, part] for part in parts] for x in (keys, values))
@@ -120,7 +120,7 @@ class DeviceCache(KVCache):
         return 0
 
     def passes(self, device) -> list[RowPass]:
-        """The source's pass (of no tokens where there is none), then one a scale, of all rows."""
+        """The prefill (no tokens without a source), then one pass for each scale, of all rows."""
         sharing = [self.copies, *[1] * len(self.schedule)]
         steps = [(step, slice(0, self.rows, n)) for step, n in zip(super().passes(device), sharing)]
         return [RowPass(step.index, step.rotary, step.begin, rows=rows) for step, rows in steps]
@@ -249,7 +249,7 @@ class ElsewhereCache(DeviceCache):
 
     def keep(self, block: int, first: bool, qkv: Tensor, query_scale: Tensor, step: RowPass) -> Tensor:
         q = super().keep(block, first, qkv, query_scale, step)
-        # Here, not in `seen_elsewhere`: nobody looks at what the source's pass leaves in the last block.
+        # Here, not in `seen_elsewhere`: nobody looks at what the prefill leaves in the last block.
         if not first and not self.is_last(step):
             self.put_away(block, step)
         return q

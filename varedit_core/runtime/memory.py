@@ -22,10 +22,10 @@ from ..model.engine import Engine
 from ..model.layers import Attention, sdpa
 from ..model.transformer import Transformer
 from ..sampling.drafting import Drafting
+from .eight_bit_cache import exact_heads, query_scales
 from .graphs import State
 from .plan import STORES, Job, Plan, described, plan, plans, too_large
 from .session import Session
-from .eight_bit_cache import exact_heads, query_scales
 from .tiling import free_memory
 from .workspace import FOLDED, RECORDED_TOKENS, Shape, Workspace
 

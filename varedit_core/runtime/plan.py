@@ -18,11 +18,11 @@ from .host_cache import HostCache
 from .kv_caches import DeviceCache, source_tokens
 
 STORES = {"exact": DeviceCache, "host": HostCache, "8-bit": EightBitCache}
-"""Ways to keep keys and values, in the order in which they are tried."""
+"""Ways to keep the KV cache, in the order in which they are tried."""
 _WORDS = {
-    "exact": "keys and values on the device",
-    "host": "keys and values in host memory (exact, slower)",
-    "8-bit": "keys and values in 8 bits (close to exact)",
+    "exact": "the KV cache on the device",
+    "host": "the KV cache in host memory (exact, slower)",
+    "8-bit": "the KV cache in 8 bits (close to exact)",
 }
 # Bytes a channel and token of the largest pass: the fp32 parts of a block, and its parts in the compute dtype.
 _WIDE, _NARROW = 24, 10
@@ -55,7 +55,7 @@ class Job:
         return self.config, self.schedule, self.rows, self.dtype
 
     def stored(self, store: str, at_once: int | None = None) -> int:
-        """Bytes of keys and values on the device with a store of STORES; at_once: rows of a pass, if not all."""
+        """Bytes of the KV cache on the device, kept in one of STORES; at_once: rows of a pass, if not all."""
         return STORES[store].nbytes(*self._sizes, at_once=at_once, exact_keys=self.exact_keys)
 
     def activations(self, at_once: int | None = None) -> int:
@@ -75,11 +75,11 @@ class Job:
         return self.stored(store, at_once) + self.activations(at_once)
 
     def needed_on_host(self, store: str) -> int:
-        """Bytes of keys and values in host memory."""
+        """Bytes of the KV cache in host memory."""
         return STORES[store].host_nbytes(*self._sizes)
 
     def shares(self) -> list[float]:
-        """Each pass's share of the time, the source's first (0 without one): products and attention by their
+        """Each pass's share of the time, the prefill's first (0 without a source): products and attention by their
         multiplications."""
         history, costs = 0, []
         for tokens in (source_tokens(self.config, self.schedule), *self.schedule.tokens):
@@ -93,7 +93,7 @@ class Job:
 class Plan:
     """How a job runs within a budget; why, in sentences.
 
-    `job.images` at a time, keys and values in `store`. rows_at_once: of a pass, None for all. movable: bytes of other
+    `job.images` at a time, the KV cache in `store`. rows_at_once: of a pass, None for all. movable: bytes of other
     networks that go to host memory while the loop runs, 0 where they stay.
     """
 
@@ -131,7 +131,8 @@ def plans(job: Job, movable: int = 0, exact: bool = False) -> list[Plan]:
     """All ways to run a job, the best first: exact ones on the device, in host memory, then (unless exact) in 8 bits.
 
     On the device: fewer images at a time, then rows one after the other, then both again with other networks' `movable`
-    bytes in host memory. Which way takes how much is not in this order: 8 bits take more of the device than host memory.
+    bytes in host memory. Which way takes how much is not in this order: 8 bits take more of the device than host
+    memory.
     """
     fewer = [Plan(replace(job, images=count)) for count in range(job.images, 0, -1)]
     one = fewer[-1]
@@ -182,7 +183,10 @@ def too_large(job: Job, budget: float, host_budget: float = math.inf, movable: i
     least = min(way.needed for way in ways(job))
     height, width = job.schedule.pixels
     what, how = ("an edit at", "encode the source") if job.config.source else ("a picture at", "make it")
-    text = f"{what} {width}x{height} takes at least {gigabytes(least)} beside the weights and {gigabytes(budget)} are free; "
+    text = (
+        f"{what} {width}x{height} takes at least {gigabytes(least)} beside the weights and {gigabytes(budget)} are "
+        "free; "
+    )
     for side, area in reversed(SIZES.items()):
         smaller = replace(job, images=1, schedule=schedule_for(area, job.schedule.ratio))
         fits = any(way.fits(budget, host_budget) for way in ways(smaller))

@@ -133,8 +133,8 @@ def sample(
     steer: Sequence[Callable[[Scale], None]] = (),
     **more,
 ) -> Iterator[Scale]:
-    """The loop over a transformer: edits of features [P, d, H, W] by texts [L_i, T], one each; yields every `Scale` before
-    its bits are drawn (see `sampling.loop`).
+    """The loop over a transformer: edits of features [P, d, H, W] by texts [L_i, T], one each; yields every `Scale`
+    before its bits are drawn (see `sampling.loop`).
 
     workspace: where the KV cache is kept; by default memory of this edit alone. steer: called with every scale. more:
     `variations` and further fields of `EditBatch`. ValueError where the parts do not belong together, and at the end
@@ -146,8 +146,8 @@ def sample(
 
 
 def check_alone(batch: EditBatch, drafter: bool = False) -> None:
-    """Raise ValueError for what takes more than the loop: a second transformer, or the driver. drafter: whether there is
-    one."""
+    """Raise ValueError for what takes more than the loop: a second transformer, or the driver. drafter: whether there
+    is one."""
     if batch.shortcuts.drafted and not drafter:
         raise ValueError("drafted scales need a second transformer; give an Editor a drafter, or leave drafted at 0")
     if batch.controls.best_of > 1:

@@ -1,8 +1,8 @@
-"""What may stay in place between edits: keys and values, the source's part in them, passes recorded as graphs.
+"""What stays between edits: the KV cache, the source in it, and passes recorded as graphs.
 
-A workspace holds the memory of one edit. The next edit of the same shape finds its passes recorded; the next edit of
-the same picture and text finds the source's pass done, too, which is a quarter of an edit. Whatever the edit at hand
-cannot use is let go of. Shape suffixes: R rows of a scale's pass, n tokens, C width.
+A workspace holds the memory of one edit. The next edit of the same shape finds its passes recorded. The next edit of
+the same picture and text also finds the prefill done, which is a quarter of an edit.
+What an edit cannot use is freed. Shape suffixes: R rows of a scale's pass, n tokens, C width.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Shape:
 class Workspace:
     """The memory of edits with one transformer.
 
-    store: kind of KV cache (see `kv_caches`). kept: whether anything stays when an edit is over; only then passes are recorded,
-    each when it is run for the second time. rows_at_once: rows that go through a pass together, all by default; fewer
-    make fewer activations. fold: whether short texts may take memory that saves work (see `folded_text`).
-    state: what must not change for recorded passes and the source's pass to be used again; by default where the weights
-    lie and whether they were written. record: whether passes may be recorded at all.
+    store: kind of KV cache (see `kv_caches`). kept: whether anything stays when an edit is over; only then passes are
+    recorded, each when it is run for the second time. rows_at_once: rows that go through a pass together, all by
+    default; fewer make fewer activations. fold: whether short texts may take memory that saves work (see
+    `folded_text`). state: what must not change for recorded passes and the prefill to be used again; by default
+    where the weights lie and whether they were written. record: whether passes may be recorded at all.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values on the device."""
+        """Bytes of the KV cache on the device."""
         return self.store.nbytes_kept if self.store else 0
 
     def begin(
@@ -142,7 +142,7 @@ class Workspace:
         attention: Attention,
         beside: torch.cuda.Stream | None = None,
     ) -> None:
-        """Make room for an edit and take its text in. texts: features [L_i, T] of every row of the source's pass.
+        """Make room for an edit and read its text. texts: features [L_i, T] of every row of the prefill.
 
         beside: the stream on which they are made, of which the present one knows nothing yet; it does afterwards.
         """
@@ -163,9 +163,9 @@ class Workspace:
         self.condition = self._condition(texts, beside)
 
     def expect(self, identity: Sequence[Tensor], fresh: bool = False) -> None:
-        """Say what the next source's pass depends on beside weights: features and texts.
+        """Say what the next prefill depends on beside weights: features and texts.
 
-        Whether that is what the last one here depended on is asked of the device. fresh: it is known not to be.
+        The device compares them with those of the last one. fresh: they are known to be others.
         """
         self._expected, alike = tuple(identity), [a.shape == b.shape for a, b in zip(self.source, identity)]
         self._unchanged = None
@@ -173,7 +173,8 @@ class Workspace:
             self._unchanged = Answer(torch.stack([(a == b).all() for a, b in zip(self.source, identity)]).all())
 
     def read_source(self, tokens: Callable[[Tensor], Tensor], features: Tensor) -> None:
-        """The source's pass, unless it was the last one here. tokens: makes its input [R / copies, n, C] of features."""
+        """The prefill, unless the last one here was the same. tokens: makes its input [R / copies, n, C] of
+        features."""
         if self.source and self._unchanged is not None and self._unchanged():
             return
         self.source = ()
@@ -210,8 +211,8 @@ class Workspace:
     ) -> Tensor:
         """Logits [asked, n, D, 2] of the first rows of a scale's pass, of `rows` in all.
 
-        tokens: makes its input [rows, n, C] of `inputs`. shared: how many consecutive rows of the edit share each row of
-        the pass: 1, or all copies of a source.
+        tokens: makes its input [rows, n, C] of `inputs`. shared: how many consecutive rows of the edit share each row
+        of the pass: 1, or all copies of a source.
         """
 
         def run(*given: Tensor) -> Tensor:
@@ -260,9 +261,7 @@ class Workspace:
             parts.append(function(x_RnC[own], self.condition.rows(own), replace(step, rows=own)))
         return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
-    def _run(
-        self, name: tuple, tokens: int, function: Callable[..., Tensor | None], *inputs: Tensor
-    ) -> Tensor | None:
+    def _run(self, name: tuple, tokens: int, function: Callable[..., Tensor | None], *inputs: Tensor) -> Tensor | None:
         """The result of a function, recorded if it may be and was run before. tokens: of its pass, all rows."""
         if not self._recording or tokens > RECORDED_TOKENS:
             return function(*inputs)

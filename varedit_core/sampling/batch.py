@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..controls.base import Control, Known, Plan
 from ..controls.mask import checked_mask
+from ..controls.prefix import checked_prefix
 from ..controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts, active
 from ..model.kv_cache import Pass
 from ..tokenizer.quantizer import latent_grids
@@ -33,7 +34,8 @@ class EditBatch:
     ones. mask: [1 or P, y, x], above 0 where the picture may change. areas: [P, R, y, x] of the regions. prefix: bits
     [P or P * copies, d, h, w] of the first scales. source_total: the sources' sums of codes [P, d, H, W], where they
     are known. trial_seeds: of the candidates of each picture, where the best is chosen. room: where a picture has one
-    result, of how many the memory may be made for, so that it is that of the candidates and the source is not read again.
+    result, of how many the memory may be made for, so that it is that of the candidates and the source is not read
+    again.
 
     fresh: picture or texts are known to be others than those of the last edit. stream: where the texts are being made.
     Both save time only. ValueError where the parts do not belong together.
@@ -83,27 +85,13 @@ class EditBatch:
         negatives = list(self.negatives) or [None] * self.pictures
         if len(self.texts) != self.pictures or len(negatives) != self.pictures:
             raise ValueError(
-                f"{self.pictures} images need {self.pictures} instructions and negative prompts, got {len(self.texts)} and "
-                f"{len(negatives)}"
+                f"{self.pictures} images need {self.pictures} instructions and negative prompts, got {len(self.texts)} "
+                f"and {len(negatives)}"
             )
         object.__setattr__(self, "negatives", negatives)
         if self.mask is not None:
             checked_mask(self.mask, self.pictures)
-        self._check_prefix()
-
-    def _check_prefix(self) -> None:
-        for k, (bits, grid) in enumerate(zip(self.prefix, self.grids)):
-            if len(bits) not in (self.pictures, len(self.seeds)):
-                raise ValueError(one_edit_each(len(bits), self.pictures))
-            if bits.shape[-2:] != grid:
-                raise ValueError(
-                    f"the tokens of scale {k + 1} have the shape {list(bits.shape)} but the edit needs {self.pictures} of a grid "
-                    f"of {grid[0]}x{grid[1]}; use the same size, shape and number of pictures as in the edit that made them"
-                )
-        if len(self.prefix) > len(self.grids):
-            raise ValueError(
-                f"there are tokens of {len(self.prefix)} scales but the edit has {len(self.grids)}; use the size they are of"
-            )
+        checked_prefix(self.prefix, self.grids, (self.pictures, len(self.seeds)))
 
     @property
     def pictures(self) -> int:
@@ -232,8 +220,3 @@ class EditBatch:
         moved = {name: getattr(self, name) for name in ("features", "source_total")}
         moved = {name: None if x is None else x.to(device) for name, x in moved.items()}
         return replace(self, **moved, prefix=[bits.to(device) for bits in self.prefix])
-
-
-def one_edit_each(edits: int, pictures: int) -> str:
-    """What to say of tokens of another number of edits than there are pictures."""
-    return f"there are tokens of {edits} edits for {pictures} pictures; go on from one edit of each picture"

@@ -24,7 +24,7 @@ class Drafting:
         ours, theirs = configs
         if (ours.token_bits, ours.text_width) != (theirs.token_bits, theirs.text_width):
             raise ValueError(
-                f"drafter and refiner must share tokenizer and text encoder, but predict {ours.token_bits} and "
+                f"drafter and refiner must share VAE and text encoder, but predict {ours.token_bits} and "
                 f"{theirs.token_bits} bits a token from {ours.text_width} and {theirs.text_width} text channels"
             )
         if ours.source != theirs.source:

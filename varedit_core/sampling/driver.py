@@ -21,9 +21,10 @@ from ..controls.confidence import Confidence
 from ..model.engine import Engine
 from ..runtime.memory import Memory, as_it_fits
 from ..runtime.plan import Job, Plan
-from ..tokenizer.tokens import Tokens, joined, tokens_of
-from .batch import EditBatch, one_edit_each
+from ..tokenizer.tokens import Tokens
+from .batch import EditBatch
 from .loop import sample
+from .results import joined, tokens_of
 from .scale import Scale
 
 Watch = Callable[[Scale, Sequence[int], Sequence[int]], None]

@@ -36,7 +36,9 @@ def sample(engine: Engine, batch: EditBatch, controls: Sequence[Callable[[Scale]
         for k, (guidance, temperature, _) in enumerate(batch.plan):
             logits = engine.logits(k, total, guided=guidance != 1)
             odds = guide(logits, len(total), guidance) / (temperature or 1.0)
-            log_odds = from_tokens(everywhere(odds, engine.tokens(k), batch.schedule.tokens[k]), batch.schedule.grids[k], batch.patch)
+            log_odds = from_tokens(
+                everywhere(odds, engine.tokens(k), batch.schedule.tokens[k]), batch.schedule.grids[k], batch.patch
+            )
             finite = logits.isfinite().all() if finite is None else finite & logits.isfinite().all()
             # Drawn on the CPU, also where a greedy scale ignores them: one seed, one image, on every device.
             scale = Scale(k, batch, source, total, logits, log_odds, uniform(log_odds, generators), finite)

@@ -72,8 +72,8 @@ class SamplingSettings:
         return self.bent(*PRESETS[name])
 
     def bent(self, guided: Curve, warmth: Curve) -> SamplingSettings:
-        """These with factors over the scales: on what guidance is above 1, and on temperature. ValueError where guidance or
-        temperature are not one number."""
+        """These with factors over the scales: on what guidance is above 1, and on temperature. ValueError where
+        guidance or temperature are not one number."""
         if guided == warmth == FLAT:
             return self
         for what, value in (("guidance", self.guidance), ("temperature", self.temperature)):
@@ -117,4 +117,5 @@ PRESET = "balanced"
 
 DEFAULT_SETTINGS = SamplingSettings()
 TEXT_SETTINGS = SamplingSettings(temperature=1.0)
-"""Of pictures made of text alone: those of Infinity's notebooks for 8B; its scripts for 2B take 0.5, with guidance 3 or 4."""
+"""Of pictures made of text alone: those of Infinity's notebooks for 8B; its scripts for 2B take 0.5, with guidance 3 or
+4."""

@@ -148,7 +148,8 @@ def load_tokenizer(path: str | Path) -> Callable[[str], list[int]]:
                 raise WeightError(f"{file} is not a readable tokenizer; download it again") from error
             return lambda prompt: [*pieces.encode(prompt), END]
     raise WeightError(
-        f"no tokenizer.json or spiece.model in {folder}; copy one from the text encoder's repository or name it with the tokenizer option"
+        f"no tokenizer.json or spiece.model in {folder}; copy one from the text encoder's repository or name it with "
+        "the tokenizer option"
     )
 
 

@@ -15,8 +15,8 @@ from .schedule import Grid
 
 
 class Source:
-    """features: [B, d, H, W]. grids: latent grids of every scale. total: their sum of codes, where it is known, as where
-    an edit goes on from another; it stands for the features then."""
+    """features: [B, d, H, W]. grids: latent grids of every scale. total: their sum of codes, where it is known, as
+    where an edit goes on from another; it stands for the features then."""
 
     def __init__(self, features_BdHW: Tensor, grids: Sequence[Grid], total: Tensor | None = None) -> None:
         self.features, self.grids = features_BdHW if total is None else total, list(grids)
@@ -34,7 +34,7 @@ class Source:
 
     @property
     def total(self) -> Tensor:
-        """What the tokenizer makes of the source, as a running sum [B, d, H, W]."""
+        """What the VAE makes of the source, as a running sum [B, d, H, W]."""
         return self.own[1] if self._total is None else self._total
 
     def until(self, index: int) -> Tensor:

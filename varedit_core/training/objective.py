@@ -1,4 +1,4 @@
-"""What training minimises: labels of the parallel forward, the loss of their bits, and the tokenizer's loss.
+"""What training minimises: labels of the parallel forward, the loss of their bits, and the VAE's loss.
 
 Knows networks and tensors; knows nothing of data, optimisers or files.
 

@@ -52,7 +52,7 @@ class Data:
     """source: "shapeedit", a folder or .jsonl of pairs, "hf:owner/name", or WebDataset shards (see `data`).
 
     size: as when editing; pictures are fitted to a square. For pairs: on_error "stop" or "skip"; columns that have
-    other names than source, target, instruction and mask; processes (workers) that read. A tokenizer may also be
+    other names than source, target, instruction and mask; processes (workers) that read. A VAE may also be
     trained on any folder of pictures.
     For ShapeEdit: pairs are drawn, rendered and encoded `block` at a time and every block is used `reuse` times;
     pictures: share of cluttered pictures; families, styles: relative frequency of each, 1 where not named
@@ -84,7 +84,7 @@ class NewTransformer:
 
 @dataclass(frozen=True)
 class NewTokenizer:
-    """Sizes of a tokenizer that starts from random weights; widths are finest first and at least 64."""
+    """Sizes of a VAE that starts from random weights; widths are finest first and at least 64."""
 
     bits: int = 14
     encoder_widths: tuple[int, ...] = (64, 64, 64, 64)
@@ -96,7 +96,7 @@ class NewTokenizer:
     def __post_init__(self) -> None:
         if min(self.encoder_widths + self.decoder_widths) < 64:
             raise ValueError(
-                "a tokenizer of fewer than 64 channels cannot learn colours: normalising 32 groups removes every "
+                "a VAE of fewer than 64 channels cannot learn colours: normalising 32 groups removes every "
                 "channel's mean; raise its widths to 64 or more"
             )
 
@@ -137,7 +137,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Weights of the parts of the tokenizer's loss: absolute and squared error of pixels in [-1, 1], absolute error of
+    """Weights of the parts of the VAE's loss: absolute and squared error of pixels in [-1, 1], absolute error of
     neighbours' differences, and the commitment of the features to their codes."""
 
     absolute: float = 0.5
@@ -150,7 +150,7 @@ class Reconstruction:
 class Stage:
     """One training. name: of its folder. batch: samples a process and step (see `accumulate`). log_every, save_every,
     sample_every: steps between figures, checkpoints and pictures (0: none). transformer, autoencoder, text_encoder:
-    files or folders; a path that begins with `@` is an earlier stage's result, `@tokenizer` for instance. new_*:
+    files or folders; a path that begins with `@` is an earlier stage's result, such as `@tokenizer`. new_*:
     sizes, for random weights."""
 
     name: str
@@ -194,7 +194,7 @@ class Stage:
             if getattr(owner, name.split(".")[-1]) < 1:
                 raise ValueError(f"stage {self.name}: {name} must be at least 1")
         if self.task != "tokenizer" and not self.autoencoder:
-            raise ValueError(f"stage {self.name}: name the tokenizer file with autoencoder")
+            raise ValueError(f"stage {self.name}: name the VAE's file with autoencoder")
         if self.task != "tokenizer" and not (self.text_encoder or self.new_text):
             raise ValueError(f"stage {self.name}: name the text encoder with text_encoder, or give [stage.new_text]")
         if self.task == "lora" and not self.transformer:

@@ -32,7 +32,7 @@ AHEAD = 8
 
 
 def draw_scenes(seed: int, batch: int, count: int, pictures: float) -> list[Scene]:
-    """Scenes for the tokenizer: sources and targets of training samples, and a share of cluttered pictures."""
+    """Scenes for the VAE: sources and targets of training samples, and a share of cluttered pictures."""
     rng, scenes = Random(f"scenes {seed} {batch}"), []
     for _ in range(count):
         if rng.random() < pictures:
@@ -121,7 +121,7 @@ def _captured(function, held: list[Tensor]) -> tuple:
 
 
 def scene_batches(data: Data, seed: int, batch: int, start: int, rank: int, device) -> Iterator[Tensor]:
-    """Pixels [batch, 3, 256, 256] for the tokenizer, from batch number `start` on, without end."""
+    """Pixels [batch, 3, 256, 256] for the VAE, from batch number `start` on, without end."""
     renderer, number, pool = Renderer(device), start, workers()
 
     def ahead(n: int) -> Future:

@@ -1,4 +1,4 @@
-"""What can be trained: the tokenizer, the transformer (with a text encoder of its own or a given one), a LoRA."""
+"""What can be trained: the VAE, the transformer (with a text encoder of its own or a given one), a LoRA."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TokenizerModel(nn.Module):
 
 
 class TokenizerTask:
-    """Train the tokenizer's autoencoder on ShapeEdit's scenes and cluttered pictures, or on a user's pictures."""
+    """Train the VAE on ShapeEdit's scenes and cluttered pictures, or on a user's pictures."""
 
     def __init__(self, stage: Stage, accelerator) -> None:
         self.stage, self.accelerator = stage, accelerator

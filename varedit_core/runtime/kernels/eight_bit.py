@@ -1,4 +1,4 @@
-"""Numbers in 8 bits as Triton kernels: keys and values (integers), and what 8-bit products read (float8_e4m3fn).
+"""Numbers in 8 bits as Triton kernels: the KV cache (integers), and what 8-bit products read (float8_e4m3fn).
 
 `plain` has their meaning, `__init__` chooses. All arithmetic is fp32, divisions are exact to the last digit, and every
 scale belongs to one row of numbers that one program sees whole, so results are those of the plain forms.

@@ -38,7 +38,7 @@ def text_weights(
 
 @dataclass(frozen=True)
 class PackedHeads:
-    """Keys and values of a block in 8 bits, m tokens; the keys of some heads are left as they are.
+    """A block's KV cache in 8 bits, m tokens; the keys of some heads are left as they are.
 
     codes: int8 [R, coded + H, m, D], the keys of coded heads, then the values of all. scales: of each of their tokens,
     fp32 [R, coded + H, m]. exact: keys [R, H - coded, m, D] of the other heads. order: int32 [H], the heads whose keys
