@@ -100,7 +100,7 @@ BATCHES = {
 
 
 def stopped(batch: EditBatch) -> EditBatch:
-    return replace(batch, shortcuts=replace(batch.shortcuts, stop=5))
+    return replace(batch, shortcuts=replace(batch.shortcuts, stop=4))
 
 
 def run(engine, batch: EditBatch) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -121,8 +121,10 @@ def test_the_fast_engine_is_the_plain_one(record, name):
     same(run(Session(record.transformer), batch), run(PlainEngine(record.transformer), batch))
 
 
+@pytest.mark.parametrize("layout", ["patchify", "plain"])
 @pytest.mark.parametrize("name", ["an edit", "a mask", "branches", "variations"])
-def test_so_it_is_for_text_alone(record, name):
+def test_so_it_is_for_text_alone(request, layout, name):
+    record = request.getfixturevalue(layout)
     network = copy(record.transformer)
     network.config = replace(network.config, source=False)
     batch = stopped(BATCHES[name](record))

@@ -6,7 +6,8 @@ rows, d bits a latent position, (H, W) latent grid of the last scale, n tokens o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -153,10 +154,11 @@ def check_alone(batch: EditBatch, drafter: bool = False) -> None:
         raise ValueError("the loop alone does not choose the best of several; use Editor.run, or leave best_of at 1")
 
 
-def checked(scales: Iterator[Scale]) -> Iterator[Scale]:
+def checked(scales: Generator[Scale]) -> Iterator[Scale]:
     """The scales of a loop, and at its end a ValueError where logits were undefined numbers."""
     scale = None
-    for scale in scales:
-        yield scale
+    with closing(scales):  # at once, also where an error's traceback still holds it
+        for scale in scales:
+            yield scale
     if scale is not None:
         scale.check()
