@@ -89,9 +89,7 @@ def convert(
     opened = open_weights(source)
     part, _ = part_of(opened)
     if part is None:
-        raise WeightError(
-            f"{source} is {describe(opened)}; expected a VAREdit transformer, a VAE or a T5 encoder"
-        )
+        raise WeightError(f"{source} is {describe(opened)}; expected a VAREdit transformer, a VAE or a T5 encoder")
     if chosen and part != TRANSFORMER:
         raise ValueError(f"only a transformer has a kind, and {source} is {describe(opened)}; leave kind at {KINDS[0]}")
     if part == TRANSFORMER and holds(opened, TOKENIZER):
