@@ -39,8 +39,8 @@ class VAREditDecode(io.ComfyNode):
                     min=0,
                     max=MOST_SEAM,
                     optional=True,
-                    tooltip="Pixels from the mask's edge inwards over which the edit fades in; outside of the mask "
-                    "nothing changes.",
+                    tooltip="The feather: pixels from the mask's edge inwards over which the edit fades in; outside of "
+                    "the mask nothing changes.",
                 ),
             ],
             outputs=[
@@ -50,8 +50,8 @@ class VAREditDecode(io.ComfyNode):
                 io.Mask.Output(
                     "mask",
                     display_name="mask",
-                    tooltip="Where the edit shows: the mask with its seam, or what the auto mask found; 1 everywhere "
-                    "without one.",
+                    tooltip="Where the edit shows: the mask with its feather, or what the auto mask found; 1 "
+                    "everywhere without one.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

@@ -52,8 +52,8 @@ class Options:
     variations: results of each picture, one behind the other, of as many seeds. mask: where the pictures may change
     (white), one for all or one each; elsewhere they stay as they are. regions: in place of instructions, several of
     them with masks. given: the first scales of this edit, or of the edit this one branches off from. steer: functions
-    of a `Scale`, called behind the controls. seam: pixels from a mask's edge inwards over which the edit fades in.
-    explain: whether to find out, too, what changed and how sure the model was. features: of the pictures, by
+    of a `Scale`, called behind the controls. seam: the feather, pixels from a mask's edge inwards over which the edit
+    fades in. explain: whether to find out, too, what changed and how sure the model was. features: of the pictures, by
     `encode_source`, where they are known.
     """
 

@@ -16,8 +16,8 @@ from .text_encoder import Texts
 
 @dataclass(frozen=True, eq=False)
 class Swept:
-    """What is asked of a sweep. axes: of x and, where there is one, of y the setting and its values as text. image,
-    mask: see `VAREditDecode`."""
+    """The inputs of a sweep. axes: setting and values, as text, of x and (if used) of y. image, mask: see
+    `VAREditDecode`."""
 
     texts: Texts
     settings: SamplingSettings

@@ -18,8 +18,8 @@ from ...varedit_core.runtime.workspace import Shape, Workspace
 
 
 class Weights:
-    """What a workspace depends on in a network: the patches that ComfyUI applied (an id of its own) and, where passes
-    are recorded, the places where weights lie; elsewhere ComfyUI moves them as it likes."""
+    """The state of a network that a workspace depends on: ComfyUI's patches (by their id) and, where passes are
+    recorded, where weights lie; elsewhere ComfyUI may move them."""
 
     def __init__(self) -> None:
         self.patches: Hashable = None
@@ -65,7 +65,7 @@ class Keeper(comfy.model_patcher.ModelPatcher):
         return self.model
 
     def prepare(self, patches: Hashable, shape: Shape | None) -> None:
-        """Let go of all that the next edit cannot use. shape: of the edit; None: it has another workspace."""
+        """Free all that the next edit cannot use. shape: of the edit; None: it has another workspace."""
         held = self.work.shape
         if held is not None and (
             shape is None or patches != self.state.patches or held != replace(shape, device=held.device)

@@ -87,8 +87,8 @@ def lies_still(patcher) -> bool:
 
 
 def load_model(path: Path, precision: str = "auto", disable_dynamic: bool = False, kind: str = KINDS[0]):
-    """A transformer's file as a model patcher. kind: as in `load_transformer`. Raises ValueError for a file that is
-    none or is not whole."""
+    """A transformer's file as a model patcher. kind: see `load_transformer`. ValueError for another or incomplete
+    file."""
     device, offload = mm.get_torch_device(), mm.unet_offload_device()
     try:
         weights = canonical(open_file(path), TRANSFORMER)

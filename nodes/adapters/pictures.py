@@ -89,8 +89,8 @@ def empty_source(vae, area: str, ratio: float, count: int) -> dict:
 def decode_edit(
     vae, latent: dict, image: Tensor | None, mask: Tensor | None, tell: Callable[[str], None], seam: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The edited pictures [B, H, W, 3 or 4] of a LATENT, and where the edit shows in them [B, H, W]; see
-    `VAREditDecode` for what image, mask and seam do."""
+    """The edited pictures [B, H, W, 3 or 4] of a LATENT, and where the edit shows in them [B, H, W]. image, mask, seam:
+    as of `VAREditDecode`."""
     vae, samples = checked_vae(vae), _samples(vae, latent)
     mask = latent.get("noise_mask") if mask is None else mask
     fitting = origin_of(latent, samples, vae).fitting
@@ -147,8 +147,8 @@ def tokens_in(latent: dict) -> Tokens | None:
 
 
 def region_area(mask: Tensor | None, fitting: Fitting, images: int) -> Tensor:
-    """A region's MASK beside the fitted pictures, [images, y, x]; all of them for a region that has none. ValueError
-    for an empty one."""
+    """A region's MASK at the fitted pictures' size, [images, y, x]; ones for a region without. ValueError for an empty
+    one."""
     found = fitted_mask(torch.ones(1, 1) if mask is None else mask, fitting, images)
     if found is None:
         raise ValueError("a region's mask is empty; paint where its instruction is to count")
@@ -165,7 +165,7 @@ def unfitted_mask(mask_BHW: Tensor, fitting: Fitting) -> Tensor:
 def scale_picture(
     vae: VAREditVAE | None, running_sum_BdHW: Tensor, grid, origin: Origin, method: str, side: int = SIDE
 ) -> Image.Image:
-    """The picture of one running sum [1, d, H, W]: decoded at the final size (full), at its own, or by colours
+    """The picture of one running sum [1, d, H, W]: decoded at the final size (full) or its own, or as colours
     (fast)."""
     fitting = origin.fitting
     if method == "full":
@@ -249,7 +249,7 @@ def _found(
     image: Tensor | None,
     tell: Callable[[str], None],
 ) -> list[Image.Image] | None:
-    """Where edits with an auto mask changed their pictures (see `controls.differing`), None where it cannot be shown.
+    """Where edits with an auto mask changed their pictures (see `auto_mask.differing`), None where it cannot be shown.
     levels: of the decoded edits."""
     origin = latent.get(KEY)
     if origin is None or not origin.auto_mask:
@@ -272,8 +272,8 @@ def _found(
 
 
 def _composited(edited: Tensor, image: Tensor, masks: list[Image.Image], seam: int) -> tuple[Tensor, Tensor]:
-    """The edit where its mask is 1, the image where it is 0, and between them between, in 8 bits as the library has it;
-    and the mask that this took."""
+    """The edit where its mask is 1, the image where it is 0, a blend where it lies between, in 8 bits as in the
+    library; and the mask."""
     size = tuple(edited.shape[2:0:-1])
     weight = np.stack([np.asarray(faded(mask, size, seam), dtype=np.float32) for mask in masks])
     weight = (torch.from_numpy(weight) / 255).to(edited.device)
@@ -283,8 +283,7 @@ def _composited(edited: Tensor, image: Tensor, masks: list[Image.Image], seam: i
 
 
 def fitted_mask(mask: Tensor, fitting: Fitting, images: int) -> Tensor | None:
-    """A MASK or a latent's noise_mask, of any size, beside the fitted pictures: [1 or B, y, x]; None for an empty
-    one."""
+    """A MASK or noise_mask of any size, brought to the fitted pictures' size: [1 or B, y, x]; None for an empty one."""
     masks = mask.reshape(-1, *mask.shape[-2:]).float().cpu()
     if not masks.any():
         return None

@@ -1,6 +1,7 @@
-"""Edits under ComfyUI: memory asked for once, progress and previews a scale, cancelled within a block.
+"""Edits under ComfyUI: memory is asked for once, every scale shows progress and a preview, cancelling acts within a
+block.
 
-The driver of `varedit_core` runs them; here are the memory, the attention and the progress bar it works with.
+The driver of `varedit_core` runs them, with the memory, attention and progress bar of this file.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def settings_of(seed: int, guidance: float, temperature: float, top_p: float | N
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """What is asked of the sampler beside model and source.
+    """The sampler's inputs beside model and source.
 
     variations: results of each picture, with one seed after the other. mask: [y, x] or [B, y, x] of any size, above 0
     where the picture may change. drafter: a MODEL for `Shortcuts.drafted`. regions: instead of the texts' instruction,
@@ -69,7 +70,7 @@ class Edit:
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
-    """`operations.sdpa`, which also asks whether the user cancelled."""
+    """`model.layers.sdpa`, which also asks whether the user cancelled."""
     mm.throw_exception_if_processing_interrupted()
     return sdpa(q, k, v, scale=scale, mask=mask)
 
@@ -275,8 +276,8 @@ def _batch(edit: Edit, source: dict, origin: Origin, reads: bool, tell: Tell) ->
 
 
 def _check_source(read: bool, empty: bool, masked: bool, controls: Controls, tell: Callable[[str], None]) -> None:
-    """ValueError where a source is not what the model or its controls take, and a word where it is a picture that
-    nobody looks at."""
+    """ValueError where the model or its controls cannot take a source. Tells the user where a source is not read at
+    all."""
     if read and empty:
         raise ValueError(
             "this model edits pictures but the source is empty; connect VAREdit Source Encode, or set kind to "
@@ -333,13 +334,13 @@ def _may_stay(model, job: Job, free: float) -> bool:
 
 
 def _shape(job: Job, copies: int, network: VAREditModel) -> Shape:
-    """What a workspace is made for, by the longest text; of which device does not matter here."""
+    """The shape of a workspace, by the longest text; the device does not matter here."""
     texts = [range(job.text_tokens)] * (job.rows // copies)
     return Shape.of(job.schedule, texts, copies, network.diffusion_model.dtype, torch.device("cpu"))
 
 
 def _workspace(way: Plan) -> Workspace:
-    """One that is let go of after the edit."""
+    """A workspace that is freed after the edit."""
     return Workspace(STORES[way.store], kept=False, rows_at_once=way.rows_at_once)
 
 
@@ -395,7 +396,7 @@ def host_memory() -> int:
 
 
 def plan_text(model, area: str, images: int, guided: bool) -> str:
-    """What an edit takes and how the sampler would run it now, in lines."""
+    """Lines that say what an edit takes and how the sampler would run it now."""
     network, device = checked_model(model), model.load_device
     transformer = network.diffusion_model
     job, free = Job(transformer.config, schedule_for(area), images, guided, transformer.dtype), free_memory(model)

@@ -1,4 +1,4 @@
-"""From a weight file to a network of ComfyUI's layers.
+"""Loads a weight file into a network of ComfyUI's layers.
 
 The layers cast, offload, patch and dequantise behind their call; the networks of `varedit_core` never look at a weight.
 """

@@ -84,7 +84,7 @@ class TextModel(nn.Module):
         return features, None, {MARK: features.shape[-1]}
 
     def load_sd(self, weights: Weights) -> tuple[list, list]:
-        """Called by CLIP, which has set a flag that says whether ComfyUI streams weights."""
+        """Called by CLIP, after it has set the flag that says whether ComfyUI streams weights."""
         fill(self.transformer, weights, self.stored, self.can_assign_sd)
         return [], []
 

@@ -1,4 +1,4 @@
-"""The model's VAE as ComfyUI's VAE: the stock nodes encode, decode and tile with it."""
+"""The VAE as one of ComfyUI's: the stock nodes encode, decode and tile with it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class VAREditAutoencoder(Autoencoder):
 
 
 class VAREditVAE(comfy.sd.VAE):
-    """Our VAE as one of ComfyUI's. `__init__` sets what `comfy.sd.VAE` finds out from a state dict."""
+    """The VAE as one of ComfyUI's; `__init__` sets what `comfy.sd.VAE` would read off a state dict."""
 
     def __init__(self, weights, disable_dynamic: bool = False) -> None:
         config = blank(weights, TOKENIZER).config
@@ -107,7 +107,7 @@ class Colours:
 
 
 def load_vae(path: Path) -> VAREditVAE:
-    """A VAE's file as a VAE of ComfyUI's. Raises ValueError for a file that is none or is not whole."""
+    """A file as a VAE of ComfyUI's. ValueError for another or incomplete file."""
     vae = _load(path)
     vae.patcher.cached_patcher_init = (_patcher, (path,))
     return vae

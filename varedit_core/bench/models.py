@@ -84,7 +84,7 @@ def random_transformer(sizes: TransformerConfig, device: torch.device) -> Transf
 
 
 def stand_in_tokens(prompt: str) -> list[int]:
-    """As many ids for any prompt as a sentence has, in place of a tokenizer's, which would have to be read."""
+    """As many ids for any prompt as a sentence has, in place of a text tokenizer's, which would have to be read."""
     return [*range(3, 2 + TOKENS), END]
 
 

@@ -148,7 +148,7 @@ def _text(sizes: Sizes, device: torch.device) -> nn.Module:
 
 
 def _padded_tokens(text: Sequence[str], **_: object) -> SimpleNamespace:
-    """What a tokenizer gives for prompts padded to 512: ids and mask, [rows, 512]."""
+    """What a T5 tokenizer gives for prompts padded to 512: ids and mask, [rows, 512]."""
     rows = [stand_in_tokens(prompt) for prompt in text]
     ids = torch.tensor([row + [0] * (TEXT_TOKENS - len(row)) for row in rows])
     return SimpleNamespace(input_ids=ids, attention_mask=(ids != 0).long())

@@ -51,7 +51,9 @@ Regions = Annotated[
     ),
 ]
 Variations = Annotated[int, typer.Option(min=1, help="Results of so many seeds, from one pass over the picture.")]
-Seam = Annotated[int, typer.Option(min=0, help="Pixels from a mask's edge inwards over which the edit fades in.")]
+Seam = Annotated[
+    int, typer.Option(min=0, help="The feather: pixels from a mask's edge inwards over which the edit fades in.")
+]
 SaveTokens = Annotated[
     Optional[Path],
     typer.Option(

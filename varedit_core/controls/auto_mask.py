@@ -1,4 +1,4 @@
-"""Auto mask: the edit finds what it changes, and all else stays the source's; and how much pixels have changed.
+"""Auto mask: the edit finds what it changes, and the rest stays the source's. Also: how much pixels changed.
 
 Shape suffixes: B rows, d bits a latent position, (H, W) latent grid of the last scale, (y, x) pixels.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from .base import Control, Knob
 
 AUTO_MASK = 0.5
-"""An amount that finds most and loses little (docs/LOG.md); change maps count with it."""
+"""A good amount: it finds most and loses little (docs/LOG.md). Change maps use it."""
 LATE = 2
 """So many of the last scales are locked by the mask."""
 MOVED = 0.6
@@ -20,7 +20,7 @@ MOVED = 0.6
 DIFFERENT = 0.3
 """The same of decoded pixels, which are in [-1, 1]."""
 GLOBAL = 0.9
-"""Share of latents that changed, from which an edit is one of the whole picture."""
+"""From this share of changed latents on, an edit is one of the whole picture."""
 
 
 class AutoMask(Control):

@@ -1,4 +1,4 @@
-"""What a control is: knobs for the user, and what they do to an edit.
+"""What a control is: knobs for the user, and their effect on an edit.
 
 A control is one file of this package with a subclass of `Control`. Options of the command line, widgets of the nodes,
 names of sweeps, both languages' texts and the tables in docs are made from its knobs (`registry`).
@@ -67,11 +67,11 @@ class Knob:
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What is known of an edit before anything is loaded: enough to say what of it would do nothing.
+    """Facts of an edit before anything is loaded: enough to find knobs that would do nothing.
 
     controls, shortcuts: the knobs' values. mask: whether there is one. begun: scales that are there already.
-    variations: results of each picture. seam: pixels over which an edit fades in. negative: whether there is a negative
-    prompt. spelled: how the user writes a name.
+    variations: results of each picture. seam: the feather, pixels over which an edit fades in. negative: whether there
+    is a negative prompt. spelled: how the user writes a name.
     """
 
     schedule: Schedule
@@ -110,7 +110,7 @@ class Known:
 
 
 class Control:
-    """What holds, bends or chooses an edit. Subclasses override what they change; `of` makes one for a batch.
+    """Something that holds, bends or picks an edit. Subclasses override what they change; `of` makes one for a batch.
 
     group: the user's class that has its knobs: "controls" or "shortcuts" (which save time and are not exact). order:
     the place of its knobs among the others; only ever append. stage: when it acts on a scale; smaller ones act first.
@@ -129,8 +129,8 @@ class Control:
 
     @classmethod
     def idle(cls, edit: Known) -> str:
-        """A sentence where its knobs are set but would do nothing, saying what to change; else an empty text. What
-        `needs` and `scales` of a knob say is asked elsewhere (`registry.problems`)."""
+        """A sentence, saying what to change, where its knobs are set but would do nothing; else an empty text. `needs`
+        and `scales` of a knob are checked by `registry.problems`."""
         return ""
 
     @classmethod
@@ -151,8 +151,7 @@ class Control:
         return ()
 
     def step(self, step: Pass, source: bool) -> Pass:
-        """A scale's pass through the network, changed. source: whether the tokens of a source come before all
-        scales."""
+        """A scale's pass through the network, changed. source: whether a source comes before the scales."""
         return step
 
     def __call__(self, scale: Scale) -> None:

@@ -1,4 +1,4 @@
-"""Best of: several candidates are begun, and the best one goes on alone.
+"""Best of: several candidates are begun, and only the best one is finished.
 
 The driver runs the candidates (`sampling.driver`); here are the knobs and how candidates are scored.
 """
@@ -18,7 +18,7 @@ SCORES = ("likelihood", "instruction", "near", "far")
 
 
 class BestOf(Control):
-    """The knobs alone: candidates are edits of their own, of which the best one's bits become the prefix."""
+    """The knobs alone: candidates are edits of their own, and the best one's bits become the prefix."""
 
     order = 60
     knobs = (

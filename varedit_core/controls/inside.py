@@ -10,8 +10,8 @@ from ..defaults import MOST_SCALES
 from .base import Control, Knob
 from .mask import token_masks
 
-SEAM = 2
-"""Locked tokens around a mask that are computed too, this far, so that the mask's own are not alone: without them a
+MARGIN = 2
+"""How many locked tokens around a mask are computed too, so that the mask's own see their surroundings: without them a
 quarter of the demo model's edits fail, with them a tenth (docs/LOG.md)."""
 
 
@@ -63,7 +63,7 @@ class Inside(Control):
         if len(self.schedule) - step.index > self.count:
             return step
         masks = token_masks(self.mask, self.schedule, self.margin)[step.index].any(0, keepdim=True)
-        wide = F.max_pool2d(masks.float(), 2 * SEAM + 1, stride=1, padding=SEAM)
+        wide = F.max_pool2d(masks.float(), 2 * MARGIN + 1, stride=1, padding=MARGIN)
         kept = wide.flatten().nonzero().flatten()
         if len(kept) == step.rotary.shape[1]:
             return step

@@ -1,4 +1,4 @@
-"""Mask: nothing changes outside of it. Its knob is how many tokens around it are drawn too.
+"""Mask: nothing changes outside of it. Its knob is the margin: how many tokens around it are drawn too.
 
 Shape suffixes: B rows, (h, w) a grid, (y, x) pixels of any size.
 """
@@ -18,7 +18,7 @@ MOST_MARGIN = 4
 
 
 class Mask(Control):
-    """Holds the bits of all tokens to the source's that a mask does not touch, and in the end their latents.
+    """Holds all tokens that a mask does not touch to the source's bits, and in the end their latents.
 
     mask: [1 or B, y, x], above 0 where the picture may change. margin: tokens around it that are drawn too, and latents
     that stay so. The released name of this knob is feather.
@@ -29,10 +29,12 @@ class Mask(Control):
     knobs = (
         Knob(
             "feather", 1, 0, MOST_MARGIN, needs="mask",
-            help="Tokens of 16 pixels around a mask that may change, too, so that the edit can join its surroundings.",
-            option=f"Tokens around a mask that are drawn with it, and latents that stay so, 0 to {MOST_MARGIN}.",
+            help="The margin: tokens of 16 pixels around a mask that may change too, so that the edit can join its "
+            "surroundings.",
+            option="The margin: tokens around a mask that are drawn with it, and latents that stay so, 0 to "
+            f"{MOST_MARGIN}.",
             label_zh="羽化",
-            help_zh="遮罩周围多少个 token（每个 16 像素）也允许改动，使编辑与周围衔接。",
+            help_zh="余量：遮罩周围多少个 token（每个 16 像素）也允许改动，使编辑与周围衔接。",
         ),
     )  # fmt: skip
 

@@ -14,10 +14,10 @@ from .base import Control
 
 
 class Regions(Control):
-    """Makes P * R * copies rows, those of a picture's regions behind each other, one edit: each region follows its own.
+    """Joins the P * R * copies rows of regions into one edit a result: each region follows its own row.
 
-    masks: [P, R, y, x], above 0 where a region is; where several are, the last one counts. A token of more than one
-    region, as coarse ones are, weighs their log-odds by their areas.
+    masks: [P, R, y, x], above 0 where a region is; where several are, the last one counts. A token of several regions,
+    as coarse ones are, weighs their log-odds by area.
     """
 
     stage = 20

@@ -78,7 +78,7 @@ _APART = (("inside", "window"),)
 
 
 def _check_source(self) -> None:
-    """Raise ValueError where something here holds to a source, of which there is none."""
+    """Raise ValueError where a knob here needs a source, and there is none."""
     for knob in knobs("controls"):
         if "source" in knob.needs.split() and knob.name in self.changed:
             raise ValueError(_no_source(knob.name))
@@ -114,7 +114,7 @@ def check(edit: Known) -> None:
 
 
 def problems(edit: Known) -> list[str]:
-    """What of an edit would do nothing, or be cut to what there is: a sentence each, saying what to change."""
+    """Knobs of an edit that would do nothing, or would be cut: one sentence each, saying what to change."""
     found = [text for group in ("controls", "shortcuts") for text in _unused(edit, group)]
     found += filter(None, (kind.idle(edit) for kind in registered()))
     rest, spelled = range(min(edit.begun, edit.stop), edit.stop), edit.spelled
@@ -134,7 +134,7 @@ def problems(edit: Known) -> list[str]:
 
 
 def _unused(edit: Known, group: str) -> list[str]:
-    """The same of what the knobs of a group say themselves."""
+    """The same, from what the knobs of a group state themselves."""
     found, values, scales = [], getattr(edit, group), len(edit.schedule)
     for knob in knobs(group):
         name, value = edit.spelled(knob.name), getattr(values, knob.name)

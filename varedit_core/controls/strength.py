@@ -11,8 +11,8 @@ from .base import Control, Knob
 
 @dataclass(frozen=True)
 class Strength(Control):
-    """Holds the first (1 - strength) of all scales to the source, and of the scale where this ends a part of the bits,
-    always the same ones. 1 is the free edit, 0 the source through the VAE."""
+    """Holds the first (1 - strength) of all scales to the source. Of the scale where this ends it holds a part of the
+    bits, always the same ones. 1 is the free edit, 0 the source through the VAE."""
 
     order = 10
     knobs = (

@@ -19,13 +19,13 @@ BAND = 128
 WHOLE = 16
 """Coarser scales than so many rows are seen whole."""
 WINDOWED = 3
-"""Windows are for the last scales, this many."""
+"""How many of the last scales have windows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Bands:
-    """Queries that see only some keys: each `tokens` consecutive ones their own pieces of
-    `runtime.kv_caches.DeviceCache.seen`.
+    """Queries that see only some keys: every `tokens` consecutive queries have pieces of
+    `runtime.kv_caches.DeviceCache.seen` of their own.
 
     pieces: int32 [bands, P, 2], begin and end of each; empty ones fill up. listed: the same on the host.
     """
@@ -98,7 +98,7 @@ def bands(schedule: Schedule, index: int, window: float, source: bool, first: bo
     height, width = schedule.grids[index]
     read = [schedule.grids[index] if first else schedule.grids[-1]] if source else []
     seen = [*read, *schedule.grids[: index + 1]]
-    if index == len(schedule) - 1:  # as `KeyValueStore.seen` has them
+    if index == len(schedule) - 1:  # as `DeviceCache.seen` has them
         seen = [seen[-1], *seen[:-1]]
     listed = []
     for start in range(0, height * width, BAND):

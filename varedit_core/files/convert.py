@@ -89,9 +89,7 @@ def convert(
     opened = open_weights(source)
     part, _ = part_of(opened)
     if part is None:
-        raise WeightError(
-            f"{source} is {describe(opened)}; expected a VAREdit transformer, a VAE or a T5 encoder"
-        )
+        raise WeightError(f"{source} is {describe(opened)}; expected a VAREdit transformer, a VAE or a T5 encoder")
     if part == TRANSFORMER and holds(opened, TOKENIZER):
         logger.warning("%s holds a VAE too, which is left out; keep the file for it", source)
     weights = _checked(opened, part)

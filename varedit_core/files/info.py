@@ -29,9 +29,11 @@ def inspect(path: str | Path) -> dict:
             facts[part] = sizes
     if part_of(weights)[0] == TRANSFORMER and TRANSFORMER in facts:
         told = told_kind(weights)
-        facts["is"] = f"a {TRANSFORMER}, {_name(facts[TRANSFORMER])}" + (
-            " with its VAE" if TOKENIZER in facts else ""
-        ) + (f", {told}" if told else "")
+        facts["is"] = (
+            f"a {TRANSFORMER}, {_name(facts[TRANSFORMER])}"
+            + (" with its VAE" if TOKENIZER in facts else "")
+            + (f", {told}" if told else "")
+        )
     for part in facts.keys() & _CONFIGS.keys():
         try:
             blank(canonical(weights, part), part)

@@ -1,4 +1,4 @@
-"""The part of a picture that a model gets to see: cut out by a mask and put back, or with room added around it.
+"""The part of a picture that the model sees: cut out by a mask and put back, or with room added around it.
 
 Knows boxes, masks and colours; knows nothing of weights, tokens or `Editor`. Boxes are (left, top, right, bottom) and
 sizes (width, height), in pixels. Tensors of pictures are [B, H, W, C] with floats in any range and C = 1, 3 or 4 (alpha

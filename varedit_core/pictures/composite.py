@@ -1,4 +1,4 @@
-"""Masks, regions and tokens beside pictures: what the loop is told of them, and how edits are put into their pictures.
+"""Masks and regions: as the loop reads them, and how edits are put into their pictures.
 
 Shape suffixes: P pictures, R regions, (y, x) pixels of the fitted pictures.
 """
@@ -48,8 +48,8 @@ def fitted_masks(masks: Sequence[Image.Image] | None, fitted: Sequence[FittedIma
 def areas(
     regions: Sequence[Region], fitted: Sequence[FittedImage], drawn: list[Image.Image] | None
 ) -> tuple[Tensor | None, list[Image.Image] | None, Tensor | None]:
-    """Regions [P, R, y, x]; the masks of the pictures, within what regions cover where each has a mask; and these masks
-    as the model sees them."""
+    """Three things: the regions [P, R, y, x]; the pictures' masks, cut to what the regions cover where each region has
+    a mask; and these masks as the model sees them."""
     where = fitted_masks(drawn, fitted)
     if not regions:
         return None, drawn, where
@@ -59,9 +59,7 @@ def areas(
     if any(region.mask is None for region in regions):
         return made, drawn, where
     size = max(image.source.size for image in fitted)
-    union = reduce(
-        ImageChops.lighter, [mask.convert("L").resize(size, Image.Resampling.BILINEAR) for mask in masks]
-    )
+    union = reduce(ImageChops.lighter, [mask.convert("L").resize(size, Image.Resampling.BILINEAR) for mask in masks])
     within = [union] * len(fitted)
     touched = fitted_masks(within, fitted)
     if drawn is None:
@@ -87,7 +85,7 @@ def check_regions(regions: Sequence[Region], prompts: Sequence) -> None:
 
 
 def check_rest(regions: Sequence[Region]) -> None:
-    """Raise ValueError where regions have all a mask though there is no picture to stay as it is beside them."""
+    """Raise ValueError where all regions have a mask, but there is no picture to keep outside of them."""
     if regions and all(region.mask is not None for region in regions):
         raise ValueError(
             "every region has a mask, so that nothing says what is beside them; add one without a mask, for everywhere"
@@ -95,8 +93,8 @@ def check_rest(regions: Sequence[Region]) -> None:
 
 
 def masked(edited: Image.Image, image: FittedImage, mask: Image.Image, seam: int = 0) -> Image.Image:
-    """The edit where the mask is white, the picture itself where it is black. seam: pixels from a mask's edge inwards
-    over which the edit fades in."""
+    """The edit where the mask is white, the picture itself where it is black. seam: the feather, pixels from a mask's
+    edge inwards over which the edit fades in."""
     result = Image.composite(edited.convert("RGB"), image.source.rgb, faded(mask, edited.size, seam))
     if image.source.alpha is not None:
         result.putalpha(image.source.alpha)

@@ -25,9 +25,7 @@ class Row:
     pictures: Sequence[Image.Image]
 
 
-def contact_sheet(
-    rows: Sequence[Row], columns: Sequence[str], cell: int = CELL, letters: int = LETTERS
-) -> Image.Image:
+def contact_sheet(rows: Sequence[Row], columns: Sequence[str], cell: int = CELL, letters: int = LETTERS) -> Image.Image:
     """An RGB picture of all rows, one under the other, with the columns' labels on top.
 
     Pictures of any sizes and modes are made to fit `cell` x `cell`, their transparent parts white. Labels, as large as

@@ -21,10 +21,10 @@ from .images import FittedImage, to_uint8, unfit, unfit_mask
 
 @dataclass(frozen=True, eq=False)
 class Edited:
-    """What comes of edits. pictures, of the inputs' sizes, and the tokens they are decoded from, variations of a
-    picture behind each other. masks: what each auto mask found, white where the picture changed. changes: how much each
-    place changed (`auto_mask.changed`), and certainty: how sure the model was of it (`Confidence`), the whiter the
-    more; all as large as the pictures, mode L, None where not asked for."""
+    """The results of edits. pictures: of the inputs' sizes. tokens: what they are decoded from. Variations of a picture
+    follow each other. masks: what each auto mask found, white where the picture changed. changes: how much each place
+    changed (`auto_mask.changed`), certainty: how sure the model was of it (`Confidence`). White is most; all are as
+    large as the pictures, mode L, and None where not asked for."""
 
     pictures: list[Image.Image]
     tokens: Tokens

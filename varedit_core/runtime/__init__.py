@@ -1,8 +1,7 @@
-"""Why it is fast and why it fits: graphs, kernels, KV caches, plans. Nobody needs it to understand the
-model.
+"""Why it is fast and why it fits: graphs, kernels, KV caches, plans. The model can be understood without it.
 
-Importing anything of it puts the runtime's forms of the networks' operations in their place
-(`functional.REPLACEMENTS`). Each runs only where it can; everywhere else the plain one does.
+Importing any of it replaces the networks' operations by the runtime's faster forms (`functional.REPLACEMENTS`). Each
+runs only where it can; everywhere else the plain one does.
 """
 
 from ..model.functional import REPLACEMENTS

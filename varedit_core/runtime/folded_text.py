@@ -1,5 +1,5 @@
-"""The text of an edit in forms that serve recorded passes: read by a kernel that counts its tokens, or folded into
-cross-attention's projections, in memory that stays in place.
+"""The text of an edit in two forms for recorded passes: read by a kernel that knows its length, or folded into
+cross-attention's projections. Both lie in memory that stays in place.
 
 Shape suffixes: R rows (images, then their unconditional twins), r sources, n tokens of a pass, L text tokens, C
 width, H heads, D head size, T text channels.
@@ -21,7 +21,7 @@ from .kernels import can_attend_to_text, matmul_fp32, text_attention, text_weigh
 
 @dataclass(frozen=True)
 class CountedText(Text):
-    """A text whose real tokens are counted on the device: a kernel reads no others, in a recorded pass too.
+    """A text whose length is known on the device: a kernel reads its real tokens only, in a recorded pass too.
 
     counts: int32 [R].
     """
@@ -82,7 +82,7 @@ class FoldedText:
 
 
 def counted(condition: Condition) -> Condition:
-    """A condition whose texts are counted."""
+    """A condition whose texts are `CountedText`."""
     text = condition.blocks[0].text
     # Filled on the device: a copy from the host would wait for it.
     parts = [text.keys.new_full((r.stop - r.start,), n, dtype=torch.int32) for r, n in runs(text.lengths)]
@@ -100,8 +100,8 @@ def room(
     fold: bool,
     dtype: torch.dtype,
 ) -> Condition:
-    """Memory for a condition of `rows` rows, `copies` consecutive ones of each text, of `length` tokens; fold: see
-    `FoldedText`. `fill` writes there."""
+    """Memory for a condition of `rows` rows, to be written by `fill`. copies: consecutive rows of each text. length:
+    its tokens. fold: see `FoldedText`."""
     width, sources = config.width, rows // copies
     wide = dict(dtype=torch.float32, device=constants[0].gains.device)
     narrow = wide | {"dtype": dtype}
@@ -121,7 +121,7 @@ def room(
 def fill(
     place: Condition, transformer: Transformer, features_RLT: Tensor, real_RL: Tensor, attention: Attention
 ) -> None:
-    """Write what depends on the text to where it stays (see `room`), every row repeated for its copies.
+    """Write all that depends on the text into its memory (see `room`), every row repeated for its copies.
 
     features: padded to the length of the room. real: which tokens are real, boolean.
     """

@@ -1,4 +1,4 @@
-"""Functions recorded as CUDA graphs: work in many small kernels waits for their launches, and a graph is launched once.
+"""Functions recorded as CUDA graphs: many small kernels wait for their launches, a graph is launched once.
 
 Knows tensors and streams only. What a graph reads by address (weights, stores) must stay where it is: whoever records
 compares `State` before every replay and records anew where something has moved.
@@ -131,12 +131,12 @@ def _recording_stream(device: int) -> torch.cuda.Stream:
 
 
 def on(stream: torch.cuda.Stream | None) -> AbstractContextManager:
-    """What is asked of the device within goes to the stream; None: to the present one."""
+    """Work for the device goes to this stream within; None: to the present one."""
     return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 class Answer:
-    """A yes or no of the device, on its way to the host behind all that was asked of the device so far."""
+    """A yes or no of the device. It is copied to the host after all work that the device has so far."""
 
     def __init__(self, value: Tensor) -> None:
         self.value, self.moment = value, None
@@ -145,14 +145,14 @@ class Answer:
             self.moment = torch.cuda.current_stream(value.device).record_event()
 
     def __call__(self) -> bool:
-        """Wait for it, but not for what was asked of the device since."""
+        """Wait for it, but not for work that came later."""
         if self.moment is not None:
             self.moment.synchronize()
         return bool(self.value)
 
 
 class State:
-    """What recorded work depends on in a network: where its weights lie and how often each was written in place.
+    """The state of a network that recorded work depends on: where weights lie and how often each was written in place.
 
     Changes when weights move, are replaced, or a LoRA is applied. Remembers the last network's layers, since walking
     through them takes longer than looking at their weights.

@@ -105,8 +105,8 @@ class HostCache(ElsewhereCache):
         self.slots, self.host = [], []
 
     def _fetch(self, block: int, step: RowPass) -> None:
-        """Begin to copy a block's history to its slot: behind all that was asked of the device so far, which may read
-        the slot, and behind the last copy to the host, in case that is the history."""
+        """Begin to copy a block's history to its slot. It waits for the device's work so far, which may read the slot,
+        and for the last copy to the host, which may be that history."""
         if block > len(self.host):
             return
         slot, history = self._slot(block), slice(0, step.begin)
@@ -162,7 +162,7 @@ class _Lane:
 
     @contextmanager
     def after(self, *marks: torch.cuda.Event | None) -> Iterator[None]:
-        """What is asked for within runs here, when the marks are passed."""
+        """Work within runs here, once the marks are passed."""
         stream = self.stream
         for mark in marks:
             if mark is not None:
@@ -171,12 +171,12 @@ class _Lane:
             yield
 
     def wait(self) -> None:
-        """Until all that was asked for here is done."""
+        """Wait until all work here is done."""
         if self.own:
             self.own.synchronize()
 
     def mark(self) -> torch.cuda.Event | None:
-        """The end of all that was asked for here so far."""
+        """A mark behind all work here so far."""
         return self.stream and self.stream.record_event()
 
 

@@ -1,6 +1,6 @@
-"""Room for an edit on a device: what is free, the way an edit then runs, and networks that make way meanwhile.
+"""Room for an edit on a device: what is free, how the edit then runs, and networks that make way meanwhile.
 
-`planning` knows what each way takes; here are the devices, the networks and the workspace.
+`plan` knows what each way takes; here are the devices, the networks and the workspace.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Memory(Protocol):
 
 
 def as_it_fits(job: Job, memory: Memory, attempt: Callable[[Plan], T], least: int = 1) -> T:
-    """The result of the best way to run a job within what is free, or of the first one after it that memory lasts for.
+    """Run a job in the best way that fits into free memory, or in the next one for which memory lasts.
 
     least: rows that can only run together. ValueError where nothing is left to try.
     """
@@ -105,10 +105,10 @@ def as_it_fits(job: Job, memory: Memory, attempt: Callable[[Plan], T], least: in
 
 
 class TorchMemory:
-    """Memory that torch hands out: on a CUDA device what is free there, elsewhere as much as one likes.
+    """Memory that torch hands out: on a CUDA device what is free there, elsewhere without a limit.
 
-    network: the one that edits. A workspace stays from edit to edit where there is room for it; `use` makes it another
-    one, in which everything runs as it is, whatever is free.
+    network: the one that edits. A workspace stays from edit to edit where there is room for it. `use` sets another one,
+    in which all edits run, whatever is free.
     """
 
     def __init__(self, network: Transformer, device: torch.device) -> None:

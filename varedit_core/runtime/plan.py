@@ -1,6 +1,6 @@
-"""What an edit takes before it runs: device memory by the way it runs, and every pass's share of the time.
+"""What an edit will take: device memory for each way to run it, and each pass's share of the time.
 
-Knows sizes only, neither devices nor weights; whoever has a budget asks `plan` for the way to run within it.
+Knows sizes only, neither devices nor weights. `plan` picks the best way to run within a budget.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Bytes on the device beside the weights, less what others make free."""
+        """Bytes on the device beside the weights, less what other networks free."""
         return self.job.needed(self.store, self.rows_at_once) - self.movable
 
     @property
@@ -160,7 +160,7 @@ def plan(job: Job, budget: float, host_budget: float = math.inf, movable: int = 
 
 
 def reason(way: Plan, budget: float) -> str:
-    """Why a way was left, in one sentence."""
+    """Why a way was not taken, in one sentence."""
     if way.needed_on_host and way.needed <= budget:
         return f"{described(way)} would take {gigabytes(way.needed_on_host)} of host memory, which are not free"
     return f"{described(way)} would take {gigabytes(way.needed)} beside the weights and {gigabytes(budget)} are free"
@@ -175,7 +175,7 @@ def described(way: Plan) -> str:
 
 
 def too_large(job: Job, budget: float, host_budget: float = math.inf, movable: int = 0, exact: bool = False) -> str:
-    """What to say where a job does not fit in any way."""
+    """The error's sentence where a job does not fit in any way."""
 
     def ways(job: Job) -> list[Plan]:
         return [way for way in plans(job, movable, exact) if way.needed_on_host <= host_budget]

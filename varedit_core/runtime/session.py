@@ -27,7 +27,7 @@ from .workspace import Shape, Workspace
 
 
 class Session:
-    """An engine for one batch after the other. Where its workspace is at work on another edit, it takes one of its own.
+    """An engine for one batch after the other. It takes a workspace of its own while the given one is busy.
 
     workspace: by default memory of this batch alone, let go of however it ends.
     """
@@ -100,8 +100,8 @@ class Session:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """What makes a scale's input of the running sum: the first scale's of none. No tensor of an edit is held in it but
-    those that stay in place. shared: so many consecutive rows of the condition have one pass."""
+    """Makes a scale's input of the running sum; the first scale has none. It holds no tensor of an edit but those that
+    stay in place. shared: so many consecutive rows of the condition have one pass."""
 
     transformer: Transformer
     condition: Condition
@@ -146,8 +146,8 @@ def sample(
 
 
 def check_alone(batch: EditBatch, drafter: bool = False) -> None:
-    """Raise ValueError for what takes more than the loop: a second transformer, or the driver. drafter: whether there
-    is one."""
+    """Raise ValueError for a batch that the loop alone cannot run: it needs a second transformer, or the driver.
+    drafter: whether there is one."""
     if batch.shortcuts.drafted and not drafter:
         raise ValueError("drafted scales need a second transformer; give an Editor a drafter, or leave drafted at 0")
     if batch.controls.best_of > 1:

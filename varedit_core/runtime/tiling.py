@@ -1,8 +1,8 @@
-"""Decoding latents of which the decoder does not fit into memory whole: picture by picture, then in tiles.
+"""Decoding in little memory: picture by picture, then in tiles.
 
-Knows a function that decodes and what it takes; of the network only its sizes. A tile is decoded alone, so that its
-norms see the tile only: tones differ a little from those of the picture decoded whole, the less the larger the tiles
-are (demo VAE at 1024 pixels: PSNR to the whole picture 37 dB in tiles of 768, 31 in tiles of 512, 28 in tiles of
+Knows a function that decodes and the memory it takes; of the network only its sizes. A tile is decoded alone, so that
+its norms see the tile only: tones differ a little from those of the picture decoded whole, the less the larger the
+tiles are (demo VAE at 1024 pixels: PSNR to the whole picture 37 dB in tiles of 768, 31 in tiles of 512, 28 in tiles of
 256).
 """
 

@@ -1,8 +1,8 @@
 """What stays between edits: the KV cache, the source in it, and passes recorded as graphs.
 
 A workspace holds the memory of one edit. The next edit of the same shape finds its passes recorded. The next edit of
-the same picture and text also finds the prefill done, which is a quarter of an edit.
-What an edit cannot use is freed. Shape suffixes: R rows of a scale's pass, n tokens, C width.
+the same picture and text also finds the prefill done, which is a quarter of an edit. What an edit cannot use is freed.
+Shape suffixes: R rows of a scale's pass, n tokens, C width.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Workspace:
         self.memory = None
         self._claimed, self._leaving = Lock(), False
         self.moved: dict[str, int] = {}
-        """Bytes copied between host and device by the last store that was let go of."""
+        """Bytes copied between host and device by the last store that was freed."""
         self.recordings = Recordings()
         self.forget()
 
@@ -195,7 +195,7 @@ class Workspace:
             self.source = tuple(x.clone() for x in self._expected)
 
     def scale_passes(self, made: Callable[[], list[RowPass]], *depends: object) -> list[RowPass]:
-        """Passes that differ from `passes`, kept, with what was recorded of them, while what they depend on stays.
+        """Passes that differ from `passes`. They and their recordings are kept while what they depend on stays.
 
         depends: comparable things, and tensors or None.
         """
@@ -232,7 +232,7 @@ class Workspace:
         return self._run((step, rows, asked, shared, self.lengths), rows * step.rotary.shape[1], run, *inputs)
 
     def end(self) -> None:
-        """An edit is over, in whichever way. Unless kept, everything is let go of."""
+        """An edit is over. Unless kept, all memory is freed."""
         self.transformer = self.attention = None
         self._give_back(host=self._leaving)
         if self._leaving:  # another thread has asked since
@@ -262,7 +262,8 @@ class Workspace:
         return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
     def _run(self, name: tuple, tokens: int, function: Callable[..., Tensor | None], *inputs: Tensor) -> Tensor | None:
-        """The result of a function, recorded if it may be and was run before. tokens: of its pass, all rows."""
+        """The result of a function; recorded where that is allowed and it was run before. tokens: of its pass, all
+        rows."""
         if not self._recording or tokens > RECORDED_TOKENS:
             return function(*inputs)
         return self.recordings(name, function, inputs, self.shape.device)

@@ -33,12 +33,11 @@ class EditBatch:
     follow each other. negatives: of each picture its negative prompt's features, None for the learned unconditional
     ones. mask: [1 or P, y, x], above 0 where the picture may change. areas: [P, R, y, x] of the regions. prefix: bits
     [P or P * copies, d, h, w] of the first scales. source_total: the sources' sums of codes [P, d, H, W], where they
-    are known. trial_seeds: of the candidates of each picture, where the best is chosen. room: where a picture has one
-    result, of how many the memory may be made for, so that it is that of the candidates and the source is not read
-    again.
+    are known. trial_seeds: of the candidates of each picture, where the best is chosen. room: for how many results of a
+    picture memory is made, where there is one: as many as there were candidates, so that the prefill is not run again.
 
-    fresh: picture or texts are known to be others than those of the last edit. stream: where the texts are being made.
-    Both save time only. ValueError where the parts do not belong together.
+    fresh: picture or texts are known to differ from the last edit's. stream: where the texts are being made. Both save
+    time only. ValueError where the parts do not fit each other.
     """
 
     features: Tensor
@@ -124,7 +123,7 @@ class EditBatch:
 
     @cached_property
     def active(self) -> tuple[Control, ...]:
-        """What changes these edits, in the order in which it acts."""
+        """The controls that change these edits, in the order in which they act."""
         return active(self)
 
     @cached_property
@@ -137,7 +136,7 @@ class EditBatch:
 
     @property
     def facts(self) -> Known:
-        """What is known of these edits, to ask whether all of it counts (`registry.problems`)."""
+        """Facts of these edits, to check that every knob counts (`registry.problems`)."""
         return Known(
             self.schedule, self.settings, self.controls, self.shortcuts, self.mask is not None, len(self.prefix),
             self.copies, negative=any(text is not None for text in self.negatives),
@@ -145,7 +144,7 @@ class EditBatch:
 
     @property
     def guided(self) -> int:
-        """Scales until guidance ends for good, and with it the unconditional rows."""
+        """How many scales there are until guidance, and with it the unconditional rows, ends for good."""
         return max((k + 1 for k, (guidance, _, _) in enumerate(self.plan) if guidance != 1), default=0)
 
     @property
@@ -154,7 +153,7 @@ class EditBatch:
         return len(self.prefix) if self.prefix and len(self.prefix[0]) == self.pictures and self.copies > 1 else 0
 
     def steps(self, passes: Sequence[Pass]) -> list[Pass]:
-        """The passes of a network, the source's first, as what is active changes them."""
+        """The passes of a network, the prefill first, as changed by the active controls."""
         made, source = [passes[0]], passes[0].end > 0
         for step in passes[1:]:
             for control in self.active:
@@ -164,22 +163,22 @@ class EditBatch:
         return made
 
     def each_source(self, x_P: Tensor) -> Tensor:
-        """Something with a row a picture, repeated for its regions: [P * R, ...]."""
+        """A tensor of one row a picture, repeated for its regions: [P * R, ...]."""
         return x_P if self.regions == 1 else x_P.repeat_interleave(self.regions, 0)
 
     def each_row(self, x_P: Tensor) -> Tensor:
-        """Something with a row a picture, repeated for its regions and results: [P * R * copies, ...]."""
+        """A tensor of one row a picture, repeated for its regions and results: [P * R * copies, ...]."""
         x = self.each_source(x_P)
         return x if self.copies == 1 else x.repeat_interleave(self.copies, 0)
 
     def each_result(self, x: Tensor) -> Tensor:
-        """Something with a row a result, repeated for the regions: [P * R * copies, ...]."""
+        """A tensor of one row a result, repeated for the regions: [P * R * copies, ...]."""
         if self.regions == 1:
             return x
         return x.unflatten(0, (self.pictures, self.copies)).repeat_interleave(self.regions, 0).flatten(0, 1)
 
     def results(self, x_B: Tensor) -> Tensor:
-        """Of something with a row for every region and result, a row a result: the regions' have become the same."""
+        """One row a result, of a tensor with a row for every region and result: the regions' rows are equal."""
         return x_B if self.regions == 1 else x_B.unflatten(0, (-1, self.regions, self.copies))[:, 0].flatten(0, 1)
 
     def row_seeds(self) -> list[int]:
@@ -188,7 +187,7 @@ class EditBatch:
         return [s for p in range(self.pictures) for s in self.seeds[p * count : (p + 1) * count] * self.regions]
 
     def source(self) -> Source:
-        """What the rows may be held to."""
+        """The sources of all rows, which the edits may be held to."""
         total = None if self.source_total is None else self.each_row(self.source_total)
         return Source(self.each_row(self.features).float(), self.grids, total)
 
@@ -216,7 +215,7 @@ class EditBatch:
         )
 
     def to(self, device) -> EditBatch:
-        """The same with its features, and what is as large, on a device."""
+        """The same with its features and other large tensors on a device."""
         moved = {name: getattr(self, name) for name in ("features", "source_total")}
         moved = {name: None if x is None else x.to(device) for name, x in moved.items()}
         return replace(self, **moved, prefix=[bits.to(device) for bits in self.prefix])

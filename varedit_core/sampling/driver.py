@@ -1,7 +1,7 @@
-"""The driver: runs a batch of edits within the memory there is. Library, command line and nodes run this one.
+"""The driver: runs a batch of edits within the free memory. Library, command line and nodes use this one.
 
-It splits a batch by memory, goes to the next way where memory runs out, picks the best of several beginnings, and puts
-together sums, tokens and confidence. A row's numbers do not depend on how the batch was split.
+It splits a batch by memory, tries the next way where memory runs out, picks the best of several candidates, and joins
+sums, tokens and confidence. A row's numbers do not depend on how the batch was split.
 
 Shape suffixes: N results, P pictures, R regions, C candidates, d bits a latent position, (H, W) latent grid.
 """
@@ -33,7 +33,7 @@ Watch = Callable[[Scale, Sequence[int], Sequence[int]], None]
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What comes of a batch: tokens and sums [N, d, H, W] of its results, those of a picture behind each other.
+    """The results of a batch: tokens and sums [N, d, H, W]; those of one picture follow each other.
 
     scales: sums [K, N, d, H, W] after every scale. before: the sources' sums [N, d, H, W]. confidence: how sure the
     model was, [N, H, W]. None where not asked for.
@@ -69,7 +69,7 @@ def run(
     known: Tokens | None = None,
     wanted: Wanted = Wanted(),  # noqa: B008
 ) -> Result:
-    """Edit a batch. ValueError where it does not belong together, or where no way to run it fits into memory.
+    """Edit a batch. ValueError where its parts do not fit each other, or where no way to run it fits into memory.
 
     watch: see `Watch`; raise in it to cancel. controls: further ones, behind the batch's own. known: the sources'
     tokens, where they are edits themselves.
@@ -91,7 +91,7 @@ def run(
 
 
 def check(batch: EditBatch, drafter: bool) -> None:
-    """Raise ValueError for shortcuts that lack what they need, and for what does not go together."""
+    """Raise ValueError for shortcuts that lack what they need, and for knobs that exclude each other."""
     if batch.shortcuts.drafted and not drafter:
         raise ValueError("drafted scales need a second transformer; name a drafter, or leave drafted at 0")
     registry.check(batch.facts)
@@ -101,7 +101,7 @@ def check(batch: EditBatch, drafter: bool) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """A batch at work in one way to run it."""
+    """A batch at work, in one of the ways to run it."""
 
     batch: EditBatch
     watch: Watch | None
@@ -149,7 +149,7 @@ class _Task:
     def _part(
         self, engine: Engine, part: EditBatch, roomy: bool, results: list[int], pictures: Sequence[int]
     ) -> Result:
-        """What runs together. roomy: whether there is room for as many rows as there were candidates."""
+        """Run rows together. roomy: whether there is room for as many rows as there were candidates."""
         of_results = [picture for picture in pictures for _ in range(part.copies)]
         confidence = Confidence() if self.wanted.confidence else None
         part = replace(part, room=part.controls.best_of) if roomy and part.copies == 1 else part

@@ -1,7 +1,7 @@
 """The loop: next-scale prediction of an edit (VAREdit, arXiv 2508.15772, section 3; Infinity, algorithm 1).
 
-Knows scales and draws. The network is behind an `Engine`; whoever wants to look, force, mask or stop does so on the
-`Scale` that the loop yields.
+Knows scales and draws. The network is behind an `Engine`. Previews, masks and stops act on the `Scale` that the loop
+yields.
 
 Shape suffixes: B rows, d bits a latent position, (H, W) latent grid of the last scale, (h, w) of one scale, n tokens of
 a scale, D token bits.
@@ -24,9 +24,8 @@ from .scale import Scale
 def sample(engine: Engine, batch: EditBatch, controls: Sequence[Callable[[Scale], None]] = ()) -> Iterator[Scale]:
     """Edit a batch; yields every `Scale` before its bits are drawn. The last `running_sum` is the result.
 
-    controls: called with every scale, behind the batch's own. Raises ValueError, at the first step, where the batch and
-    the network do not belong together. Whether logits are numbers is asked by `Scale.check`, as that waits for the
-    device.
+    controls: called with every scale, after the batch's own. Raises ValueError, at the first step, where the batch does
+    not fit the network. `Scale.check` says whether logits are numbers, as that waits for the device.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in batch.row_seeds()]
     engine.prefill(batch)

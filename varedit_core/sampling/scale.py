@@ -1,4 +1,4 @@
-"""A scale of an edit, where whoever wants to look, force, mask or count does so.
+"""One scale of an edit: what controls, previews and callers read and change.
 
 Shape suffixes: B rows, d bits a latent position, (H, W) latent grid of the last scale, (h, w) of one scale.
 """
@@ -24,8 +24,8 @@ class Scale:
     before temperature and guidance; the unconditional rows follow the conditional ones where guidance is on. log_odds:
     fp32 [B, d, h, w] of each bit being 1, after both; change it before reading `bits` to steer the draw. `bits` are
     drawn when first read; assign to force them, `lock` to hold some to the source's. total: the running sum before this
-    scale. source: what the edit may be held to. finite: whether the logits of all scales so far are numbers, one
-    boolean on the device. Stop asking for scales to cancel.
+    scale. source: the source, to which the edit may be held. finite: whether the logits of all scales so far are
+    numbers, one boolean on the device. To cancel an edit, stop iterating over its scales.
     """
 
     def __init__(

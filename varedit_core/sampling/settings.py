@@ -66,14 +66,14 @@ class SamplingSettings:
         return list(zip(*(self._expand(name, count) for name in ("guidance", "temperature", "top_p"))))
 
     def preset(self, name: str) -> SamplingSettings:
-        """These with the curves of PRESETS over them. ValueError for an unknown name, and as `bent`."""
+        """These settings with a curve of PRESETS over the scales. ValueError for an unknown name, and as `bent`."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         return self.bent(*PRESETS[name])
 
     def bent(self, guided: Curve, warmth: Curve) -> SamplingSettings:
-        """These with factors over the scales: on what guidance is above 1, and on temperature. ValueError where
-        guidance or temperature are not one number."""
+        """These settings with factors over the scales. guided: on guidance - 1. warmth: on temperature. ValueError
+        where guidance or temperature is not one number."""
         if guided == warmth == FLAT:
             return self
         for what, value in (("guidance", self.guidance), ("temperature", self.temperature)):
@@ -117,5 +117,5 @@ PRESET = "balanced"
 
 DEFAULT_SETTINGS = SamplingSettings()
 TEXT_SETTINGS = SamplingSettings(temperature=1.0)
-"""Of pictures made of text alone: those of Infinity's notebooks for 8B; its scripts for 2B take 0.5, with guidance 3 or
-4."""
+"""For pictures made of text alone, from Infinity's notebooks for 8B; its scripts for 2B take a temperature of 0.5 and
+guidance of 3 or 4."""

@@ -138,7 +138,5 @@ class Autoencoder(nn.Module):
 
 def _norm(width: int, ops, **kw) -> nn.Module:
     if width % 32 and width % 24:
-        raise ValueError(
-            f"the VAE has a level of {width} channels; group normalisation needs a multiple of 32 or 24"
-        )
+        raise ValueError(f"the VAE has a level of {width} channels; group normalisation needs a multiple of 32 or 24")
     return ops.GroupNorm(32 if width % 32 == 0 else 24, width, eps=1e-6, **kw)

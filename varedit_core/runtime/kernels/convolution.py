@@ -134,9 +134,7 @@ def group_norm_silu(
     given = dict(OFFSET=offset is not None, TILE_P=tile_p, TILE_C=tile_c)
     offset = bias if offset is None else offset
     with torch.cuda.device_of(x_BCHW):
-        _moments[(chunks, columns, images)](
-            x_BCHW, offset, moments[0], moments[1], positions, channels, tiles, **given
-        )
+        _moments[(chunks, columns, images)](x_BCHW, offset, moments[0], moments[1], positions, channels, tiles, **given)
         _groups[(groups, images)](
             moments[0], moments[1], group, positions, channels, width, chunks, tiles * tile_p, eps,
             TILE_N=max(1, _TILE // 2 // tile_w), TILE_W=tile_w,

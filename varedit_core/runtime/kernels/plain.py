@@ -28,9 +28,7 @@ class Rounded:
     dtype: torch.dtype
 
 
-def text_weights(
-    scores_RnS: Tensor, bias_RS: Tensor, counts: Tensor, heads: int, dtype: torch.dtype
-) -> Tensor:
+def text_weights(scores_RnS: Tensor, bias_RS: Tensor, counts: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     scores = (scores_RnS + bias_RS[:, None]).unflatten(-1, (heads, -1))
     real = torch.arange(scores.shape[-1], device=scores.device) < counts[:, None]
     return scores.masked_fill(~real[:, None, None], float("-inf")).softmax(-1).flatten(2).to(dtype)
