@@ -9,10 +9,13 @@ from __future__ import annotations
 import functools
 import json
 import re
+import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
-ROOT = FOLDER.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import FOLDER, ROOT, finish, parsed, parser
+
 SPEED = FOLDER / "h100.json"
 MARKER = re.compile(r"<!-- ([\w ]+) -->\n(.*?)<!-- /\1 -->", re.DOTALL)
 PAGES = [
@@ -366,6 +369,15 @@ def _filled(name: str) -> str:
     return options(name.removeprefix("options ")) if name.startswith("options ") else TABLES[name]()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    known = parser(__doc__)
+    known.add_argument("--folder", type=Path, help="write the pages there, and not in place")
+    options = parsed(known)
     for page in PAGES:
-        page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")
+        target = options.folder / page.name if options.folder else page
+        target.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")
+    finish({"pages": [page.name for page in PAGES]}, options.save)
+
+
+if __name__ == "__main__":
+    main()
