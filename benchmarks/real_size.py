@@ -10,7 +10,6 @@ runs on anything.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -25,7 +24,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-GB = 1e9
+from benchmarks.common import GB, ROOT, device_name, finish, parsed, parser
+
 CHUNKS = 8
 
 
@@ -166,21 +166,21 @@ def agreement(path: Path, area: str, device: str, text_width: int) -> dict:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     options.add_argument("--folder", type=Path, required=True)
-    options.add_argument("--output", type=Path)
     options.add_argument("--depth", type=int, default=40)
     options.add_argument("--width", type=int, default=3584)
     options.add_argument("--text", type=int, default=2048)
     options.add_argument("--areas", nargs="*", default=["0.25M", "1M"])
     options.add_argument("--lean", action="store_true", help="delete every file as soon as it is not needed")
-    args = options.parse_args()
+    options.add_argument("--precisions", nargs="*", default=["bf16", "fp8"])
+    args = parsed(options, depth=2, width=256, text=256, areas=["0.06M"], precisions=["fp8"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    os.environ["PYTHONPATH"] = str(ROOT)
     args.folder.mkdir(parents=True, exist_ok=True)
     original = args.folder / "8B-random.pth"
     results: dict = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": device_name(),
         "torch": torch.__version__,
         "depth": args.depth,
         "width": args.width,
@@ -190,7 +190,7 @@ def main() -> None:
     write(original, published_shapes(args.depth, args.width, args.width // 128, 56, args.text), device)
     results["write"] = {"seconds": round(time.perf_counter() - begin, 1), "gb": round(original.stat().st_size / GB, 2)}
     print("write", results["write"], flush=True)
-    for precision in ("bf16", "fp8"):
+    for precision in args.precisions:
         target = args.folder / f"{precision}.safetensors"
         results[f"convert_{precision}"] = measured(
             [sys.executable, "-m", "varedit_core", "convert", str(original), str(target), "--precision", precision]
@@ -208,9 +208,7 @@ def main() -> None:
         print(area, json.dumps(results[f"agreement_{area}"]), flush=True)
     original.unlink()
     results["writer_peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB, 2)
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results))
+    finish(results, args.save)
 
 
 if __name__ == "__main__":
