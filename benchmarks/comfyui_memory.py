@@ -1,11 +1,11 @@
 """Edits of the 8B size inside ComfyUI when little device memory is free: seconds, peak memory, and whether bits change.
 
-    python benchmarks/comfyui_memory.py --comfyui ~/comfy/ComfyUI --folder /scratch --output benchmarks/comfyui_memory_<gpu>.json
+    python benchmarks/comfyui_memory.py --folder /scratch --save benchmarks/comfyui_memory_<gpu>.json
 
-Run it with the Python that runs ComfyUI. Writes a transformer, a tokenizer and a T5 encoder of the published sizes and
+Run it with the Python that runs ComfyUI. Writes a transformer, a VAE and a T5 encoder of the published sizes and
 random weights, then edits the same pictures through the pack's nodes in a fresh process a case: with all of the device,
-and with all but a limit of it taken by another tensor; with ComfyUI's two kinds of memory management. Prints a table and
-one JSON line last. `--tiny` runs on anything, ComfyUI's CPU mode included. PYTORCH_CUDA_ALLOC_CONF says
+and with all but a limit of it taken by another tensor; with ComfyUI's two kinds of memory management. Prints a table
+and one JSON line last. `--tiny` runs on anything, ComfyUI's CPU mode included. PYTORCH_CUDA_ALLOC_CONF says
 which of torch's allocators is used, `backend:native` or `backend:cudaMallocAsync`; ComfyUI's choice without it.
 """
 
@@ -40,8 +40,8 @@ deterministic is static with convolutions that cannot choose their algorithm by 
 
 
 def write(folder: Path, depth: int, width: int, text: int, vae: str) -> None:
-    """Random weights in bf16 (the VAE in fp32), under the published keys. vae: of which model of `bench.models` its sizes
-    are."""
+    """Random weights in bf16 (the VAE in fp32), under the published keys. vae: the model of `bench.models` of whose
+    sizes the VAE is."""
     import torch
     from safetensors.torch import save_file
 

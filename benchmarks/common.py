@@ -21,7 +21,9 @@ def parser(about: str, save: Path | None = None) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--tiny", action="store_true", help="as little as shows that the script runs, on any machine")
     own = {"nargs": "?", "const": save} if save else {}
-    made.add_argument("--save", "--output", "--json", type=Path, metavar="FILE", help="write the result here, too", **own)
+    made.add_argument(
+        "--save", "--output", "--json", type=Path, metavar="FILE", help="write the result here, too", **own
+    )
     return made
 
 

@@ -1,6 +1,6 @@
 """Pictures of what every control does, by the demo model: docs/images/control_*.jpg.
 
-    python benchmarks/control_pictures.py
+python benchmarks/control_pictures.py
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Pictures:
         free, held, faded = (
             self.run(self.cat, SEPIA, **more).pictures[0] for more in ({}, {"mask": mask}, {"mask": mask, "seam": 24})
         )
-        self.sheet("mask", ["source", "mask", "no mask", "mask", "mask, seam 24"], (SEPIA, [self.cat, mask, free, held, faded]))
+        self.sheet(
+            "mask", ["source", "mask", "no mask", "mask", "mask, seam 24"], (SEPIA, [self.cat, mask, free, held, faded])
+        )
 
     def dials(self) -> None:
         for name, values in (
@@ -100,12 +102,16 @@ class Pictures:
         upper, lower = box(self.scene, (0.5, 0, 1, 0.4)), box(self.scene, (0, 0.6, 1, 1))
         regions = [Region(STAR, upper), Region(SQUARE, lower)]
         both = self.run(self.scene, regions=regions).pictures[0]
-        self.sheet("regions", ["source", "first", "second", "one run"], (f"{STAR}; {SQUARE}", [self.scene, upper, lower, both]))
+        self.sheet(
+            "regions", ["source", "first", "second", "one run"], (f"{STAR}; {SQUARE}", [self.scene, upper, lower, both])
+        )
 
     def presets(self) -> None:
         rows = []
         for name in few(PRESETS, self.options, 1):
-            shown = self.run(self.scene, SQUARE, SamplingSettings(guidance=GUIDANCE).preset(name), variations=4).pictures
+            shown = self.run(
+                self.scene, SQUARE, SamplingSettings(guidance=GUIDANCE).preset(name), variations=4
+            ).pictures
             rows.append((name, [self.scene, *shown]))
         self.sheet("presets", ["source", "seed 0", "1", "2", "3"], *rows)
 
@@ -113,8 +119,16 @@ class Pictures:
         hot, rows = SamplingSettings(guidance=GUIDANCE, temperature=3.0), []
         for name in few(("none", "likelihood", "near", "far"), self.options):
             controls = Controls() if name == "none" else Controls(best_of=8, best_at=4, score=name)
-            seeds = [SamplingSettings(hot.guidance, hot.temperature, hot.top_p, seed) for seed in few((0, 100, 200), self.options, 1)]
-            rows.append((f"best of 8 by {name}", [self.run(self.scene, SQUARE, s, controls=controls).pictures[0] for s in seeds]))
+            seeds = [
+                SamplingSettings(hot.guidance, hot.temperature, hot.top_p, seed)
+                for seed in few((0, 100, 200), self.options, 1)
+            ]
+            rows.append(
+                (
+                    f"best of 8 by {name}",
+                    [self.run(self.scene, SQUARE, s, controls=controls).pictures[0] for s in seeds],
+                )
+            )
         self.sheet("best_of", few(("seed 0", "100", "200"), self.options, 1), *rows)
 
     def canvas(self) -> None:

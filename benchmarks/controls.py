@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -50,9 +51,10 @@ SETTINGS = SamplingSettings(guidance=GUIDANCE)
 SCHEDULE = schedule_for(SIZE)
 GRIDS = latent_grids(SCHEDULE, 2)
 CHAINS = (
-    "tokens", "tokens, auto mask", "tokens, auto mask, composited", "tokens, true masks", "tokens, true masks, composited",
-    "tokens, painted masks", "tokens, painted masks, composited", "encoded again", "encoded again, auto mask, composited",
-    "encoded again, true masks", "encoded again, painted masks",
+    "tokens", "tokens, auto mask", "tokens, auto mask, composited", "tokens, true masks",
+    "tokens, true masks, composited", "tokens, painted masks", "tokens, painted masks, composited",
+    "encoded again", "encoded again, auto mask, composited", "encoded again, true masks",
+    "encoded again, painted masks",
 )  # fmt: skip
 CHAIN = ("recolour", "add", "texture", "remove", "resize", "replace", "recolour", "add")
 
@@ -71,14 +73,19 @@ class Tasks:
         self.plain = rows(editor.decode_pixels, self.base).clamp(-1, 1)
         self.others = [render(list(s.distractors), device) if s.distractors else self.source[:0] for s in samples]
 
-    def edit(self, batch: int, settings: SamplingSettings = SETTINGS, mask: Tensor | None = None, **more) -> tuple[Tensor, list]:
+    def edit(
+        self, batch: int, settings: SamplingSettings = SETTINGS, mask: Tensor | None = None, **more
+    ) -> tuple[Tensor, list]:
         """Sums [N, d, H, W] of all samples, and of each batch its last scale."""
         sums, ends = [], []
         for begin in range(0, len(self.samples), batch):
             part = slice(begin, begin + batch)
             own = replace(settings, seed=settings.seed + begin)
             kept = mask if mask is None else mask[part]
-            result = run(EditBatch.of(self.features[part], self.texts[part], SCHEDULE, own, mask=kept, **more), self.editor.memory)
+            result = run(
+                EditBatch.of(self.features[part], self.texts[part], SCHEDULE, own, mask=kept, **more),
+                self.editor.memory,
+            )
             result.check()
             sums.append(result.total)
             ends += result.last
@@ -94,7 +101,12 @@ class Tasks:
         names = [s.family for s in self.samples]
         families = {n: done[[i for i, m in enumerate(names) if m == n]].mean().item() for n in dict.fromkeys(names)}
         closer = (1 - after / before.clamp_min(1e-9)).clamp(0, 1)[some]
-        return {"success": done.mean().item(), "s": closer.mean().item(), "psnr": quiet.mean().item(), "families": families}
+        return {
+            "success": done.mean().item(),
+            "s": closer.mean().item(),
+            "psnr": quiet.mean().item(),
+            "families": families,
+        }
 
     def success(self, pictures: Tensor) -> Tensor:
         return succeeds(pictures, self.source, self.target, self.region, self.others, self.plain)
@@ -130,10 +142,13 @@ def numbers(row: dict) -> dict:
 
 
 def masks(editor: Editor, options) -> dict:
-    """Unlocked, locked and composited edits of local families with their true regions; colour inside, seams at edges."""
+    """Unlocked, locked and composited edits of local families with their true regions: colour inside, edges."""
     tasks = Tasks(editor, draw(options.seed, options.count, LOCAL))
     where, found = tasks.region.float(), {}
-    runs = {"unlocked": {}, **{f"locked, feather {n}": {"mask": where, "controls": Controls(feather=n)} for n in (0, 1, 2)}}
+    runs = {
+        "unlocked": {},
+        **{f"locked, feather {n}": {"mask": where, "controls": Controls(feather=n)} for n in (0, 1, 2)},
+    }
     wanted = seam(tasks.target, tasks.region)
     for name, more in few(runs.items(), options):
         pictures = rows(editor.decode_pixels, tasks.edit(options.batch, **more)[0]).clamp(-1, 1)
@@ -171,7 +186,14 @@ def random_masks(editor: Editor, options) -> dict:
             checked += int(kept.sum())
         black = np.asarray(mask.resize((256, 256), Image.Resampling.BILINEAR)) == 0
         pixels += int((np.asarray(result.pictures[0]) != np.asarray(source.rgb))[black].sum())
-    return {"all": {"masks": options.masks, "latents_outside": checked, "latents_changed": latents, "pixels_changed": pixels}}
+    return {
+        "all": {
+            "masks": options.masks,
+            "latents_outside": checked,
+            "latents_changed": latents,
+            "pixels_changed": pixels,
+        }
+    }
 
 
 def dial(name: str, values: Sequence[float]) -> Callable:
@@ -207,7 +229,8 @@ def auto(editor: Editor, options) -> dict:
         judged = tasks.judged(composite(pictures, tasks.source, mask))
         iou = [overlap(*pair) for pair in zip(mask, tasks.region)]
         families = {
-            name: round(sum(x for x, s in zip(iou, tasks.samples) if s.family == name) * len(LOCAL) / len(iou), 3) for name in LOCAL
+            name: round(sum(x for x, s in zip(iou, tasks.samples) if s.family == name) * len(LOCAL) / len(iou), 3)
+            for name in LOCAL
         }
         found[str(amount)] = numbers(judged) | {
             "latents_only_psnr": numbers(tasks.judged(pictures))["psnr"],
@@ -224,12 +247,13 @@ def overlap(a: Tensor, b: Tensor) -> float:
 
 
 def chains(editor: Editor, options) -> dict:
-    """Eight edits (`options.steps`) one after the other, each of what the last one left: PSNR against the first picture in all pixels that no
-    edit's region has touched yet (regions grown by 16 pixels for painted masks), and how many edits were done.
+    """Eight edits (`options.steps`), one after the other, of what the last one left: PSNR against the first picture in
+    all pixels that no edit's region has touched yet (regions grown by 16 pixels for painted masks), and how many edits
+    were done.
 
-    plain: what the tokenizer alone gives of the same pixels. true, painted masks: every edit has its region, or that with
-    16 pixels around it, as its mask. composited: pixels outside the mask (which an auto mask finds itself) are those of the
-    picture before. Pictures that are encoded again are of 8 bits.
+    plain: what the VAE alone gives of the same pixels. true, painted masks: every edit has its region, or that with 16
+    pixels around it, as its mask. composited: pixels outside the mask (which an auto mask finds itself) are those of
+    the picture before. Pictures that are encoded again are of 8 bits.
     """
     begun = [draw_chain(Random(f"{options.seed}/{number}"))[: options.steps + 1] for number in range(options.chains)]
     scenes = [[render([scene], editor.device) for scene, _, _ in chain] for chain in begun]
@@ -238,7 +262,9 @@ def chains(editor: Editor, options) -> dict:
         figures = [_chain(editor, name, number, *pair) for number, pair in enumerate(zip(begun, scenes))]
         psnrs, plains, done = (torch.tensor(rows).mean(0).tolist() for rows in zip(*figures))
         found[name] = {f"after {k}": round(psnrs[k - 1], 2) for k in (1, 2, 4, 8) if k <= last}
-        found[name] |= {f"plain {k}": round(plains[k - 1], 2) for k in (1, last)} | {"done": round(sum(done) / len(done), 3)}
+        found[name] |= {f"plain {k}": round(plains[k - 1], 2) for k in (1, last)} | {
+            "done": round(sum(done) / len(done), 3)
+        }
     return found
 
 
@@ -349,7 +375,9 @@ def draw_pair(rng: Random) -> tuple[Sample, Sample]:
                 others = _distractors(rng, scene, target, family)
                 found.append(Sample(family, _instruction(family, wording, edits[0]), scene, target, others))
         if len(found) == 2:
-            a, b = regions(render([scene]).expand(2, -1, -1, -1), render([s.target for s in found]), [s.family for s in found])
+            a, b = regions(
+                render([scene]).expand(2, -1, -1, -1), render([s.target for s in found]), [s.family for s in found]
+            )
             if a.any() and b.any() and not (dilated(a[None]) & dilated(b[None])).any():
                 return tuple(found)
 
@@ -404,8 +432,8 @@ def branches(editor: Editor, options) -> dict:
     bits, tokens = loop(), whole().tokens
     one, edit = timed(loop), timed(whole)
     for kept in few((3, 4, 5), options, 1):
-        four = timed(lambda: loop(variations=4, prefix=bits[:kept]))
-        all4 = timed(lambda: whole(variations=4, given=tokens.first(kept)))
+        four = timed(partial(loop, variations=4, prefix=bits[:kept]))
+        all4 = timed(partial(whole, variations=4, given=tokens.first(kept)))
         found[f"from scale {kept + 1}"] = {
             "loop": round(one, 4), "four": round(four, 4), "of_four_loops": round(four / 4 / one, 3),
             "edit": round(edit, 4), "of_four_edits": round(all4 / 4 / edit, 3),
@@ -418,7 +446,8 @@ SECTIONS = {
     "strength": dial("strength", (0.0, 0.25, 0.5, 0.75, 1.0)),
     "preserve": dial("preserve", (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)),
     "source_attention": dial("source_attention", (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)),
-    "auto": auto, "sources": sources, "chains": chains, "two": two, "presets": presets, "best": best, "branches": branches,
+    "auto": auto, "sources": sources, "chains": chains, "two": two, "presets": presets, "best": best,
+    "branches": branches,
 }  # fmt: skip
 
 
@@ -443,7 +472,13 @@ def main() -> None:
         print(f"\n{name} ({time.perf_counter() - begin:.0f} s)", flush=True)
         for row, figures in sections[name].items():
             print(f"  {row:34s}", *(f"{column} {value}" for column, value in figures.items()), flush=True)
-    facts = {"benchmark": "controls", "count": options.count, "seed": options.seed, "chains": options.chains, **hardware(editor)}
+    facts = {
+        "benchmark": "controls",
+        "count": options.count,
+        "seed": options.seed,
+        "chains": options.chains,
+        **hardware(editor),
+    }
     before = json.loads(options.save.read_text())["sections"] if options.save and options.save.exists() else {}
     finish({**facts, "sections": before | sections}, options.save)
 

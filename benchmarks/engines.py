@@ -100,8 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append(compare(record, path.stem, kind, batch, given.repeats))
             row = rows[-1]
             print(
-                f"{row.record:28} {row.batch:28} {row.bits:8} bits, {row.different} differ, {row.beyond} beyond the margin; "
-                f"logits {row.logits:.1e}",
+                f"{row.record:28} {row.batch:28} {row.bits:8} bits, {row.different} differ, {row.beyond} beyond the "
+                f"margin; logits {row.logits:.1e}",
                 flush=True,
             )
     finish({"device": given.device, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}, given.save)

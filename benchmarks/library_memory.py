@@ -1,4 +1,4 @@
-"""Whole edits through `Editor.edit` when a GPU has little memory: the way the plan chooses, seconds, traffic, the result.
+"""Whole edits through `Editor.edit` when a GPU has little memory: the way that is planned, seconds, traffic, result.
 
     python benchmarks/library_memory.py --limits 0 32 24 --save benchmarks/library_memory_<gpu>.json
 
@@ -33,7 +33,7 @@ class Said(logging.Handler):
 
 
 def one_case(limit: float, linears: str, options: argparse.Namespace) -> dict:
-    """Edit a picture a few times within a limit. Leaves the result in `options.pictures` for others to be compared with."""
+    """Edit a picture a few times within a limit. Leaves the result in `options.pictures`, to compare others with."""
     import numpy as np
     import torch
     from PIL import Image

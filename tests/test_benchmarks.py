@@ -14,8 +14,8 @@ SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "comm
 IN_COMFYUI = ("comfyui_memory",)
 """Scripts that ComfyUI's Python runs."""
 FOLDERS = {
-    "comfyui_memory": "--folder", "control_pictures": "--folder", "library_memory": "--pictures", "real_size": "--folder",
-    "render": "--folder",
+    "comfyui_memory": "--folder", "control_pictures": "--folder", "library_memory": "--pictures",
+    "real_size": "--folder", "render": "--folder",
 }  # fmt: skip
 """Where scripts take a folder for what they write beside their result."""
 RECORDS = {
@@ -38,7 +38,7 @@ def digests() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def ran(request, tmp_path_factory):
-    """Runs a script once and gives its result; a test of one that ComfyUI's Python runs is skipped where that is not."""
+    """Runs a script once and gives its result. Without ComfyUI, a test of a script that needs it is skipped."""
     results = {}
 
     def run(name: str) -> dict:
