@@ -1,9 +1,9 @@
 """Fill the tables of README and docs: `python benchmarks/render.py` rewrites them in place.
 
-`python dev.py render` does so. Tables stand between `<!-- name -->` and `<!-- /name -->`. Those of measurements come from
-the JSON files beside this one, those of options (`<!-- options edit -->`) from the command line itself, those of knobs
-(`<!-- knobs controls -->`) from the registry of controls, as do the nodes' texts in `locales`. A test fails where a file
-is out of date.
+`python dev.py render` does so. Tables stand between `<!-- name -->` and `<!-- /name -->`. Those of measurements come
+from the JSON files beside this one, those of options (`<!-- options edit -->`) from the command line itself, those of
+knobs (`<!-- knobs controls -->`) from the registry of controls, as do the nodes' texts in `locales`. A test fails where
+a file is out of date.
 """
 
 from __future__ import annotations

@@ -144,22 +144,15 @@ def test_the_networks_are_short():
     assert sum(code_lines(path) for path in files if path.name not in beside) <= 620
 
 
-@pytest.mark.xfail(strict=True, reason="1,187 lines today")
 def test_the_algorithm_is_short():
-    """All that has to be read to understand it: the networks, and the loop with what it is given."""
+    """All that has to be read to understand it: the networks, and the loop with what it is given. 900 lines are wanted;
+    docs/LOG.md says where the rest lies. The bound only goes down."""
     loop = [CORE / "sampling" / f"{name}.py" for name in ("loop", "scale", "settings", "batch")]
     files = [path for folder in sorted(NETWORKS) for path in (CORE / folder).glob("*.py")]
-    assert sum(map(code_lines, [*files, *loop])) <= 900
+    assert sum(map(code_lines, [*files, *loop])) <= 1160
 
 
-LONG_LINES = {
-    "benchmarks/render.py",
-    "tests/test_bench.py",
-    "tests/test_editing.py",
-    "tests/test_engines.py",
-    "tests/test_lora.py",
-    "tests/test_shapeedit.py",
-}
+LONG_LINES = set()
 """Files with lines of more than 120 characters that are still to be broken."""
 
 
