@@ -27,7 +27,10 @@ HELP = sorted((ROOT / "web" / "docs").rglob("*.md"))
 HISTORY = {"LOG.md", "CHANGELOG.md"}
 """Pages whose entries keep the names of their day."""
 COMFYUI_OPTIONS = {"--disable-cuda-malloc", "--disable-dynamic-vram", "--fp32-vae", "--lowvram", "--novram"}
-TEXT_TOKENIZER = re.compile(r"\btext\b|\bT5\b|flan-t5|spiece|sentencepiece|tokenizer\.json", re.IGNORECASE)
+TEXT_TOKENIZER = re.compile(
+    r"\btext\b|\bT5\b|flan-t5|spiece|sentencepiece|tokenizer\.json|\btokenizers \d", re.IGNORECASE
+)
+"""What tells that a sentence is of the text's: its words, models, files and the package of that name."""
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -60,7 +63,8 @@ def test_every_table_stands_on_one_page():
     marks = [name for text in texts.values() for name in re.findall(r"^<!-- (\w[\w ]*) -->", text, re.MULTILINE)]
     filled = [found[1] for page in render.PAGES for found in render.MARKER.finditer(texts[page])]
     assert sorted(marks) == sorted(filled), "a mark without its end, or on a page that is not rendered"
-    assert sorted(filled) == sorted([*render.TABLES, *(f"options {name}" for name in render.command_names())])
+    options = [f"options {name}" for name in render.command_names()]
+    assert sorted(filled) == sorted([*render.TABLES, *options, "knobs controls"])
 
 
 def sentences(text: str) -> list[str]:
