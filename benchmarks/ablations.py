@@ -9,10 +9,12 @@ line; --save also writes it.
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import finish, parsed, parser
 from varedit_core import Editor, SamplingSettings
 from varedit_core.cli.common import hardware
 from varedit_core.demo import demo_files
@@ -56,14 +58,16 @@ RUNS = {
 }
 
 
+TINY = ("guidance 3, off at the last scale", "no scale-aligned reference", "no source prefix")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=77)
-    parser.add_argument("--only", nargs="*", default=list(RUNS), help="names of runs")
-    parser.add_argument("--batch", type=int, default=10)
-    parser.add_argument("--save", type=Path)
-    options = parser.parse_args()
+    known = parser(__doc__)
+    known.add_argument("--count", type=int, default=200)
+    known.add_argument("--seed", type=int, default=77)
+    known.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS), metavar="RUN", help="names of runs")
+    known.add_argument("--batch", type=int, default=10)
+    options = parsed(known, count=1, only=TINY)
     editor, samples, rows = Editor.load(*demo_files()), draw(options.seed, options.count), {}
     for name in options.only:
         store, settings = RUNS[name]
@@ -72,10 +76,7 @@ def main() -> None:
         rows[name] = {column: round(whole[column], 3) for column in COLUMNS}
         print(f"{name:34s}", *(f"{column} {value:7.3f}" for column, value in rows[name].items()), flush=True)
     facts = {"count": options.count, "seed": options.seed, **hardware(editor)}
-    result = {"benchmark": "ShapeEdit ablations", **facts, "runs": rows}
-    if options.save:
-        options.save.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    finish({"benchmark": "ShapeEdit ablations", **facts, "runs": rows}, options.save)
 
 
 if __name__ == "__main__":

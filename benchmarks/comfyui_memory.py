@@ -1,11 +1,11 @@
 """Edits of the 8B size inside ComfyUI when little device memory is free: seconds, peak memory, and whether bits change.
 
-    python benchmarks/comfyui_memory.py --comfyui ~/comfy/ComfyUI --folder /scratch --output benchmarks/comfyui_memory_<gpu>.json
+    python benchmarks/comfyui_memory.py --folder /scratch --save benchmarks/comfyui_memory_<gpu>.json
 
-Run it with the Python that runs ComfyUI. Writes a transformer, a tokenizer and a T5 encoder of the published sizes and
+Run it with the Python that runs ComfyUI. Writes a transformer, a VAE and a T5 encoder of the published sizes and
 random weights, then edits the same pictures through the pack's nodes in a fresh process a case: with all of the device,
-and with all but a limit of it taken by another tensor; with ComfyUI's two kinds of memory management. Prints a table and
-one JSON line last. `--depth 2 --width 256 --text 256` and `--limits 0` run on anything. PYTORCH_CUDA_ALLOC_CONF says
+and with all but a limit of it taken by another tensor; with ComfyUI's two kinds of memory management. Prints a table
+and one JSON line last. `--tiny` runs on anything, ComfyUI's CPU mode included. PYTORCH_CUDA_ALLOC_CONF says
 which of torch's allocators is used, `backend:native` or `backend:cudaMallocAsync`; ComfyUI's choice without it.
 """
 
@@ -17,14 +17,15 @@ import gc
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-GB = 1e9
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import GB, ROOT, device_name, finish, fresh, parsed, parser
+
 FILES = {
     "diffusion_models": "8B-random.safetensors",
     "vae": "vae-random.safetensors",
@@ -38,15 +39,15 @@ KINDS = ("static", "dynamic", "lowvram", "novram", "deterministic")
 deterministic is static with convolutions that cannot choose their algorithm by free memory."""
 
 
-def write(folder: Path, depth: int, width: int, text: int) -> None:
-    """Random weights in bf16 (the tokenizer in fp32), under the published keys."""
+def write(folder: Path, depth: int, width: int, text: int, vae: str) -> None:
+    """Random weights in bf16 (the VAE in fp32), under the published keys. vae: the model of `bench.models` of whose
+    sizes the VAE is."""
     import torch
     from safetensors.torch import save_file
 
-    sys.path.insert(0, str(ROOT))
     from benchmarks.real_size import published_shapes, random_tensor
+    from varedit_core.bench.models import MODELS
     from varedit_core.files.checkpoints import Unfilled
-    from varedit_core.model.config import AUTOENCODERS
     from varedit_core.text.t5 import T5Config, T5Encoder
     from varedit_core.tokenizer.vae import Autoencoder
 
@@ -59,7 +60,7 @@ def write(folder: Path, depth: int, width: int, text: int) -> None:
     save_file(state, folder / "diffusion_models" / FILES["diffusion_models"])
     del state
     torch.manual_seed(1)
-    save_file(Autoencoder(AUTOENCODERS["8B"]).state_dict(), folder / "vae" / FILES["vae"])
+    save_file(Autoencoder(MODELS[vae].autoencoder).state_dict(), folder / "vae" / FILES["vae"])
     sizes = dict(
         head_size=64, hidden=text * 5 // 2, layers=24 if depth > 8 else 2, heads=max(1, text // 64), gated=True
     )
@@ -155,12 +156,13 @@ def compared(folder: Path, size: str, **tensors) -> dict:
     return {f"equal_{name}": round((x.cpu() == expected[name]).float().mean().item(), 5) for name, x in tensors.items()}
 
 
-def one_case(folder: Path, comfyui: Path, limit: float, kind: str, file: str, size: str, runs: int) -> dict:
-    """Edit `runs` pictures; the times of each, and what the last took. Then the last one with another seed.
+def one_case(options: argparse.Namespace, limit: float, kind: str) -> dict:
+    """Edit `options.runs` pictures; the times of each, and what the last took. Then the last one with another seed.
 
-    Only two, and no other seed, where nothing stays between edits: more would be as the second. file: of the
-    transformer; two with a + between them are both loaded and edit in turns.
+    Only two, and no other seed, where nothing stays between edits: more would be as the second. Where `options.file`
+    names two transformers, with a + between them, both are loaded and edit in turns.
     """
+    folder, comfyui, file, size, runs = (getattr(options, n) for n in ("folder", "comfyui", "file", "size", "runs"))
     nodes = start_comfyui(folder, comfyui, kind)
     import comfy.model_management as mm
     import torch
@@ -211,7 +213,7 @@ def one_case(folder: Path, comfyui: Path, limit: float, kind: str, file: str, si
             (source,) = timed("source", nodes["VAREditSourceEncode"].execute, vae, image, size, "square")
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            latent, _ = timed("sampler", nodes["VAREditSampler"].execute, model, source, text, 0, 3.0, 0.1)
+            latent, *_ = timed("sampler", nodes["VAREditSampler"].execute, model, source, text, 0, 3.0, 0.1)
             if cuda:
                 facts["sampler_allocated_gb"] = round(torch.cuda.max_memory_allocated() / GB, 2)
             timed("decode", nodes["VAREditDecode"].execute, vae, latent)
@@ -239,10 +241,9 @@ def one_case(folder: Path, comfyui: Path, limit: float, kind: str, file: str, si
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     options.add_argument("--comfyui", type=Path, default=Path.home() / "comfy" / "ComfyUI")
     options.add_argument("--folder", type=Path, required=True)
-    options.add_argument("--output", type=Path)
     options.add_argument("--limits", type=float, nargs="*", default=[0, 24, 16, 12], help="GB; 0: all of the device")
     options.add_argument("--kinds", nargs="*", default=["static", "dynamic"], choices=KINDS)
     options.add_argument(
@@ -254,46 +255,32 @@ def main() -> None:
     options.add_argument("--depth", type=int, default=40)
     options.add_argument("--width", type=int, default=3584)
     options.add_argument("--text", type=int, default=2048)
+    options.add_argument("--vae", default="8B", help="the model whose VAE's sizes are taken")
     options.add_argument("--case", help=argparse.SUPPRESS)
-    args = options.parse_args()
+    tiny = dict(depth=2, width=256, text=256, vae="tiny", limits=[0], kinds=KINDS[:1], size="256", runs=2)
+    args = parsed(options, **tiny)
     if args.case:
         limit, kind = args.case.split(",")
-        facts = one_case(args.folder, args.comfyui, float(limit), kind, args.file, args.size, args.runs)
-        print(json.dumps(facts))
+        print(json.dumps(one_case(args, float(limit), kind)))
         return
     if not (args.folder / "text_encoders" / FILES["text_encoders"]).exists():
-        write(args.folder, args.depth, args.width, args.text)
+        write(args.folder, args.depth, args.width, args.text, args.vae)
     cases = []
     for kind in args.kinds:
         for limit in args.limits:
-            command = [sys.executable, __file__, *sys.argv[1:], "--case", f"{limit},{kind}"]
-            try:
-                done = subprocess.run(
-                    command,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    timeout=args.seconds,
-                    env={**os.environ, "PYTHONUNBUFFERED": "1"},
-                )
-                cases.append(json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {})
-            except subprocess.TimeoutExpired:
-                cases.append({})
-            if not cases[-1]:
-                cases[-1] = {"limit_gb": limit, "kind": kind, "failed": True}
-                print(kind, limit, "failed", flush=True)
-            facts = cases[-1]
-            if "failed" not in facts:
+            facts = {"limit_gb": limit, "kind": kind, **fresh(f"{limit},{kind}", args.seconds)}
+            cases.append(facts)
+            if "failed" in facts:
+                print(kind, limit, "failed:", facts["failed"], flush=True)
+            else:
                 again = {"first": facts["seconds"][0]["all"], "other seed": facts.get("other_seed")}
                 last = {**facts["seconds"][-1], **again}
                 equal = [facts[f"equal_{name}"] for name in ("text", "source", "edit")]
                 print(kind, limit, facts.get("peak_gb"), last, "equal", *equal, *facts["said"], flush=True)
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    result = {"benchmark": "edits inside ComfyUI", "device": device, "torch": torch.__version__, "cases": cases}
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    result = {"benchmark": "edits inside ComfyUI", "device": device_name(), "torch": torch.__version__, "cases": cases}
+    finish(result, args.save)
 
 
 if __name__ == "__main__":

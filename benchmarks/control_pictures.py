@@ -1,20 +1,24 @@
 """Pictures of what every control does, by the demo model: docs/images/control_*.jpg.
 
-    python benchmarks/control_pictures.py
+python benchmarks/control_pictures.py
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import ROOT, few, finish, parsed, parser
 from varedit_core import Editor, SamplingSettings
 from varedit_core.controls.auto_mask import AUTO_MASK
 from varedit_core.controls.registry import Controls
 from varedit_core.demo import GUIDANCE, SAMPLES, SIZE, demo_files
-from varedit_core.pictures.canvas import crop, extend, crop_around, stitch
+from varedit_core.pictures.canvas import crop, crop_around, extend, stitch
 from varedit_core.pictures.composite import Region
 from varedit_core.pictures.contact_sheet import Row, contact_sheet
 from varedit_core.pictures.images import load_image
@@ -35,8 +39,8 @@ def box(picture: Image.Image, share: tuple[float, float, float, float], ellipse:
 
 
 class Pictures:
-    def __init__(self, folder: Path) -> None:
-        self.editor, self.folder = Editor.load(*demo_files()), folder
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.editor, self.options, self.saved = Editor.load(*demo_files()), options, {}
         self.scene, self.cat = (load_image(file).rgb for file in (SCENE, CAT))
 
     def run(self, picture, words=(), settings=PLAIN, **more):
@@ -44,23 +48,27 @@ class Pictures:
 
     def sheet(self, name: str, columns: list[str], *rows: tuple[str, list[Image.Image]], cell: int = 144) -> None:
         sheet = contact_sheet([Row(*row) for row in rows], columns, cell)
-        sheet.save(self.folder / f"control_{name}.jpg", quality=88)
-        print(self.folder / f"control_{name}.jpg", sheet.size)
+        path = self.options.folder / f"control_{name}.jpg"
+        sheet.save(path, quality=88)
+        print(path, sheet.size, flush=True)
+        self.saved[path.name] = sheet.size
 
     def mask(self) -> None:
         mask = box(self.cat, (0.3, 0.2, 0.75, 0.75), ellipse=True)
         free, held, faded = (
             self.run(self.cat, SEPIA, **more).pictures[0] for more in ({}, {"mask": mask}, {"mask": mask, "seam": 24})
         )
-        self.sheet("mask", ["source", "mask", "no mask", "mask", "mask, seam 24"], (SEPIA, [self.cat, mask, free, held, faded]))
+        self.sheet(
+            "mask", ["source", "mask", "no mask", "mask", "mask, seam 24"], (SEPIA, [self.cat, mask, free, held, faded])
+        )
 
     def dials(self) -> None:
         for name, values in (
             ("strength", (0.0, 0.25, 0.5, 0.75, 1.0)), ("preserve", (0.0, 0.25, 0.5, 0.75, 1.0)),
             ("source_attention", (1.0, 0.5, 0.25, 0.1, 0.0)),
         ):  # fmt: skip
-            rows = []
-            for picture, words in ((self.scene, STAR), (self.cat, SEPIA)):
+            rows, values = [], few(values, self.options)
+            for picture, words in few(((self.scene, STAR), (self.cat, SEPIA)), self.options, 1):
                 shown = [self.run(picture, words, controls=Controls(**{name: value})).pictures[0] for value in values]
                 rows.append((words, [picture, *shown]))
             self.sheet(name, ["source", *(f"{value:g}" for value in values)], *rows)
@@ -82,33 +90,46 @@ class Pictures:
         self.sheet("tokens", columns, (STAR, [self.scene, whole.pictures[0], shown, finished, *again]))
 
     def chain(self) -> None:
-        words = [STAR, SQUARE, "remove the green diamond", "make the red hexagon blue"]
+        words = few((STAR, SQUARE, "remove the green diamond", "make the red hexagon blue"), self.options)
         edited, shown = self.scene, [self.scene]
         for one in words:
             edited = self.run(edited, one, controls=Controls(auto_mask=AUTO_MASK))
             shown.append(edited.pictures[0])
-        self.sheet("chain", ["source", "purple star", "pink square", "no diamond", "blue hexagon"], ("; ".join(words), shown))
+        columns = few(("purple star", "pink square", "no diamond", "blue hexagon"), self.options)
+        self.sheet("chain", ["source", *columns], ("; ".join(words), shown))
 
     def regions(self) -> None:
         upper, lower = box(self.scene, (0.5, 0, 1, 0.4)), box(self.scene, (0, 0.6, 1, 1))
         regions = [Region(STAR, upper), Region(SQUARE, lower)]
         both = self.run(self.scene, regions=regions).pictures[0]
-        self.sheet("regions", ["source", "first", "second", "one run"], (f"{STAR}; {SQUARE}", [self.scene, upper, lower, both]))
+        self.sheet(
+            "regions", ["source", "first", "second", "one run"], (f"{STAR}; {SQUARE}", [self.scene, upper, lower, both])
+        )
 
     def presets(self) -> None:
         rows = []
-        for name in PRESETS:
-            shown = self.run(self.scene, SQUARE, SamplingSettings(guidance=GUIDANCE).preset(name), variations=4).pictures
+        for name in few(PRESETS, self.options, 1):
+            shown = self.run(
+                self.scene, SQUARE, SamplingSettings(guidance=GUIDANCE).preset(name), variations=4
+            ).pictures
             rows.append((name, [self.scene, *shown]))
         self.sheet("presets", ["source", "seed 0", "1", "2", "3"], *rows)
 
     def best_of(self) -> None:
         hot, rows = SamplingSettings(guidance=GUIDANCE, temperature=3.0), []
-        for name in ("none", "likelihood", "near", "far"):
+        for name in few(("none", "likelihood", "near", "far"), self.options):
             controls = Controls() if name == "none" else Controls(best_of=8, best_at=4, score=name)
-            seeds = [SamplingSettings(hot.guidance, hot.temperature, hot.top_p, seed) for seed in (0, 100, 200)]
-            rows.append((f"best of 8 by {name}", [self.run(self.scene, SQUARE, s, controls=controls).pictures[0] for s in seeds]))
-        self.sheet("best_of", ["seed 0", "100", "200"], *rows)
+            seeds = [
+                SamplingSettings(hot.guidance, hot.temperature, hot.top_p, seed)
+                for seed in few((0, 100, 200), self.options, 1)
+            ]
+            rows.append(
+                (
+                    f"best of 8 by {name}",
+                    [self.run(self.scene, SQUARE, s, controls=controls).pictures[0] for s in seeds],
+                )
+            )
+        self.sheet("best_of", few(("seed 0", "100", "200"), self.options, 1), *rows)
 
     def canvas(self) -> None:
         large = self.scene.resize((768, 768), Image.Resampling.LANCZOS)
@@ -125,14 +146,15 @@ class Pictures:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parents[1] / "docs" / "images")
-    parser.add_argument("--only", nargs="*")
-    options = parser.parse_args()
-    pictures = Pictures(options.folder)
     names = [name for name, part in vars(Pictures).items() if not name.startswith("_") and name not in ("run", "sheet")]
-    for name in options.only or names:
+    known = parser(__doc__)
+    known.add_argument("--folder", type=Path, default=ROOT / "docs" / "images")
+    known.add_argument("--only", nargs="*", default=names, choices=names, metavar="PART")
+    options = parsed(known)
+    pictures = Pictures(options)
+    for name in options.only:
         getattr(pictures, name)()
+    finish({"pictures": pictures.saved}, options.save)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ before 8 bits.
 
 from __future__ import annotations
 
-import argparse
 import json
+import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -23,6 +25,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import few, finish, parsed, parser
 from varedit_core import Editor, SamplingSettings
 from varedit_core.cli.common import hardware
 from varedit_core.controls.auto_mask import AUTO_MASK, changed
@@ -30,7 +35,8 @@ from varedit_core.controls.best_of import SCORES
 from varedit_core.controls.registry import NEUTRAL, Controls
 from varedit_core.demo import GUIDANCE, SIZE, demo_files
 from varedit_core.pictures.images import SourceImage
-from varedit_core.sampling.batch import Request, edits
+from varedit_core.sampling.batch import EditBatch
+from varedit_core.sampling.driver import run
 from varedit_core.sampling.settings import PRESETS
 from varedit_core.shapeedit.edits import FAMILIES, Sample, _distractors, _instruction
 from varedit_core.shapeedit.evaluate import draw, picture
@@ -44,6 +50,12 @@ LOCAL = ("add", "remove", "replace", "recolour", "texture", "move", "resize")
 SETTINGS = SamplingSettings(guidance=GUIDANCE)
 SCHEDULE = schedule_for(SIZE)
 GRIDS = latent_grids(SCHEDULE, 2)
+CHAINS = (
+    "tokens", "tokens, auto mask", "tokens, auto mask, composited", "tokens, true masks",
+    "tokens, true masks, composited", "tokens, painted masks", "tokens, painted masks, composited",
+    "encoded again", "encoded again, auto mask, composited", "encoded again, true masks",
+    "encoded again, painted masks",
+)  # fmt: skip
 CHAIN = ("recolour", "add", "texture", "remove", "resize", "replace", "recolour", "add")
 
 
@@ -61,17 +73,22 @@ class Tasks:
         self.plain = rows(editor.decode_pixels, self.base).clamp(-1, 1)
         self.others = [render(list(s.distractors), device) if s.distractors else self.source[:0] for s in samples]
 
-    def edit(self, batch: int, settings: SamplingSettings = SETTINGS, mask: Tensor | None = None, **more) -> tuple[Tensor, list]:
+    def edit(
+        self, batch: int, settings: SamplingSettings = SETTINGS, mask: Tensor | None = None, **more
+    ) -> tuple[Tensor, list]:
         """Sums [N, d, H, W] of all samples, and of each batch its last scale."""
         sums, ends = [], []
         for begin in range(0, len(self.samples), batch):
             part = slice(begin, begin + batch)
             own = replace(settings, seed=settings.seed + begin)
             kept = mask if mask is None else mask[part]
-            for scale in self.editor.sample(self.features[part], self.texts[part], SCHEDULE, own, mask=kept, **more):
-                total = scale.running_sum
-            sums.append(total)
-            ends.append(scale)
+            result = run(
+                EditBatch.of(self.features[part], self.texts[part], SCHEDULE, own, mask=kept, **more),
+                self.editor.memory,
+            )
+            result.check()
+            sums.append(result.total)
+            ends += result.last
         return torch.cat(sums), ends
 
     def judged(self, pictures: Tensor) -> dict:
@@ -84,7 +101,12 @@ class Tasks:
         names = [s.family for s in self.samples]
         families = {n: done[[i for i, m in enumerate(names) if m == n]].mean().item() for n in dict.fromkeys(names)}
         closer = (1 - after / before.clamp_min(1e-9)).clamp(0, 1)[some]
-        return {"success": done.mean().item(), "s": closer.mean().item(), "psnr": quiet.mean().item(), "families": families}
+        return {
+            "success": done.mean().item(),
+            "s": closer.mean().item(),
+            "psnr": quiet.mean().item(),
+            "families": families,
+        }
 
     def success(self, pictures: Tensor) -> Tensor:
         return succeeds(pictures, self.source, self.target, self.region, self.others, self.plain)
@@ -120,12 +142,15 @@ def numbers(row: dict) -> dict:
 
 
 def masks(editor: Editor, options) -> dict:
-    """Unlocked, locked and composited edits of local families with their true regions; colour inside, seams at edges."""
+    """Unlocked, locked and composited edits of local families with their true regions: colour inside, edges."""
     tasks = Tasks(editor, draw(options.seed, options.count, LOCAL))
     where, found = tasks.region.float(), {}
-    runs = {"unlocked": {}, **{f"locked, feather {n}": {"mask": where, "controls": Controls(feather=n)} for n in (0, 1, 2)}}
+    runs = {
+        "unlocked": {},
+        **{f"locked, feather {n}": {"mask": where, "controls": Controls(feather=n)} for n in (0, 1, 2)},
+    }
     wanted = seam(tasks.target, tasks.region)
-    for name, more in runs.items():
+    for name, more in few(runs.items(), options):
         pictures = rows(editor.decode_pixels, tasks.edit(options.batch, **more)[0]).clamp(-1, 1)
         for kind, shown in ((name, pictures), (f"{name}, composited", composite(pictures, tasks.source, tasks.region))):
             drift = ((shown - tasks.target) * tasks.region[:, None]).sum((2, 3)) / tasks.region.sum((1, 2))[:, None]
@@ -138,7 +163,7 @@ def masks(editor: Editor, options) -> dict:
 
 def random_masks(editor: Editor, options) -> dict:
     """Of random masks (boxes, ellipses, noise; hard and soft; several sizes): latents and 8-bit pixels outside."""
-    rng, tasks = Random(options.seed), Tasks(editor, draw(options.seed, 20, LOCAL))
+    rng, tasks = Random(options.seed), Tasks(editor, draw(options.seed, min(20, options.masks), LOCAL))
     latents = pixels = checked = 0
     for number in range(options.masks):
         row = number % len(tasks.samples)
@@ -161,14 +186,21 @@ def random_masks(editor: Editor, options) -> dict:
             checked += int(kept.sum())
         black = np.asarray(mask.resize((256, 256), Image.Resampling.BILINEAR)) == 0
         pixels += int((np.asarray(result.pictures[0]) != np.asarray(source.rgb))[black].sum())
-    return {"all": {"masks": options.masks, "latents_outside": checked, "latents_changed": latents, "pixels_changed": pixels}}
+    return {
+        "all": {
+            "masks": options.masks,
+            "latents_outside": checked,
+            "latents_changed": latents,
+            "pixels_changed": pixels,
+        }
+    }
 
 
 def dial(name: str, values: Sequence[float]) -> Callable:
     def measure(editor: Editor, options) -> dict:
         tasks, found = Tasks(editor, draw(options.seed, options.count)), {}
         free = tasks.edit(options.batch)[0]
-        for value in values:
+        for value in few(values, options):
             sums, _ = tasks.edit(options.batch, controls=Controls(**{name: value}))
             pictures = rows(editor.decode_pixels, sums).clamp(-1, 1)
             everywhere = torch.ones_like(tasks.region)
@@ -189,7 +221,7 @@ def auto(editor: Editor, options) -> dict:
     """Local families: how well the mask that an edit finds covers the true region, and what locking by it does."""
     tasks, found = Tasks(editor, draw(options.seed, options.count, LOCAL)), {}
     found["free"] = numbers(tasks.judged(rows(editor.decode_pixels, tasks.edit(options.batch)[0]).clamp(-1, 1)))
-    for amount in (0.25, 0.35, 0.5, 0.7, 1.0):
+    for amount in few((0.25, 0.35, 0.5, 0.7, 1.0), options):
         sums, ends = tasks.edit(options.batch, controls=Controls(auto_mask=amount))
         pictures = rows(editor.decode_pixels, sums).clamp(-1, 1)
         region = F.interpolate(torch.cat([end.edited for end in ends]).float(), 256)[:, 0] > 0
@@ -197,7 +229,8 @@ def auto(editor: Editor, options) -> dict:
         judged = tasks.judged(composite(pictures, tasks.source, mask))
         iou = [overlap(*pair) for pair in zip(mask, tasks.region)]
         families = {
-            name: round(sum(x for x, s in zip(iou, tasks.samples) if s.family == name) * len(LOCAL) / len(iou), 3) for name in LOCAL
+            name: round(sum(x for x, s in zip(iou, tasks.samples) if s.family == name) * len(LOCAL) / len(iou), 3)
+            for name in LOCAL
         }
         found[str(amount)] = numbers(judged) | {
             "latents_only_psnr": numbers(tasks.judged(pictures))["psnr"],
@@ -214,25 +247,24 @@ def overlap(a: Tensor, b: Tensor) -> float:
 
 
 def chains(editor: Editor, options) -> dict:
-    """Eight edits one after the other, each of what the last one left: PSNR against the first picture in all pixels that no
-    edit's region has touched yet (regions grown by 16 pixels for painted masks), and how many edits were done.
+    """Eight edits (`options.steps`), one after the other, of what the last one left: PSNR against the first picture in
+    all pixels that no edit's region has touched yet (regions grown by 16 pixels for painted masks), and how many edits
+    were done.
 
-    plain: what the tokenizer alone gives of the same pixels. true, painted masks: every edit has its region, or that with
-    16 pixels around it, as its mask. composited: pixels outside the mask (which an auto mask finds itself) are those of the
-    picture before. Pictures that are encoded again are of 8 bits.
+    plain: what the VAE alone gives of the same pixels. true, painted masks: every edit has its region, or that with 16
+    pixels around it, as its mask. composited: pixels outside the mask (which an auto mask finds itself) are those of
+    the picture before. Pictures that are encoded again are of 8 bits.
     """
-    begun = [draw_chain(Random(f"{options.seed}/{number}")) for number in range(options.chains)]
+    begun = [draw_chain(Random(f"{options.seed}/{number}"))[: options.steps + 1] for number in range(options.chains)]
     scenes = [[render([scene], editor.device) for scene, _, _ in chain] for chain in begun]
-    found = {}
-    for name in (
-        "tokens", "tokens, auto mask", "tokens, auto mask, composited", "tokens, true masks", "tokens, true masks, composited",
-        "tokens, painted masks", "tokens, painted masks, composited", "encoded again", "encoded again, auto mask, composited",
-        "encoded again, true masks", "encoded again, painted masks",
-    ):  # fmt: skip
+    found, last = {}, options.steps
+    for name in few(CHAINS[2:] if options.tiny else CHAINS, options):
         figures = [_chain(editor, name, number, *pair) for number, pair in enumerate(zip(begun, scenes))]
         psnrs, plains, done = (torch.tensor(rows).mean(0).tolist() for rows in zip(*figures))
-        found[name] = {f"after {k}": round(psnrs[k - 1], 2) for k in (1, 2, 4, 8)}
-        found[name] |= {f"plain {k}": round(plains[k - 1], 2) for k in (1, 8)} | {"done": round(sum(done) / len(done), 3)}
+        found[name] = {f"after {k}": round(psnrs[k - 1], 2) for k in (1, 2, 4, 8) if k <= last}
+        found[name] |= {f"plain {k}": round(plains[k - 1], 2) for k in (1, last)} | {
+            "done": round(sum(done) / len(done), 3)
+        }
     return found
 
 
@@ -272,7 +304,8 @@ def sources(editor: Editor, options) -> dict:
     tasks, found = Tasks(editor, draw(options.seed, options.count)), {}
     features = tasks.features
     read_again = rows(editor.autoencoder.encode, tasks.plain)
-    for name, given in (("features", features), ("sum of tokens", tasks.base), ("features of the decoded sum", read_again)):
+    kinds = ("features", features), ("sum of tokens", tasks.base), ("features of the decoded sum", read_again)
+    for name, given in few(kinds, options):
         tasks.features = given
         pictures = rows(editor.decode_pixels, tasks.edit(options.batch)[0]).clamp(-1, 1)
         found[name] = numbers(tasks.judged(pictures))
@@ -308,10 +341,10 @@ def two(editor: Editor, options) -> dict:
         part = slice(begin, begin + options.batch)
         areas = torch.stack([task.region[part].float() for task in tasks], 1)
         texts = [list(pair) for pair in zip(tasks[0].texts[part], tasks[1].texts[part])]
-        request = Request(tasks[0].features[part], texts, None, areas.amax(1), areas)
-        for scale in edits(request, [editor.transformer], SCHEDULE, replace(SETTINGS, seed=begin), [editor.workspace]):
-            total = scale.running_sum
-        together.append(request.own(total, 1))
+        own, where = replace(SETTINGS, seed=begin), dict(mask=areas.amax(1), areas=areas)
+        result = run(EditBatch.of(tasks[0].features[part], texts, SCHEDULE, own, **where), editor.memory)
+        result.check()
+        together.append(result.total)
     pictures = rows(editor.decode_pixels, torch.cat(together)).clamp(-1, 1)
     both = []
     for task, other in (tasks, tasks[::-1]):
@@ -342,7 +375,9 @@ def draw_pair(rng: Random) -> tuple[Sample, Sample]:
                 others = _distractors(rng, scene, target, family)
                 found.append(Sample(family, _instruction(family, wording, edits[0]), scene, target, others))
         if len(found) == 2:
-            a, b = regions(render([scene]).expand(2, -1, -1, -1), render([s.target for s in found]), [s.family for s in found])
+            a, b = regions(
+                render([scene]).expand(2, -1, -1, -1), render([s.target for s in found]), [s.family for s in found]
+            )
             if a.any() and b.any() and not (dilated(a[None]) & dilated(b[None])).any():
                 return tuple(found)
 
@@ -350,8 +385,9 @@ def draw_pair(rng: Random) -> tuple[Sample, Sample]:
 def presets(editor: Editor, options) -> dict:
     tasks = Tasks(editor, draw(options.seed, options.count))
     found = {}
-    for name in PRESETS:
-        pictures = [rows(editor.decode_pixels, tasks.edit(options.batch, replace(SETTINGS, seed=seed).preset(name))[0]).clamp(-1, 1) for seed in (0, 5000)]
+    for name in few(PRESETS, options, 1):
+        settings = [replace(SETTINGS, seed=seed).preset(name) for seed in (0, 5000)]
+        pictures = [rows(editor.decode_pixels, tasks.edit(options.batch, one)[0]).clamp(-1, 1) for one in settings]
         spread = distance(*pictures, torch.ones_like(tasks.region)).mean().item() * 127.5
         found[name] = numbers(tasks.judged(pictures[0])) | {"between_seeds": round(spread, 3)}
     return found
@@ -361,7 +397,7 @@ def best(editor: Editor, options) -> dict:
     """At a high temperature, where candidates differ: the best of 8 after 4 of 7 scales, against the first."""
     tasks, warm = Tasks(editor, draw(options.seed, options.count)), replace(SETTINGS, temperature=1.0)
     found = {}
-    for name in ("one", *SCORES):
+    for name in few(("one", *SCORES), options):
         controls = NEUTRAL if name == "one" else Controls(best_of=8, best_at=4, score=name)
         pictures = rows(editor.decode_pixels, tasks.edit(options.batch, warm, controls=controls)[0]).clamp(-1, 1)
         found[name] = numbers(tasks.judged(pictures))
@@ -369,33 +405,35 @@ def best(editor: Editor, options) -> dict:
 
 
 def branches(editor: Editor, options) -> dict:
-    """Seconds of four branches from a scale on, against four runs of the loop and four whole edits; medians of nine."""
+    """Seconds of four branches from a scale on, against four runs of the loop and four whole edits; medians of
+    `options.repeats`, after a first one that does not count."""
     tasks, found = Tasks(editor, draw(options.seed, 1, ["recolour"])), {}
     settings = replace(SETTINGS, temperature=0.5)
 
     def timed(function: Callable[[], None]) -> float:
         times = []
-        for _ in range(10):
+        for _ in range(options.repeats + 1):
             editor.workspace.forget()
             begin = time.perf_counter()
             function()
             if editor.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
-        return sorted(times[1:])[4]
+        return statistics.median(times[1:])
 
     def loop(**more) -> list:
         return [s.bits for s in editor.sample(tasks.features, tasks.texts, SCHEDULE, settings, **more)]
 
+    source, words = SourceImage(picture(tasks.source[0])), tasks.samples[0].instruction
+
     def whole(**more):
-    
-        return editor.run(SourceImage(picture(tasks.source[0])), tasks.samples[0].instruction, size=SIZE, settings=settings, **more)
+        return editor.run(source, words, size=SIZE, settings=settings, **more)
 
     bits, tokens = loop(), whole().tokens
     one, edit = timed(loop), timed(whole)
-    for kept in (3, 4, 5):
-        four = timed(lambda: loop(variations=4, given=bits[:kept]))
-        all4 = timed(lambda: whole(variations=4, given=tokens.first(kept)))
+    for kept in few((3, 4, 5), options, 1):
+        four = timed(partial(loop, variations=4, prefix=bits[:kept]))
+        all4 = timed(partial(whole, variations=4, given=tokens.first(kept)))
         found[f"from scale {kept + 1}"] = {
             "loop": round(one, 4), "four": round(four, 4), "of_four_loops": round(four / 4 / one, 3),
             "edit": round(edit, 4), "of_four_edits": round(all4 / 4 / edit, 3),
@@ -408,21 +446,23 @@ SECTIONS = {
     "strength": dial("strength", (0.0, 0.25, 0.5, 0.75, 1.0)),
     "preserve": dial("preserve", (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)),
     "source_attention": dial("source_attention", (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)),
-    "auto": auto, "sources": sources, "chains": chains, "two": two, "presets": presets, "best": best, "branches": branches,
+    "auto": auto, "sources": sources, "chains": chains, "two": two, "presets": presets, "best": best,
+    "branches": branches,
 }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--chains", type=int, default=20)
-    parser.add_argument("--masks", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=77)
-    parser.add_argument("--batch", type=int, default=20)
-    parser.add_argument("--only", nargs="*", default=list(SECTIONS), choices=list(SECTIONS))
-    parser.add_argument("--device")
-    parser.add_argument("--save", type=Path)
-    options = parser.parse_args()
+    known = parser(__doc__)
+    known.add_argument("--count", type=int, default=200)
+    known.add_argument("--chains", type=int, default=20)
+    known.add_argument("--steps", type=int, default=len(CHAIN), help="edits of a chain")
+    known.add_argument("--masks", type=int, default=200)
+    known.add_argument("--repeats", type=int, default=9, help="of what is timed")
+    known.add_argument("--seed", type=int, default=77)
+    known.add_argument("--batch", type=int, default=20)
+    known.add_argument("--only", nargs="*", default=list(SECTIONS), choices=list(SECTIONS))
+    known.add_argument("--device")
+    options = parsed(known, count=1, chains=1, steps=1, masks=1, repeats=1)
     dtype = torch.float32  # the demo model's own; in bf16 a few bits differ
     editor = Editor.load(*demo_files(), device=options.device, dtype=dtype)
     sections = {}
@@ -432,11 +472,15 @@ def main() -> None:
         print(f"\n{name} ({time.perf_counter() - begin:.0f} s)", flush=True)
         for row, figures in sections[name].items():
             print(f"  {row:34s}", *(f"{column} {value}" for column, value in figures.items()), flush=True)
-    facts = {"benchmark": "controls", "count": options.count, "seed": options.seed, "chains": options.chains, **hardware(editor)}
-    if options.save:
-        known = json.loads(options.save.read_text())["sections"] if options.save.exists() else {}
-        options.save.write_text(json.dumps({**facts, "sections": known | sections}, indent=1) + "\n")
-    print(json.dumps({**facts, "sections": sections}))
+    facts = {
+        "benchmark": "controls",
+        "count": options.count,
+        "seed": options.seed,
+        "chains": options.chains,
+        **hardware(editor),
+    }
+    before = json.loads(options.save.read_text())["sections"] if options.save and options.save.exists() else {}
+    finish({**facts, "sections": before | sections}, options.save)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,27 @@
 """What the demo model costs on this machine's CPU: `python benchmarks/demo.py [--threads N] [--save]`.
 
 A fresh process imports, loads and edits one photograph at 256 pixels with guidance on. Prints a table and one JSON
-line; --save writes it to demo_cpu.json, from which `render.py` fills the table of docs/SPEED.md.
+line; --save writes it to demo_cpu.json (or to another file), from which `render.py` fills the table of docs/SPEED.md.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
 import statistics
 import sys
 import time
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
-ROOT = FOLDER.parent
-sys.path.insert(0, str(ROOT))
-REPEATS = 5
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import FOLDER, ROOT, finish, parsed, parser
+
+RECORD = FOLDER / "demo_cpu.json"
 PICTURE, INSTRUCTION = ROOT / "samples" / "cat.jpg", "make it sepia"
 
 
-def measure(threads: int) -> dict:
+def measure(threads: int, repeats: int) -> dict:
+    """Seconds of every step, of edits the median of `repeats`, and the process's peak memory."""
     seconds, begin = {}, time.perf_counter()
 
     def step(name: str) -> None:
@@ -42,7 +42,7 @@ def measure(threads: int) -> dict:
     editor.edit(PICTURE, INSTRUCTION, size=SIZE)
     step("first_edit")
     times = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         editor.forget()  # the same picture again would find its source read
         begin = time.perf_counter()
         editor.edit(PICTURE, INSTRUCTION, size=SIZE)
@@ -68,16 +68,14 @@ def measure(threads: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--save", action="store_true", help="write demo_cpu.json")
-    options = parser.parse_args()
-    facts = measure(options.threads)
+    known = parser(__doc__, save=RECORD)
+    known.add_argument("--threads", type=int, default=2)
+    known.add_argument("--repeats", type=int, default=5)
+    options = parsed(known, repeats=1)
+    facts = measure(options.threads, options.repeats)
     for name, value in (*facts["seconds"].items(), ("peak_gb", facts["peak_gb"])):
         print(f"{name:<22}{value:>9.3f}")
-    if options.save:
-        (FOLDER / "demo_cpu.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(json.dumps(facts))
+    finish(facts, options.save)
 
 
 if __name__ == "__main__":

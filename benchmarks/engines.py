@@ -1,4 +1,4 @@
-"""Holds the fast engine to the plain one, on any device: `python benchmarks/engines.py RECORD... [--device cuda]`.
+"""Holds the fast engine to the plain one, on any device: `python benchmarks/engines.py [RECORD...] [--device cuda]`.
 
 For every recorded network and every kind of batch both engines draw the same edit, the fast one three times in memory
 that stays, so that on a GPU its passes are recorded and replayed. In fp32 every bit must be equal; the largest
@@ -7,8 +7,6 @@ difference of a logit is shown. Exits with 1 where a bit differs whose draw was 
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import ROOT, few, finish, parsed, parser
 from varedit_core import Controls, SamplingSettings
 from varedit_core.model.engine import PlainEngine
 from varedit_core.parity import Record
@@ -28,6 +29,7 @@ from varedit_core.sampling.loop import sample
 MARGIN = 1e-5
 """A draw so near to its probability may fall on the other side: float arithmetic in another order."""
 SETTINGS = SamplingSettings(temperature=0.7, seed=5)
+RECORDS = sorted((ROOT / "tests" / "golden").glob("*.safetensors"))
 
 
 @dataclass
@@ -86,25 +88,23 @@ def _drawn(scale) -> Tensor:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("records", nargs="+", type=Path)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="write the rows here, too")
-    given = parser.parse_args(arguments)
+    options = parser(__doc__)
+    options.add_argument("records", nargs="*", type=Path, default=RECORDS)
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--repeats", type=int, default=3)
+    given = parsed(options, arguments, records=RECORDS[:1], repeats=1)
     rows = []
     for path in given.records:
         record = Record.open(path, torch.float32, given.device)
-        for kind, batch in batches(record):
-            rows.append(compare(record, path.stem, kind, batch))
+        for kind, batch in few(list(batches(record)), given):
+            rows.append(compare(record, path.stem, kind, batch, given.repeats))
             row = rows[-1]
             print(
-                f"{row.record:28} {row.batch:28} {row.bits:8} bits, {row.different} differ, {row.beyond} beyond the margin; "
-                f"logits {row.logits:.1e}",
+                f"{row.record:28} {row.batch:28} {row.bits:8} bits, {row.different} differ, {row.beyond} beyond the "
+                f"margin; logits {row.logits:.1e}",
                 flush=True,
             )
-    facts = {"device": given.device, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
-    if given.json:
-        given.json.write_text(json.dumps(facts, indent=1) + "\n")
+    finish({"device": given.device, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}, given.save)
     return 1 if any(row.beyond for row in rows) else 0
 
 

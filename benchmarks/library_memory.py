@@ -1,4 +1,4 @@
-"""Whole edits through `Editor.edit` when a GPU has little memory: the way the plan chooses, seconds, traffic, the result.
+"""Whole edits through `Editor.edit` when a GPU has little memory: the way that is planned, seconds, traffic, result.
 
     python benchmarks/library_memory.py --limits 0 32 24 --save benchmarks/library_memory_<gpu>.json
 
@@ -12,15 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-GIB = 2**30
-EDITS = 3
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import GIB, device_name, finish, fresh, parsed, parser
 
 
 class Said(logging.Handler):
@@ -34,8 +32,8 @@ class Said(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def one_case(limit: float, linears: str, model: str, area: str, pictures: Path) -> dict:
-    """Edit a picture a few times within a limit. Leaves the result in `pictures` for others to be compared with."""
+def one_case(limit: float, linears: str, options: argparse.Namespace) -> dict:
+    """Edit a picture a few times within a limit. Leaves the result in `options.pictures`, to compare others with."""
     import numpy as np
     import torch
     from PIL import Image
@@ -47,7 +45,7 @@ def one_case(limit: float, linears: str, model: str, area: str, pictures: Path) 
     logging.getLogger("varedit_core").addHandler(said)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    editor = build(model, device, linears)
+    editor = build(options.model, device, linears)
     facts: dict = {"limit_gib": limit, "linears": linears, "seconds": []}
     ballast = None
     if cuda and limit:
@@ -55,12 +53,12 @@ def one_case(limit: float, linears: str, model: str, area: str, pictures: Path) 
         ballast = torch.empty(int(free - (limit * GIB - (total - free))), dtype=torch.uint8, device=device)
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     picture = Image.fromarray(noise).resize((1024, 1024), Image.Resampling.BICUBIC)
-    for _ in range(EDITS):
+    for _ in range(options.edits):
         said.lines.clear()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
-        (result,) = editor.edit(picture, "make it a rainy night", size=area, settings=SamplingSettings(seed=1))
+        (result,) = editor.edit(picture, "make it a rainy night", size=options.area, settings=SamplingSettings(seed=1))
         facts["seconds"].append(round(time.perf_counter() - begin, 3))
         editor.workspace.source = ()  # the next edit reads its source, too
     if cuda:
@@ -69,7 +67,7 @@ def one_case(limit: float, linears: str, model: str, area: str, pictures: Path) 
     facts["store"] = editor.workspace.kind.__name__
     facts["moved_gb"] = {way: round(n / 1e9, 1) for way, n in getattr(editor.workspace, "moved", {}).items()}
     facts["said"] = list(said.lines)
-    levels, reference = np.asarray(result), pictures / f"{linears}.npy"
+    levels, reference = np.asarray(result), options.pictures / f"{linears}.npy"
     if not reference.exists():
         np.save(reference, levels)
     facts["equal"] = round(float((levels == np.load(reference)).mean()), 4)
@@ -77,37 +75,28 @@ def one_case(limit: float, linears: str, model: str, area: str, pictures: Path) 
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     options.add_argument("--limits", type=float, nargs="*", default=[0, 32, 24], help="GiB; 0: all of the device")
     options.add_argument("--linears", nargs="*", default=["exact"])
     options.add_argument("--model", default="8B")
     options.add_argument("--area", default="1M")
     options.add_argument("--pictures", type=Path, default=Path("/tmp"), help="a folder for the results to compare")
-    options.add_argument("--save", type=Path)
+    options.add_argument("--edits", type=int, default=3)
     options.add_argument("--case", help=argparse.SUPPRESS)
-    args = options.parse_args()
+    args = parsed(options, limits=[0], model="tiny", area="0.06M", edits=1)
     if args.case:
         limit, linears = args.case.split(",")
-        print(json.dumps(one_case(float(limit), linears, args.model, args.area, args.pictures)))
+        print(json.dumps(one_case(float(limit), linears, args)))
         return
     cases = []
     for linears in args.linears:
         for limit in args.limits:
-            command = [sys.executable, __file__, *sys.argv[1:], "--case", f"{limit},{linears}"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                cases.append({"limit_gib": limit, "linears": linears, "failed": done.stderr.strip().splitlines()[-1]})
-            else:
-                cases.append(json.loads(done.stdout.splitlines()[-1]))
+            cases.append({"limit_gib": limit, "linears": linears, **fresh(f"{limit},{linears}")})
             print(json.dumps(cases[-1]), flush=True)
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    result = {"benchmark": "edits of the library in little memory", "device": device, "torch": torch.__version__}
-    result |= {"model": args.model, "area": args.area, "cases": cases}
-    if args.save:
-        args.save.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    result = {"benchmark": "edits of the library in little memory", "device": device_name(), "torch": torch.__version__}
+    finish(result | {"model": args.model, "area": args.area, "cases": cases}, args.save)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
 """Real-size checkpoints of random weights: writing, converting, loading, and how far bf16 agrees with fp32.
 
-    python benchmarks/real_size.py --folder /scratch --output benchmarks/real_size_<gpu>.json
+    python benchmarks/real_size.py --folder /scratch --save benchmarks/real_size_<gpu>.json
 
 Writes a `.pth` in fp32 in the published key style, converts it to bf16 and to 8 bits and loads each result,
 every step in a process of its own; then edits a random picture with fp32 and bf16 blocks. Prints a table and
-one JSON line last. Needs a GPU for the 8B size (96 GB of disk, or 64 with --lean); `--depth 2 --width 256`
-runs on anything.
+one JSON line last. Needs a GPU for the 8B size (96 GB of disk, or 64 with --lean); `--tiny` runs on
+anything.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -25,7 +24,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-GB = 1e9
+from benchmarks.common import GB, ROOT, device_name, finish, parsed, parser
+
 CHUNKS = 8
 
 
@@ -33,21 +33,28 @@ def published_shapes(depth: int, width: int, heads: int, token_bits: int, text: 
     """Key -> shape of a transformer in the published key style."""
     hidden = round(4 * width / 256) * 256
     block = {
-        "ada_gss": (1, 1, 6, width), "sa.mat_qkv.weight": (3 * width, width), "sa.q_bias": (width,), "sa.v_bias": (width,),
-        "sa.zero_k_bias": (width,), "sa.scale_mul_1H11": (1, heads, 1, 1), "sa.proj.weight": (width, width), "sa.proj.bias": (width,),
-        "ca.mat_q.weight": (width, width), "ca.mat_q.bias": (width,), "ca.mat_kv.weight": (2 * width, width), "ca.v_bias": (width,),
-        "ca.zero_k_bias": (width,), "ca.proj.weight": (width, width), "ca.proj.bias": (width,), "ca_norm.weight": (width,),
-        "ca_norm.bias": (width,), "ffn.fc1.weight": (hidden, width), "ffn.fc1.bias": (hidden,), "ffn.fc2.weight": (width, hidden), "ffn.fc2.bias": (width,),
+        "ada_gss": (1, 1, 6, width),
+        "sa.mat_qkv.weight": (3 * width, width), "sa.q_bias": (width,), "sa.v_bias": (width,),
+        "sa.zero_k_bias": (width,), "sa.scale_mul_1H11": (1, heads, 1, 1),
+        "sa.proj.weight": (width, width), "sa.proj.bias": (width,),
+        "ca.mat_q.weight": (width, width), "ca.mat_q.bias": (width,), "ca.mat_kv.weight": (2 * width, width),
+        "ca.v_bias": (width,), "ca.zero_k_bias": (width,), "ca.proj.weight": (width, width), "ca.proj.bias": (width,),
+        "ca_norm.weight": (width,), "ca_norm.bias": (width,),
+        "ffn.fc1.weight": (hidden, width), "ffn.fc1.bias": (hidden,),
+        "ffn.fc2.weight": (width, hidden), "ffn.fc2.bias": (width,),
     }  # fmt: skip
     pool, pool_heads = "text_proj_for_sos.ca.", max(1, text // 128)
     shapes = {
         "cfg_uncond": (512, text), "text_norm.weight": (text,), pool + "mat_q": (1, pool_heads, width // pool_heads),
         pool + "mat_kv.weight": (2 * width, text), pool + "v_bias": (width,), pool + "zero_k_bias": (width,),
-        pool + "proj.weight": (width, width), pool + "proj.bias": (width,), "text_proj_for_ca.0.weight": (width, text),
-        "text_proj_for_ca.0.bias": (width,), "text_proj_for_ca.2.weight": (width, width), "text_proj_for_ca.2.bias": (width,),
-        "pos_start": (1, 1, width), "lvl_embed.weight": (15, width), "word_embed.weight": (width, token_bits), "word_embed.bias": (width,),
-        "shared_ada_lin.1.weight": (6 * width, width), "shared_ada_lin.1.bias": (6 * width,), "head_nm.ada_lin.1.weight": (2 * width, width),
-        "head_nm.ada_lin.1.bias": (2 * width,), "head.weight": (2 * token_bits, width), "head.bias": (2 * token_bits,),
+        pool + "proj.weight": (width, width), pool + "proj.bias": (width,),
+        "text_proj_for_ca.0.weight": (width, text), "text_proj_for_ca.0.bias": (width,),
+        "text_proj_for_ca.2.weight": (width, width), "text_proj_for_ca.2.bias": (width,),
+        "pos_start": (1, 1, width), "lvl_embed.weight": (15, width),
+        "word_embed.weight": (width, token_bits), "word_embed.bias": (width,),
+        "shared_ada_lin.1.weight": (6 * width, width), "shared_ada_lin.1.bias": (6 * width,),
+        "head_nm.ada_lin.1.weight": (2 * width, width), "head_nm.ada_lin.1.bias": (2 * width,),
+        "head.weight": (2 * token_bits, width), "head.bias": (2 * token_bits,),
     }  # fmt: skip
     chunks = CHUNKS if depth % CHUNKS == 0 else 1
     for index in range(depth):
@@ -119,7 +126,8 @@ if cuda: torch.cuda.synchronize()
 seconds = time.perf_counter() - begin
 weights = sum(t.nbytes for t in network.state_dict().values())
 peak = torch.cuda.max_memory_allocated() if cuda else 0
-print(json.dumps({"load_seconds": round(seconds, 1), "weights_gb": round(weights / 1e9, 2), "gpu_peak_gb": round(peak / 1e9, 2)}))
+sizes = {"weights_gb": round(weights / 1e9, 2), "gpu_peak_gb": round(peak / 1e9, 2)}
+print(json.dumps({"load_seconds": round(seconds, 1), **sizes}))
 """
 
 
@@ -166,21 +174,21 @@ def agreement(path: Path, area: str, device: str, text_width: int) -> dict:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__)
     options.add_argument("--folder", type=Path, required=True)
-    options.add_argument("--output", type=Path)
     options.add_argument("--depth", type=int, default=40)
     options.add_argument("--width", type=int, default=3584)
     options.add_argument("--text", type=int, default=2048)
     options.add_argument("--areas", nargs="*", default=["0.25M", "1M"])
     options.add_argument("--lean", action="store_true", help="delete every file as soon as it is not needed")
-    args = options.parse_args()
+    options.add_argument("--precisions", nargs="*", default=["bf16", "fp8"])
+    args = parsed(options, depth=2, width=256, text=256, areas=["0.06M"], precisions=["fp8"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    os.environ["PYTHONPATH"] = str(ROOT)
     args.folder.mkdir(parents=True, exist_ok=True)
     original = args.folder / "8B-random.pth"
     results: dict = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": device_name(),
         "torch": torch.__version__,
         "depth": args.depth,
         "width": args.width,
@@ -190,7 +198,7 @@ def main() -> None:
     write(original, published_shapes(args.depth, args.width, args.width // 128, 56, args.text), device)
     results["write"] = {"seconds": round(time.perf_counter() - begin, 1), "gb": round(original.stat().st_size / GB, 2)}
     print("write", results["write"], flush=True)
-    for precision in ("bf16", "fp8"):
+    for precision in args.precisions:
         target = args.folder / f"{precision}.safetensors"
         results[f"convert_{precision}"] = measured(
             [sys.executable, "-m", "varedit_core", "convert", str(original), str(target), "--precision", precision]
@@ -208,9 +216,7 @@ def main() -> None:
         print(area, json.dumps(results[f"agreement_{area}"]), flush=True)
     original.unlink()
     results["writer_peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB, 2)
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results))
+    finish(results, args.save)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Fill the tables of README and docs: `python benchmarks/render.py` rewrites them in place.
 
-`python dev.py render` does so. Tables stand between `<!-- name -->` and `<!-- /name -->`. Those of measurements come from
-the JSON files beside this one, those of options (`<!-- options edit -->`) from the command line itself, those of knobs
-(`<!-- knobs controls -->`) from the registry of controls, as do the nodes' texts in `locales`. A test fails where a file
-is out of date.
+`python dev.py render` does so. Tables stand between `<!-- name -->` and `<!-- /name -->`. Those of measurements come
+from the JSON files beside this one, those of options (`<!-- options edit -->`) from the command line itself, those of
+knobs (`<!-- knobs controls -->`) from the registry of controls, as do the nodes' texts in `locales`. A test fails where
+a file is out of date.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from __future__ import annotations
 import functools
 import json
 import re
+import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
-ROOT = FOLDER.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import FOLDER, ROOT, finish, parsed, parser
+
 SPEED = FOLDER / "h100.json"
 MARKER = re.compile(r"<!-- ([\w ]+) -->\n(.*?)<!-- /\1 -->", re.DOTALL)
 PAGES = [
@@ -408,6 +411,16 @@ def _filled(name: str) -> str:
     return made(rest) if made else TABLES[name]()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    known = parser(__doc__)
+    known.add_argument("--folder", type=Path, help="write the files there, and not in place")
+    given = parsed(known)
     for path, text in outputs().items():
-        path.write_text(text, encoding="utf-8")
+        target = given.folder / path.relative_to(ROOT) if given.folder else path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+    finish({"files": [path.relative_to(ROOT).as_posix() for path in outputs()]}, given.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,12 +9,14 @@ is measured by `varedit bench` at the published sizes.
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import finish, parsed, parser
 from varedit_core import Editor, SamplingSettings, load_transformer
 from varedit_core.cli.common import hardware
 from varedit_core.controls.registry import NO_SHORTCUTS, Shortcuts
@@ -59,25 +61,24 @@ def measure(run: dict, samples, batch: int, device: torch.device) -> tuple[dict,
     return report.table()[-1], editor
 
 
+TINY = ("inside 3", "draft", "drafted 5", "8-bit all")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=77)
-    parser.add_argument("--only", nargs="*", default=list(RUNS), help="names of runs")
-    parser.add_argument("--batch", type=int, default=20)
-    parser.add_argument("--device")
-    parser.add_argument("--save", type=Path)
-    options = parser.parse_args()
+    known = parser(__doc__)
+    known.add_argument("--count", type=int, default=200)
+    known.add_argument("--seed", type=int, default=77)
+    known.add_argument("--only", nargs="*", default=list(RUNS), choices=list(RUNS), metavar="RUN", help="names of runs")
+    known.add_argument("--batch", type=int, default=20)
+    known.add_argument("--device")
+    options = parsed(known, count=1, only=TINY)
     samples, rows = draw(options.seed, options.count), {}
     for name in options.only:
         whole, editor = measure(RUNS[name], samples, options.batch, options.device)
         rows[name] = {column: round(whole[column], 4) for column in COLUMNS}
         print(f"{name:36s}", *(f"{column} {value:7.3f}" for column, value in rows[name].items()), flush=True)
     result = {"benchmark": "ShapeEdit shortcuts", "count": options.count, "seed": options.seed, **hardware(editor)}
-    result |= {"ceiling_psnr": round(whole["ceiling_psnr"], 2), "runs": rows}
-    if options.save:
-        options.save.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    finish(result | {"ceiling_psnr": round(whole["ceiling_psnr"], 2), "runs": rows}, options.save)
 
 
 if __name__ == "__main__":

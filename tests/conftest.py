@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Before torch is imported, and for all processes that tests start: threads of OpenMP otherwise spin while they wait, and
-# two such processes on two cores slow each other down by several times.
+# Before torch is imported, and for all processes that tests start: threads of OpenMP otherwise spin while they wait,
+# and two such processes on two cores slow each other down by several times.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
@@ -55,8 +55,8 @@ def published_file(published_state, tmp_path_factory) -> Path:
 
 
 SLOW = (
-    "test_server", "test_in_comfyui", "test_training", "test_workflows", "test_browser", "test_cli", "test_comfyui",
-    "test_lora", "test_parity", "test_demo",
+    "test_server", "test_in_comfyui", "test_benchmarks", "test_training", "test_workflows", "test_browser", "test_cli",
+    "test_comfyui", "test_lora", "test_parity", "test_demo",
 )  # fmt: skip
 
 

@@ -219,6 +219,7 @@ class Probe:
         noise_mask = decode(self.vae, {**latent, "noise_mask": mask[None]}, images).result[0]
         grey = torch.rand(1, 20, 20, 1)
         grey_source = self.run("SourceEncode", self.vae, grey, "256", "square")
+        grey_latent = {"samples": self.sample(source=grey_source), "varedit": grey_source["varedit"]}
         wide = self.run("SourceEncode", self.vae, torch.rand(1, 90, 250, 3), "256", "aspect")
         return {
             "plain": list(decode(self.vae, latent).result[0].shape),
@@ -229,7 +230,7 @@ class Probe:
             "inverse": torch.equal(inverse[:, :14, :, :3], images[:, :14, :, :3]),
             "noise mask": torch.equal(noise_mask, masked),
             "empty mask": torch.equal(decode(self.vae, latent, images, torch.zeros(1, 64, 64)).result[0], with_alpha),
-            "grey": list(decode(self.vae, {"samples": self.sample(source=grey_source), "varedit": grey_source["varedit"]}, grey, torch.ones(4, 4)).result[0].shape),
+            "grey": list(decode(self.vae, grey_latent, grey, torch.ones(4, 4)).result[0].shape),
             "aspect": list(wide["samples"].shape),
             "untouched": torch.equal(images, before),
             "errors": {
@@ -277,9 +278,7 @@ class Probe:
     def bad_input(self) -> dict:
         """Errors of inputs that do not belong."""
         torch, core = self.torch, self.core
-        load = {
-            name: self.module(f"nodes.adapters.{name}") for name in ("model", "vae", "text_encoder")
-        }
+        load = {name: self.module(f"nodes.adapters.{name}") for name in ("model", "vae", "text_encoder")}
         transformer, tokenizer = (
             DEMO / "diffusion_models" / "varedit_demo.safetensors",
             DEMO / "vae" / "varedit_demo_tokenizer.safetensors",
@@ -293,7 +292,9 @@ class Probe:
         (empty,) = core.CLIPTextEncode().encode(self.clip, "")
         large = self.run("SourceEncode", self.vae, self.cat, "512", "square")
         return {
-            "ksampler": self.error(core.KSampler().sample, self.model, 0, 2, 8.0, "euler", "normal", self.text, self.text, latent),
+            "ksampler": self.error(
+                core.KSampler().sample, self.model, 0, 2, 8.0, "euler", "normal", self.text, self.text, latent
+            ),
             "empty text": self.error(self.run, "TextEncode", self.clip, " \n"),
             "empty stock text": self.error(self.sample, text=empty),
             "empty negative": self.torch.equal(self.sample(negative=empty), self.sepia),
@@ -444,10 +445,10 @@ class Probe:
         from drop_in import loaded_in_part
         from varedit_pack.varedit_core import sample, schedule_for
 
-        load = {
-            name: self.module(f"nodes.adapters.{name}") for name in ("model", "vae", "text_encoder")
-        }
+        load = {name: self.module(f"nodes.adapters.{name}") for name in ("model", "vae", "text_encoder")}
         file = DEMO / "diffusion_models" / "varedit_demo.safetensors"
+        vae, clip = (DEMO / name for name in ("vae/varedit_demo_tokenizer", "text_encoders/varedit_demo_t5"))
+        vae, clip = vae.with_suffix(".safetensors"), clip.with_suffix(".safetensors")
         features = self.source["samples"].to("meta")
 
         def edit(network):
@@ -462,12 +463,12 @@ class Probe:
 
         return {
             "model": loaded_in_part(lambda: load["model"].load_model(file).model, edit),
-            "vae": loaded_in_part(lambda: load["vae"].load_vae(DEMO / "vae" / "varedit_demo_tokenizer.safetensors").first_stage_model, tokenize),
-            "clip": loaded_in_part(lambda: load["text_encoder"].load_clip(DEMO / "text_encoders" / "varedit_demo_t5.safetensors").cond_stage_model, read),
+            "vae": loaded_in_part(lambda: load["vae"].load_vae(vae).first_stage_model, tokenize),
+            "clip": loaded_in_part(lambda: load["text_encoder"].load_clip(clip).cond_stage_model, read),
         }  # fmt: skip
 
     def leftovers(self) -> dict:
-        """Stores and scales that are still alive after an error and a cancellation of what may not stay, and the next."""
+        """Stores that are still alive after an error and a cancellation of what may not stay, and the next edit."""
         import comfy.model_management as mm
 
         mm.unload_all_models()
@@ -545,8 +546,10 @@ class Probe:
             found["read"][name] = len(count)
         Transformer.read_source = read
         fresh = self.model.cached_patcher_init[0](*self.model.cached_patcher_init[1])
-        found["equal"] = {name: torch.equal(self.sample(**{"model": fresh, **runs[name]}), results[name])
-                          for name in ("again", "seed", "guidance", "mask", "temperature", "text again", "after override")}  # fmt: skip
+        named = ("again", "seed", "guidance", "mask", "temperature", "text again", "after override")
+        again = {name: self.sample(**{"model": fresh, **runs[name]}) for name in named}
+        found["equal"] = {name: torch.equal(again[name], results[name]) for name in named}
+        del again
         found["listed"] = [len(keepers()), min(keeper.loaded_size() for keeper in keepers())]
         free, taken = mm.get_free_memory, keepers()[0].loaded_size()
         device = self.model.load_device
@@ -666,7 +669,9 @@ class Probe:
                 made[""], *args, settings, shortcuts=kind, mask=held)  # fmt: skip
             *_, last = run
             found[name] = [(result == last.running_sum).float().mean().item(), not torch.equal(result, self.sepia)]
-        inside, stop, drafted = (self.run("Shortcuts", 0, a, 0.0, b, c) for a, b, c in ((3, 0, 0), (0, 1, 0), (0, 0, 5)))
+        inside, stop, drafted = (
+            self.run("Shortcuts", 0, a, 0.0, b, c) for a, b, c in ((3, 0, 0), (0, 1, 0), (0, 0, 5))
+        )
         hidden = {**self.source, "noise_mask": mask[None, None]}
         found["noise mask"] = [
             torch.equal(self.sample(source=hidden, shortcuts=inside), self.sample(mask=mask, shortcuts=inside)),
@@ -682,13 +687,14 @@ class Probe:
         masked = self.sample(source=two, mask=pair, variations=2)
         singles = [self.sample(mask=pair[i], seed=2 * i)[0] for i in range(2)]
         found["masks"] = [(masked[2 * i] == singles[i]).float().mean().item() for i in range(2)]
+        nine = self.run("Shortcuts", 0, 0, 0.0, 0, 9)
         found["errors"] = {
             "inside without mask": self.error(self.sample, shortcuts=inside),
             "inside with an empty mask": self.error(self.sample, shortcuts=inside, mask=mask * 0),
             "three masks": self.error(self.sample, source=two, mask=torch.ones(3, 8, 8)),
             "no drafter": self.error(self.sample, shortcuts=drafted),
             "idle drafter": self.error(self.sample, drafter=refiner),
-            "drafted too many": self.error(self.sample, shortcuts=self.run("Shortcuts", 0, 0, 0.0, 0, 9), drafter=refiner),
+            "drafted too many": self.error(self.sample, shortcuts=nine, drafter=refiner),
             "inside and window": self.error(self.run, "Shortcuts", 0, 2, 0.1, 0, 0),
             "latent as scales": self.error(module.scale_pictures, self.vae, latent, "fast"),
         }  # fmt: skip
@@ -712,7 +718,10 @@ class Probe:
         words = "recolour the black star in purple", "in the bottom centre, add a pink square"
         texts = [self.run("TextEncode", self.clip, one) for one in words]
         flat = self.run("SourceEncode", self.vae, scene, "256", "square")
-        neutral = dict(strength=1.0, preserve=0.0, source_attention=1.0, feather=1, auto_mask=0.0, best_of=1, best_at=4, score="likelihood")  # fmt: skip
+        neutral = dict(
+            strength=1.0, preserve=0.0, source_attention=1.0, feather=1, auto_mask=0.0, best_of=1, best_at=4,
+            score="likelihood",
+        )  # fmt: skip
 
         def edit(source, text, more=None, **kw):
             made = {"controls": self.run("Controls", **{**neutral, **more})} if more else {}
@@ -737,16 +746,17 @@ class Probe:
         found = {"off": {}, "changed": {}}
         plain = edit(self.source, self.text)
         for name, values in (
-            ("strength", dict(strength=0.7)), ("preserve", dict(preserve=0.4)), ("attention", dict(source_attention=0.3)),
-            ("best", dict(best_of=3, best_at=2, score="instruction")),
+            ("strength", dict(strength=0.7)), ("preserve", dict(preserve=0.4)),
+            ("attention", dict(source_attention=0.3)), ("best", dict(best_of=3, best_at=2, score="instruction")),
         ):  # fmt: skip
             latent = edit(self.source, self.text, values)
             wanted = library(CAT, "make it sepia", controls=Controls(**values))
             found["off"][name] = off(decode(self.vae, latent).result[0], wanted.pictures)
             found["changed"][name] = not torch.equal(latent["samples"], plain["samples"])
         found["neutral"] = torch.equal(edit(self.source, self.text, neutral)["samples"], plain["samples"])
-        for name, preset, bend in (("preset", ("creative", 9.0, 9.0, 9.0, 9.0), lambda s: s.preset("creative")),
-                                   ("own", ("own", 0.5, 1.5, 2.0, 0.0), lambda s: s.bent(Curve(0.5, 1.5), Curve(2.0, 0.0)))):  # fmt: skip
+        bends = {"creative": lambda s: s.preset("creative"), "own": lambda s: s.bent(Curve(0.5, 1.5), Curve(2.0, 0.0))}
+        for name, preset in (("preset", ("creative", 9.0, 9.0, 9.0, 9.0)), ("own", ("own", 0.5, 1.5, 2.0, 0.0))):
+            bend = bends[preset[0]]
             latent = edit(self.source, self.text, curves=self.run("Curves", *preset))
             wanted = library(CAT, "make it sepia", settings=bend(settings))
             found["off"][name] = off(decode(self.vae, latent).result[0], wanted.pictures)
@@ -754,16 +764,23 @@ class Probe:
         balanced = edit(self.source, self.text, curves=self.run("Curves", "balanced", 0.0, 0.0, 9.0, 9.0))
         found["balanced"] = torch.equal(balanced["samples"], plain["samples"])
 
-        small = Image.open(SCENE).convert("RGB").resize((300, 230))  # not the model's size, so that masks have soft edges
+        small = (
+            Image.open(SCENE).convert("RGB").resize((300, 230))
+        )  # not the model's size, so that masks have soft edges
         picture = as_mask(small)
-        auto = edit(self.run("SourceEncode", self.vae, picture, "256", "square"), texts[1], dict(auto_mask=0.5), variations=2)
+        auto = edit(
+            self.run("SourceEncode", self.vae, picture, "256", "square"), texts[1], dict(auto_mask=0.5), variations=2
+        )
         for seam in (0, 6):
             pictures, shown = decode(self.vae, auto, picture, seam=seam).result
             wanted = library(small, words[1], controls=Controls(auto_mask=0.5), variations=2, seam=seam)
             found["off"][f"auto, seam {seam}"] = off(pictures, wanted.pictures)
             outside = shown == 0
             original = picture.expand(2, -1, -1, -1)
-            found[f"auto kept {seam}"] = [torch.equal(pictures[outside], original[outside]), outside.float().mean().item()]
+            found[f"auto kept {seam}"] = [
+                torch.equal(pictures[outside], original[outside]),
+                outside.float().mean().item(),
+            ]
             found[f"auto soft {seam}"] = ((shown > 0) & (shown < 1)).sum().item()
             if not seam:
                 masks = torch.cat([as_mask(mask) for mask in wanted.masks])
@@ -827,7 +844,10 @@ class Probe:
         maker = self.run("ModelLoader", "varedit_demo.safetensors", "fp32", "text-to-image")
         window, half = self.run("Shortcuts", 0, 0, 0.2, 0, 0), dict(source_attention=0.5)
         wide = self.run("SourceEncode", self.vae, self.cat, "256", "aspect")
-        strong = self.run("Controls", **{**neutral, "strength": 0.5})
+        strong, halved, judging = (
+            self.run("Controls", **{**neutral, **values})
+            for values in (dict(strength=0.5), half, dict(best_of=2, score="instruction"))
+        )
         found["errors"] = {
             "three masks": self.error(edit, two, texts[0], regions=self.run("Region", texts[1], three)),
             "empty region": self.error(self.run, "Region", texts[0], torch.zeros(1, 64, 64)),
@@ -835,16 +855,16 @@ class Probe:
             "window": self.error(edit, flat, texts[0], half, shortcuts=window),
             "no source": self.error(self.sample, maker, blank, controls=strong),
             "regions of nothing": self.error(self.sample, maker, blank, regions=above, mask=as_mask(halves[0])),
-            "attention of a picture maker": self.error(self.sample, maker, flat, controls=self.run("Controls", **{**neutral, **half})),
+            "attention of a picture maker": self.error(self.sample, maker, flat, controls=halved),
             "begun elsewhere": self.error(edit, wide, texts[0], begun=begun),
             "begun of two": self.error(edit, flat, texts[0], begun=latent),
             "begun without tokens": self.error(edit, flat, texts[0], begun=flat),
-            "no guidance": self.error(execute, self.model, flat, texts[0], 0, 1.0, 0.1, controls=self.run("Controls", **{**neutral, "best_of": 2, "score": "instruction"})),
+            "no guidance": self.error(execute, self.model, flat, texts[0], 0, 1.0, 0.1, controls=judging),
         }  # fmt: skip
         return found
 
     def text_to_image(self) -> dict:
-        """The demo model taken for one of Infinity's: against the library, repainted inside a mask, and what is told."""
+        """The demo model taken for one of Infinity's: against the library, repainted in a mask, and what is told."""
         import numpy as np
 
         from varedit_core import Editor
@@ -878,13 +898,14 @@ class Probe:
         off = [int(np.abs(a.astype(int) - np.asarray(b).astype(int)).max()) for a, b in zip(saved, made)]
         outside = torch.nn.functional.interpolate(mask[None], shown.shape[1:3], mode="bilinear")[0, 0] == 0
         again = self.run("ModelLoader", "varedit_demo.safetensors", "fp32")
+        reloaded = model.cached_patcher_init[0](*model.cached_patcher_init[1])
         return {
             "library": off, "size": list(picture.shape), "told": said, "told before": quiet,
             "greedy": list(restored), "chained": not latent["varedit"].empty,
             "kept": torch.equal(shown[0][outside], self.cat[0][outside]), "by latent": torch.equal(masked, by_latent),
             "masked differs": not torch.equal(masked, unread),
             "not read": torch.equal(unread, self.sample(model, other, **drawn)),
-            "delegate": not model.cached_patcher_init[0](*model.cached_patcher_init[1]).model.diffusion_model.config.source,
+            "delegate": not reloaded.model.diffusion_model.config.source,
             "errors": {
                 "edit model": self.error(self.sample, again, empty),
                 "mask": self.error(self.sample, model, empty, mask=mask),
@@ -906,7 +927,9 @@ class Probe:
         fused = sys.modules["varedit_pack.nodes.adapters.state"]
         real = fused.fuses_gelu, fused.linear_gelu
         fused.fuses_gelu = lambda *_: True
-        fused.linear_gelu = lambda x, w, b: torch.nn.functional.gelu(torch.nn.functional.linear(x, w, b), approximate="tanh")
+        fused.linear_gelu = lambda x, w, b: torch.nn.functional.gelu(
+            torch.nn.functional.linear(x, w, b), approximate="tanh"
+        )
         run["fused"] = torch.equal(layer.gelu(x), expected)
         layer.weight_function = [lambda weight: weight * 2]
         run["patched"] = torch.equal(layer.gelu(x), torch.nn.functional.gelu(layer(x), approximate="tanh"))
@@ -933,7 +956,9 @@ class Probe:
         for share in (1.0, 0.5):
             model = load_model(file)
             model.load_device = torch.device("meta")
-            model.patch_model(model.load_device, lowvram_model_memory=int(model.model_size() * share) if share < 1 else 0)
+            model.patch_model(
+                model.load_device, lowvram_model_memory=int(model.model_size() * share) if share < 1 else 0
+            )
             found["still"].append(lies_still(model))
         wrapped, injected, overridden, plain = (self.model.clone() for _ in range(4))
         wrapped.add_wrapper_with_key("apply_model", "x", lambda executor, *args: executor(*args))
@@ -955,8 +980,8 @@ class Probe:
         return found
 
     def told(self) -> dict:
-        """Knobs that would do nothing, and ones beyond the scales: what is said of each, and whether the edit is as without
-        it, or as with all scales."""
+        """Knobs that would do nothing, and ones beyond the scales: what is said of each, and whether the edit is as
+        without it, or as with all scales."""
         registry, said, found = self.module("varedit_core.controls.registry"), [], {}
         sampler = sys.modules["varedit_pack.nodes.sampler"]
         mask, scales = self.torch.ones(1, 20, 30), 7
@@ -987,8 +1012,8 @@ class Probe:
         return found
 
     def asked_back(self) -> dict:
-        """ComfyUI wants the memory of an edit while that is at work, before every scale: what it gets, whether the cache
-        stays, and what is left at the end."""
+        """ComfyUI wants the memory of an edit while that is at work, before every scale: what it gets, whether the
+        cache stays, and what is left at the end."""
         import comfy.model_management as mm
 
         keeper, watcher = self.model.model.keeper(self.model.load_device), self.running.Watcher
@@ -1053,8 +1078,8 @@ class Probe:
         return found
 
     def same_job(self) -> dict:
-        """Jobs of all kinds by nodes and by the library: whether tokens and sums are the same, bit for bit, and what was
-        planned for each."""
+        """Jobs of all kinds by nodes and by the library: whether tokens and sums are the same, bit for bit, and what
+        was planned for each."""
         from dataclasses import asdict
 
         import numpy as np
@@ -1083,7 +1108,9 @@ class Probe:
         ones = [self.run("TextEncode", self.clip, one) for one in words]
         both = [[torch.cat([one[0][0] for one in ones]), ones[0][0][1]]]
         scene = self.image(SCENE)
-        pictures = [Image.fromarray((255 * one).round().numpy().astype(np.uint8)) for one in (scene[0], scene[0].flip(1))]
+        pictures = [
+            Image.fromarray((255 * one).round().numpy().astype(np.uint8)) for one in (scene[0], scene[0].flip(1))
+        ]
         source = self.run("SourceEncode", self.vae, scene, "256", "square")
         pair = self.run("SourceEncode", self.vae, torch.cat([scene, scene.flip(2)]), "256", "square")
         drawn = Image.new("L", (256, 256))
@@ -1119,12 +1146,19 @@ class Probe:
         }  # fmt: skip
         for name, (given, options) in jobs.items():
             given, planned[:] = dict(given), []
-            controls, shortcuts = (kind(**given.pop(part, {})) for part, kind in (("controls", Controls), ("shortcuts", Shortcuts)))
-            nodes = {"controls": self.run("Controls", **vars(controls)), "shortcuts": self.run("Shortcuts", **vars(shortcuts))}
+            controls, shortcuts = (
+                kind(**given.pop(part, {})) for part, kind in (("controls", Controls), ("shortcuts", Shortcuts))
+            )
+            nodes = {
+                "controls": self.run("Controls", **vars(controls)),
+                "shortcuts": self.run("Shortcuts", **vars(shortcuts)),
+            }
             model, text = given.pop("model", self.model), given.pop("text", ones[0])
-            latent = self.nodes["VAREditSampler"].execute(
-                model, given.pop("source", source), text, 11, 2.0, 0.7, **nodes, **given
-            ).result[0]
+            latent = (
+                self.nodes["VAREditSampler"]
+                .execute(model, given.pop("source", source), text, 11, 2.0, 0.7, **nodes, **given)
+                .result[0]
+            )
             images, prompts = (pictures, list(words)) if text is both else (pictures[0], words[0])
             result = (small if shortcuts.drafted else editor).run(
                 images, () if "regions" in options else prompts, size="0.06M", settings=settings, controls=controls,
@@ -1145,7 +1179,9 @@ class Probe:
 
     def _job(self, source, results: int):
         config, schedule = self.model.model.diffusion_model.config, source["varedit"].fitting.schedule
-        return self.module("varedit_core.runtime.plan").Job(config, schedule, results, True, self.torch.float32, self.text[0][0].shape[1])
+        return self.module("varedit_core.runtime.plan").Job(
+            config, schedule, results, True, self.torch.float32, self.text[0][0].shape[1]
+        )
 
     def _progress(self, **kw) -> list:
         """What the progress bar is told of an edit: value, total, size of the picture."""
@@ -1169,9 +1205,9 @@ def name(way) -> str:
 
 
 PARTS = (
-    "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text", "ladder", "formats",
-    "partial", "leftovers", "keeping", "variations", "shortcuts", "controls", "text_to_image", "layers", "recording", "told", "asked_back",
-    "colours", "same_job", "plan",
+    "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text",
+    "ladder", "formats", "partial", "leftovers", "keeping", "variations", "shortcuts", "controls", "text_to_image",
+    "layers", "recording", "told", "asked_back", "colours", "same_job", "plan",
 )  # fmt: skip
 ONE_EDIT = ("pictures", "formats", "variations")  # parts that decode one edit again and again
 

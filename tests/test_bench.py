@@ -78,8 +78,13 @@ def test_kept_and_unguided_passes_are_less_work(cases):
 
 @pytest.mark.parametrize(
     ("model", "size", "products", "attention", "read"),
-    [("8B", "1024", 421, 147, 201), ("8B", "512", 102, 9, 158), ("2B", "1024", 110, None, None), ("2B", "512", 27, None, None)],
-)  # fmt: skip
+    [
+        ("8B", "1024", 421, 147, 201),
+        ("8B", "512", 102, 9, 158),
+        ("2B", "1024", 110, None, None),
+        ("2B", "512", 27, None, None),
+    ],
+)
 def test_arithmetic(model, size, products, attention, read):
     """TFLOP, and GB of weights read in bf16, counted by hand: source and targets, guidance on."""
     (case,) = choose([model], [size], ["edit"])
@@ -113,8 +118,13 @@ def test_names_that_are_unknown_and_models_too_large(monkeypatch):
 
 @pytest.mark.parametrize(
     ("device", "name"),
-    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100_sxm4"), ("NVIDIA GeForce RTX 4090", "rtx_4090"), ("cpu", "cpu")],
-)  # fmt: skip
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100_sxm4"),
+        ("NVIDIA GeForce RTX 4090", "rtx_4090"),
+        ("cpu", "cpu"),
+    ],
+)
 def test_file_names(device, name):
     assert cli.short_name(device) == name
 
@@ -220,7 +230,10 @@ def test_the_published_code_runs():
 
 
 def test_a_file_keeps_the_cases_that_were_not_measured_again(tmp_path):
-    file, facts = tmp_path / "h100.json", {"benchmark": "b", "device": "d", "torch": "2", "cases": [{"name": "x", "n": 1}]}
+    file, facts = (
+        tmp_path / "h100.json",
+        {"benchmark": "b", "device": "d", "torch": "2", "cases": [{"name": "x", "n": 1}]},
+    )
     assert cli.merged(file, facts) == facts
     file.write_text(json.dumps(facts | {"cases": [{"name": "x", "n": 0}, {"name": "y"}]}))
     assert cli.merged(file, facts)["cases"] == [{"name": "y"}, {"name": "x", "n": 1}]

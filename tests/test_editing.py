@@ -76,7 +76,11 @@ def test_masks_hold_the_rest(begun, tmp_path, option):
     mask = begun / "mask.png"
     inverted = tmp_path / "inverted.png"
     ImageChops.invert(Image.open(mask)).save(inverted)
-    given = {"--mask": ("--mask", mask), "--crop": ("--mask", mask, "--crop", 0.3), "--protect": ("--protect", inverted)}
+    given = {
+        "--mask": ("--mask", mask),
+        "--crop": ("--mask", mask, "--crop", 0.3),
+        "--protect": ("--protect", inverted),
+    }
     varedit("edit", SCENE, STAR, "-o", tmp_path / "b.png", *given[option], "--seam", 3)
     assert outside(tmp_path / "b.png", mask) and not outside(tmp_path / "b.png", inverted)
 
@@ -94,15 +98,39 @@ def test_regions_and_presets(begun, tmp_path):
     below = tmp_path / "below.png"
     Image.open(begun / "mask.png").transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(below)
     varedit(
-        "edit", SCENE, "--region", f"{STAR}@{begun / 'mask.png'}", "--region", f"{SQUARE}@{below}", "--preset", "faithful",
-        "-o", tmp_path / "b.png", "--save-tokens", tmp_path / "b.safetensors",
-    )  # fmt: skip
+        "edit",
+        SCENE,
+        "--region",
+        f"{STAR}@{begun / 'mask.png'}",
+        "--region",
+        f"{SQUARE}@{below}",
+        "--preset",
+        "faithful",
+        "-o",
+        tmp_path / "b.png",
+        "--save-tokens",
+        tmp_path / "b.safetensors",
+    )
     assert not outside(tmp_path / "b.png", below)
     assert Tokens.load(tmp_path / "b.safetensors").images == 1
 
 
 def test_the_best_of_several_and_an_auto_mask(tmp_path):
-    varedit("edit", SCENE, SQUARE, "-o", tmp_path / "b.png", "--auto-mask", 0.5, "--best-of", 3, "--best-at", 2, "--score", "near")
+    varedit(
+        "edit",
+        SCENE,
+        SQUARE,
+        "-o",
+        tmp_path / "b.png",
+        "--auto-mask",
+        0.5,
+        "--best-of",
+        3,
+        "--best-at",
+        2,
+        "--score",
+        "near",
+    )
     found = ImageChops.difference(Image.open(tmp_path / "b.png"), Image.open(SCENE).convert("RGB"))
     assert found.crop((0, 0, 256, 150)).getbbox() is None, "exactly the picture, but for the square"
     assert found.getbbox() is not None
@@ -126,7 +154,9 @@ def test_the_best_of_several_and_an_auto_mask(tmp_path):
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(monkeypatch, capsys, tmp_path, more, said):
-    monkeypatch.setattr(sys, "argv", ["varedit", "edit", str(SCENE), STAR, "-o", str(tmp_path / "x.png"), *map(str, more)])
+    monkeypatch.setattr(
+        sys, "argv", ["varedit", "edit", str(SCENE), STAR, "-o", str(tmp_path / "x.png"), *map(str, more)]
+    )
     with pytest.raises(SystemExit):
         main()
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

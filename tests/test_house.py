@@ -1,6 +1,6 @@
 """The layout of the code: who imports whom, how long the path to the algorithm is, how long functions and lines are.
 
-The lists of exceptions only get shorter: what is mended has to leave them, and nothing new gets in.
+Exceptions are named with their reason.
 """
 
 import ast
@@ -11,7 +11,6 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from support import ROOT
 
 CORE = ROOT / "varedit_core"
@@ -144,36 +143,12 @@ def test_the_networks_are_short():
     assert sum(code_lines(path) for path in files if path.name not in beside) <= 620
 
 
-@pytest.mark.xfail(strict=True, reason="1,187 lines today")
 def test_the_algorithm_is_short():
-    """All that has to be read to understand it: the networks, and the loop with what it is given."""
+    """All that has to be read to understand it: the networks, and the loop with what it is given. 900 lines are wanted;
+    docs/LOG.md says where the rest lies. The bound only goes down."""
     loop = [CORE / "sampling" / f"{name}.py" for name in ("loop", "scale", "settings", "batch")]
     files = [path for folder in sorted(NETWORKS) for path in (CORE / folder).glob("*.py")]
-    assert sum(map(code_lines, [*files, *loop])) <= 900
-
-
-LONG_LINES = {
-    "benchmarks/comfyui_memory.py",
-    "benchmarks/control_pictures.py",
-    "benchmarks/controls.py",
-    "benchmarks/engines.py",
-    "benchmarks/library_memory.py",
-    "benchmarks/real_size.py",
-    "benchmarks/render.py",
-    "tests/conftest.py",
-    "tests/in_comfyui.py",
-    "tests/test_bench.py",
-    "tests/test_editing.py",
-    "tests/test_engines.py",
-    "tests/test_in_comfyui.py",
-    "tests/test_lora.py",
-    "tests/test_nodes.py",
-    "tests/test_shapeedit.py",
-    "tests/test_token_nodes.py",
-    "tests/test_workflows.py",
-    "varedit_core/controls/prefix.py",
-}
-"""Files with lines of more than 120 characters that are still to be broken."""
+    assert sum(map(code_lines, [*files, *loop])) <= 1160
 
 
 def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -202,5 +177,4 @@ def test_signatures_are_narrow():
 
 def test_lines_are_short():
     long = {p.relative_to(ROOT).as_posix() for p in PYTHON if any(len(x) > 120 for x in p.read_text().splitlines())}
-    assert not long - LONG_LINES, "no line is longer than 120 characters"
-    assert not LONG_LINES - long, "these have none any more: take them off the list"
+    assert not long, "no line is longer than 120 characters"

@@ -41,8 +41,8 @@ def test_a_stock_lora_loader_does_what_the_library_does(found):
 def test_compilation_attention_and_device_nodes_work(found):
     result = facts(found, "wrappers")
     assert result["equal"] == [True, True, True] and result["again"]
-    # Self- and cross-attention of eight blocks in seven scales, of seven in the source's pass, which asks no more of the
-    # last, the text's pooling, and a question before.
+    # Self- and cross-attention of eight blocks in seven scales, of seven in the source's pass, which asks no more of
+    # the last, the text's pooling, and a question before.
     assert result["attention calls"] == 7 * 8 * 2 + 7 * 2 + 1 + 1
     assert result["without scale"] < 0.01, "an attention that ignores its scale is given queries that carry it"
     assert result["restored"] == "Transformer"
@@ -74,7 +74,10 @@ def test_pictures_of_text_alone(found):
     assert result["kept"] and result["by latent"] and result["masked differs"] and result["not read"]
     assert result["delegate"] and result["chained"]
     assert result["told before"] == [] and len(result["told"]) == 1 and "only the source's size" in result["told"][0]
-    for name, words in (("edit model", "this model edits pictures but the source is empty"), ("mask", "nothing to keep")):
+    for name, words in (
+        ("edit model", "this model edits pictures but the source is empty"),
+        ("mask", "nothing to keep"),
+    ):
         assert result["errors"][name].startswith(SENTENCE) and words in result["errors"][name]
 
 
@@ -367,7 +370,7 @@ TOLD = {
     "inside beyond": "inside is 13 but the edit has 7 scales; give at most 7",
     "stop beyond": "stop is 13 but the edit has 7 scales; give at most 7",
 }
-"""What the sampler says of knobs that would do nothing, or of more than there is; a new knob of the kind belongs here."""
+"""What the sampler says of knobs that would do nothing, or of more than there is. New knobs of the kind belong here."""
 
 
 def test_every_knob_that_would_do_nothing_is_in_the_list(found):

@@ -226,7 +226,11 @@ def test_merged_equals_applied(file, tmp_path, precision):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     assert same(load_transformer(out, dtype=dtype), applied(file, 0.7, source, dtype=dtype))
     assert open_weights(out).shapes == open_weights(source).shapes and seen == sorted(seen) and seen[-1] == 1
-    assert open_weights(out).metadata == metadata == {**open_weights(source).metadata, "varedit.merged_lora": "style.safetensors:0.7"}  # fmt: skip
+    assert (
+        open_weights(out).metadata
+        == metadata
+        == {**open_weights(source).metadata, "varedit.merged_lora": "style.safetensors:0.7"}
+    )
     assert merge_lora(out, file, tmp_path / "b.safetensors")["varedit.merged_lora"].endswith(
         ":0.7, style.safetensors:1"
     )
@@ -263,25 +267,55 @@ def test_merging_overwrites_nothing(model, file, tmp_path):
 KEY = "diffusion_model.blocks.0.sa.proj"
 WRONG = {
     "unknown layer": (
-        lambda s: s | {"diffusion_model.blocks.99.sa.proj." + p: s[f"{KEY}.{p}"].clone() for p in ("lora_A.weight", "lora_B.weight")},
+        lambda s: (
+            s
+            | {
+                "diffusion_model.blocks.99.sa.proj." + p: s[f"{KEY}.{p}"].clone()
+                for p in ("lora_A.weight", "lora_B.weight")
+            }
+        ),
         ("blocks.99.sa.proj.lora_A.weight", "no such layer", "choose a LoRA trained for VAREdit"),
     ),
     "another size": (
         lambda s: s | {f"{KEY}.lora_A.weight": torch.zeros(RANK, 7)},
         (f"{KEY}.lora_A.weight", "[128, 7]", "[128, 128]", "choose a LoRA"),
     ),
-    "ranks differ": (lambda s: s | {f"{KEY}.lora_B.weight": torch.zeros(128, 3)}, (f"{KEY}.lora_B.weight", "[128, 3]", "[rank, inputs]")),
+    "ranks differ": (
+        lambda s: s | {f"{KEY}.lora_B.weight": torch.zeros(128, 3)},
+        (f"{KEY}.lora_B.weight", "[128, 3]", "[rank, inputs]"),
+    ),
     "a convolution": (lambda s: s | {f"{KEY}.lora_B.weight": torch.zeros(128, RANK, 1, 1)}, ("[128, 4, 1, 1]",)),
-    "half missing": (lambda s: {k: t for k, t in s.items() if k != f"{KEY}.lora_B.weight"}, ("lacks the up matrix of", KEY)),
-    "alpha alone": (lambda s: s | {"diffusion_model.head2.alpha": torch.ones(())}, ("lacks the down and up matrix of", "head2")),
+    "half missing": (
+        lambda s: {k: t for k, t in s.items() if k != f"{KEY}.lora_B.weight"},
+        ("lacks the up matrix of", KEY),
+    ),
+    "alpha alone": (
+        lambda s: s | {"diffusion_model.head2.alpha": torch.ones(())},
+        ("lacks the down and up matrix of", "head2"),
+    ),
     "DoRA": (lambda s: s | {f"{KEY}.dora_scale": torch.ones(128, 1)}, (f"{KEY}.dora_scale", "without DoRA")),
-    "another family's keys": (lambda s: {k.replace("diffusion_model", "transformer"): t for k, t in s.items()}, ("transformer.blocks.0", "choose a LoRA")),
-    "undefined numbers": (lambda s: s | {f"{KEY}.lora_B.weight": torch.full((128, RANK), torch.nan)}, (f"{KEY}.lora_B.weight", "undefined")),
+    "another family's keys": (
+        lambda s: {k.replace("diffusion_model", "transformer"): t for k, t in s.items()},
+        ("transformer.blocks.0", "choose a LoRA"),
+    ),
+    "undefined numbers": (
+        lambda s: s | {f"{KEY}.lora_B.weight": torch.full((128, RANK), torch.nan)},
+        (f"{KEY}.lora_B.weight", "undefined"),
+    ),
     "alpha of many": (lambda s: s | {f"{KEY}.alpha": torch.ones(2)}, (f"{KEY}.alpha", "not one number")),
-    "twice": (lambda s: s | as_flat({k: t.clone() for k, t in s.items() if k.startswith(KEY)}), (KEY, "lora_unet_blocks_0_sa_proj", "remove one")),
+    "twice": (
+        lambda s: s | as_flat({k: t.clone() for k, t in s.items() if k.startswith(KEY)}),
+        (KEY, "lora_unet_blocks_0_sa_proj", "remove one"),
+    ),
     "nothing": (lambda s: {}, ("an unknown model", "choose a LoRA")),
-    "a LoRA for another model": (lambda s: {"lora_unet_input_blocks_1_1.lora_down.weight": torch.ones(1, 3), "lora_unet_input_blocks_1_1.lora_up.weight": torch.ones(2, 1)}, ("input_blocks_1_1", "no such layer")),
-}  # fmt: skip
+    "a LoRA for another model": (
+        lambda s: {
+            "lora_unet_input_blocks_1_1.lora_down.weight": torch.ones(1, 3),
+            "lora_unet_input_blocks_1_1.lora_up.weight": torch.ones(2, 1),
+        },
+        ("input_blocks_1_1", "no such layer"),
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", WRONG)
@@ -421,7 +455,9 @@ def test_edits_with_loras(file, tmp_path):
         assert done.exit_code == 0, done.output
         report = json.loads(done.stdout)
         pictures[name] = out.read_bytes()
-        assert [entry["strength"] for entry in report["loras"]] == {"none": [], "zero": [0], "whole": [1]}.get(name, [0.25, 0.75])  # fmt: skip
+        assert [entry["strength"] for entry in report["loras"]] == {"none": [], "zero": [0], "whole": [1]}.get(
+            name, [0.25, 0.75]
+        )
     assert pictures["none"] == pictures["zero"] != pictures["whole"] == pictures["halves"]
 
 

@@ -186,8 +186,8 @@ import folder_paths, server
 names = lambda call: [name for name in inspect.signature(call).parameters if name != "self"]
 print(json.dumps({
     "kinds": {
-        kind: [getattr(io, kind).io_type, names(getattr(io, kind).Input.__init__), names(getattr(io, kind).Output.__init__)]
-        for kind in sys.argv[1:]
+        kind: [one.io_type, names(one.Input.__init__), names(one.Output.__init__)]
+        for kind in sys.argv[1:] for one in [getattr(io, kind)]
     },
     "custom": [io.Custom("X").io_type, names(io.Custom("X").Input.__init__), names(io.Custom("X").Output.__init__)],
     "io.Schema": names(io.Schema), "io.NodeOutput": names(io.NodeOutput), "io.Hidden": [one.name for one in io.Hidden],
@@ -211,8 +211,11 @@ def test_the_stand_in_has_nothing_that_comfyui_has_not(comfyui, comfy):
         assert {"id", *KINDS[kind][1]} <= set(input_names), kind
         output = vars(getattr(api.io, kind).Output("x")).keys() - {"kind"}
         assert output <= set(output_names), kind
-    for name, call in {"io.Schema": api.io.Schema, "io.NodeOutput": api.io.NodeOutput,
-                       "ui.PreviewText": api.ui.PreviewText, "ui.PreviewImage": api.ui.PreviewImage}.items():  # fmt: skip
+    calls = {
+        "io.Schema": api.io.Schema, "io.NodeOutput": api.io.NodeOutput,
+        "ui.PreviewText": api.ui.PreviewText, "ui.PreviewImage": api.ui.PreviewImage,
+    }  # fmt: skip
+    for name, call in calls.items():
         assert set(parameters(call)) <= set(real[name]), name
     assert {member.name for member in api.io.Hidden} <= set(real["io.Hidden"])
     assert {name for name in vars(api.ComfyExtension) if not name.startswith("_")} <= set(real["ComfyExtension"])
@@ -324,8 +327,11 @@ def test_the_defaults_are_those_of_the_library(schemas):
         **{("VAREditControls", name): (value, None) for name, value in vars(NEUTRAL).items()},
         ("VAREditControls", "score"): (NEUTRAL.score, SCORES),
         ("VAREditCurves", "preset"): (PRESET, (*PRESETS, "own")),
-        **{("VAREditCurves", f"{curve}_{end}"): (getattr(FLAT, end), None)
-           for curve in ("guidance", "temperature") for end in ("start", "end")},
+        **{
+            ("VAREditCurves", f"{curve}_{end}"): (getattr(FLAT, end), None)
+            for curve in ("guidance", "temperature")
+            for end in ("start", "end")
+        },
         ("VAREditDecode", "seam"): (0, None),
     }
     found = {
@@ -504,8 +510,8 @@ def test_a_loader_says_where_a_missing_file_belongs(nodes, models, name, folder,
             nodes[name].execute(file, *rest)
         assert nodes[name].validate_inputs(file) == str(error.value), "said before a run, too"
         assert re.fullmatch(
-            rf"{re.escape(lack)} in ComfyUI's folder models/{folder}; put .*https://huggingface\.co/.* there, press R and "
-            "choose it",
+            rf"{re.escape(lack)} in ComfyUI's folder models/{folder}; put .*https://huggingface\.co/.* there, press R "
+            "and choose it",
             str(error.value),
         )
     (models / folder / "here.safetensors").touch()
@@ -650,7 +656,8 @@ def test_large_numbers_are_readable(pack):
         ),
         (
             "vae/gone.safetensors",
-            r"vae/gone\.safetensors is not in ComfyUI's folders diffusion_models, vae, text_encoders; put the file there, press R and choose it",
+            r"vae/gone\.safetensors is not in ComfyUI's folders diffusion_models, vae, text_encoders; put the file "
+            "there, press R and choose it",
         ),
         ("loras/x.safetensors", r"loras/x\.safetensors is not in ComfyUI's folders .*"),
         (
@@ -685,8 +692,8 @@ def test_the_fingerprint_changes_with_the_file(file_info, models):
 
 
 def test_nothing_heavy_is_imported_before_the_first_use(models):
-    """In a fresh process: loading the pack and declaring its nodes loads of the library its settings and controls alone,
-    and beside it torch, which ComfyUI has loaded long before any pack, and what torch brings."""
+    """In a fresh process: loading the pack and declaring its nodes loads of the library its settings and controls
+    alone, and beside it torch, which ComfyUI has loaded long before any pack, and what torch brings."""
     code = """
 import json
 import sys
@@ -720,7 +727,21 @@ print(json.dumps([sorted(brought), sorted(set(sys.modules) - known)]))
     assert {name for name in own if name.startswith("nodes.")} == {
         f"nodes.{name}"
         for name in (
-            "_api", "canvas", "change", "controls", "decode", "encode", "file_info", "files", "loaders", "sample_image", "sampler", "shortcuts", "sweep", "tokens", "widgets",
+            "_api",
+            "canvas",
+            "change",
+            "controls",
+            "decode",
+            "encode",
+            "file_info",
+            "files",
+            "loaders",
+            "sample_image",
+            "sampler",
+            "shortcuts",
+            "sweep",
+            "tokens",
+            "widgets",
         )  # fmt: skip
     }
 

@@ -167,7 +167,11 @@ def test_near_misses_differ_in_one_thing(family, what):
     (new,) = set(sample.target.objects) - set(sample.source.objects)
     rest = set(sample.target.objects) - {new}
     others = [set(other.objects) - rest for other in near_misses(sample.source, sample.target, family)]
-    values = {getattr(one, what) for (one, *more) in filter(None, others) if not more and vars(one) | {what: 0} == vars(new) | {what: 0}}  # fmt: skip
+    values = {
+        getattr(one, what)
+        for (one, *more) in filter(None, others)
+        if not more and vars(one) | {what: 0} == vars(new) | {what: 0}
+    }
     every = {"shape": SHAPES, "colour": COLOURS, "texture": TEXTURES, "radius": SIZES.values()}
     cells = set(range(9)) - {one.cell for one in sample.source.objects} | {new.cell}
     assert values == set(every.get(what, cells))

@@ -1,4 +1,4 @@
-"""The nodes that know an edit by its tokens, and the sweep: their lists of files, and what they do in a real ComfyUI."""
+"""The nodes that know an edit by its tokens, and the sweep: their lists of files, and their work in a real ComfyUI."""
 
 import copy
 import json
@@ -32,8 +32,8 @@ def test_the_list_has_files_of_both_folders(nodes, models):  # noqa: F811
     check = nodes["VAREditLoadTokens"].validate_inputs
     assert all(check(name) is True for name in (*choices(), None))
     assert check("gone.safetensors") == (
-        "gone.safetensors is not in ComfyUI's folders input and output; save some with VAREdit Save Tokens, or put a file "
-        "into input, press R and choose it"
+        "gone.safetensors is not in ComfyUI's folders input and output; save some with VAREdit Save Tokens, or put a "
+        "file into input, press R and choose it"
     )
     assert check("no file found").startswith("there are no tokens in ")
 
@@ -171,12 +171,15 @@ def test_the_first_scales_are_what_a_stopped_edit_makes(server):
     assert len(Tokens.load(saved(server, draft)[1])) == 4
     load = {"l": node("+LoadTokens", file=saved(server, draft)[0])}
     assert same(levels(server, draft), levels(server, server.run(edit(load, shown(["l", 0])))))
-    whole = server.run(edit(HALF, {"f": node("+FirstScales", latent=[SAMPLER, 0], scales=7)}, shown(["f", 0]), shown([SAMPLER, 0], "u"), mask=["m", 0]))  # fmt: skip
+    cut = {"f": node("+FirstScales", latent=[SAMPLER, 0], scales=7)}
+    whole = server.run(edit(HALF, cut, shown(["f", 0]), shown([SAMPLER, 0], "u"), mask=["m", 0]))
     assert same(levels(server, whole), levels(server, whole, "u")), "with the mask it had"
 
 
 def test_what_has_no_tokens_is_one_sentence(server):
-    words = "this latent holds no tokens; connect the latent of VAREdit Sampler, Load Tokens or First Scales, as it came"
+    words = (
+        "this latent holds no tokens; connect the latent of VAREdit Sampler, Load Tokens or First Scales, as it came"
+    )
     scaled = {"u": node("LatentMultiply", samples=[SAMPLER, 0], multiplier=1.5)}
     for latent in (["7", 0], [SAMPLER, 1], ["u", 0]):
         for last in (
@@ -189,7 +192,10 @@ def test_what_has_no_tokens_is_one_sentence(server):
 
 
 def test_more_scales_than_there_are_is_one_sentence(server):
-    cut = {"f": node("+FirstScales", latent=[SAMPLER, 0], scales=4), "g": node("+FirstScales", latent=["f", 0], scales=5)}
+    cut = {
+        "f": node("+FirstScales", latent=[SAMPLER, 0], scales=4),
+        "g": node("+FirstScales", latent=["f", 0], scales=5),
+    }
     assert error(server, edit(cut, shown(["g", 0]))) == "there are tokens of 4 scales; keep from 1 to 4 of them, not 5"
 
 
@@ -204,7 +210,8 @@ def test_other_files_and_other_models_are_one_sentence(server):
     vae = {"o": node("+VAELoader", vae_name="other.safetensors")}
     load = {"l": node("+LoadTokens", file=name, vae=["o", 0])}
     assert error(server, edit(vae, load, shown(["l", 0]))).endswith(
-        "are of 16 bits on a grid of 32x32 but the VAE takes 14 channels on 32x32; load the VAE of the model that made them"
+        "are of 16 bits on a grid of 32x32 but the VAE takes 14 channels on 32x32; load the VAE of the model that made "
+        "them"
     )
     answer = server.queue(edit({"l": node("+LoadTokens", file="../gone.safetensors")}, shown(["l", 0])))
     assert "is not in ComfyUI's folders input and output" in answer["node_errors"]["l"]["errors"][0]["details"]
@@ -213,7 +220,10 @@ def test_other_files_and_other_models_are_one_sentence(server):
 def mapped(latent: list, source: list, amount: float = 0.5, vae: list = VAE) -> dict:
     made = {"c": node("+ChangeMap", vae=vae, latent=latent, source=source, amount=amount)}
     for key, slot in (("hard", 0), ("soft", 1)):
-        made |= {f"{key}i": node("MaskToImage", mask=["c", slot]), key: node("SaveImage", images=[f"{key}i", 0], filename_prefix=key)}
+        made |= {
+            f"{key}i": node("MaskToImage", mask=["c", slot]),
+            key: node("SaveImage", images=[f"{key}i", 0], filename_prefix=key),
+        }
     return made
 
 
@@ -257,8 +267,14 @@ def test_a_change_map_of_an_edit_to_itself_is_empty(server):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"i": node("ImageCrop", image=PICTURE, width=200, height=100, x=0, y=0)}, "the edit is of a picture of 256x256 but the source of one of 200x100; connect the source that was edited"),
-        ({"i": node("RepeatImageBatch", image=PICTURE, amount=2)}, "there are 2 sources for 1 edits; connect the sources that were edited"),
+        (
+            {"i": node("ImageCrop", image=PICTURE, width=200, height=100, x=0, y=0)},
+            "the edit is of a picture of 256x256 but the source of one of 200x100; connect the source that was edited",
+        ),
+        (
+            {"i": node("RepeatImageBatch", image=PICTURE, amount=2)},
+            "there are 2 sources for 1 edits; connect the sources that were edited",
+        ),
     ],
 )  # fmt: skip
 def test_a_change_map_of_what_does_not_belong_together_is_one_sentence(server, source, message):
@@ -285,11 +301,16 @@ def test_a_cell_of_a_sweep_is_the_samplers_edit(server):
     (sheet,) = levels(server, done, "g")
     assert len(cells) == 4 and sheet.shape[1] > 2 * 256
     for number, (guidance, seed) in enumerate([(1.0, 5), (1.0, 6), (2.0, 5), (2.0, 6)]):
-        assert same([cells[number]], levels(server, server.run(edit(shown([SAMPLER, 0]), seed=seed, guidance=guidance))))
+        assert same(
+            [cells[number]], levels(server, server.run(edit(shown([SAMPLER, 0]), seed=seed, guidance=guidance)))
+        )
 
 
 def test_a_sweep_keeps_what_is_outside_a_mask_and_the_alpha(server):
-    alpha = {"i": node("JoinImageWithAlpha", image=PICTURE, alpha=["b2", 0]), "b2": node("SolidMask", value=0.25, width=256, height=256)}
+    alpha = {
+        "i": node("JoinImageWithAlpha", image=PICTURE, alpha=["b2", 0]),
+        "b2": node("SolidMask", value=0.25, width=256, height=256),
+    }
     graph = edit(HALF, alpha, swept(mask=["m", 0], image=["i", 0]))
     done = server.run(graph)
     (f,) = done["outputs"]["s"]["images"]
@@ -313,7 +334,9 @@ def test_a_wrong_sweep_is_one_sentence_in_comfyui(server, changes, message):
 
 
 LOCAL = "in the bottom centre, add a pink square"
-CONTROLS = dict(strength=1.0, preserve=0.0, source_attention=1.0, feather=1, auto_mask=0.5, best_of=1, best_at=4, score="near")
+CONTROLS = dict(
+    strength=1.0, preserve=0.0, source_attention=1.0, feather=1, auto_mask=0.5, best_of=1, best_at=4, score="near"
+)
 
 
 def test_the_auto_mask_travels_with_the_tokens_from_nodes_to_nodes_and_the_command_line(server, tmp_path):

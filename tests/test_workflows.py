@@ -278,7 +278,7 @@ def test_the_links_of_the_blueprint_agree():
 
 
 def enlarger() -> dict[str, torch.Tensor]:
-    """An upscale model (ESRGAN, four times) that repeats every pixel: of its convolutions some hand on, others add 0."""
+    """An upscale model (ESRGAN, four times) that repeats every pixel: some convolutions hand on, others add 0."""
     state = {}
 
     def add(name: str, outputs: int, inputs: int, hands_on: bool = True) -> None:
@@ -482,7 +482,8 @@ def test_branches_share_a_beginning_and_differ(server):
     first, second = of_type(twin, "VAREditSampler")
     found = pictures(server, twin, ("PreviewImage", "SaveImage"))
     assert len(found) == 5 and len({picture.tobytes() for picture in found}) == 5
-    twin[second]["inputs"] |= {name: twin[first]["inputs"][name] for name in ("seed", "temperature")} | {"variations": 1}
+    twin[second]["inputs"] |= {name: twin[first]["inputs"][name] for name in ("seed", "temperature")}
+    twin[second]["inputs"]["variations"] = 1
     original, branch = pictures(server, twin, ("PreviewImage", "SaveImage"))
     assert (original == branch).all(), "with the first edit's settings, the first edit"
 

@@ -46,8 +46,8 @@ def checked_prefix(prefix: Sequence[Tensor], grids: Sequence[Grid], counts: tupl
         if bits.shape[-2:] != grid:
             raise ValueError(
                 f"the tokens of scale {k + 1} have the shape {list(bits.shape)} but the edit needs {counts[0]} of a "
-                f"grid of {grid[0]}x{grid[1]}; use the same size, shape and number of pictures as in the edit that made "
-                "them"
+                f"grid of {grid[0]}x{grid[1]}; use the same size, shape and number of pictures as in the edit that "
+                "made them"
             )
     if len(prefix) > len(grids):
         raise ValueError(

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..controls import registry
 from ..controls.best_of import Candidates, best
 from ..controls.confidence import Confidence
+from ..controls.prefix import one_edit_each
 from ..model.engine import Engine
 from ..runtime.memory import Memory, as_it_fits
 from ..runtime.plan import Job, Plan
