@@ -155,5 +155,16 @@ def test_it_acts_and_is_neutral_at_its_default(copied):
     assert half == again and half[0] != plain[0] and half[1] != plain[1]
 
 
-# --- What is generated from the registry: add here what `python dev.py render` makes in the copy ---
-# --- (docs/CONTROLS.md, docs/COMMAND_LINE.md, both locales), each with "sharpness" in it. ---
+def test_it_is_in_what_is_generated(copied):
+    """Docs and both languages' texts, as `python dev.py render` writes them."""
+    english, chinese = (f"locales/{language}/nodeDefs.json" for language in ("en", "zh"))
+    files = ["docs/COMMAND_LINE.md", "docs/CONTROLS.md", english, chinese]
+    assert not any("sharpness" in (ROOT / name).read_text(encoding="utf-8") for name in files)
+    done = python(copied, "benchmarks/render.py")
+    assert done.returncode == 0, done.stderr
+    texts = {name: (copied / name).read_text(encoding="utf-8") for name in files}
+    for name in ("docs/COMMAND_LINE.md", "docs/CONTROLS.md"):
+        assert any("`--sharpness`" in line and HELP in line for line in texts[name].splitlines()), name
+    for name, label, said in ((english, "sharpness", HELP), (chinese, "锐度", "0 为原样抽取；为 1 时几乎所有比特都取最可能的值。")):
+        made = json.loads(texts[name])["VAREditControls"]["inputs"]["sharpness"]
+        assert made == {"name": label, "tooltip": said}
