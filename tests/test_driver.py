@@ -15,6 +15,7 @@ from PIL import Image
 
 from varedit_core import Editor
 from varedit_core.controls.registry import Controls, Shortcuts
+from varedit_core.demo import SAMPLES, demo_files
 from varedit_core.model.config import AutoencoderConfig
 from varedit_core.model.transformer import Transformer
 from varedit_core.runtime import memory
@@ -613,3 +614,40 @@ def test_a_workspace_of_ones_own_is_planned_by_nobody(editor, patchify, monkeypa
     finally:
         editor.workspace = before
     assert editor.memory.free(job) < 0
+
+
+FORMS = {"list": list, "tuple": tuple, "iterator": iter, "generator": lambda given: (one for one in given)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_whatever_is_given_in_a_row_is_gone_through_as_often_as_needed(form):
+    """Pictures, instructions and functions of scales: an iterator counts at every scale, not at the first alone."""
+    editor = Editor.load(*demo_files(), device="cpu")
+    settings = SamplingSettings(guidance=2.0, temperature=0.7, seed=5)
+    seen = []
+
+    def turned(scale):
+        seen.append(scale.index)
+        scale.bits = ~scale.bits
+
+    more = dict(size="0.06M", settings=settings)
+    scene, words = SAMPLES / "scene.png", "make the background cyan"
+    made = editor.run(FORMS[form]([scene]), FORMS[form]([words]), steer=FORMS[form]([turned]), **more)
+    assert seen == list(range(7))
+    assert torch.equal(made.tokens.total(), editor.run(scene, words, steer=[turned], **more).tokens.total())
+
+
+def test_runs_of_one_batch_in_turns_remember_nothing_of_each_other():
+    editor = Editor.load(*demo_files(), device="cpu")
+    fitted = editor.fit(SAMPLES / "scene.png", "0.06M")
+    features, texts = editor.encode([fitted], ["make the background cyan"])
+    settings = SamplingSettings(guidance=2.0, temperature=2.0, seed=5)
+    batch = EditBatch.of(features, texts, fitted.schedule, settings, controls=Controls(auto_mask=0.5))
+
+    def turned(scale):
+        scale.bits = ~scale.bits
+
+    *_, alone = (scale.running_sum for scale in editor.scales(batch))
+    for scale, _ in zip(editor.scales(batch), editor.scales(batch, [turned])):
+        total = scale.running_sum
+    assert torch.equal(total, alone)

@@ -68,6 +68,10 @@ class Options:
     explain: bool = False
     features: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("regions", "steer"):  # gone through more than once
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
 
 class Editor:
     """A transformer, its VAE and (unless text features are given) a text encoder, on one device.
@@ -275,7 +279,8 @@ class Editor:
                 "this transformer makes pictures of text alone; use `generate`, or load it as the kind edit if it "
                 "learned to edit"
             )
-        pictures = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+        single = (str, Path, Image.Image, SourceImage, Tokens, Edited)
+        pictures = [images] if isinstance(images, single) else list(images)
         if not pictures:
             raise ValueError("there is no picture to edit; pass at least one")
         if wanted.features is not None and any(isinstance(picture, (Tokens, Edited)) for picture in pictures):
@@ -397,8 +402,10 @@ class Editor:
     def _batch(self, fitted, instructions, negatives, settings, wanted: Options, source: Tokens | None):
         """The batch of edits, and the masks of its pictures."""
         regions, count = wanted.regions, len(fitted)
-        prompts = [] if not isinstance(instructions, Tensor) and not len(instructions) else instructions
-        check_regions(regions, prompts)
+        prompts = instructions if isinstance(instructions, (str, Tensor)) else list(instructions)
+        if source is not None and isinstance(prompts, list) and len(prompts) == 1:
+            (prompts,) = prompts  # an edit of several results is one thing to go on from
+        check_regions(regions, prompts if isinstance(prompts, list) else [prompts] * bool(len(prompts)))
         rows = [region.instruction for _ in fitted for region in regions] or each(prompts, count, "instruction")
         unwanted = each("" if negatives is None else negatives, count, "negative prompt")
         unwanted = [None if isinstance(n, str) and not n else self._texts([n])[0] for n in unwanted]

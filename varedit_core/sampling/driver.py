@@ -83,7 +83,7 @@ def run(
         for network in memory.networks[: 1 + drafts]
     ]
     job = max(jobs, key=lambda job: job.needed("exact"))  # a drafter is done when the other begins
-    task = _Task(batch, watch, controls, known, wanted)
+    task = _Task(batch, watch, tuple(controls), known, wanted)
 
     def attempt(plan: Plan) -> Result:
         return memory.within(plan, drafts, lambda engine: task.run(engine, plan.job.images // batch.regions))

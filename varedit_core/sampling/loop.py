@@ -10,6 +10,7 @@ a scale, D token bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ def sample(engine: Engine, batch: EditBatch, controls: Sequence[Callable[[Scale]
     controls: called with every scale, after the batch's own. Raises ValueError, at the first step, where the batch does
     not fit the network. `Scale.check` says whether logits are numbers, as that waits for the device.
     """
+    batch, controls = replace(batch), tuple(controls)  # what its controls remember is this run's alone
     generators = [torch.Generator().manual_seed(seed) for seed in batch.row_seeds()]
     engine.prefill(batch)
     try:
