@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import sources, words
 
 from varedit_core import Editor
 from varedit_core.controls.registry import Controls, Shortcuts
@@ -96,16 +97,6 @@ class Failing:
         if not self.left:
             raise RanOut
         return self.engine.logits(*args, **more)
-
-
-def sources(record, count: int) -> torch.Tensor:
-    features = record["ref.vae_features"].float()
-    return torch.cat([features, features.flip(-1), features * 0.5])[:count]
-
-
-def words(record, count: int) -> list[torch.Tensor]:
-    text = record.texts("text")[0]
-    return [text, text.flip(0)[:3], text.repeat(3, 1)][:count]
 
 
 def box(count: int) -> torch.Tensor:

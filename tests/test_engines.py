@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import recordings
+from support import recordings, sources, words
 
 from varedit_core.controls.registry import Controls, Shortcuts
 from varedit_core.model.engine import PlainEngine
@@ -29,17 +29,6 @@ WHOLE = ("an edit", "variations", "a mask", "unguided")
 @pytest.fixture(scope="module", params=recordings(), ids=lambda path: path.stem)
 def record(request):
     return Record.open(request.param)
-
-
-def sources(record, count: int) -> torch.Tensor:
-    features = record["ref.vae_features"].float()
-    return torch.cat([features, features.flip(-1), features * 0.5])[:count]
-
-
-def words(record, count: int) -> list[torch.Tensor]:
-    """Instructions of several lengths."""
-    text = record.texts("text")[0]
-    return [text, text.flip(0)[:3], text.repeat(3, 1)][:count]
 
 
 def guided(record, *values: float) -> SamplingSettings:

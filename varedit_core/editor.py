@@ -405,7 +405,7 @@ class Editor:
         prompts = instructions if isinstance(instructions, (str, Tensor)) else list(instructions)
         if source is not None and isinstance(prompts, list) and len(prompts) == 1:
             (prompts,) = prompts  # an edit of several results is one thing to go on from
-        check_regions(regions, prompts if isinstance(prompts, list) else [prompts] * bool(len(prompts)))
+        check_regions(regions, len(prompts) > 0)
         rows = [region.instruction for _ in fitted for region in regions] or each(prompts, count, "instruction")
         unwanted = each("" if negatives is None else negatives, count, "negative prompt")
         unwanted = [None if isinstance(n, str) and not n else self._texts([n])[0] for n in unwanted]

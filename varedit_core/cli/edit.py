@@ -282,7 +282,7 @@ class Task:
         shown = load_mask(place.mask or place.protect) if place.mask or place.protect else None
         shown = ImageOps.invert(shown) if place.protect else shown
         parts = [region_of(text) for text in place.region or ()]
-        check_regions(parts, ())
+        check_regions(parts)
         if image.suffix == SUFFIX:
             if place.extend or place.crop is not None:
                 raise ValueError("tokens have the size they were made with; --crop and --extend want a picture")

@@ -89,7 +89,7 @@ class Shape:
     def regions(self) -> list[Region]:
         """Those of --region. ValueError where they do not belong together."""
         regions = [region_of(text) for text in self.region or ()]
-        check_regions(regions, ())
+        check_regions(regions)
         if not self.image:
             check_rest(regions)
         return regions

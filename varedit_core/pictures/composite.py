@@ -71,9 +71,9 @@ def _darker(a: Image.Image, b: Image.Image) -> Image.Image:
     return ImageChops.darker(a.convert("L").resize(b.size, Image.Resampling.BILINEAR), b)
 
 
-def check_regions(regions: Sequence[Region], prompts: Sequence) -> None:
+def check_regions(regions: Sequence[Region], instructed: bool = False) -> None:
     """Raise ValueError for regions beside an instruction, and for ones without instruction or with an empty mask."""
-    if regions and prompts:
+    if regions and instructed:
         raise ValueError(
             "give an instruction or regions, not both; an instruction for everywhere is a region without a mask"
         )

@@ -64,7 +64,6 @@ class Session:
         with on(batch.stream):
             texts = row_texts(batch, network, copies=apart)
         shape = Shape.of(batch.schedule, texts, self.copies, network.dtype, device)
-        self.rows = len(texts) * self.copies
         work.begin(network, texts, shape, self.attention, batch.stream)
         if config.source:
             work.expect((features, *texts), batch.fresh)
@@ -79,12 +78,11 @@ class Session:
     @torch.no_grad()
     def logits(self, k: int, total: Tensor, guided: bool) -> Tensor:
         batch, work, step = self.batch, self.work, self.steps[k]
-        sources = len(total) // self.results
-        if k == batch.guided and self.rows > sources * self.copies:
-            self.rows = sources * self.copies
         shared = self.copies if k < self.shared else 1
         repeats = self.results if shared > 1 else 1
-        rows, own = self.rows // shared, len(total) // repeats
+        own = len(total) // repeats
+        # Of the store that later scales attend to, also where this one asks for no unconditional rows.
+        rows = len(total) // self.results * self.copies // shared * (2 if k < batch.guided else 1)
         tokens = _Tokens(self.transformer, work.condition, batch.grids[k], batch.patch, k, step.tokens, rows, shared)
         logits = work.run(tokens, step, rows, rows if guided else own, *[total[::repeats]] * (k > 0), shared=shared)
         return logits.repeat_interleave(repeats, 0) if repeats > 1 else logits

@@ -192,7 +192,8 @@ class EditBatch:
         return Source(self.each_row(self.features).float(), self.grids, total)
 
     def rows(self, pictures: slice, copies: slice = slice(None)) -> EditBatch:
-        """The batch of some of the pictures, with some of their results each."""
+        """The batch of some of the pictures, with some of their results each. What saves time at the beginning
+        (`fresh`, `stream`) holds for the part with the first result."""
         which, count = range(self.pictures)[pictures], self.copies
         chosen = [p * count + c for p in which for c in range(count)[copies]]
         trials = len(self.trial_seeds) // self.pictures
@@ -212,6 +213,7 @@ class EditBatch:
             prefix=[bits[list(which) if alike else chosen] for bits in self.prefix],
             source_total=own(self.source_total),
             trial_seeds=tuple(s for p in which for s in self.trial_seeds[p * trials : (p + 1) * trials]),
+            **({} if chosen[0] == 0 else {"fresh": False, "stream": None}),
         )
 
     def to(self, device) -> EditBatch:

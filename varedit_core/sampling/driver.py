@@ -116,12 +116,10 @@ class _Task:
         most = max(batch.copies, batch.controls.best_of)
         for pictures in slices(batch.pictures, max(1, at_once // most)):
             own = batch.rows(pictures)
-            own = own if pictures.start == 0 else replace(own, fresh=False, stream=None)
             if batch.controls.best_of > 1:
                 own = replace(own, prefix=self._beginnings(engine, own, at_once), fresh=False, stream=None)
             for copies in slices(batch.copies, at_once):
                 part = own.rows(slice(None), copies)
-                part = part if copies.start == 0 else replace(part, fresh=False, stream=None)
                 numbers = range(batch.pictures)[pictures]
                 results = [p * batch.copies + c for p in numbers for c in range(batch.copies)[copies]]
                 parts.append(self._part(engine, part, at_once >= most, results, numbers))
@@ -135,7 +133,6 @@ class _Task:
         scores, bits = [], []
         for copies in slices(begun.copies, at_once):
             part = begun.rows(slice(None), copies)
-            part = part if copies.start == 0 else replace(part, fresh=False, stream=None)
             found = Candidates(batch.controls.score)
             with closing(sample(engine, part, self.controls)) as drawn:
                 for scale in drawn:
