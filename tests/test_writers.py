@@ -384,7 +384,7 @@ def suspicious(tree: ast.AST, memory: frozenset[str] | None = None) -> Iterator[
             if (
                 name in TEMPORARY
                 or (owner == "os" and name in ("replace", "open"))
-                or (name == "replace" and len(node.args) == 1 and not node.keywords)
+                or (owner and name == "replace" and len(node.args) == 1 and not node.keywords)
             ):
                 yield function
             if (
