@@ -4,6 +4,7 @@ Where there is a GPU, the last tests try it there.
 """
 
 import gc
+import itertools
 import logging
 import weakref
 from collections import Counter
@@ -31,14 +32,16 @@ REASONS = [
 
 
 class StandIn:
-    """In place of `Captured`: a replay calls the function again. made: how many, by device; refused: why the recording
-    of a number fails, or None."""
+    """In place of `Captured`: a replay calls the function again. made: how many, by device; pools: theirs, in turn;
+    refused: why the recording of a number fails, or None."""
 
     made: Counter[torch.device]
+    pools: list[tuple[int, int]]
     refused: Callable[[int], str | None]
 
     def __init__(self, function, inputs, device, pool):
         type(self).made[device] += 1
+        type(self).pools.append(pool)
         self.first = function(*(x.clone() for x in inputs))
         self.failure = type(self).refused(sum(type(self).made.values()))
         self.function = function
@@ -49,10 +52,11 @@ class StandIn:
 
 @pytest.fixture
 def captured(monkeypatch):
-    StandIn.made, StandIn.refused = Counter(), lambda number: None
+    StandIn.made, StandIn.pools, StandIn.refused = Counter(), [], lambda number: None
     monkeypatch.setattr(graphs, "Captured", StandIn)
     monkeypatch.setattr(graphs, "can_record", lambda: True)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    handles = itertools.count(1)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, next(handles)))
     return StandIn
 
 
@@ -108,6 +112,15 @@ def test_an_error_of_the_function_is_raised_and_not_met_by_recording_again(captu
         run(recordings, function=function)
     run(recordings, function=function), run(recordings, function=function)
     assert captured.made.total() == 1 and len(calls) == 4
+
+
+def test_the_pool_of_a_failed_recording_is_not_used_again(captured):
+    """torch 2.11 ends a failed recording in the device's memory, but never in its pinned memory."""
+    captured.refused = lambda number: "no graph holds it" if number == 2 else None
+    recordings = Recordings()
+    for name in "abcd":
+        run(recordings, name), run(recordings, name)
+    assert captured.pools == [(0, 1), (0, 1), (0, 2), (0, 2)] and set(recordings.recorded) == set("acd")
 
 
 def test_keep_forgets_the_rest(captured):

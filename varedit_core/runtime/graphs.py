@@ -70,6 +70,7 @@ class Captured:
         except BaseException as error:
             torch.cuda.set_stream(here)
             _settle(pool, stream)
+            _failed.append(self.graph)
             raise (own or error) from None
         finally:
             own = None  # errors hold this frame
@@ -111,6 +112,7 @@ def _settle(pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
 
 
 _living: WeakSet[Captured] = WeakSet()
+_failed: list[torch.cuda.CUDAGraph] = []  # torch may go on asking these whether a stream is theirs
 
 
 def recorded_bytes(device: torch.device) -> int:
@@ -218,13 +220,14 @@ class Recordings:
             self.seen.add(name)
             return function(*inputs)
         self.pool = self.pool or torch.cuda.graph_pool_handle()
+        pool, self.pool = self.pool, None  # torch's pinned memory takes that of a failed recording to be recorded still
         try:
-            made = Captured(function, inputs, device, self.pool)
+            made = Captured(function, inputs, device, pool)
         except RuntimeError:  # the function's own; where recording took the memory, the next call may do without
             self.failed.add(name)
             raise
         if made.failure is None:
-            self.recorded[name] = made
+            self.recorded[name], self.pool = made, pool
         else:
             if not self.failed:
                 logger.warning("work that cannot be recorded runs without, which is slower: %s", made.failure)
