@@ -191,7 +191,11 @@ def modules(models, version: str = "0.33.0") -> dict[str, ModuleType]:
         "comfy_api.latest": {
             "ComfyExtension": ComfyExtension,
             "io": SimpleNamespace(
-                ComfyNode=ComfyNode, Schema=Schema, NodeOutput=NodeOutput, Hidden=Hidden, Custom=custom,
+                ComfyNode=ComfyNode,
+                Schema=Schema,
+                NodeOutput=NodeOutput,
+                Hidden=Hidden,
+                Custom=custom,
                 **{k: _kind(k) for k in KINDS},
             ),
             "ui": SimpleNamespace(PreviewText=PreviewText, PreviewImage=PreviewImage),

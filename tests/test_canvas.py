@@ -123,7 +123,9 @@ def test_crops_of_a_batch_are_of_one_size_each_at_its_place():
     size = (400, 300)
     mask = torch.cat([mask_of(size, box) for box in ((10, 10, 90, 40), (300, 200, 310, 290))])
     region = crop_around(size, mask)
-    assert len(region.boxes) == 2 and len({(r - l, b - t) for l, t, r, b in region.boxes}) == 1
+    assert (
+        len(region.boxes) == 2 and len({(right - left, bottom - top) for left, top, right, bottom in region.boxes}) == 1
+    )
     assert region.boxes[0][:2] == (0, 0) and region.boxes[1][2] > 310 and region.boxes[1][3] == 300
     images = pictures(2, size)
     parts, inside = canvas.crop_pixels(images, region)

@@ -57,7 +57,6 @@ def test_what_is_rendered_is_what_lies_here(path):
     assert path.read_text(encoding="utf-8") == render.outputs()[path], "run python dev.py render"
 
 
-
 def test_every_table_stands_on_one_page():
     texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
     marks = [name for text in texts.values() for name in re.findall(r"^<!-- (\w[\w ]*) -->", text, re.MULTILINE)]

@@ -165,6 +165,9 @@ def test_it_is_in_what_is_generated(copied):
     texts = {name: (copied / name).read_text(encoding="utf-8") for name in files}
     for name in ("docs/COMMAND_LINE.md", "docs/CONTROLS.md"):
         assert any("`--sharpness`" in line and HELP in line for line in texts[name].splitlines()), name
-    for name, label, said in ((english, "sharpness", HELP), (chinese, "锐度", "0 为原样抽取；为 1 时几乎所有比特都取最可能的值。")):
+    for name, label, said in (
+        (english, "sharpness", HELP),
+        (chinese, "锐度", "0 为原样抽取；为 1 时几乎所有比特都取最可能的值。"),
+    ):
         made = json.loads(texts[name])["VAREditControls"]["inputs"]["sharpness"]
         assert made == {"name": label, "tooltip": said}

@@ -113,7 +113,10 @@ KINDS: dict[str, dict] = {
     "fast": _FAST,
     "fast-inside": {**_FAST, "shortcuts": Shortcuts(unguided=3, inside=3), "masked": 0.25},
     "fast-inside-6-new": {
-        **_FAST, "shortcuts": Shortcuts(unguided=3, inside=6), "masked": 0.25, "new_masks": True,
+        **_FAST,
+        "shortcuts": Shortcuts(unguided=3, inside=6),
+        "masked": 0.25,
+        "new_masks": True,
     },
     "fast-inside-6": {**_FAST, "shortcuts": Shortcuts(unguided=3, inside=6), "masked": 0.25},
 }

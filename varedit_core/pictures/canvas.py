@@ -70,7 +70,7 @@ def crop_around(size: Size, mask: Image.Image | Tensor, margin: float = CROP_MAR
     if None in marked:
         which = f"mask {marked.index(None) + 1} of {len(marked)}" if len(marked) > 1 else "the mask"
         raise ValueError(f"{which} is empty; paint where the picture may change")
-    largest = max(r - l for l, _, r, _ in marked), max(b - t for _, t, _, b in marked)
+    largest = max(right - left for left, _, right, _ in marked), max(bottom - top for _, top, _, bottom in marked)
     wanted = _crop_size(largest, size, margin, shape)
     return Crop(tuple(_box_around(one, wanted, size) for one in marked), mask_NHW)
 
