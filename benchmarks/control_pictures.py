@@ -16,13 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import ROOT, few, finish, parsed, parser
 from varedit_core import Editor, SamplingSettings
 from varedit_core.controls.auto_mask import AUTO_MASK
+from varedit_core.controls.curves import PRESETS
 from varedit_core.controls.registry import Controls
 from varedit_core.demo import GUIDANCE, SAMPLES, SIZE, demo_files
 from varedit_core.pictures.canvas import crop, crop_around, extend, stitch
 from varedit_core.pictures.composite import Region
 from varedit_core.pictures.contact_sheet import Row, contact_sheet
 from varedit_core.pictures.images import load_image
-from varedit_core.sampling.settings import PRESETS
 
 SCENE, CAT = SAMPLES / "scene.png", SAMPLES / "cat.jpg"
 STAR, SQUARE, SEPIA = "recolour the black star in purple", "in the bottom centre, add a pink square", "make it sepia"

@@ -32,12 +32,12 @@ from varedit_core import Editor, SamplingSettings
 from varedit_core.cli.common import hardware
 from varedit_core.controls.auto_mask import AUTO_MASK, changed
 from varedit_core.controls.best_of import SCORES
+from varedit_core.controls.curves import PRESETS
 from varedit_core.controls.registry import NEUTRAL, Controls
 from varedit_core.demo import GUIDANCE, SIZE, demo_files
 from varedit_core.pictures.images import SourceImage
 from varedit_core.sampling.batch import EditBatch
 from varedit_core.sampling.driver import run
-from varedit_core.sampling.settings import PRESETS
 from varedit_core.shapeedit.edits import FAMILIES, Sample, _distractors, _instruction
 from varedit_core.shapeedit.evaluate import draw, picture
 from varedit_core.shapeedit.metrics import distance, psnr, regions, succeeds

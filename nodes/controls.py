@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..varedit_core.controls.curves import OWN
+from ..varedit_core.controls.curves import OWN, PRESETS
 from ..varedit_core.controls.registry import Controls
-from ..varedit_core.sampling.settings import PRESETS, Curve
+from ..varedit_core.sampling.settings import Curve
 from ._api import io
 from .widgets import takes, widgets
 

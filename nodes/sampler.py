@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..varedit_core.controls.curves import bent
 from ..varedit_core.controls.registry import NEUTRAL, NO_SHORTCUTS
 from ..varedit_core.defaults import PREVIEWS, SIDE, SIZES
 from ..varedit_core.sampling.settings import DEFAULT_SETTINGS
@@ -175,7 +176,7 @@ class VAREditSampler(io.ComfyNode):
         from .adapters.running import Edit, Texts, layered, sample_latent, settings_of
 
         settings = settings_of(seed, guidance, temperature, top_p)
-        settings = settings.bent(*curves) if curves else settings
+        settings = bent(settings, *curves) if curves else settings
         texts = Texts.read(positive, negative)
         layers, mask = (layered(texts, mask, regions), None) if regions else ((), mask)
         more = dict(controls=controls or NEUTRAL, regions=layers, begun=begun)

@@ -707,6 +707,7 @@ class Probe:
         from PIL import Image
 
         from varedit_core import Editor, SamplingSettings
+        from varedit_core.controls.curves import bent
         from varedit_core.controls.registry import Controls
         from varedit_core.demo import demo_files
         from varedit_core.pictures.composite import Region
@@ -754,7 +755,7 @@ class Probe:
             found["off"][name] = off(decode(self.vae, latent).result[0], wanted.pictures)
             found["changed"][name] = not torch.equal(latent["samples"], plain["samples"])
         found["neutral"] = torch.equal(edit(self.source, self.text, neutral)["samples"], plain["samples"])
-        bends = {"creative": lambda s: s.preset("creative"), "own": lambda s: s.bent(Curve(0.5, 1.5), Curve(2.0, 0.0))}
+        bends = {"creative": lambda s: s.preset("creative"), "own": lambda s: bent(s, Curve(0.5, 1.5), Curve(2.0, 0.0))}
         for name, preset in (("preset", ("creative", 9.0, 9.0, 9.0, 9.0)), ("own", ("own", 0.5, 1.5, 2.0, 0.0))):
             bend = bends[preset[0]]
             latent = edit(self.source, self.text, curves=self.run("Curves", *preset))

@@ -20,7 +20,7 @@ from varedit_core.bench.models import TOKENS, build, fill
 from varedit_core.bench.published import measure_published
 from varedit_core.bench.stand_ins import attention, packed_attention, rearrange, stand_ins
 from varedit_core.cli.app import app
-from varedit_core.model.config import TRANSFORMERS
+from varedit_core.files.published import TRANSFORMERS
 
 CPU = torch.device("cpu")
 TINY = ["bench", "--models", "tiny", "--sizes", "256", "--repeats", "1", "--device", "cpu"]

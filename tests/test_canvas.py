@@ -12,10 +12,10 @@ from test_images import noise, one_sentence
 from test_nodes import comfy, models, nodes, pack  # noqa: F401  fixtures
 
 from varedit_core.defaults import CROP_MARGIN, FILLS, FITS, LEAST_MARGIN, OVERLAP
+from varedit_core.fitting import MAX_CANVAS_PIXELS
 from varedit_core.pictures import canvas
 from varedit_core.pictures.canvas import Crop, crop, crop_around, extend, sides_from, stitch
 from varedit_core.pictures.images import SourceImage, fit, load_image
-from varedit_core.tokenizer.fitting import MAX_CANVAS_PIXELS
 from varedit_core.tokenizer.schedule import TABLES
 
 SIDES = st.integers(1, 300)

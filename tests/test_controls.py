@@ -13,6 +13,7 @@ from varedit_core import Editor
 from varedit_core.controls.auto_mask import changed
 from varedit_core.controls.best_of import Candidates
 from varedit_core.controls.confidence import Confidence
+from varedit_core.controls.curves import PRESETS
 from varedit_core.controls.preserve import Preserve
 from varedit_core.controls.regions import exclusive
 from varedit_core.controls.registry import NEUTRAL, Controls, Shortcuts
@@ -23,10 +24,10 @@ from varedit_core.pictures.images import fit_mask
 from varedit_core.runtime.session import sample
 from varedit_core.sampling import driver
 from varedit_core.sampling.batch import EditBatch
-from varedit_core.sampling.settings import PRESETS, Curve, SamplingSettings
+from varedit_core.sampling.settings import Curve, SamplingSettings
+from varedit_core.sampling.tokens import Tokens
 from varedit_core.tokenizer.quantizer import encode, latent_grids
 from varedit_core.tokenizer.schedule import schedule_for
-from varedit_core.tokenizer.tokens import Tokens
 
 DRAWN = SamplingSettings(guidance=GUIDANCE, temperature=0.5, seed=3)
 SCENE = SAMPLES / "scene.png"

@@ -28,8 +28,8 @@ from varedit_core.sampling import driver, loop
 from varedit_core.sampling.batch import EditBatch
 from varedit_core.sampling.driver import Wanted
 from varedit_core.sampling.settings import SamplingSettings
+from varedit_core.sampling.tokens import Tokens
 from varedit_core.tokenizer.quantizer import encode, latent_grids
-from varedit_core.tokenizer.tokens import Tokens
 from varedit_core.tokenizer.vae import Autoencoder
 
 DRAWN = SamplingSettings(guidance=[3, 3, 2, 3, 1, 1, 1], temperature=0.7, seed=5)
@@ -90,7 +90,8 @@ class Failing:
 
     def __init__(self, engine, left: int) -> None:
         self.engine, self.left = engine, left
-        self.prefill, self.tokens, self.close = engine.prefill, engine.tokens, engine.close
+        self.configs, self.prefill = engine.configs, engine.prefill
+        self.tokens, self.close = engine.tokens, engine.close
 
     def logits(self, *args, **more):
         self.left -= 1

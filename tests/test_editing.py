@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from varedit_core.cli.app import app, main
 from varedit_core.demo import SAMPLES
-from varedit_core.tokenizer.tokens import Tokens
+from varedit_core.sampling.tokens import Tokens
 
 SCENE = SAMPLES / "scene.png"
 STAR = "recolour the black star in purple"

@@ -21,22 +21,24 @@ PYTHON = sorted(
 )
 
 NETWORKS = {"model", "tokenizer"}
-ALGORITHM = {"defaults", "controls", "sampling", *NETWORKS}
+ALGORITHM = {"defaults", "controls", "fitting", "replaceable", "sampling", *NETWORKS}
 LIBRARY = {"editor", "files", "pictures", "runtime", "text", *ALGORITHM}
 ANYTHING = {path.relative_to(CORE).parts[0].removesuffix(".py") for path in MODULES} - {"__init__", "__main__"}
 ALLOWED = {
     "__init__": set(),  # names are imported when they are first asked for
     "__main__": {"cli"},
     "defaults": set(),
+    "fitting": {"tokenizer"},
     "quantizer": {"tokenizer"},
-    "model": {"defaults", "tokenizer"},
-    "tokenizer": {"model"},
+    "replaceable": set(),
+    "model": {"replaceable", "tokenizer"},
+    "tokenizer": {"model", "replaceable"},
     "text": {"defaults", "files", "model", "runtime"},
     "sampling": ALGORITHM,
     "controls": ALGORITHM,
     "runtime": ALGORITHM,
-    "pictures": {"controls", "defaults", "files", "tokenizer"},
-    "files": {"defaults", "runtime", *NETWORKS},
+    "pictures": {"controls", "defaults", "files", "fitting", "sampling", "tokenizer"},
+    "files": {"defaults", "fitting", "runtime", "sampling", *NETWORKS},
     "editor": LIBRARY,
     "parity": LIBRARY,
     "sweep": LIBRARY,
@@ -47,7 +49,7 @@ ALLOWED = {
     "cli": ANYTHING,
 }
 """What the modules of every folder of `varedit_core` (or a module beside them) may import of it, beside their own."""
-ALSO = {"sampling/driver.py": {"runtime"}, "tokenizer/tokens.py": {"files"}}
+ALSO = {"sampling/driver.py": {"runtime"}, "sampling/tokens.py": {"files"}}
 """What single modules may, too: the driver brings loop and memory together, tokens are saved and loaded by methods."""
 
 
@@ -102,7 +104,7 @@ import importlib, sys
 for name in sys.argv[1].split():
     module, _, attribute = name.partition(":")
     getattr(importlib.import_module(module), attribute or "__name__")
-from varedit_core.model.functional import REPLACEMENTS
+from varedit_core.replaceable import REPLACEMENTS
 print(*sorted(REPLACEMENTS))
 """
     marked = set()
@@ -138,7 +140,7 @@ def code_lines(path: Path) -> int:
 
 
 def test_the_networks_are_short():
-    beside = ("engine.py", "fitting.py", "tokens.py")  # around the networks, not in them
+    beside = ("engine.py",)  # around the networks, not in them
     files = [path for folder in sorted(NETWORKS) for path in (CORE / folder).glob("*.py")]
     assert sum(code_lines(path) for path in files if path.name not in beside) <= 620
 
@@ -148,7 +150,7 @@ def test_the_algorithm_is_short():
     docs/LOG.md says where the rest lies. The bound only goes down."""
     loop = [CORE / "sampling" / f"{name}.py" for name in ("loop", "scale", "settings", "batch")]
     files = [path for folder in sorted(NETWORKS) for path in (CORE / folder).glob("*.py")]
-    assert sum(map(code_lines, [*files, *loop])) <= 1160
+    assert sum(map(code_lines, [*files, *loop])) <= 945
 
 
 def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef]]:

@@ -12,11 +12,13 @@ from torch import nn
 from benchmarks.real_size import published_shapes
 from varedit_core import load_autoencoder, load_transformer, sample
 from varedit_core.files.checkpoints import TRANSFORMER, canonical
+from varedit_core.files.published import AUTOENCODERS, TRANSFORMERS
 from varedit_core.files.shapes import autoencoder_config, transformer_config
 from varedit_core.files.weights import Weights
-from varedit_core.model.config import AUTOENCODERS, TRANSFORMERS, AutoencoderConfig, TransformerConfig, patch_size
+from varedit_core.model.config import AutoencoderConfig, TransformerConfig
 from varedit_core.model.layers import Operations
 from varedit_core.model.transformer import Transformer
+from varedit_core.sampling.checks import patch_size
 from varedit_core.sampling.settings import SamplingSettings
 from varedit_core.tokenizer.vae import Autoencoder
 

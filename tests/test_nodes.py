@@ -21,8 +21,9 @@ from support import GOLDEN, ROOT
 
 from varedit_core import defaults
 from varedit_core.controls.best_of import SCORES
+from varedit_core.controls.curves import FLAT, PRESET, PRESETS
 from varedit_core.controls.registry import NEUTRAL, NO_SHORTCUTS, SWEPT, Controls, Shortcuts
-from varedit_core.sampling.settings import DEFAULT_SETTINGS, FLAT, PRESET, PRESETS, SamplingSettings
+from varedit_core.sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 
 RECORD = GOLDEN / "patchify_256.safetensors"
 SCHEMAS = Path(__file__).with_name("schemas.json")
@@ -375,17 +376,18 @@ def test_the_library_takes_all_controls_that_the_node_offers(nodes, schemas):
 
 def test_curves_are_the_presets_or_ones_own(nodes, schemas):
     own = sys.modules["pack_x_varedit.varedit_core.sampling.settings"]  # curves of the same class as the node's
+    bent = sys.modules["pack_x_varedit.varedit_core.controls.curves"].bent
     execute, settings = nodes["VAREditCurves"].execute, own.SamplingSettings(3.0, 0.5)
     slots = {slot.id: slot for slot in schemas["VAREditCurves"].inputs}
     for preset in PRESETS:
         (curves,) = execute(preset, 9.0, 9.0, 9.0, 9.0).result
-        assert vars(settings.bent(*curves)) == vars(settings.preset(preset))
+        assert vars(bent(settings, *curves)) == vars(settings.preset(preset))
     (curves,) = execute("own", 0.5, 2.0, 4.0, 0.0).result
-    bent = settings.bent(*curves)
-    assert bent.guidance == own.Curve(2.0, 5.0) and bent.temperature == own.Curve(2.0, 0.0)
-    assert settings.bent(*execute(*(slot.default for slot in slots.values())).result[0]) is settings
+    rising = bent(settings, *curves)
+    assert rising.guidance == own.Curve(2.0, 5.0) and rising.temperature == own.Curve(2.0, 0.0)
+    assert bent(settings, *execute(*(slot.default for slot in slots.values())).result[0]) is settings
     for end in ("min", "max"):
-        settings.bent(*execute("own", *(getattr(slot, end) for slot in list(slots.values())[1:])).result[0])
+        bent(settings, *execute("own", *(getattr(slot, end) for slot in list(slots.values())[1:])).result[0])
 
 
 def test_every_node_has_a_help_page(pack, schemas):

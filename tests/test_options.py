@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 from benchmarks.real_size import published_shapes, random_tensor
 from varedit_core import Controls, Editor, Region, SamplingSettings, Shortcuts, Tokens, schedule_for
 from varedit_core.cli.app import app, main
+from varedit_core.controls.curves import PRESETS
 from varedit_core.controls.registry import knobs
 from varedit_core.demo import FILES, FOLDER, SAMPLES
 from varedit_core.editor import each
 from varedit_core.pictures.contact_sheet import Row, contact_sheet
 from varedit_core.runtime.memory import TorchMemory
 from varedit_core.sampling import loop
-from varedit_core.sampling.settings import PRESETS
 from varedit_core.sweep import Axis, planned
 from varedit_core.sweep import check as check_sweep
 

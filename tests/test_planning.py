@@ -9,7 +9,8 @@ from PIL import Image
 from varedit_core import SamplingSettings, load_autoencoder, sample, schedule_for
 from varedit_core.defaults import SIZES
 from varedit_core.demo import demo_files
-from varedit_core.model.config import TRANSFORMERS
+from varedit_core.files.published import TRANSFORMERS
+from varedit_core.fitting import schedule_of
 from varedit_core.pictures.preview import at_own_size, enlarged, fit_colours
 from varedit_core.runtime.eight_bit_cache import EightBitCache
 from varedit_core.runtime.host_cache import HostCache
@@ -17,7 +18,7 @@ from varedit_core.runtime.kv_caches import DeviceCache
 from varedit_core.runtime.plan import STORES, Job, described, plan, plans, too_large
 from varedit_core.runtime.workspace import Workspace
 from varedit_core.tokenizer.quantizer import area_resize, encode
-from varedit_core.tokenizer.schedule import AREAS, Schedule
+from varedit_core.tokenizer.schedule import AREAS
 
 JOB = Job(TRANSFORMERS["8B"], schedule_for("1M"), images=3, guided=True, dtype=torch.bfloat16)
 
@@ -183,8 +184,8 @@ def test_named_sizes_agree():
     assert set(SIZES.values()) == set(AREAS)
     for side, area in SIZES.items():
         assert schedule_for(area).pixels == (int(side), int(side))
-        assert Schedule.of_grid(schedule_for(area, 1.5).grids[-1]) == schedule_for(area, 1.5)
-    assert Schedule.of_grid((7, 9)) is None
+        assert schedule_of(schedule_for(area, 1.5).grids[-1]) == schedule_for(area, 1.5)
+    assert schedule_of((7, 9)) is None
 
 
 def test_colours_follow_the_picture():

@@ -174,7 +174,8 @@ def test_nothing_else_is_remembered_by_modules():
     """No module keeps answers in a global of its own; the few objects that live as long as the process are named."""
     allowed = {
         ("varedit_core/runtime/graphs.py", "_living"),  # graphs that still exist, for their bytes
-        ("varedit_core/model/functional.py", "REPLACEMENTS"),  # a table that an import fills
+        ("varedit_core/runtime/graphs.py", "_failed"),  # those that could not be recorded: torch may still ask them
+        ("varedit_core/replaceable.py", "REPLACEMENTS"),  # a table that an import fills
     }
     found = set()
     for path in sorted([*ROOT.glob("varedit_core/**/*.py"), *ROOT.glob("nodes/**/*.py")]):

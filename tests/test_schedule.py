@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from varedit_core.fitting import nearest_ratio
 from varedit_core.model.positions import positions, rotary
-from varedit_core.tokenizer.schedule import AREAS, TABLES, Schedule, nearest_ratio, schedule_for, schedule_from
+from varedit_core.parity import schedule_from
+from varedit_core.tokenizer.schedule import AREAS, TABLES, Schedule, schedule_for
 
 EVERY = [(area, ratio) for area in AREAS for ratio in TABLES]
 

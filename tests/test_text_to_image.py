@@ -24,8 +24,8 @@ from varedit_core.files.checkpoints import KIND
 from varedit_core.files.convert import convert
 from varedit_core.files.info import inspect
 from varedit_core.files.lora import merge_lora
+from varedit_core.files.published import TRANSFORMERS
 from varedit_core.files.weights import open_weights
-from varedit_core.model.config import TRANSFORMERS
 from varedit_core.model.positions import rotary
 from varedit_core.pictures.images import load_mask
 from varedit_core.runtime.memory import engine_of

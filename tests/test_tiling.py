@@ -13,7 +13,7 @@ from torch import nn
 from varedit_core import Editor, load_autoencoder
 from varedit_core.demo import demo_files
 from varedit_core.files.checkpoints import expected
-from varedit_core.model.config import AUTOENCODERS
+from varedit_core.files.published import AUTOENCODERS
 from varedit_core.model.layers import Operations
 from varedit_core.pictures.images import fit, load_image
 from varedit_core.runtime import tiling

@@ -14,7 +14,7 @@ from test_nodes import comfy, models, nodes, pack  # noqa: F401
 from typer.testing import CliRunner
 
 from varedit_core.cli.app import app
-from varedit_core.tokenizer.tokens import Tokens
+from varedit_core.sampling.tokens import Tokens
 
 TOKENS = json.loads((ROOT / "workflows" / "api" / "tokens.json").read_text())
 VAE, PICTURE, SAMPLER = ["4", 0], ["5", 0], "8"

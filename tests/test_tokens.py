@@ -22,8 +22,8 @@ from varedit_core.demo import SAMPLES, demo_files
 from varedit_core.files.tokens import MAX_CHAIN, MAX_EDITS, load_tokens, save_tokens
 from varedit_core.pictures.images import Fitting
 from varedit_core.sampling.results import joined
+from varedit_core.sampling.tokens import Tokens
 from varedit_core.tokenizer.schedule import TABLES, Schedule, schedule_for
-from varedit_core.tokenizer.tokens import Tokens
 
 SCENE = SAMPLES / "scene.png"
 SQUARE = "in the bottom centre, add a pink square"

@@ -26,9 +26,9 @@ from varedit_core.files.safe_write import safe_write, write_bytes, write_json, w
 from varedit_core.files.tokens import save_tokens
 from varedit_core.model.config import AutoencoderConfig
 from varedit_core.pictures.images import save_image
+from varedit_core.sampling.tokens import Tokens
 from varedit_core.text.t5 import T5Config, T5Encoder
 from varedit_core.tokenizer.schedule import schedule_for
-from varedit_core.tokenizer.tokens import Tokens
 from varedit_core.tokenizer.vae import Autoencoder
 from varedit_core.training import run, tasks
 from varedit_core.training.lora import save_lora

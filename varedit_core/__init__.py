@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Controls": "controls.registry", "Editor": "editor", "Region": "pictures.composite",
     "SamplingSettings": "sampling.settings", "Shortcuts": "controls.registry",
-    "Tokens": "tokenizer.tokens", "Scale": "sampling.scale", "Schedule": "tokenizer.schedule",
+    "Tokens": "sampling.tokens", "Scale": "sampling.scale", "Schedule": "tokenizer.schedule",
     "WeightError": "files.weights", "load_autoencoder": "files.checkpoints", "load_text_encoder": "text.encoder",
     "load_transformer": "files.checkpoints", "sample": "runtime.session", "schedule_for": "tokenizer.schedule",
 }  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from .controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts, problems
 from .defaults import FIT, FITS, KINDS, SIZE
 from .files.checkpoints import load_autoencoder, load_transformer
-from .model.config import patch_size
+from .fitting import nearest_ratio
 from .model.transformer import Transformer
 from .pictures.composite import Region, areas, check_regions, check_rest, drawn_masks
 from .pictures.edited import Decoded, Edited
@@ -29,14 +29,15 @@ from .runtime.session import check_alone, checked
 from .runtime.tiling import bytes_to_decode
 from .runtime.workspace import Workspace
 from .sampling.batch import EditBatch
+from .sampling.checks import facts, patch_size
 from .sampling.driver import Wanted, check, run
 from .sampling.loop import sample
 from .sampling.results import joined
 from .sampling.scale import Scale
 from .sampling.settings import DEFAULT_SETTINGS, TEXT_SETTINGS, SamplingSettings
+from .sampling.tokens import Tokens
 from .text.encoder import TextEncoder, load_text_encoder
-from .tokenizer.schedule import Schedule, nearest_ratio, schedule_for
-from .tokenizer.tokens import Tokens
+from .tokenizer.schedule import Schedule, schedule_for
 from .tokenizer.vae import Autoencoder
 
 RECORDED_SIDE = 640
@@ -380,7 +381,7 @@ class Editor:
         self._make_room(fitted[0], 2)
         batch, layers = self._batch(fitted, instructions, negatives, settings, wanted, source)
         check(batch, self.drafter is not None)
-        complaints = problems(replace(batch.facts, seam=wanted.seam))
+        complaints = problems(replace(facts(batch), seam=wanted.seam))
         if complaints:
             raise ValueError("; ".join(complaints))
         # Who watches may decode, so that the VAE stays; the text encoder is done.

@@ -8,7 +8,7 @@ free run shows how far the bits agree without help.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,14 +19,14 @@ from torch import Tensor
 from .editor import device_of
 from .files.checkpoints import load_autoencoder, load_transformer
 from .files.weights import WeightError, Weights, open_weights
-from .model.config import patch_size
 from .model.transformer import Transformer
 from .pictures.images import to_uint8
 from .runtime.session import sample
+from .sampling.checks import patch_size
 from .sampling.scale import Scale
 from .sampling.settings import SamplingSettings
 from .tokenizer.quantizer import area_resize, codes, decode, latent_grids, linear_resize, to_tokens
-from .tokenizer.schedule import Schedule, schedule_from
+from .tokenizer.schedule import TABLES, Schedule
 from .tokenizer.vae import Autoencoder
 
 LOGITS = 1e-4  # largest absolute error of a logit
@@ -257,3 +257,8 @@ def _error(value: Tensor, reference: Tensor) -> float:
             "another network"
         )
     return (value.float() - reference.float()).abs().max().item()
+
+
+def schedule_from(grids: Sequence[Sequence[int]], ratio: float) -> Schedule:
+    """The schedule with these token grids ((height, width) or (time, height, width) rows)."""
+    return Schedule(min(TABLES, key=lambda key: abs(key - ratio)), tuple((int(g[-2]), int(g[-1])) for g in grids))

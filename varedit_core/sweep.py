@@ -12,12 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from .controls.base import Known
+from .controls.curves import PRESET
 from .controls.registry import NEUTRAL, NO_SHORTCUTS, SWEPT, Controls, problems
 from .defaults import FIT, SIZE
 from .editor import Editor, Picture
 from .pictures.contact_sheet import LETTERS, Row, contact_sheet
 from .pictures.images import load_image
-from .sampling.settings import DEFAULT_SETTINGS, PRESET, SamplingSettings
+from .sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from .tokenizer.schedule import Schedule
 
 CELL = 256

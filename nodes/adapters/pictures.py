@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ...varedit_core.fitting import schedule_of
 from ...varedit_core.pictures.canvas import blended, faded
 from ...varedit_core.pictures.composite import found_mask
 from ...varedit_core.pictures.contact_sheet import Row, contact_sheet
 from ...varedit_core.pictures.images import Fitting, fit, fit_mask, load_image, unfit, unfit_mask
 from ...varedit_core.pictures.preview import LEAST_DECODED, SIDE, at_own_size, enlarged
-from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS, Schedule, schedule_for
-from ...varedit_core.tokenizer.tokens import Tokens
+from ...varedit_core.sampling.tokens import Tokens
+from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS, schedule_for
 from .vae import Colours, VAREditVAE, checked_vae
 
 KEY = "varedit"
@@ -196,7 +197,7 @@ def origin_of(latent: dict, samples: Tensor, vae: VAREditVAE) -> Origin:
 def fitting_of(samples: Tensor, stride: int) -> Fitting:
     """The fitting of a picture that has exactly a size of the model."""
     pixels = tuple(side * stride for side in samples.shape[-2:])
-    schedule = Schedule.of_grid((pixels[0] / TOKEN_PIXELS, pixels[1] / TOKEN_PIXELS))
+    schedule = schedule_of((pixels[0] / TOKEN_PIXELS, pixels[1] / TOKEN_PIXELS))
     if schedule is None:
         raise ValueError(
             f"a latent of a {pixels[1]}x{pixels[0]} picture fits no size of the model; use VAREdit Source Encode"

@@ -19,7 +19,6 @@ from comfy.cli_args import LatentPreviewMethod, args
 from torch import Tensor
 
 from ...varedit_core.controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts, problems
-from ...varedit_core.model.config import patch_size
 from ...varedit_core.model.engine import Engine
 from ...varedit_core.model.layers import sdpa
 from ...varedit_core.model.transformer import Transformer
@@ -28,11 +27,13 @@ from ...varedit_core.runtime.memory import engine_of, kept_bytes
 from ...varedit_core.runtime.plan import STORES, Job, Plan, described, gigabytes, plan
 from ...varedit_core.runtime.workspace import Shape, Workspace
 from ...varedit_core.sampling.batch import EditBatch
+from ...varedit_core.sampling.checks import facts, patch_size
 from ...varedit_core.sampling.driver import Wanted, run
+from ...varedit_core.sampling.parts import moved
 from ...varedit_core.sampling.scale import Scale
 from ...varedit_core.sampling.settings import DEFAULT_SETTINGS, SamplingSettings
+from ...varedit_core.sampling.tokens import Tokens
 from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS, schedule_for
-from ...varedit_core.tokenizer.tokens import Tokens
 from .keeping import Keeper
 from .model import VAREditModel, checked_model, lies_still, unchanged
 from .pictures import KEY, Origin, fitted_mask, fitting_of, region_area, scale_picture, tokens_in, unfitted_mask
@@ -218,7 +219,7 @@ def sample_latent(model, source: dict, edit: Edit, preview: str, vae, tell: Tell
     origin = _origin(network, source, vae)
     method = preview_method(preview, vae, origin)
     batch, known = _batch(edit, source, origin, network.diffusion_model.config.source, tell)
-    for sentence in problems(batch.facts):
+    for sentence in problems(facts(batch)):
         tell(sentence)
     models = [model, *_drafter(edit)]
     decoder = vae if method == "own" else None
@@ -226,7 +227,9 @@ def sample_latent(model, source: dict, edit: Edit, preview: str, vae, tell: Tell
     copies = max(edit.variations, edit.controls.best_of)
     memory = ComfyMemory(models, decoder, beside, copies, tell)
     watcher = Watcher(_costs(batch, network.diffusion_model), len(batch.seeds), origin, method, vae)
-    result = run(batch.to(model.load_device), memory, watcher, known=known, wanted=Wanted(scales=True, confidence=True))
+    result = run(
+        moved(batch, model.load_device), memory, watcher, known=known, wanted=Wanted(scales=True, confidence=True)
+    )
     result.check()
     device = mm.intermediate_device()
     sums = result.scales.to(device)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...varedit_core.controls.auto_mask import changed
-from ...varedit_core.tokenizer.fitting import Fitting
+from ...varedit_core.fitting import Fitting
+from ...varedit_core.sampling.tokens import Tokens
 from ...varedit_core.tokenizer.quantizer import encode, latent_grids
-from ...varedit_core.tokenizer.tokens import Tokens
 from .pictures import KEY, Origin, origin_of, tokens_in, unfitted_mask
 from .vae import VAREditVAE, checked_vae
 

@@ -11,7 +11,8 @@ import torch
 from ..controls.registry import NO_SHORTCUTS, Shortcuts
 from ..defaults import SIZES
 from ..editor import Editor
-from ..model.config import TRANSFORMERS, TransformerConfig
+from ..files.published import TRANSFORMERS
+from ..model.config import TransformerConfig
 from ..model.transformer import Transformer
 from ..runtime.eight_bit_cache import EightBitCache
 from ..runtime.fp8 import LINEARS
@@ -171,7 +172,7 @@ def work(config: TransformerConfig, case: Case) -> list[tuple[Work, ...]]:
     weights = config.depth * (6 * width**2 + 2 * width * config.hidden)
     empty = torch.empty(1, config.token_bits, *schedule.grids[-1], device="meta")
     batch = EditBatch.of(empty, [empty], schedule, case.settings, shortcuts=replace(case.shortcuts, inside=0))
-    guidance, guided = [g for g, _, _ in batch.plan], batch.guided
+    guidance, guided = [g for g, _, _ in batch.plan], batch.guided_scales
 
     def one(tokens: int, seen: int, rows: int) -> Work:
         return Work(2 * weights * tokens * rows, 4 * config.depth * width * tokens * seen * rows, weights)

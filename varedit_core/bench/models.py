@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..editor import Editor
 from ..files.checkpoints import Unfilled
-from ..model.config import AUTOENCODERS, TRANSFORMERS, AutoencoderConfig, TransformerConfig
+from ..files.published import AUTOENCODERS, TRANSFORMERS
+from ..model.config import AutoencoderConfig, TransformerConfig
 from ..model.transformer import Transformer
 from ..runtime.fp8 import LINEARS, eight_bit
 from ..runtime.kernels import has_triton

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..defaults import TEXT_TOKENS
 from ..files.checkpoints import Unfilled
-from ..model.config import patch_size
+from ..sampling.checks import patch_size
 from .cases import Case
 from .clock import Timed, timed
 from .measure import PROMPT, REPEATS, WARMUPS, picture

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..controls.base import Knob, Known
+from ..controls.curves import PRESET
 from ..controls.registry import Controls, Shortcuts, check, knob, knobs, problems
 from ..defaults import FIT, FITS, KINDS, NEGATIVE_PROMPT, SIZE
 from ..defaults import SIZES as SIDES
@@ -31,9 +32,9 @@ from ..files.lora import apply_lora, check_lora
 from ..pictures.composite import Region
 from ..pictures.images import load_mask
 from ..runtime.fp8 import LINEARS, check_linears, eight_bit
-from ..sampling.settings import DEFAULT_SETTINGS, PRESET, Curve, SamplingSettings
+from ..sampling.settings import DEFAULT_SETTINGS, Curve, SamplingSettings
+from ..sampling.tokens import Tokens
 from ..tokenizer.schedule import AREAS
-from ..tokenizer.tokens import Tokens
 
 console = Console(stderr=True, markup=False, highlight=False)
 

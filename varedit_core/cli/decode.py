@@ -15,7 +15,7 @@ from ..editor import device_of
 from ..files.checkpoints import load_autoencoder
 from ..pictures.composite import found_mask, masked
 from ..pictures.images import FittedImage, SourceImage, check_target, load_image, save_image, to_uint8, unfit
-from ..tokenizer.tokens import Tokens
+from ..sampling.tokens import Tokens
 from . import common as options
 from .common import console, numbered
 

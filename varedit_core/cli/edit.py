@@ -25,7 +25,7 @@ from ..pictures.composite import Region, check_regions
 from ..pictures.contact_sheet import contact_sheet
 from ..pictures.edited import Edited
 from ..pictures.images import Fitting, SourceImage, check_target, fitting_for, load_image, load_mask, save_image
-from ..tokenizer.tokens import Tokens
+from ..sampling.tokens import Tokens
 from . import common as options
 from .common import (
     Begun,

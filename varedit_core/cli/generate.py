@@ -14,10 +14,11 @@ from ..controls.base import Known
 from ..controls.registry import Controls, Shortcuts
 from ..defaults import FITS, RATIO, RATIOS, SIZE
 from ..files.tokens import check_target as check_tokens
+from ..fitting import nearest_ratio
 from ..pictures.composite import Region, check_regions, check_rest
 from ..pictures.images import check_target, fitting_for, load_image, load_mask, save_image
 from ..sampling.settings import TEXT_SETTINGS
-from ..tokenizer.schedule import nearest_ratio, schedule_for
+from ..tokenizer.schedule import schedule_for
 from . import common as options
 from .common import (
     SIZES,

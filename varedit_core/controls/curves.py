@@ -1,11 +1,20 @@
-"""Curves: guidance and temperature rise or fall over the scales. Their numbers are bent before an edit runs
-(`SamplingSettings.bent`); here are the knobs."""
+"""Curves: guidance and temperature rise or fall over the scales. They bend the settings before an edit runs."""
 
 from __future__ import annotations
 
-from ..sampling.settings import FLAT, PRESET, PRESETS
+from dataclasses import replace
+
+from ..sampling.settings import Curve, SamplingSettings
 from .base import Control, Knob
 
+FLAT = Curve(1.0, 1.0)
+PRESETS = {
+    "balanced": (FLAT, FLAT),
+    "faithful": (Curve(1.0, 0.0), Curve(0.5, 0.5)),
+    "creative": (Curve(1.25, 1.0), Curve(8.0, 1.0)),
+}
+"""Names of curves: factors on what guidance is above 1, and on temperature, from the first to the last scale."""
+PRESET = "balanced"
 OWN = "own"
 """In place of a preset: the four numbers."""
 _MOST = 16.0
@@ -52,3 +61,24 @@ class Curves(Control):
     @classmethod
     def of(cls, batch) -> None:
         return None
+
+
+def preset(settings: SamplingSettings, name: str) -> SamplingSettings:
+    """Settings with the curves of a name in PRESETS. ValueError for an unknown name, and as `bent`."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return bent(settings, *PRESETS[name])
+
+
+def bent(settings: SamplingSettings, guided: Curve, warmth: Curve) -> SamplingSettings:
+    """Settings with factors over the scales. guided: on guidance - 1. warmth: on temperature. ValueError where guidance
+    or temperature is not one number."""
+    if guided == warmth == FLAT:
+        return settings
+    for what, value in (("guidance", settings.guidance), ("temperature", settings.temperature)):
+        if not isinstance(value, float):
+            raise ValueError(f"a preset bends one {what} over the scales; give one number for it, or no preset")
+    guidance = Curve(*(1 + (settings.guidance - 1) * factor for factor in guided))
+    return replace(
+        settings, guidance=guidance, temperature=Curve(*(settings.temperature * factor for factor in warmth))
+    )

@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from ..model.config import TRANSFORMERS
 from .checkpoints import TOKENIZER, TRANSFORMER, blank, canonical, describe, part_of, told_kind
 from .lora import read_lora
+from .published import TRANSFORMERS
 from .shapes import autoencoder_config, transformer_config
 from .weights import WeightError, Weights, open_weights
 

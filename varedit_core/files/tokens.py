@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..tokenizer.fitting import MAX_CANVAS_PIXELS, Fitting, canvas_size
+from ..fitting import MAX_CANVAS_PIXELS, Fitting, canvas_size
+from ..sampling.tokens import Tokens
 from ..tokenizer.schedule import TABLES, TOKEN_PIXELS, Grid, Schedule
-from ..tokenizer.tokens import Tokens
 from .safe_write import check_free, make_folder, write_tensors
 
 FORMAT = "varedit.tokens"

@@ -56,29 +56,3 @@ class AutoencoderConfig:
     encoder_blocks: int
     decoder_blocks: int
     stride: int
-
-
-TRANSFORMERS = {
-    "2B": TransformerConfig(32, 2048, 16, 32, 2048, 512, 8192, 15),
-    "8B": TransformerConfig(40, 3584, 28, 56, 2048, 512, 14336, 15),
-}
-AUTOENCODERS = {
-    "2B": AutoencoderConfig(32, 128, (128, 256, 512, 512, 512), (128, 256, 512, 512, 512), 2, 3, 16),
-    "8B": AutoencoderConfig(14, 128, (128, 256, 512, 512), (128, 256, 512, 512), 2, 3, 8),
-}
-"""The published models. Loading does not need them: sizes are read off the file."""
-
-
-def patch_size(transformer: TransformerConfig, autoencoder: AutoencoderConfig) -> int:
-    """Latent positions a token spans along each axis: 2 for the 8B layout, 1 for the 2B layout.
-
-    Raises ValueError where the two networks do not belong together.
-    """
-    side, bits = 16 // autoencoder.stride if autoencoder.stride <= 16 else 0, autoencoder.bits
-    if side and side * side * bits == transformer.token_bits:
-        return side
-    raise ValueError(
-        f"the transformer predicts tokens of {transformer.token_bits} bits but the VAE (stride "
-        f"{autoencoder.stride}, {bits} bits a position) makes tokens of {side * side * bits}; load the VAE the "
-        "transformer was trained with"
-    )

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ..defaults import SIZES
 from ..tokenizer.quantizer import area_resize, linear_resize, to_tokens
-from ..tokenizer.schedule import AREAS
 from .config import TransformerConfig
 from .kv_cache import KVCache
 from .layers import Attention, sdpa
@@ -24,11 +22,13 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """A network at work on one batch at a time."""
+    """A network at work on one batch at a time. configs: of the network; of both, where two work together."""
+
+    configs: tuple[TransformerConfig, ...]
 
     def prefill(self, batch: EditBatch) -> None:
-        """Read the texts, then the sources into the KV cache. ValueError where the batch does not fit the network.
-        Where it fails the engine is as it was: there is nothing to close."""
+        """Read the texts, then the sources into the KV cache. Where it fails the engine is as it was: there is nothing
+        to close. `sampling.checks.fits` has said that the batch fits."""
 
     def logits(self, k: int, total: Tensor, guided: bool) -> Tensor:
         """Logits [B or 2B, n, D, 2] of scale k. total: the running sum [B, d, H, W] of the scales before it.
@@ -45,12 +45,11 @@ class PlainEngine:
     """The network in plain PyTorch: one row for each result, a KV cache, nothing kept or skipped."""
 
     def __init__(self, transformer: Transformer, attention: Attention = sdpa) -> None:
-        self.transformer, self.attention = transformer, attention
+        self.transformer, self.attention, self.configs = transformer, attention, (transformer.config,)
 
     @torch.no_grad()
     def prefill(self, batch: EditBatch) -> None:
         network, config = self.transformer, self.transformer.config
-        check(batch, config)
         if batch.shortcuts.inside or batch.shortcuts.window:
             raise ValueError("the plain engine computes and sees every scale whole; leave out inside and window")
         texts = row_texts(batch, network)
@@ -66,7 +65,9 @@ class PlainEngine:
     @torch.no_grad()
     def logits(self, k: int, total: Tensor, guided: bool) -> Tensor:
         network, step = self.transformer, self.steps[k]
-        rows = len(total) * (2 if k < self.batch.guided else 1)  # also unasked ones, which later scales attend to
+        rows = len(total) * (
+            2 if k < self.batch.guided_scales else 1
+        )  # also unasked ones, which later scales attend to
         condition = self.condition.rows(slice(0, rows))
         x = network.start(condition) if k == 0 else self._embedded(k, total, rows)
         x = network(x, condition, step, self.cache, self.attention)
@@ -90,35 +91,9 @@ def every_row(x_BnC: Tensor, count: int) -> Tensor:
 
 def row_texts(batch: EditBatch, transformer: Transformer, copies: bool = True) -> list[Tensor]:
     """Text features of the conditional rows, then of the unconditional ones where there is guidance. copies: a row a
-    result, else one for all results of a source. ValueError for features of another text encoder."""
+    result, else one for all results of a source."""
     device, rows = batch.features.device, [text for texts in batch.texts for text in texts]
-    if batch.guided:
+    if batch.guided_scales:
         negatives = [text for text in batch.negatives for _ in range(batch.regions)]
         rows += [transformer.unconditional(len(t), device) if n is None else n for t, n in zip(rows, negatives)]
-    for text in rows:
-        if text.ndim != 2 or text.shape[1] != transformer.config.text_width or not len(text):
-            raise ValueError(
-                f"the text features have the shape {tuple(text.shape)} but the transformer reads [tokens, "
-                f"{transformer.config.text_width}]; use the text encoder it was trained with"
-            )
     return [text.to(device) for text in rows for _ in range(batch.copies if copies else 1)]
-
-
-def check(batch: EditBatch, config: TransformerConfig) -> None:
-    """Raise ValueError where a batch is not what a transformer was made for."""
-    (height, width), (rows, columns) = batch.features.shape[-2:], batch.schedule.grids[-1]
-    patch, schedule = batch.patch, batch.schedule
-    if (height, width) != (rows * patch, columns * patch) or batch.features.shape[1] * patch**2 != config.token_bits:
-        raise ValueError(
-            f"source features of shape {tuple(batch.features.shape)} do not fit a {rows}x{columns} grid of tokens of "
-            f"{config.token_bits} bits; encode the image at {schedule.pixels[1]}x{schedule.pixels[0]} with the model's "
-            "VAE"
-        )
-    if len(schedule) > config.levels:
-        fitting = [side for side, area in SIZES.items() if AREAS[area] <= config.levels]
-        raise ValueError(
-            f"this size has {len(schedule)} scales but the model was made for {config.levels}; use one of at most "
-            f"{config.levels}" + (f", such as {fitting[-1]}" if fitting else "")
-        )
-    for control in batch.active:
-        control.check(config)

@@ -1,8 +1,6 @@
 """What the networks compute beside their layers, in plain PyTorch.
 
-The runtime may know a faster way to the same numbers, up to rounding: an operation marked `replaceable` looks for it in
-`REPLACEMENTS`. That table is empty until `varedit_core.runtime` is imported, which fills it with its kernels. Whoever
-loads networks or edits with them has imported it, so nobody has to choose.
+The runtime may know a faster way to the same numbers, up to rounding, of an operation that is marked `replaceable`.
 
 Shape suffixes: R rows (images, then their unconditional twins), n tokens, C width, H heads, D head size; pictures
 [B, C, H, W].
@@ -10,30 +8,11 @@ Shape suffixes: R rows (images, then their unconditional twins), n tokens, C wid
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-REPLACEMENTS: dict[str, Callable] = {}
-"""Faster forms by the qualified names of the operations. One that does not run here, or not for these tensors, returns
-None, and the plain form runs."""
-
-
-def replaceable(plain: Callable) -> Callable:
-    """Mark an operation that the runtime may replace. `plain` of the result is what is written here."""
-    name = plain.__qualname__
-
-    @wraps(plain)
-    def operation(*args):
-        faster = REPLACEMENTS.get(name)
-        found = None if faster is None else faster(*args)
-        return plain(*args) if found is None else found
-
-    operation.plain = plain
-    return operation
+from ..replaceable import replaceable
 
 
 @replaceable

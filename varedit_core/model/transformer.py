@@ -1,8 +1,8 @@
 """The VAREdit transformer: source tokens and text in, the logits of one scale's bits out.
 
 Knows blocks, text conditioning and the head; the loop over scales is in `sampling`, and the caller passes in the
-`KVCache` with the earlier passes. The backbone is Infinity's (arXiv 2412.04431); source prefix
-and scale-aligned reference are VAREdit's (arXiv 2508.15772, section 3).
+`KVCache` with the earlier passes. The backbone is Infinity's (arXiv 2412.04431); the prefill of the source and its
+scale-aligned reference, which is in `KVCache.attend`, are VAREdit's (arXiv 2508.15772, section 3).
 
 Shape suffixes: R rows (images, then their unconditional twins), n tokens of a pass, L text tokens, C width,
 H heads, D head size, T text channels. The residual stream, norms, modulation, embeddings and head are fp32;
@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..replaceable import replaceable
 from .config import TransformerConfig
-from .functional import add_norm, replaceable
+from .functional import add_norm
 from .kv_cache import KVCache, Pass
 from .layers import Attention, Operations, affine, rows, sdpa
 
@@ -241,12 +242,9 @@ class Transformer(nn.Module):
         return tuple(block.constants(device) for block in self.blocks)
 
     def condition(
-        self,
-        texts: Sequence[Tensor] | Tensor,
-        attention: Attention = sdpa,
-        constants: Sequence[BlockConstants] | None = None,
-        real: Tensor | None = None,
-    ) -> Condition:
+        self, texts: Sequence[Tensor] | Tensor, attention: Attention = sdpa,
+        constants: Sequence[BlockConstants] | None = None, real: Tensor | None = None,
+    ) -> Condition:  # fmt: skip
         """Text features [L_i, T] of every row -> all that depends on the text alone.
 
         constants: of `constants`, where they are known. real: boolean [R, L], which tokens are real, where texts are

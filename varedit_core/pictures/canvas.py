@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..defaults import CROP_MARGIN, FEATHER, FILL, FILLS, FIT, FITS, LEAST_MARGIN, OVERLAP, SIZE
-from ..tokenizer.fitting import MAX_CANVAS_PIXELS, Size, canvas_size
-from ..tokenizer.schedule import nearest_ratio, schedule_for
+from ..fitting import MAX_CANVAS_PIXELS, Size, canvas_size, nearest_ratio
+from ..tokenizer.schedule import schedule_for
 from .images import SourceImage
 
 Box = tuple[int, int, int, int]

@@ -15,7 +15,7 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from ..controls.auto_mask import differing
-from ..tokenizer.tokens import Tokens
+from ..sampling.tokens import Tokens
 from .canvas import faded
 from .images import FittedImage, fit_mask, unfit_mask
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..controls.auto_mask import changed
-from ..tokenizer.tokens import Tokens
+from ..sampling.tokens import Tokens
 from .composite import found_mask, masked
 from .images import FittedImage, to_uint8, unfit, unfit_mask
 

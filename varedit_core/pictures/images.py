@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..defaults import FITS
 from ..files.safe_write import check_free, make_folder, write_bytes
-from ..tokenizer.fitting import MAX_CANVAS_PIXELS, Fitting, Size, canvas_size
-from ..tokenizer.schedule import Schedule, nearest_ratio, schedule_for
+from ..fitting import MAX_CANVAS_PIXELS, Fitting, Size, canvas_size, nearest_ratio
+from ..tokenizer.schedule import Schedule, schedule_for
 
 # The published code truncates: half a level darker on average, but the pack must equal its output.
 PUBLISHED_ROUNDING = "truncate"

@@ -4,7 +4,7 @@ Importing any of it replaces the networks' operations by the runtime's faster fo
 runs only where it can; everywhere else the plain one does.
 """
 
-from ..model.functional import REPLACEMENTS
+from ..replaceable import REPLACEMENTS
 from .kernels import add_norm, double_picture, laid_out
 from .layers import feed_forward, norm_silu, residual_block
 from .tiling import decode

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.engine import check, every_row, row_texts
+from ..model.engine import every_row, row_texts
 from ..model.layers import Attention, sdpa
 from ..model.transformer import Condition, Transformer
 from ..sampling import loop
@@ -35,12 +35,11 @@ class Session:
     def __init__(
         self, transformer: Transformer, workspace: Workspace | None = None, attention: Attention = sdpa
     ) -> None:
-        self.transformer, self.attention = transformer, attention
+        self.transformer, self.attention, self.configs = transformer, attention, (transformer.config,)
         self.workspace = workspace or Workspace(kept=False)
         self.work: Workspace | None = None
 
     def prefill(self, batch: EditBatch) -> None:
-        check(batch, self.transformer.config)
         if self.work is not None:
             raise ValueError("this engine is in the middle of another batch; close that first, or make another engine")
         self.work = self.workspace if self.workspace.claim() else self.workspace.another()
@@ -58,7 +57,7 @@ class Session:
         apart = batch.copies > 1 and not work.kind.shares_source
         roomy = batch.copies == 1 and batch.room > 1 and work.kind.shares_source
         self.copies = batch.room if roomy else 1 if apart else batch.copies
-        self.shared = len(batch.plan) if roomy else 0 if apart else batch.shared
+        self.shared = len(batch.plan) if roomy else 0 if apart else _shared(batch)
         self.results = 1 if apart else batch.copies
         features = batch.each_row(batch.features) if apart else batch.each_source(batch.features)
         with on(batch.stream):
@@ -82,7 +81,7 @@ class Session:
         repeats = self.results if shared > 1 else 1
         own = len(total) // repeats
         # Of the store that later scales attend to, also where this one asks for no unconditional rows.
-        rows = len(total) // self.results * self.copies // shared * (2 if k < batch.guided else 1)
+        rows = len(total) // self.results * self.copies // shared * (2 if k < batch.guided_scales else 1)
         tokens = _Tokens(self.transformer, work.condition, batch.grids[k], batch.patch, k, step.tokens, rows, shared)
         logits = work.run(tokens, step, rows, rows if guided else own, *[total[::repeats]] * (k > 0), shared=shared)
         return logits.repeat_interleave(repeats, 0) if repeats > 1 else logits
@@ -94,6 +93,11 @@ class Session:
         if self.work is not None:
             self.work.end()
             self.work = None
+
+
+def _shared(batch: EditBatch) -> int:
+    """First scales that the results of a picture have in common, so that each pass is done once for them."""
+    return len(batch.prefix) if batch.prefix and len(batch.prefix[0]) == batch.pictures and batch.copies > 1 else 0
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..controls.base import Control, Known, Plan
+from ..controls.base import Control, Plan
 from ..controls.mask import checked_mask
 from ..controls.prefix import checked_prefix
 from ..controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts, active
@@ -59,15 +59,10 @@ class EditBatch:
 
     @classmethod
     def of(
-        cls,
-        features: Tensor,
-        texts: Sequence[Tensor | Sequence[Tensor]],
-        schedule: Schedule,
-        settings: SamplingSettings = DEFAULT_SETTINGS,
-        negatives: Sequence[Tensor | None] | None = None,
-        variations: int = 1,
-        **more,
-    ) -> EditBatch:
+        cls, features: Tensor, texts: Sequence[Tensor | Sequence[Tensor]], schedule: Schedule,
+        settings: SamplingSettings = DEFAULT_SETTINGS, negatives: Sequence[Tensor | None] | None = None,
+        variations: int = 1, **more,
+    ) -> EditBatch:  # fmt: skip
         """The batch whose results draw with the seeds `settings.seed`, the next one, and so on.
 
         texts: one instruction a picture, or a list of R of them. more: further fields.
@@ -116,11 +111,6 @@ class EditBatch:
         """The latent grid (h, w) of every scale."""
         return latent_grids(self.schedule, self.patch)
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest text."""
-        return max(len(text) for row in (*self.texts, self.negatives) for text in row if text is not None)
-
     @cached_property
     def active(self) -> tuple[Control, ...]:
         """The controls that change these edits, in the order in which they act."""
@@ -135,22 +125,9 @@ class EditBatch:
         return plan
 
     @property
-    def facts(self) -> Known:
-        """Facts of these edits, to check that every knob counts (`registry.problems`)."""
-        return Known(
-            self.schedule, self.settings, self.controls, self.shortcuts, self.mask is not None, len(self.prefix),
-            self.copies, negative=any(text is not None for text in self.negatives),
-        )  # fmt: skip
-
-    @property
-    def guided(self) -> int:
+    def guided_scales(self) -> int:
         """How many scales there are until guidance, and with it the unconditional rows, ends for good."""
         return max((k + 1 for k, (guidance, _, _) in enumerate(self.plan) if guidance != 1), default=0)
-
-    @property
-    def shared(self) -> int:
-        """First scales that the results of a picture have in common, so that each pass is done once for them."""
-        return len(self.prefix) if self.prefix and len(self.prefix[0]) == self.pictures and self.copies > 1 else 0
 
     def steps(self, passes: Sequence[Pass]) -> list[Pass]:
         """The passes of a network, the prefill first, as changed by the active controls."""
@@ -190,34 +167,3 @@ class EditBatch:
         """The sources of all rows, which the edits may be held to."""
         total = None if self.source_total is None else self.each_row(self.source_total)
         return Source(self.each_row(self.features).float(), self.grids, total)
-
-    def rows(self, pictures: slice, copies: slice = slice(None)) -> EditBatch:
-        """The batch of some of the pictures, with some of their results each. What saves time at the beginning
-        (`fresh`, `stream`) holds for the part with the first result."""
-        which, count = range(self.pictures)[pictures], self.copies
-        chosen = [p * count + c for p in which for c in range(count)[copies]]
-        trials = len(self.trial_seeds) // self.pictures
-
-        def own(x: Tensor | None) -> Tensor | None:
-            return x if x is None or len(x) == 1 < self.pictures else x[list(which)]
-
-        alike = bool(self.prefix) and len(self.prefix[0]) == self.pictures
-        return replace(
-            self,
-            features=self.features[list(which)],
-            texts=[self.texts[p] for p in which],
-            negatives=[self.negatives[p] for p in which],
-            seeds=tuple(self.seeds[n] for n in chosen),
-            mask=own(self.mask),
-            areas=own(self.areas),
-            prefix=[bits[list(which) if alike else chosen] for bits in self.prefix],
-            source_total=own(self.source_total),
-            trial_seeds=tuple(s for p in which for s in self.trial_seeds[p * trials : (p + 1) * trials]),
-            **({} if chosen[0] == 0 else {"fresh": False, "stream": None}),
-        )
-
-    def to(self, device) -> EditBatch:
-        """The same with its features and other large tensors on a device."""
-        moved = {name: getattr(self, name) for name in ("features", "source_total")}
-        moved = {name: None if x is None else x.to(device) for name, x in moved.items()}
-        return replace(self, **moved, prefix=[bits.to(device) for bits in self.prefix])

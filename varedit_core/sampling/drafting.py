@@ -11,6 +11,7 @@ from ..controls.drafted import Drafted, out_of_range
 from ..model.config import TransformerConfig
 from ..model.engine import Engine
 from .batch import EditBatch
+from .checks import facts
 
 
 class Drafting:
@@ -29,11 +30,11 @@ class Drafting:
             )
         if ours.source != theirs.source:
             raise ValueError("drafter and refiner must both edit or both make pictures of text; choose another drafter")
-        self.drafter, self.refiner = drafter, refiner
+        self.drafter, self.refiner, self.configs = drafter, refiner, configs
 
     def prefill(self, batch: EditBatch) -> None:
         count = batch.shortcuts.drafted
-        wrong = Drafted.refuse(batch.facts) if count else out_of_range(count, len(batch.plan))
+        wrong = Drafted.refuse(facts(batch)) if count else out_of_range(count, len(batch.plan))
         if wrong:
             raise ValueError(wrong)
         self.drafter.prefill(batch)

@@ -22,11 +22,13 @@ from ..controls.prefix import one_edit_each
 from ..model.engine import Engine
 from ..runtime.memory import Memory, as_it_fits
 from ..runtime.plan import Job, Plan
-from ..tokenizer.tokens import Tokens
 from .batch import EditBatch
+from .checks import facts
 from .loop import sample
+from .parts import part_of
 from .results import joined, tokens_of
 from .scale import Scale
+from .tokens import Tokens
 
 Watch = Callable[[Scale, Sequence[int], Sequence[int]], None]
 """Called with every scale before its bits are drawn, the numbers of its results, and those of their pictures."""
@@ -79,7 +81,7 @@ def run(
     drafts = batch.shortcuts.drafted > 0
     rows = batch.pictures * batch.regions * max(batch.copies, batch.controls.best_of)
     jobs = [
-        Job(network.config, batch.schedule, rows, batch.guided > 0, network.dtype, batch.longest)
+        Job(network.config, batch.schedule, rows, batch.guided_scales > 0, network.dtype, _longest(batch))
         for network in memory.networks[: 1 + drafts]
     ]
     job = max(jobs, key=lambda job: job.needed("exact"))  # a drafter is done when the other begins
@@ -95,9 +97,14 @@ def check(batch: EditBatch, drafter: bool) -> None:
     """Raise ValueError for shortcuts that lack what they need, and for knobs that exclude each other."""
     if batch.shortcuts.drafted and not drafter:
         raise ValueError("drafted scales need a second transformer; name a drafter, or leave drafted at 0")
-    registry.check(batch.facts)
+    registry.check(facts(batch))
     if batch.prefix and len(batch.prefix[0]) != batch.pictures:
         raise ValueError(one_edit_each(len(batch.prefix[0]), batch.pictures))
+
+
+def _longest(batch: EditBatch) -> int:
+    """Tokens of the longest text."""
+    return max(len(text) for row in (*batch.texts, batch.negatives) for text in row if text is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,11 +122,11 @@ class _Task:
         batch, parts = self.batch, []
         most = max(batch.copies, batch.controls.best_of)
         for pictures in slices(batch.pictures, max(1, at_once // most)):
-            own = batch.rows(pictures)
+            own = part_of(batch, pictures)
             if batch.controls.best_of > 1:
                 own = replace(own, prefix=self._beginnings(engine, own, at_once), fresh=False, stream=None)
             for copies in slices(batch.copies, at_once):
-                part = own.rows(slice(None), copies)
+                part = part_of(own, copies=copies)
                 numbers = range(batch.pictures)[pictures]
                 results = [p * batch.copies + c for p in numbers for c in range(batch.copies)[copies]]
                 parts.append(self._part(engine, part, at_once >= most, results, numbers))
@@ -132,7 +139,7 @@ class _Task:
         begun = replace(batch, seeds=batch.trial_seeds, shortcuts=shortcuts)
         scores, bits = [], []
         for copies in slices(begun.copies, at_once):
-            part = begun.rows(slice(None), copies)
+            part = part_of(begun, copies=copies)
             found = Candidates(batch.controls.score)
             with closing(sample(engine, part, self.controls)) as drawn:
                 for scale in drawn:

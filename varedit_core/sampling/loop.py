@@ -18,6 +18,7 @@ from torch import Tensor
 from ..model.engine import Engine
 from ..tokenizer.quantizer import from_tokens
 from .batch import EditBatch
+from .checks import fits
 from .scale import Scale
 
 
@@ -30,6 +31,8 @@ def sample(engine: Engine, batch: EditBatch, controls: Sequence[Callable[[Scale]
     """
     batch, controls = replace(batch), tuple(controls)  # what its controls remember is this run's alone
     generators = [torch.Generator().manual_seed(seed) for seed in batch.row_seeds()]
+    for config in engine.configs:
+        fits(batch, config)
     engine.prefill(batch)
     try:
         source, finite = batch.source(), None
@@ -46,7 +49,7 @@ def sample(engine: Engine, batch: EditBatch, controls: Sequence[Callable[[Scale]
             for control in (*batch.active, *controls):
                 control(scale)
             yield scale
-            total = scale.running_sum
+            total = scale.running_sum  # draws the bits, where nothing has set them
     finally:
         engine.close()
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..tokenizer.fitting import Fitting
+from ..fitting import Fitting
 from ..tokenizer.schedule import Schedule
-from ..tokenizer.tokens import Tokens
 from .scale import Scale
+from .tokens import Tokens
 
 
 def tokens_of(

@@ -29,16 +29,9 @@ class Scale:
     """
 
     def __init__(
-        self,
-        index: int,
-        batch: EditBatch,
-        source: Source,
-        total: Tensor,
-        logits: Tensor,
-        log_odds: Tensor,
-        uniform: Tensor,
-        finite: Tensor,
-    ) -> None:
+        self, index: int, batch: EditBatch, source: Source, total: Tensor, logits: Tensor, log_odds: Tensor,
+        uniform: Tensor, finite: Tensor,
+    ) -> None:  # fmt: skip
         self.schedule, self.index, self.count = batch.schedule, index, len(batch.plan)
         self.grid, self.source, self.total = self.schedule.grids[index], source, total
         self.logits, self._log_odds, self.finite = logits, log_odds, finite

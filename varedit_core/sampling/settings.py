@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,10 @@ class SamplingSettings:
         return list(zip(*(self._expand(name, count) for name in ("guidance", "temperature", "top_p"))))
 
     def preset(self, name: str) -> SamplingSettings:
-        """These settings with a curve of PRESETS over the scales. ValueError for an unknown name, and as `bent`."""
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-        return self.bent(*PRESETS[name])
+        """These settings with the curves of that name; see `controls.curves.preset`."""
+        from ..controls.curves import preset
 
-    def bent(self, guided: Curve, warmth: Curve) -> SamplingSettings:
-        """These settings with factors over the scales. guided: on guidance - 1. warmth: on temperature. ValueError
-        where guidance or temperature is not one number."""
-        if guided == warmth == FLAT:
-            return self
-        for what, value in (("guidance", self.guidance), ("temperature", self.temperature)):
-            if not isinstance(value, float):
-                raise ValueError(f"a preset bends one {what} over the scales; give one number for it, or no preset")
-        guidance = Curve(*(1 + (self.guidance - 1) * factor for factor in guided))
-        return replace(self, guidance=guidance, temperature=Curve(*(self.temperature * factor for factor in warmth)))
+        return preset(self, name)
 
     @property
     def guided(self) -> bool:
@@ -105,15 +94,6 @@ def _values(name: str, value: PerScale) -> tuple[float, ...]:
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a number or a list of numbers, one a scale, got {value!r}") from None
 
-
-FLAT = Curve(1.0, 1.0)
-PRESETS = {
-    "balanced": (FLAT, FLAT),
-    "faithful": (Curve(1.0, 0.0), Curve(0.5, 0.5)),
-    "creative": (Curve(1.25, 1.0), Curve(8.0, 1.0)),
-}
-"""Names of curves: factors on what guidance is above 1, and on temperature, from the first to the last scale."""
-PRESET = "balanced"
 
 DEFAULT_SETTINGS = SamplingSettings()
 TEXT_SETTINGS = SamplingSettings(temperature=1.0)

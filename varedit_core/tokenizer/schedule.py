@@ -8,7 +8,6 @@ those of Infinity, arXiv 2412.04431, appendix).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 Grid = tuple[int, int]
@@ -62,12 +61,6 @@ class Schedule:
                 f"the grids {self.grids} are not the first rows of the table for ratio {self.ratio}: {table}"
             )
 
-    @classmethod
-    def of_grid(cls, grid: tuple[float, float]) -> Schedule | None:
-        """The named schedule whose last grid this is; None where there is none."""
-        found = ((ratio, table[:count]) for ratio, table in TABLES.items() for count in AREAS.values())
-        return next((cls(ratio, grids) for ratio, grids in found if grids[-1] == tuple(grid)), None)
-
     def __len__(self) -> int:
         return len(self.grids)
 
@@ -93,15 +86,3 @@ def schedule_for(area: str, ratio: float = 1.0) -> Schedule:
     if ratio not in TABLES:
         raise ValueError(f"no scale table for the ratio {ratio}; choose one of {sorted(TABLES)}")
     return Schedule(ratio, TABLES[ratio][: AREAS[area]])
-
-
-def schedule_from(grids: Sequence[Sequence[int]], ratio: float) -> Schedule:
-    """The schedule with these token grids ((height, width) or (time, height, width) rows)."""
-    return Schedule(min(TABLES, key=lambda key: abs(key - ratio)), tuple((int(g[-2]), int(g[-1])) for g in grids))
-
-
-def nearest_ratio(ratio: float) -> float:
-    """The table key nearest to height / width, measured in the logarithm so that portrait and landscape agree."""
-    if not (ratio > 0 and math.isfinite(ratio)):
-        raise ValueError(f"the aspect ratio must be positive, got {ratio}")
-    return min(TABLES, key=lambda key: abs(math.log(key / ratio)))

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.config import AutoencoderConfig
-from ..model.functional import double_picture, laid_out, norm_silu, replaceable
+from ..model.functional import double_picture, laid_out, norm_silu
 from ..model.layers import Operations
+from ..replaceable import replaceable
 
 
 class ResidualBlock(nn.Module):

@@ -19,11 +19,12 @@ from ..defaults import EDIT, TEXT_TOKENS
 from ..files.checkpoints import TOKENIZER, TRANSFORMER, load_autoencoder, load_transformer
 from ..files.convert import ARCHITECTURES
 from ..files.safe_write import make_folder, write_bytes, write_json, write_tensors
-from ..model.config import AutoencoderConfig, TransformerConfig, patch_size
+from ..model.config import AutoencoderConfig, TransformerConfig
 from ..model.transformer import Transformer
 from ..pictures.images import save_image
 from ..runtime.layers import Operations
 from ..runtime.session import sample
+from ..sampling.checks import patch_size
 from ..sampling.settings import SamplingSettings
 from ..shapeedit.edits import draw_sample
 from ..shapeedit.evaluate import reconstruct

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .fitting import Fitting
-from .quantizer import codes, linear_resize
-from .schedule import Grid, Schedule
+from ..fitting import Fitting
+from ..tokenizer.quantizer import codes, linear_resize
+from ..tokenizer.schedule import Grid, Schedule
 
 VAE_ADVICE = "; load the VAE of the model that made them"
 

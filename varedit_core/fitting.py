@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from .schedule import Grid, Schedule
+from .tokenizer.schedule import AREAS, TABLES, Grid, Schedule
 
 Size = tuple[int, int]
 
@@ -36,3 +37,16 @@ def canvas_size(size: Size, pixels: Grid) -> Size:
     if height * grid_width >= width * grid_height:
         return max(width, round(height * grid_width / grid_height)), height
     return width, max(height, round(width * grid_height / grid_width))
+
+
+def nearest_ratio(ratio: float) -> float:
+    """The table key nearest to height / width, measured in the logarithm so that portrait and landscape agree."""
+    if not (ratio > 0 and math.isfinite(ratio)):
+        raise ValueError(f"the aspect ratio must be positive, got {ratio}")
+    return min(TABLES, key=lambda key: abs(math.log(key / ratio)))
+
+
+def schedule_of(grid: tuple[float, float]) -> Schedule | None:
+    """The named schedule whose last token grid this is; None where there is none."""
+    found = ((ratio, table[:count]) for ratio, table in TABLES.items() for count in AREAS.values())
+    return next((Schedule(ratio, grids) for ratio, grids in found if grids[-1] == tuple(grid)), None)

@@ -1,0 +1,59 @@
+"""What a batch of edits is checked for, before anything runs."""
+
+from __future__ import annotations
+
+from ..controls.base import Known
+from ..defaults import SIZES
+from ..model.config import AutoencoderConfig, TransformerConfig
+from ..tokenizer.schedule import AREAS
+from .batch import EditBatch
+
+
+def facts(batch: EditBatch) -> Known:
+    """Facts of a batch, to check that every knob counts (`registry.problems`)."""
+    return Known(
+        batch.schedule, batch.settings, batch.controls, batch.shortcuts, batch.mask is not None, len(batch.prefix),
+        batch.copies, negative=any(text is not None for text in batch.negatives),
+    )  # fmt: skip
+
+
+def fits(batch: EditBatch, config: TransformerConfig) -> None:
+    """Raise ValueError where a batch is not what a transformer was made for."""
+    (height, width), (rows, columns) = batch.features.shape[-2:], batch.schedule.grids[-1]
+    patch, schedule = batch.patch, batch.schedule
+    if (height, width) != (rows * patch, columns * patch) or batch.features.shape[1] * patch**2 != config.token_bits:
+        raise ValueError(
+            f"source features of shape {tuple(batch.features.shape)} do not fit a {rows}x{columns} grid of tokens of "
+            f"{config.token_bits} bits; encode the image at {schedule.pixels[1]}x{schedule.pixels[0]} with the model's "
+            "VAE"
+        )
+    if len(schedule) > config.levels:
+        fitting = [side for side, area in SIZES.items() if AREAS[area] <= config.levels]
+        raise ValueError(
+            f"this size has {len(schedule)} scales but the model was made for {config.levels}; use one of at most "
+            f"{config.levels}" + (f", such as {fitting[-1]}" if fitting else "")
+        )
+    texts = [text for of_picture in batch.texts for text in of_picture]
+    for text in (*texts, *(batch.negatives if batch.guided_scales else ())):
+        if text is not None and (text.ndim != 2 or text.shape[1] != config.text_width or not len(text)):
+            raise ValueError(
+                f"the text features have the shape {tuple(text.shape)} but the transformer reads [tokens, "
+                f"{config.text_width}]; use the text encoder it was trained with"
+            )
+    for control in batch.active:
+        control.check(config)
+
+
+def patch_size(transformer: TransformerConfig, autoencoder: AutoencoderConfig) -> int:
+    """Latent positions a token spans along each axis: 2 for the 8B layout, 1 for the 2B layout.
+
+    Raises ValueError where the two networks do not belong together.
+    """
+    side, bits = 16 // autoencoder.stride if autoencoder.stride <= 16 else 0, autoencoder.bits
+    if side and side * side * bits == transformer.token_bits:
+        return side
+    raise ValueError(
+        f"the transformer predicts tokens of {transformer.token_bits} bits but the VAE (stride "
+        f"{autoencoder.stride}, {bits} bits a position) makes tokens of {side * side * bits}; load the VAE the "
+        "transformer was trained with"
+    )
