@@ -1,6 +1,7 @@
 """Controls: neutral ones change nothing, extreme ones are exact, and locked parts are the source's, bit for bit."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -380,11 +381,14 @@ def test_the_score_instruction_wants_guidance(editor, task):
         driver.run(EditBatch.of(*task, replace(DRAWN, guidance=1.0), controls=controls), editor.memory)
 
 
-def test_the_loop_alone_does_not_choose_and_says_so(editor, task):
-    with pytest.raises(ValueError, match="does not choose the best of several; use Editor.run"):
-        next(editor.sample(*task, DRAWN, controls=Controls(best_of=2)))
-    with pytest.raises(ValueError, match="does not choose the best of several; use Editor.run"):
-        next(sample(editor.transformer, *task, DRAWN, controls=Controls(best_of=2)))
+def test_the_loop_goes_on_from_the_best_beginning_too(editor, task):
+    noisy, controls = replace(DRAWN, temperature=2.0), Controls(best_of=4, best_at=3, score="far")
+    wanted = driver.run(EditBatch.of(*task, noisy, controls=controls), editor.memory).tokens.bits
+    for drawn in (editor.sample, partial(sample, editor.transformer)):
+        found = [scale.bits for scale in drawn(*task, noisy, controls=controls)]
+        assert len(found) == 7 and all(map(torch.equal, found, wanted))
+    free = [scale.bits for scale in editor.sample(*task, noisy)]
+    assert not all(map(torch.equal, free, wanted))
 
 
 def test_curves_and_presets():

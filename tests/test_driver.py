@@ -371,6 +371,9 @@ def test_lists_of_another_length_are_a_sentence(reading, count, given, message):
         (2, dict(texts=1), "2 images need 2 instructions and negative prompts, got 1 and 2"),
         (1, dict(texts=2), "1 images need 1 instructions and negative prompts, got 2 and 1"),
         (2, dict(negatives=1), "2 images need 2 instructions and negative prompts, got 2 and 1"),
+        (2, dict(regions=[1, 2]), r"all pictures of a batch need as many regions, at least one each, got .1, 2."),
+        (2, dict(seeds=3), "3 seeds are not the same number for each of 2 pictures; give one a result"),
+        (1, dict(seeds=0), "0 seeds are not the same number for each of 1 pictures; give one a result"),
         (2, dict(mask=3), "the mask has the shape .3, 16, 16. for 2 images; give one .1, y, x., or one for each"),
     ],
 )
@@ -378,8 +381,11 @@ def test_so_they_are_in_a_batch(patchify, count, more, message):
     texts = words(patchify, more.get("texts", count))
     negatives = words(patchify, more["negatives"]) if "negatives" in more else None
     mask = box(more["mask"]) if "mask" in more else None
+    if "regions" in more:
+        texts = [[text] * regions for text, regions in zip(texts, more["regions"])]
     with pytest.raises(ValueError, match=message):
-        EditBatch.of(sources(patchify, count), texts, patchify.schedule, DRAWN, negatives, mask=mask)
+        batch = EditBatch.of(sources(patchify, count), texts, patchify.schedule, DRAWN, negatives, mask=mask)
+        replace(batch, seeds=tuple(range(more["seeds"])))
 
 
 # --- first scales that are given ---

@@ -22,7 +22,7 @@ PYTHON = sorted(
 
 NETWORKS = {"model", "tokenizer"}
 ALGORITHM = {"defaults", "controls", "fitting", "replaceable", "sampling", *NETWORKS}
-LIBRARY = {"editor", "files", "pictures", "runtime", "text", *ALGORITHM}
+LIBRARY = {"coder", "editor", "files", "pictures", "request", "runtime", "text", *ALGORITHM}
 ANYTHING = {path.relative_to(CORE).parts[0].removesuffix(".py") for path in MODULES} - {"__init__", "__main__"}
 ALLOWED = {
     "__init__": set(),  # names are imported when they are first asked for
@@ -39,6 +39,8 @@ ALLOWED = {
     "runtime": ALGORITHM,
     "pictures": {"controls", "defaults", "files", "fitting", "sampling", "tokenizer"},
     "files": {"defaults", "fitting", "runtime", "sampling", *NETWORKS},
+    "coder": {"defaults", "pictures", "runtime", "text", "tokenizer"},
+    "request": LIBRARY,
     "editor": LIBRARY,
     "parity": LIBRARY,
     "sweep": LIBRARY,
@@ -150,7 +152,7 @@ def test_the_algorithm_is_short():
     docs/LOG.md says where the rest lies. The bound only goes down."""
     loop = [CORE / "sampling" / f"{name}.py" for name in ("loop", "scale", "settings", "batch")]
     files = [path for folder in sorted(NETWORKS) for path in (CORE / folder).glob("*.py")]
-    assert sum(map(code_lines, [*files, *loop])) <= 945
+    assert sum(map(code_lines, [*files, *loop])) <= 935
 
 
 def functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef]]:

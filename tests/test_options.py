@@ -17,8 +17,8 @@ from varedit_core.cli.app import app, main
 from varedit_core.controls.curves import PRESETS
 from varedit_core.controls.registry import knobs
 from varedit_core.demo import FILES, FOLDER, SAMPLES
-from varedit_core.editor import each
 from varedit_core.pictures.contact_sheet import Row, contact_sheet
+from varedit_core.request import each
 from varedit_core.runtime.memory import TorchMemory
 from varedit_core.sampling import loop
 from varedit_core.sweep import Axis, planned
@@ -385,7 +385,8 @@ def parts(monkeypatch):
         counted.append(len(batch.seeds))
         return real(engine, batch, controls)
 
-    monkeypatch.setattr("varedit_core.sampling.driver.sample", noted)
+    for module in ("driver", "beginnings"):
+        monkeypatch.setattr(f"varedit_core.sampling.{module}.sample", noted)
     return limited
 
 

@@ -99,6 +99,17 @@ def test_a_cell_is_the_edit_with_its_settings_and_the_picture_is_encoded_once(ed
     assert sheet.width == 6 + 2 * 70 and sheet.height == 6 + 22 + 2 * (22 + 48 + 6)
 
 
+def test_a_cell_may_have_a_knob_that_does_nothing_there(editor, picture):
+    """A value that counts in no cell is refused."""
+    x, y = Axis.parse("best_of=1,3"), Axis.parse("score=far,near")
+    (plain, far), (same, near) = sweep(
+        editor, Swept(picture, WORDS, size=SIZE), planned(x, y, SamplingSettings(temperature=2.0))
+    )
+    assert plain.tobytes() == same.tobytes() and far.tobytes() != near.tobytes()
+    with pytest.raises(ValueError, match="score counts only with best_of"):
+        sweep(editor, Swept(picture, WORDS, size=SIZE), planned(y))
+
+
 def test_a_mask_and_a_negative_prompt_count(editor, picture):
     cells = planned(Axis.parse("guidance=2"))
     mask = Image.new("L", (120, 90))

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .editor import device_of
 from .files.checkpoints import load_autoencoder, load_transformer
 from .files.weights import WeightError, Weights, open_weights
 from .model.transformer import Transformer
 from .pictures.images import to_uint8
+from .runtime.devices import device_of
 from .runtime.session import sample
 from .sampling.checks import patch_size
 from .sampling.scale import Scale

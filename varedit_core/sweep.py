@@ -11,11 +11,12 @@ from dataclasses import dataclass, fields, replace
 from PIL import Image
 from torch import Tensor
 
+from .coder import Picture
 from .controls.base import Known
 from .controls.curves import PRESET
 from .controls.registry import NEUTRAL, NO_SHORTCUTS, SWEPT, Controls, problems
 from .defaults import FIT, SIZE
-from .editor import Editor, Picture
+from .editor import Editor
 from .pictures.contact_sheet import LETTERS, Row, contact_sheet
 from .pictures.images import load_image
 from .sampling.settings import DEFAULT_SETTINGS, SamplingSettings
@@ -100,12 +101,19 @@ def planned(
 
 
 def check(cells: Sequence[Sequence[Cell]], schedule: Schedule, mask: bool = False, negative: bool = False) -> None:
-    """Raise ValueError, before anything runs, for edits with settings that count for nothing (`registry.problems`), and
-    where two values of an axis give the same edits."""
-    listed = [cell for row in cells for cell in row]
-    known = [Known(schedule, cell.settings, cell.controls, NO_SHORTCUTS, mask) for cell in listed]
-    found = dict.fromkeys(text for edit in known for text in problems(edit))
-    if negative and not any(edit.guided(range(edit.stop)) for edit in known):
+    """Raise ValueError, before anything runs, for a setting or a value of an axis that counts in none of its edits
+    (`registry.problems`), and where two values of an axis give the same edits."""
+    known = [[Known(schedule, cell.settings, cell.controls, NO_SHORTCUTS, mask) for cell in row] for row in cells]
+    said = [[problems(edit) for edit in row] for row in known]
+    rows, columns = [row[0].row for row in cells], [cell.column for cell in cells[0]]
+    lines = [("", [texts for row in said for texts in row]), *zip(rows, said), *zip(columns, zip(*said))]
+    found = dict.fromkeys(
+        text
+        for label, line in lines
+        for text in line[0]
+        if text.startswith(label and label.split()[0] + " ") and all(text in other for other in line)
+    )
+    if negative and not any(edit.guided(range(edit.stop)) for row in known for edit in row):
         found["negative counts only with guidance, which is 1 at every scale; raise guidance, or leave it out"] = None
     for name, lines in (("row", cells), ("column", list(zip(*cells)))):
         seen: dict = {}
@@ -167,7 +175,7 @@ def sweep(
     words = swept.instruction
     prompt = editor.encode_text([words])[0] if isinstance(words, str) else words
     unwanted = [editor.encode_text([swept.negative])[0]] if swept.negative else None
-    more = dict(size=swept.size, method=swept.method, mask=swept.mask, features=features)
+    more = dict(size=swept.size, method=swept.method, mask=swept.mask, features=features, idle=True)
     rows = []
     for row in cells:
         rows.append([])

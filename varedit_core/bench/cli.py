@@ -15,8 +15,8 @@ import typer
 
 from ..cli import common as options
 from ..cli.common import console
-from ..editor import device_of
 from ..files.safe_write import write_json
+from ..runtime.devices import device_of
 from .cases import KINDS, PLAIN, Case, choose
 from .ceilings import Ceilings, measure_ceilings
 from .measure import Result, measure

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..demo import demo_files
-from ..editor import device_of
 from ..files.checkpoints import load_autoencoder
 from ..pictures.composite import found_mask, masked
 from ..pictures.images import FittedImage, SourceImage, check_target, load_image, save_image, to_uint8, unfit
+from ..runtime.devices import device_of
 from ..sampling.tokens import Tokens
 from . import common as options
 from .common import console, numbered

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.engine import every_row, row_texts
+from ..model.engine import Engine, every_row, row_texts
 from ..model.layers import Attention, sdpa
 from ..model.transformer import Condition, Transformer
 from ..sampling import loop
 from ..sampling.batch import EditBatch
+from ..sampling.beginnings import begun
+from ..sampling.checks import can_draft
 from ..sampling.scale import Scale
 from ..sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from ..tokenizer.quantizer import area_resize, linear_resize, to_tokens
@@ -143,17 +145,13 @@ def sample(
     where the logits were undefined numbers.
     """
     batch = EditBatch.of(features, texts, schedule, settings, negatives, **more)
-    check_alone(batch)
-    yield from checked(loop.sample(Session(transformer, workspace, attention), batch, steer))
+    can_draft(batch, False)
+    yield from checked(drawn(Session(transformer, workspace, attention), batch, steer))
 
 
-def check_alone(batch: EditBatch, drafter: bool = False) -> None:
-    """Raise ValueError for a batch that the loop alone cannot run: it needs a second transformer, or the driver.
-    drafter: whether there is one."""
-    if batch.shortcuts.drafted and not drafter:
-        raise ValueError("drafted scales need a second transformer; give an Editor a drafter, or leave drafted at 0")
-    if batch.controls.best_of > 1:
-        raise ValueError("the loop alone does not choose the best of several; use Editor.run, or leave best_of at 1")
+def drawn(engine: Engine, batch: EditBatch, steer: Sequence[Callable[[Scale], None]] = ()) -> Generator[Scale]:
+    """`loop.sample` of a batch, from the best of several beginnings where it asks for them."""
+    yield from loop.sample(engine, begun(engine, batch, steer), steer)
 
 
 def checked(scales: Generator[Scale]) -> Iterator[Scale]:

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from ..controls.base import Control, Plan
-from ..controls.mask import checked_mask
-from ..controls.prefix import checked_prefix
 from ..controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts, active
 from ..model.kv_cache import Pass
 from ..tokenizer.quantizer import latent_grids
 from ..tokenizer.schedule import Grid, Schedule
 from ..tokenizer.source import Source
+from .checks import agree, whole_number
 from .settings import DEFAULT_SETTINGS, SamplingSettings
 
 
@@ -68,24 +67,16 @@ class EditBatch:
         texts: one instruction a picture, or a list of R of them. more: further fields.
         """
         rows = [[text] if isinstance(text, Tensor) else list(text) for text in texts]
-        trials = more.get("controls", NEUTRAL).best_of
-        made = {
-            name: tuple((settings.seed + n) % 2**64 for n in range(len(features) * count))
-            for name, count in (("seeds", variations), ("trial_seeds", trials if trials > 1 else 0))
-        }
-        return cls(features, rows, schedule, settings=settings, negatives=list(negatives or ()), **made, **more)
+        copies, trials = whole_number("variations", variations, 1), more.get("controls", NEUTRAL).best_of
+        seeds, trial_seeds = (
+            tuple((settings.seed + n) % 2**64 for n in range(len(features) * count))
+            for count in (copies, trials if trials > 1 else 0)
+        )
+        return cls(features, rows, schedule, seeds, settings, list(negatives or ()), trial_seeds=trial_seeds, **more)
 
     def __post_init__(self) -> None:
-        negatives = list(self.negatives) or [None] * self.pictures
-        if len(self.texts) != self.pictures or len(negatives) != self.pictures:
-            raise ValueError(
-                f"{self.pictures} images need {self.pictures} instructions and negative prompts, got {len(self.texts)} "
-                f"and {len(negatives)}"
-            )
-        object.__setattr__(self, "negatives", negatives)
-        if self.mask is not None:
-            checked_mask(self.mask, self.pictures)
-        checked_prefix(self.prefix, self.grids, (self.pictures, len(self.seeds)))
+        object.__setattr__(self, "negatives", list(self.negatives) or [None] * self.pictures)
+        agree(self)
 
     @property
     def pictures(self) -> int:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import operator
+from typing import TYPE_CHECKING
+
 from ..controls.base import Known
+from ..controls.mask import checked_mask
+from ..controls.prefix import checked_prefix
 from ..defaults import SIZES
 from ..model.config import AutoencoderConfig, TransformerConfig
 from ..tokenizer.schedule import AREAS
-from .batch import EditBatch
+
+if TYPE_CHECKING:
+    from .batch import EditBatch
 
 
 def facts(batch: EditBatch) -> Known:
@@ -15,6 +22,31 @@ def facts(batch: EditBatch) -> Known:
         batch.schedule, batch.settings, batch.controls, batch.shortcuts, batch.mask is not None, len(batch.prefix),
         batch.copies, negative=any(text is not None for text in batch.negatives),
     )  # fmt: skip
+
+
+def agree(batch: EditBatch) -> None:
+    """Raise ValueError where the parts of a batch do not belong to the same pictures."""
+    pictures, texts = batch.pictures, [len(of_picture) for of_picture in batch.texts]
+    if len(texts) != pictures or len(batch.negatives) != pictures:
+        raise ValueError(
+            f"{pictures} images need {pictures} instructions and negative prompts, got {len(texts)} and "
+            f"{len(batch.negatives)}"
+        )
+    if len(set(texts)) > 1 or not all(texts):
+        raise ValueError(f"all pictures of a batch need as many regions, at least one each, got {texts}")
+    if not batch.seeds or len(batch.seeds) % pictures:
+        raise ValueError(
+            f"{len(batch.seeds)} seeds are not the same number for each of {pictures} pictures; give one a result"
+        )
+    if batch.mask is not None:
+        checked_mask(batch.mask, pictures)
+    checked_prefix(batch.prefix, batch.grids, (pictures, len(batch.seeds)))
+
+
+def can_draft(batch: EditBatch, drafter: bool) -> None:
+    """Raise ValueError where a batch needs a second transformer. drafter: whether there is one."""
+    if batch.shortcuts.drafted and not drafter:
+        raise ValueError("drafted scales need a second transformer; give a drafter, or leave drafted at 0")
 
 
 def fits(batch: EditBatch, config: TransformerConfig) -> None:
@@ -57,3 +89,10 @@ def patch_size(transformer: TransformerConfig, autoencoder: AutoencoderConfig) -
         f"{autoencoder.stride}, {bits} bits a position) makes tokens of {side * side * bits}; load the VAE the "
         "transformer was trained with"
     )
+
+
+def whole_number(name: str, value: object, low: int) -> int:
+    """A number of something. ValueError for one that is not whole or smaller than `low`."""
+    if not hasattr(value, "__index__") or isinstance(value, bool) or operator.index(value) < low:
+        raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+    return operator.index(value)

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from ..controls import registry
-from ..controls.best_of import Candidates, best
 from ..controls.confidence import Confidence
 from ..controls.prefix import one_edit_each
 from ..model.engine import Engine
 from ..runtime.memory import Memory, as_it_fits
 from ..runtime.plan import Job, Plan
 from .batch import EditBatch
-from .checks import facts
+from .beginnings import begun
+from .checks import can_draft, facts
 from .loop import sample
-from .parts import part_of
+from .parts import part_of, slices
 from .results import joined, tokens_of
 from .scale import Scale
 from .tokens import Tokens
@@ -74,7 +74,8 @@ def run(
 ) -> Result:
     """Edit a batch. ValueError where its parts do not fit each other, or where no way to run it fits into memory.
 
-    watch: see `Watch`; raise in it to cancel. controls: further ones, behind the batch's own. known: the sources'
+    watch: see `Watch`; raise in it to cancel. Where memory runs out in it, as it may decode, that counts as the edit's
+    and the edit begins anew in less. controls: further ones, behind the batch's own. known: the sources'
     tokens, where they are edits themselves.
     """
     check(batch, len(memory.networks) > 1)
@@ -95,8 +96,7 @@ def run(
 
 def check(batch: EditBatch, drafter: bool) -> None:
     """Raise ValueError for shortcuts that lack what they need, and for knobs that exclude each other."""
-    if batch.shortcuts.drafted and not drafter:
-        raise ValueError("drafted scales need a second transformer; name a drafter, or leave drafted at 0")
+    can_draft(batch, drafter)
     registry.check(facts(batch))
     if batch.prefix and len(batch.prefix[0]) != batch.pictures:
         raise ValueError(one_edit_each(len(batch.prefix[0]), batch.pictures))
@@ -122,34 +122,13 @@ class _Task:
         batch, parts = self.batch, []
         most = max(batch.copies, batch.controls.best_of)
         for pictures in slices(batch.pictures, max(1, at_once // most)):
-            own = part_of(batch, pictures)
-            if batch.controls.best_of > 1:
-                own = replace(own, prefix=self._beginnings(engine, own, at_once), fresh=False, stream=None)
+            own = begun(engine, part_of(batch, pictures), self.controls, at_once)
             for copies in slices(batch.copies, at_once):
                 part = part_of(own, copies=copies)
                 numbers = range(batch.pictures)[pictures]
                 results = [p * batch.copies + c for p in numbers for c in range(batch.copies)[copies]]
                 parts.append(self._part(engine, part, at_once >= most, results, numbers))
         return _joined(parts)
-
-    def _beginnings(self, engine: Engine, batch: EditBatch, at_once: int) -> list[Tensor]:
-        """Bits [P, d, h, w] of the first scales: those of the best candidate of every picture."""
-        scales = min(batch.controls.best_at, len(batch.plan))
-        shortcuts = replace(batch.shortcuts, stop=scales if scales < len(batch.schedule) else 0)
-        begun = replace(batch, seeds=batch.trial_seeds, shortcuts=shortcuts)
-        scores, bits = [], []
-        for copies in slices(begun.copies, at_once):
-            part = part_of(begun, copies=copies)
-            found = Candidates(batch.controls.score)
-            with closing(sample(engine, part, self.controls)) as drawn:
-                for scale in drawn:
-                    found(scale)
-            scale.check()
-            scores.append(found.scores.unflatten(0, (part.pictures, part.regions, part.copies)))
-            bits.append([part.results(x).unflatten(0, (part.pictures, part.copies)) for x in found.bits])
-        which = best(torch.cat(scores, dim=2))
-        rows = torch.arange(batch.pictures, device=which.device)
-        return [torch.cat(of_scale, dim=1)[rows, which] for of_scale in zip(*bits)]
 
     def _part(
         self, engine: Engine, part: EditBatch, roomy: bool, results: list[int], pictures: Sequence[int]
@@ -177,11 +156,6 @@ class _Task:
             part.results(scale.source.total) if self.wanted.before else None,
             part.results(confidence.map) if confidence else None,
         )
-
-
-def slices(count: int, at_once: int) -> list[slice]:
-    """`count` things, at most `at_once` at a time."""
-    return [slice(first, min(first + at_once, count)) for first in range(0, count, at_once)]
 
 
 def _joined(parts: Sequence[Result]) -> Result:

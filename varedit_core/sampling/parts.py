@@ -40,3 +40,8 @@ def moved(batch: EditBatch, device) -> EditBatch:
     moved = {name: getattr(batch, name) for name in ("features", "source_total")}
     moved = {name: None if x is None else x.to(device) for name, x in moved.items()}
     return replace(batch, **moved, prefix=[bits.to(device) for bits in batch.prefix])
+
+
+def slices(count: int, at_once: int) -> list[slice]:
+    """`count` things, at most `at_once` at a time."""
+    return [slice(first, min(first + at_once, count)) for first in range(0, count, at_once)]

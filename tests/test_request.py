@@ -1,0 +1,67 @@
+"""What `Editor.run` takes by name: wrong values are a sentence before anything runs, usual forms are understood."""
+
+import pytest
+import torch
+from PIL import Image
+
+from varedit_core import Controls, Editor, Region, SamplingSettings, Shortcuts
+from varedit_core.demo import demo_files
+from varedit_core.request import Options
+
+SIZE = "0.06M"
+WORDS = "make it sepia"
+PICTURE = Image.new("RGB", (64, 64), (90, 140, 40))
+WRONG = [
+    *((dict(variations=n), rf"variations must be a whole number of at least 1, got {n!r}") for n in (0, -1, 1.5, "2")),
+    (dict(variations=True), "variations must be a whole number of at least 1, got True"),
+    *((dict(seam=n), rf"seam must be a whole number of at least 0, got {n!r}") for n in (-1, 0.5, None)),
+    (dict(controls={"strength": 0.5}), "controls must be Controls, got dict"),
+    (dict(controls=Shortcuts()), "controls must be Controls, got Shortcuts"),
+    (dict(shortcuts=4), "shortcuts must be Shortcuts, got int"),
+    (dict(given=[torch.ones(1)]), "given must be Tokens, got list"),
+    (dict(steer=[Controls()]), "steer must be functions of a scale, got Controls"),
+    (dict(regions=["make it red"]), "regions must be Region, got str"),
+]
+
+
+@pytest.fixture(scope="module")
+def editor():
+    return Editor.load(*demo_files(), device="cpu")
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG, ids=str)
+def test_a_wrong_option_is_one_sentence(editor, options, said):
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        editor.run(PICTURE, WORDS, size=SIZE, **options)
+
+
+@pytest.mark.parametrize("count", [0, 1.5])
+def test_so_it_is_in_the_loop(editor, count):
+    features, texts = editor.encode([editor.fit(PICTURE, SIZE)], [WORDS])
+    with pytest.raises(ValueError, match="variations must be a whole number of at least 1"):
+        next(editor.sample(features, texts, editor.fit(PICTURE, SIZE).schedule, variations=count))
+
+
+def test_none_is_the_default_and_one_thing_needs_no_list(editor):
+    def double(scale):
+        scale.log_odds = scale.log_odds * 2
+
+    region = Region(WORDS)
+    plain, one = Options(), Options(controls=None, shortcuts=None, given=None, steer=double, regions=region)
+    assert (one.controls, one.shortcuts) == (plain.controls, plain.shortcuts)
+    assert one.steer == (double,) and one.regions == (region,)
+    edited = editor.run(PICTURE, WORDS, size=SIZE, shortcuts=Shortcuts(stop=3))
+    on = [editor.run(PICTURE, WORDS, size=SIZE, given=given).tokens for given in (edited, edited.tokens)]
+    assert len(edited.tokens) == 3 and all(map(torch.equal, on[0].bits, on[1].bits))
+
+
+def test_knobs_that_do_nothing_are_refused_unless_they_are_allowed(editor):
+    options = dict(size=SIZE, controls=Controls(score="near"))
+    with pytest.raises(ValueError, match="score counts only with best_of"):
+        editor.run(PICTURE, WORDS, **options)
+    settings = SamplingSettings(guidance=1.0)
+    (wanted,), (found,) = (
+        editor.run(PICTURE, WORDS, settings=settings, **more).pictures
+        for more in (dict(size=SIZE), dict(options, idle=True))
+    )
+    assert found.tobytes() == wanted.tobytes()

@@ -1,0 +1,128 @@
+"""Pictures and words to what the transformer reads, and back: the VAE and the text encoder at work.
+
+Shape suffixes: P pictures, d bits a latent position, (H, W) latent grid, L text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from threading import RLock
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .defaults import FIT, SIZE
+from .pictures.images import FittedImage, SourceImage, fit, load_image, restore
+from .runtime.graphs import Recorder
+from .text.encoder import TextEncoder
+from .tokenizer.vae import Autoencoder
+
+RECORDED_SIDE = 640
+"""Squares of up to so many pixels a side are encoded and decoded by recorded graphs: smaller ones wait for launches."""
+
+Picture = str | Path | Image.Image | SourceImage
+
+
+class Coder:
+    """A VAE and, unless text features are given, a text encoder, on one device. Threads may share it."""
+
+    def __init__(self, autoencoder: Autoencoder, text: TextEncoder | None, device: torch.device | str) -> None:
+        self.autoencoder, self.text = autoencoder, text
+        self.device, self._lock = torch.device(device), RLock()
+        self._last: tuple[list[Tensor], list[str | Tensor]] = [], []
+        self._beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        most, stride = RECORDED_SIDE**2, autoencoder.config.stride
+        self._encoder = Recorder(autoencoder, autoencoder.encode, 3 * most)
+        self._decoder = Recorder(autoencoder, autoencoder.decode, autoencoder.config.bits * most // stride**2)
+        self.recordings = (self._encoder, self._decoder, *([text] if text else []))
+        """What keeps memory for the next picture or text."""
+
+    def forget(self) -> None:
+        """Give back all memory that is kept from edit to edit."""
+        with self._lock:
+            self._last = [], []
+            for kept in self.recordings:
+                kept.forget()
+
+    def fit(self, image: Picture, size: str = SIZE, method: str = FIT) -> FittedImage:
+        """Bring a picture to a size the model runs at (see `images.fit`)."""
+        return fit(image if isinstance(image, SourceImage) else load_image(image), size, method)
+
+    def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Text features [L_i, channels] of the prompts. ValueError without a text encoder."""
+        if self.text is None:
+            raise ValueError("no text encoder is loaded; give one, or give text features instead of an instruction")
+        with self._lock:
+            if self._beside is not None:  # where it may be at work
+                torch.cuda.current_stream(self.device).wait_stream(self._beside)
+            return self.text.encode(prompts)
+
+    def features_of(self, prompts: Sequence[str | Tensor]) -> list[Tensor]:
+        """`encode_text` of those prompts that are not text features already."""
+        return [prompt if isinstance(prompt, Tensor) else self.encode_text([prompt])[0] for prompt in prompts]
+
+    @torch.no_grad()
+    def encode_source(self, images: Sequence[FittedImage]) -> Tensor:
+        """Unquantised features [P, d, H, W] of fitted pictures, each encoded alone; zeros of those of
+        `images.empty`."""
+        bits, stride = self.autoencoder.config.bits, self.autoencoder.config.stride
+        found = []
+        with self._lock:
+            for image in images:
+                sides = [side // stride for side in image.schedule.pixels]
+                if image.pixels.numel():
+                    found.append(self._encoder(image.pixels.to(self.device)))
+                else:
+                    found.append(torch.zeros(1, bits, *sides, device=self.device))
+        return torch.cat(found)
+
+    def encode(self, images: Sequence[FittedImage], prompts: Sequence[str | Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """`encode_source` of pictures and the text features of prompts, side by side where the device can."""
+        features, texts, hints = self.begin(images, prompts)
+        if hints["stream"] is not None:
+            torch.cuda.current_stream(self.device).wait_stream(hints["stream"])
+        return features, texts
+
+    def begin(
+        self, images: Sequence[FittedImage], prompts: Sequence[str | Tensor]
+    ) -> tuple[Tensor, list[Tensor], dict]:
+        """`encode` for an edit that follows at once, and what saves it time: the fields `fresh` and `stream` of
+        `EditBatch`. The device works on the texts while it still encodes the pictures."""
+        given = [image.pixels for image in images], list(prompts)
+        fresh, self._last = not _alike(given, self._last), given
+        if self._beside is None:
+            return self.encode_source(images), self.features_of(prompts), {"fresh": fresh, "stream": None}
+        here, beside = torch.cuda.current_stream(self.device), self._beside
+        beside.wait_stream(here)
+        with torch.cuda.stream(beside):  # the text's kernels are too small to keep the device busy
+            texts = self.features_of(prompts)
+        features = self.encode_source(images)
+        for text in texts:
+            text.record_stream(here)
+        return features, texts, {"fresh": fresh, "stream": beside}
+
+    @torch.no_grad()
+    def decode(self, latents_PdHW: Tensor, images: Sequence[FittedImage]) -> list[Image.Image]:
+        """Pictures of a running sum, each of exactly its input's size, alpha kept."""
+        return [
+            restore(self.decode_pixels(latent[None])[0].cpu(), image) for latent, image in zip(latents_PdHW, images)
+        ]
+
+    @torch.no_grad()
+    def decode_pixels(self, latent_1dHW: Tensor) -> Tensor:
+        """Pixels [1, 3, y, x] in [-1, 1] of one running sum."""
+        with self._lock:
+            return self._decoder(latent_1dHW)
+
+
+def _alike(given: tuple[list, list], last: tuple[list, list]) -> bool:
+    """Whether pictures and prompts may be the last ones: pictures by some of their pixels."""
+    if any(len(a) != len(b) for a, b in zip(given, last)):
+        return False
+    (pictures, prompts), (last_pictures, last_prompts) = given, last
+    for a, b in zip(pictures, last_pictures):
+        if a.shape != b.shape or not torch.equal(a[..., ::31, ::31], b[..., ::31, ::31]):
+            return False
+    return all(a is b or (isinstance(a, str) and a == b) for a, b in zip(prompts, last_prompts))

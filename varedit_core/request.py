@@ -1,0 +1,203 @@
+"""One call of an editor: from pictures, instructions and options to a batch of edits, and from results to pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .coder import Coder, Picture
+from .controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts, problems
+from .defaults import FIT, SIZE
+from .pictures.composite import Region, areas, check_regions, drawn_masks
+from .pictures.edited import Decoded, Edited
+from .pictures.images import FittedImage, fitting_for, load_image, to_uint8, unfit
+from .sampling.batch import EditBatch
+from .sampling.checks import facts, whole_number
+from .sampling.driver import Result
+from .sampling.results import joined
+from .sampling.scale import Scale
+from .sampling.settings import SamplingSettings
+from .sampling.tokens import Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Options:
+    """What `Editor.run` and `make` take by name beside pictures, instructions and settings.
+
+    variations: results of each picture, one behind the other, of as many seeds. mask: where the pictures may change
+    (white), one for all or one each; elsewhere they stay as they are. regions: in place of instructions, several of
+    them with masks. given: the first scales of this edit, or of the edit this one branches off from. steer: functions
+    of a `Scale`, called behind the controls. seam: the feather, pixels from a mask's edge inwards over which the edit
+    fades in. explain: whether to find out, too, what changed and how sure the model was. features: of the pictures, by
+    `encode_source`, where they are known. idle: whether knobs that would do nothing are allowed. ValueError for what is
+    none of these.
+    """
+
+    variations: int = 1
+    shortcuts: Shortcuts = NO_SHORTCUTS
+    mask: Image.Image | Sequence[Image.Image] | None = None
+    controls: Controls = NEUTRAL
+    regions: Sequence[Region] = ()
+    given: Tokens | None = None
+    steer: Sequence[Callable[[Scale], None]] = ()
+    seam: int = 0
+    explain: bool = False
+    features: Tensor | None = None
+    idle: bool = False
+
+    def __post_init__(self) -> None:
+        self._set("variations", whole_number("variations", self.variations, 1))
+        self._set("seam", whole_number("seam", self.seam, 0))
+        self._set("given", self.given.tokens if isinstance(self.given, Edited) else self.given)
+        for name, neutral in (("controls", NEUTRAL), ("shortcuts", NO_SHORTCUTS)):
+            self._set(name, neutral if getattr(self, name) is None else getattr(self, name))
+        for name, one in (("regions", Region), ("steer", Callable)):  # gone through more than once
+            given = getattr(self, name)
+            self._set(name, (given,) if isinstance(given, one) else tuple(given or ()))
+        kinds = {"controls": Controls, "shortcuts": Shortcuts, "given": Tokens, "regions": Region, "steer": Callable}
+        for name, kind in kinds.items():
+            given = getattr(self, name)
+            wrong = [x for x in (given if isinstance(given, tuple) else [given]) if not isinstance(x, kind)]
+            if wrong and given is not None:
+                what = "functions of a scale" if kind is Callable else kind.__name__
+                raise ValueError(f"{name} must be {what}, got {type(wrong[0]).__name__}")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Fitted pictures, what is to be done with them, and the tokens of those that are edits themselves.
+
+    texts: the instructions of all pictures, R of each. negatives: a negative prompt a picture, "" for none.
+    """
+
+    fitted: list[FittedImage]
+    texts: list[str | Tensor]
+    negatives: list[str | Tensor]
+    settings: SamplingSettings
+    options: Options
+    source: Tokens | None = None
+
+    @classmethod
+    def of(
+        cls, fitted: list[FittedImage], instructions, negatives, settings: SamplingSettings, options: Options,
+        source: Tokens | None = None,
+    ) -> Request:  # fmt: skip
+        """The same with an instruction and a negative prompt for every picture."""
+        if options.given is not None:
+            _check_begun(options.given, fitted)
+        if len({image.schedule for image in fitted}) > 1:
+            raise ValueError(
+                "the pictures of a batch need different aspect tables; edit them one by one or fit them to squares"
+            )
+        prompts = instructions if isinstance(instructions, (str, Tensor)) else list(instructions)
+        if source is not None and isinstance(prompts, list) and len(prompts) == 1:
+            (prompts,) = prompts  # an edit of several results is one thing to go on from
+        check_regions(options.regions, len(prompts) > 0)
+        rows = [region.instruction for _ in fitted for region in options.regions]
+        rows = rows or each(prompts, len(fitted), "instruction")
+        unwanted = each("" if negatives is None else negatives, len(fitted), "negative prompt")
+        return cls(fitted, rows, unwanted, settings, options, source)
+
+    def batch(self, coder: Coder) -> tuple[EditBatch, list[Image.Image] | None]:
+        """The batch of edits, and a mask for each picture."""
+        options, count = self.options, len(self.fitted)
+        negatives = [None if isinstance(n, str) and not n else coder.features_of([n])[0] for n in self.negatives]
+        places, masks, mask = areas(options.regions, self.fitted, drawn_masks(options.mask, count))
+        total = self.source and self.source.total()
+        features, hints = options.features if self.source is None else total, {}
+        if features is None:
+            features, texts, hints = coder.begin(self.fitted, self.texts)
+        else:
+            texts = coder.features_of(self.texts)
+        own = len(texts) // count
+        batch = EditBatch.of(
+            features, [texts[n : n + own] for n in range(0, len(texts), own)], self.fitted[0].schedule, self.settings,
+            negatives, options.variations, controls=options.controls, shortcuts=options.shortcuts, mask=mask,
+            areas=places, prefix=options.given.to(coder.device).bits if options.given else (), source_total=total,
+            **hints,
+        )  # fmt: skip
+        return batch, masks
+
+    def check(self, batch: EditBatch) -> None:
+        """Raise ValueError for knobs that would do nothing, unless these are allowed."""
+        complaints = [] if self.options.idle else problems(replace(facts(batch), seam=self.options.seam))
+        if complaints:
+            raise ValueError("; ".join(complaints))
+
+    def edited(self, coder: Coder, result: Result, masks: list[Image.Image] | None) -> Edited:
+        """The results as pictures. masks: those of `batch`."""
+        options, fittings = self.options, {image.fitting for image in self.fitted}
+        shown = [image for image in self.fitted for _ in range(options.variations)]
+        fitting = self.fitted[0].fitting if len(fittings) == 1 else None
+        tokens = replace(result.tokens, fitting=fitting, auto_mask=options.controls.auto_mask)
+        decoded = Decoded(coder.decode_pixels, result.total, shown, result.before)
+        found = decoded.found(tokens) if options.controls.auto_mask else None
+        result.check()
+        drawn = masks and [mask for mask in masks for _ in range(options.variations)]
+        pictures = decoded.composited((drawn, found), options.seam)
+        return Edited(pictures, tokens, found, *(decoded.maps(result.confidence) if options.explain else ()))
+
+
+def sources(
+    coder: Coder, pictures: Sequence[Picture | Tokens | Edited], size: str, method: str
+) -> tuple[list[FittedImage], Tokens | None]:
+    """Pictures as the model sees them; of tokens, which are decoded for this alone, with the tokens."""
+    known = [picture.tokens if isinstance(picture, Edited) else picture for picture in pictures]
+    if not any(isinstance(picture, Tokens) for picture in known):
+        return [coder.fit(picture, size, method) for picture in pictures], None
+    if not all(isinstance(picture, Tokens) and picture.complete for picture in known):
+        raise ValueError(
+            "tokens of some of the scales are no picture yet: finish them (--begun, given), and do not mix tokens "
+            "with pictures"
+        )
+    if len({tokens.schedule for tokens in known}) > 1:
+        raise ValueError("these edits have different sizes or aspect tables; go on from them one by one")
+    if any(tokens.fitting is None for tokens in known if isinstance(pictures[0], Edited)):
+        raise ValueError("the pictures of this edit have different sizes; go on from edits of one picture each")
+    for tokens in known:
+        tokens.check_vae(coder.autoencoder.config.bits, coder.autoencoder.config.stride)
+        asked = (size, method) != (SIZE, FIT)
+        if asked and fitting_for(tokens.shown.size, size, method).schedule != tokens.schedule:
+            raise ValueError("tokens have the size and fit they were made with; leave out size and method")
+    source, shown = joined(known).to(coder.device), []
+    for picture, tokens in zip(pictures, known):
+        seen = picture.pictures if isinstance(picture, Edited) else _shown(coder, tokens.to(coder.device))
+        shown += [FittedImage(torch.empty(0), tokens.shown, load_image(one)) for one in seen]
+    return shown, source
+
+
+def _shown(coder: Coder, tokens: Tokens) -> list[Image.Image]:
+    return [unfit(to_uint8(coder.decode_pixels(total[None])[0]), tokens.shown) for total in tokens.total()]
+
+
+def each(given, count: int, name: str) -> list:
+    """One of something for every picture, where one is given for all. ValueError for another number of them."""
+    if isinstance(given, (str, Tensor)):
+        return [given] * count
+    listed = list(given)
+    if len(listed) != count:
+        pictures = f"{count} picture" + "s" * (count != 1)
+        what = f"{len(listed)} {name}" + "s" * (len(listed) != 1)
+        raise ValueError(f"there are {pictures} but {what} in the list; give one each, or a single one for all")
+    return listed
+
+
+def _check_begun(given: Tokens, fitted: list[FittedImage]) -> None:
+    """ValueError for tokens that leave nothing to draw, or are of another picture's shape."""
+    if given.complete:
+        raise ValueError(
+            f"these tokens are of all {len(given)} scales, so that nothing is left to draw; keep fewer of them"
+        )
+    sizes = {image.fitting.size for image in fitted}
+    if given.fitting is not None and sizes != {given.fitting.size}:
+        raise ValueError(
+            f"the tokens are of a {given.fitting.size[0]}x{given.fitting.size[1]} picture, not of this one; go on with "
+            "theirs"
+        )
