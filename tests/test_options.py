@@ -314,7 +314,9 @@ def set_to(name: str, value: object = None) -> list[object]:
     """A knob as an option, at a value that is not its default."""
     knob = KNOBS[name][1]
     others = [one for one in (*knob.choices, knob.high, knob.low) if one not in (None, knob.default)]
-    return ["--" + name.replace("_", "-"), value or (others[0] if others else knob.default + 1)]
+    if not others:  # without bounds on a side
+        others = [knob.default + (1 if knob.high is None else -1)]
+    return ["--" + name.replace("_", "-"), value or others[0]]
 
 
 def alone(started, capsys, *more: object) -> str:
