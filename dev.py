@@ -3,7 +3,7 @@
     python dev.py edit [ARGS...]      `varedit edit ARGS`; without any, `varedit demo`: six edits with the demo model
     python dev.py test [ARGS...]      the tests; ARGS go to pytest
     python dev.py varedit ARGS...     any `varedit` command
-    python dev.py render              fill the tables of README and docs, and the texts of controls in locales
+    python dev.py render              fill the tables of README, docs and help pages, and write what is made of controls
 
 The versions are those of constraints.txt. They are installed by the first run, and again when pyproject.toml or
 constraints.txt change. The exit code is that of the command.

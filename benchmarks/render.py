@@ -1,9 +1,10 @@
-"""Fill the tables of README and docs: `python benchmarks/render.py` rewrites them in place.
+"""Fill the tables of README, docs and the nodes' help pages: `python benchmarks/render.py` rewrites them in place.
 
 `python dev.py render` does so. Tables stand between `<!-- name -->` and `<!-- /name -->`. Those of measurements come
 from the JSON files beside this one, those of options (`<!-- options edit -->`) from the command line itself, those of
-knobs (`<!-- knobs controls -->`) from the registry of controls, as do the nodes' texts in `locales`. A test fails where
-a file is out of date.
+knobs and controls (`<!-- knobs controls -->`) from the registry of controls, as do the nodes' texts in `locales`. Last
+it writes `tests/schemas.json`, the inputs that nodes have; where a released one changed it says so, and leaves the file
+as it is. A test fails where a file is out of date.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,9 +22,11 @@ from benchmarks.common import FOLDER, ROOT, finish, parsed, parser
 
 SPEED = FOLDER / "h100.json"
 MARKER = re.compile(r"<!-- ([\w ]+) -->\n(.*?)<!-- /\1 -->", re.DOTALL)
+HELP = sorted((ROOT / "web" / "docs").rglob("*.md"))
+"""The nodes' help pages, NAME.md in English and NAME/zh.md in Chinese."""
 PAGES = [
     page
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *HELP)
     if MARKER.search(page.read_text(encoding="utf-8"))
 ]
 """Every page that has a table to fill."""
@@ -373,10 +377,92 @@ def knob_table(group: str) -> str:
 
     rows = []
     for knob in knobs(group):
-        values = ", ".join(f"`{choice}`" for choice in knob.choices) or f"{knob.low:g} to {knob.high:g}"
         default = f"`{knob.default}`" if knob.choices else f"{knob.default:g}"
-        rows.append([f"`--{knob.name.replace('_', '-')}`, `{knob.name}`", values, default, knob.option or knob.help])
+        name = f"`--{knob.name.replace('_', '-')}`, `{knob.name}`"
+        rows.append([name, values_of(knob), default, knob.option or knob.help])
     return table(["option, input", "values", "default", "what it does"], rows)
+
+
+WORDS = {
+    "en": {
+        "head": ("Input", "Meaning"), "colon": ": ", "comma": ", ", "between": " ", "named": "{name}",
+        "range": "{low:g} to {high:g}", "from": "from {low:g}", "up to": "up to {high:g}", "any": "any number",
+        "choices": "One of {}.", "sampler": "as on VAREdit Sampler",
+    },
+    "zh": {
+        "head": ("输入", "含义"), "colon": "：", "comma": "、", "between": "", "named": "{name}（{label}）",
+        "range": "{low:g} 到 {high:g}", "from": "不小于 {low:g}", "up to": "不大于 {high:g}", "any": "任意数",
+        "choices": "可选 {}。", "sampler": "与 VAREdit 采样器相同",
+    },
+}  # fmt: skip
+"""The words of the help pages' tables in each language."""
+
+
+def values_of(knob, language: str = "en", choices: Sequence[str] | None = None) -> str:
+    """What a knob may be. choices: in place of its own."""
+    words = WORDS[language]
+    if knob.choices:
+        return words["comma"].join(f"`{choice}`" for choice in choices or knob.choices)
+    kinds = {(True, True): "range", (True, False): "from", (False, True): "up to", (False, False): "any"}
+    kind = kinds[knob.low is not None, knob.high is not None]
+    return words[kind].format(low=knob.low, high=knob.high)
+
+
+def input_table(group: str, language: str) -> str:
+    """The same knobs as inputs, for a help page in a language: all that their controls say of them."""
+    from varedit_core.controls.registry import knobs
+
+    words, rows = WORDS[language], []
+    for knob in knobs(group):
+        about, more = (knob.help, knob.more) if language == "en" else (knob.help_zh or knob.help, knob.more_zh)
+        choices = words["choices"].format(values_of(knob, language)) if knob.choices else ""
+        said = words["between"].join(filter(None, (about, choices, more)))
+        rows.append([f"`{knob.name}`", naming_nodes(said, language).replace("|", "\\|")])
+    return table([*words["head"]], rows)
+
+
+def settings_list(language: str) -> str:
+    """The settings that a sweep goes over, with their values, for its help page."""
+    from varedit_core.controls.curves import PRESETS
+    from varedit_core.controls.registry import SWEPT, knob, knobs
+
+    words, known = WORDS[language], {knob.name: knob for knob in knobs("controls")}
+    known["preset"] = knob("curves", "preset")
+    own = words["comma"].join(f"`{name}`" for name in SWEPT if name not in known)
+    lines = [f"- {own}{words['colon']}{words['sampler']}"]
+    for name in (name for name in SWEPT if name in known):
+        values = values_of(known[name], language, PRESETS if name == "preset" else None)
+        named = words["named"].format(name=f"`{name}`", label=known[name].label_zh or name)
+        lines.append(f"- {named}{words['colon']}{values}")
+    return naming_nodes("\n".join(lines), language)
+
+
+def naming_nodes(text: str, language: str) -> str:
+    """A text with the nodes' names in bold."""
+    names = [node["display_name"] for node in json.loads(LOCALES[language].read_text(encoding="utf-8")).values()]
+    return re.sub("|".join(map(re.escape, sorted(names, key=len, reverse=True))), r"**\g<0>**", text)
+
+
+def control_table() -> str:
+    """Every control: its place among the inputs, when it acts on a scale, and what it is, as its file begins."""
+    from varedit_core.controls.base import Control
+    from varedit_core.controls.registry import registered
+
+    rows = []
+    for kind in registered():
+        said = _first_paragraph(sys.modules[kind.__module__].__doc__)
+        title, _, rest = said.partition(": ")
+        said = rest if title.replace(" ", "").lower() == kind.__name__.lower() else said
+        file = kind.__module__.rpartition(".")[2]
+        link = f"[`{kind.__name__}`](../varedit_core/controls/{file}.py)"
+        acts = kind.__call__ is not Control.__call__
+        order = str(kind.order) if kind.knobs else "-"
+        says = said[:1].upper() + said[1:].partition(". ")[0].rstrip(".") + "."
+        rows.append([link, order, str(kind.stage) if acts else "-", says])
+    return table(["control", "`order`", "`stage`", "what it does"], rows)
+
+
+TABLES |= {"controls": control_table}
 
 
 def locale(language: str) -> str:
@@ -395,31 +481,49 @@ def locale(language: str) -> str:
 
 
 def outputs() -> dict[Path, str]:
-    """All that is made: every file with the text it should have."""
-    pages = {page: rendered(page.read_text(encoding="utf-8")) for page in PAGES}
+    """All that is made of records, options and controls: every file with the text it should have."""
+    pages = {page: rendered(page.read_text(encoding="utf-8"), language_of(page)) for page in PAGES}
     return pages | {path: locale(language) for language, path in LOCALES.items()}
 
 
-def rendered(text: str) -> str:
+def language_of(page: Path) -> str:
+    return "zh" if page.name == "zh.md" else "en"
+
+
+def rendered(text: str, language: str = "en") -> str:
     """A page with its tables filled. KeyError for a marker that no table has."""
-    return MARKER.sub(lambda found: f"<!-- {found[1]} -->\n{_filled(found[1])}\n<!-- /{found[1]} -->", text)
+    return MARKER.sub(lambda found: f"<!-- {found[1]} -->\n{_filled(found[1], language)}\n<!-- /{found[1]} -->", text)
 
 
-def _filled(name: str) -> str:
+def _filled(name: str, language: str) -> str:
     kind, _, rest = name.partition(" ")
     made = {"options": options, "knobs": knob_table}.get(kind)
-    return made(rest) if made else TABLES[name]()
+    if made and rest:
+        return made(rest)
+    if kind == "inputs":
+        return input_table(rest, language)
+    return settings_list(language) if name == "settings" else TABLES[name]()
 
 
 def main() -> None:
     known = parser(__doc__)
     known.add_argument("--folder", type=Path, help="write the files there, and not in place")
     given = parsed(known)
-    for path, text in outputs().items():
+    made, refused = outputs(), ""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import schemas
+
+    try:
+        made[schemas.FILE] = schemas.written(schemas.read(), schemas.declared())
+    except ValueError as error:
+        refused = str(error)
+    for path, text in made.items():
         target = given.folder / path.relative_to(ROOT) if given.folder else path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
-    finish({"files": [path.relative_to(ROOT).as_posix() for path in outputs()]}, given.save)
+    finish({"files": [path.relative_to(ROOT).as_posix() for path in made]}, given.save)
+    if refused:
+        sys.exit(f"error: {refused}")
 
 
 if __name__ == "__main__":

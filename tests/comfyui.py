@@ -87,7 +87,7 @@ class ComfyUI:
         return json.loads(done.stdout.splitlines()[-1])
 
     @contextmanager
-    def server(self, base: Path, *more: str) -> Iterator[Server]:
+    def server(self, base: Path, *more: str, pack: Path = ROOT) -> Iterator[Server]:
         """A running server that knows no custom nodes but this pack and no models but those in `base`/models."""
         for name in (
             "custom_nodes",
@@ -100,7 +100,7 @@ class ComfyUI:
             "user",
         ):
             (base / name).mkdir(parents=True, exist_ok=True)
-        _install(base / "custom_nodes" / "varedit")
+        _install(pack, base / "custom_nodes" / "varedit")
         port = _free_port()
         options = [
             "--cpu",
@@ -197,11 +197,11 @@ def _python_beside(folder: Path) -> str:
     return str(next((python for python in known if python.exists()), sys.executable))
 
 
-def _install(target: Path) -> None:
+def _install(pack: Path, target: Path) -> None:
     try:
-        target.symlink_to(ROOT, target_is_directory=True)
+        target.symlink_to(pack, target_is_directory=True)
     except OSError:
-        shutil.copytree(ROOT, target, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "output", "models"))
+        shutil.copytree(pack, target, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests", "output", "models"))
 
 
 def _free_port() -> int:

@@ -708,7 +708,7 @@ class Probe:
 
         from varedit_core import Editor, SamplingSettings
         from varedit_core.controls.curves import bent
-        from varedit_core.controls.registry import Controls
+        from varedit_core.controls.registry import NEUTRAL, Controls
         from varedit_core.demo import demo_files
         from varedit_core.pictures.composite import Region
         from varedit_core.sampling.settings import Curve
@@ -719,10 +719,7 @@ class Probe:
         words = "recolour the black star in purple", "in the bottom centre, add a pink square"
         texts = [self.run("TextEncode", self.clip, one) for one in words]
         flat = self.run("SourceEncode", self.vae, scene, "256", "square")
-        neutral = dict(
-            strength=1.0, preserve=0.0, source_attention=1.0, feather=1, auto_mask=0.0, best_of=1, best_at=4,
-            score="likelihood",
-        )  # fmt: skip
+        neutral = vars(NEUTRAL)
 
         def edit(source, text, more=None, **kw):
             made = {"controls": self.run("Controls", **{**neutral, **more})} if more else {}
@@ -989,6 +986,12 @@ class Probe:
         mask[:, :, 12:] = 0
         before, sampler.tell = sampler.tell, lambda node, text: said.append(text)
 
+        def set_to(knob):
+            """Another value than its default, and little work."""
+            step = 1 if isinstance(knob.default, int) else knob.step
+            up = knob.choices or knob.high is None or knob.default + step <= knob.high
+            return knob.choices[-1] if knob.choices else knob.default + (step if up else -step)
+
         def edited(group: str, neutral, values: dict, masked: bool):
             said.clear()
             made = self.run(group.capitalize(), **{**vars(neutral), **values})
@@ -998,10 +1001,9 @@ class Probe:
             knobs = registry.knobs(group)
             for knob in knobs:
                 needs = knob.needs.split()
-                other = {need: 2 for need in needs if need in [one.name for one in knobs]}
+                other = {one.name: set_to(one) for one in knobs if one.name in needs}
                 if (other or "mask" in needs) and knob.name != "inside":  # which is an error of the sampler's
-                    changed = knob.choices[-1] if knob.choices else knob.low if knob.low != knob.default else knob.high
-                    same = self.torch.equal(edited(group, neutral, {knob.name: changed}, False), self.sepia)
+                    same = self.torch.equal(edited(group, neutral, {knob.name: set_to(knob)}, False), self.sepia)
                     found[f"{knob.name} alone"] = [same, said[:]]
                 if knob.scales and knob.name != "drafted":  # which is an error, too
                     masked = "mask" in needs

@@ -6,8 +6,12 @@ those of ComfyUI 0.33 (`test_the_stand_in_has_nothing_that_comfyui_has_not` comp
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
 import os
+import sys
 from enum import Enum
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 EXTENSIONS = {".ckpt", ".pt", ".pt2", ".bin", ".pth", ".safetensors", ".pkl", ".sft"}
@@ -207,3 +211,33 @@ def modules(models, version: str = "0.33.0") -> dict[str, ModuleType]:
     for name, module in made.items():
         vars(module).update(contents[name])
     return made
+
+
+PACK = "pack_x_varedit"
+"""A name of ComfyUI's choice."""
+
+
+def load_pack() -> ModuleType:
+    """The pack as ComfyUI imports it: by path. The stand-in's modules must be in `sys.modules`."""
+    root = Path(__file__).resolve().parents[1]
+    spec = importlib.util.spec_from_file_location(PACK, root / "__init__.py", submodule_search_locations=[str(root)])
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def unload_pack() -> None:
+    for name in [name for name in sys.modules if name.startswith(PACK)]:
+        del sys.modules[name]
+
+
+def nodes_of(pack: ModuleType, loaded: bool = False) -> list[type]:
+    """What ComfyUI asks of the pack; loaded: after telling it that it is loaded, as ComfyUI does."""
+
+    async def ask():
+        extension = await pack.comfy_entrypoint()
+        if loaded:
+            await extension.on_load()
+        return await extension.get_node_list()
+
+    return asyncio.run(ask())

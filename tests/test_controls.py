@@ -406,10 +406,16 @@ def test_curves_and_presets():
         plain.preset("bold")
 
 
+def test_numbers_of_numpy_and_torch_are_pythons():
+    made = Controls(strength=np.float64(0.5), best_of=torch.tensor(3), feather=np.int64(2))
+    assert made == Controls(strength=0.5, best_of=3, feather=2) and type(made.feather) is int
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         ({"strength": 1.5}, "strength must be a number from 0 to 1"),
+        ({"strength": True}, "strength must be a number from 0 to 1, got True"),
         ({"preserve": "much"}, "preserve must be"),
         ({"source_attention": -1}, "source_attention must be"),
         ({"feather": 9}, "whole number from 0 to 4"),

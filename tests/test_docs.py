@@ -15,6 +15,8 @@ import dev
 from benchmarks import render
 from varedit_core import Editor
 from varedit_core.cli.demo import EDITS
+from varedit_core.controls.base import Knob
+from varedit_core.controls.registry import knobs, registered
 from varedit_core.defaults import FIT, SIZE
 from varedit_core.demo import GUIDANCE as DEMO_GUIDANCE
 from varedit_core.demo import SAMPLES
@@ -57,13 +59,65 @@ def test_what_is_rendered_is_what_lies_here(path):
     assert path.read_text(encoding="utf-8") == render.outputs()[path], "run python dev.py render"
 
 
+def marks(pages) -> list[str]:
+    """The tables that have their place on these pages. A mark without its end, and one on a page that is not rendered,
+    are none."""
+    texts = {page: page.read_text(encoding="utf-8") for page in pages}
+    begun = [name for text in texts.values() for name in re.findall(r"^<!-- (\w[\w ]*) -->", text, re.MULTILINE)]
+    filled = [found[1] for page in pages if page in render.PAGES for found in render.MARKER.finditer(texts[page])]
+    assert sorted(begun) == sorted(filled), "a mark without its end, or on a page that is not rendered"
+    return sorted(filled)
+
+
 def test_every_table_stands_on_one_page():
-    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
-    marks = [name for text in texts.values() for name in re.findall(r"^<!-- (\w[\w ]*) -->", text, re.MULTILINE)]
-    filled = [found[1] for page in render.PAGES for found in render.MARKER.finditer(texts[page])]
-    assert sorted(marks) == sorted(filled), "a mark without its end, or on a page that is not rendered"
     options = [f"options {name}" for name in render.command_names()]
-    assert sorted(filled) == sorted([*render.TABLES, *options, "knobs controls"])
+    assert marks(PAGES) == sorted([*render.TABLES, *options, "knobs controls"])
+
+
+def test_every_nodes_knobs_stand_on_its_help_pages():
+    assert marks(HELP) == sorted([*(f"inputs {group}" for group in render.NODES.values()), "settings"] * 2)
+    for node, group in render.NODES.items():
+        for page in (ROOT / "web" / "docs" / f"{node}.md", ROOT / "web" / "docs" / node / "zh.md"):
+            text = page.read_text(encoding="utf-8")
+            assert f"<!-- inputs {group} -->" in text, page
+            for knob in knobs(group):
+                said = (knob.help, knob.more) if render.language_of(page) == "en" else (knob.help_zh, knob.more_zh)
+                (row,) = re.findall(rf"^\| `{knob.name}` \| (.*) \|$", text, re.MULTILINE)
+                assert all(part in row.replace("**", "") for part in said), knob.name
+
+
+def test_knobs_say_as_much_in_both_languages():
+    for knob in (knob for group in render.NODES.values() for knob in knobs(group)):
+        texts = (knob.help, knob.help_zh), (knob.more, knob.more_zh)
+        assert all(bool(english) == bool(chinese) for english, chinese in texts), knob.name
+        for english, chinese in texts:
+            assert re.findall(r"`[a-z_]+`", english) == re.findall(r"`[a-z_]+`", chinese), knob.name
+            assert english.endswith("." * bool(english)) and chinese.endswith("。" * bool(chinese)), knob.name
+
+
+@pytest.mark.parametrize(
+    ("knob", "english", "chinese"),
+    [
+        (Knob("a", 0.5, 0.0, 1.0), "0 to 1", "0 到 1"),
+        (Knob("a", 1, 1), "from 1", "不小于 1"),
+        (Knob("a", 1, high=9), "up to 9", "不大于 9"),
+        (Knob("a", 1), "any number", "任意数"),
+        (Knob("a", "x", choices=("x", "y")), "`x`, `y`", "`x`、`y`"),
+    ],
+)
+def test_what_a_knob_may_be_in_words(knob, english, chinese):
+    assert (render.values_of(knob), render.values_of(knob, "zh")) == (english, chinese)
+
+
+def test_the_table_of_controls_is_the_registrys():
+    """In the order of inputs; a control that does nothing at a scale has no stage."""
+    rows = [line.strip("| ").split(" | ") for line in render.control_table().splitlines()[2:]]
+    assert [re.search(r"`(\w+)`", name)[1] for name, *_ in rows] == [kind.__name__ for kind in registered()]
+    stages = {re.search(r"`(\w+)`", name)[1]: stage for name, _, stage, _ in rows}
+    assert stages["Mask"] == "0" and stages["AutoMask"] == "90" and stages["Window"] == "-"
+    orders = [int(order) for _, order, *_ in rows if order != "-"]
+    assert orders == sorted(set(orders)), "of two alike the names would decide"
+    assert all(re.fullmatch(r"[A-Z].+\.", says) for *_, says in rows)
 
 
 def sentences(text: str) -> list[str]:

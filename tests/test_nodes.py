@@ -1,9 +1,7 @@
 """The nodes and all that is shipped beside them, without ComfyUI: a small stand-in takes its place."""
 
 import ast
-import asyncio
 import dataclasses
-import importlib.util
 import inspect
 import json
 import logging
@@ -16,17 +14,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from stand_in import FOLDER_PATHS, FOLDERS, KINDS, Schema, Slot, modules
+import schemas as released
+from schemas import lists_files
+from stand_in import FOLDER_PATHS, FOLDERS, KINDS, Schema, Slot, load_pack, modules, nodes_of, unload_pack
 from support import GOLDEN, ROOT
 
 from varedit_core import defaults
 from varedit_core.controls.best_of import SCORES
 from varedit_core.controls.curves import FLAT, PRESET, PRESETS
-from varedit_core.controls.registry import NEUTRAL, NO_SHORTCUTS, SWEPT, Controls, Shortcuts
+from varedit_core.controls.registry import NEUTRAL, NO_SHORTCUTS, SWEPT, Controls, Shortcuts, knobs
 from varedit_core.sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 
 RECORD = GOLDEN / "patchify_256.safetensors"
-SCHEMAS = Path(__file__).with_name("schemas.json")
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 LANGUAGES = ("en", "zh")
 NODES = [
@@ -42,33 +41,6 @@ LOADERS = {
     "VAREditVAELoader": "vae",
 }
 NOTES = ("Note", "MarkdownNote")
-
-
-def load_pack():
-    """The pack as ComfyUI imports it: by path, under a name of ComfyUI's choice."""
-    spec = importlib.util.spec_from_file_location(
-        "pack_x_varedit", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def unload_pack() -> None:
-    for name in [name for name in sys.modules if name.startswith("pack_x_varedit")]:
-        del sys.modules[name]
-
-
-def nodes_of(pack, loaded: bool = False) -> list[type]:
-    """What ComfyUI asks of the pack; loaded: after telling it that it is loaded, as ComfyUI does."""
-
-    async def ask():
-        extension = await pack.comfy_entrypoint()
-        if loaded:
-            await extension.on_load()
-        return await extension.get_node_list()
-
-    return asyncio.run(ask())
 
 
 @pytest.fixture
@@ -121,9 +93,14 @@ def slots_of(schema: Schema) -> list[Slot]:
     return [*schema.inputs, *schema.outputs]
 
 
-def lists_files(slot: Slot) -> bool:
-    """Whether an input's choices are files: those have no default."""
-    return slot.kind == "COMBO" and slot.default is None
+def within(slot: Slot, value: float) -> bool:
+    """Whether a number is within an input's bounds. None: none."""
+    return (slot.min is None or slot.min <= value) and (slot.max is None or value <= slot.max)
+
+
+def ends(slot: Slot) -> list:
+    """The values at the bounds of an input, or all of a choice's."""
+    return slot.options if slot.kind == "COMBO" else [end for end in (slot.min, slot.max) if end is not None]
 
 
 def has_widget(slot: Slot) -> bool:
@@ -151,14 +128,17 @@ def test_a_node_keeps_the_contract(nodes, schemas, name):
         assert sorted(ids) == sorted(parameters(node.fingerprint_inputs))
     optional = [bool(slot.optional) for slot in schema.inputs]
     assert optional == sorted(optional), "required inputs come first"
-    assert required(node.execute) == [slot.id for slot in schema.inputs if not slot.optional]
+    needed = [slot.id for slot in schema.inputs if not slot.optional]
+    assert required(node.execute) == needed
+    for asked in ("fingerprint_inputs", "validate_inputs"):
+        assert set(required(getattr(node, asked, lambda: None))) <= {*needed}, "a saved graph may lack the others"
     for slot in slots_of(schema):
         assert slot.tooltip and slot.tooltip.endswith("."), f"{name}.{slot.id} has no tooltip"
     for slot in schema.inputs:
         if slot.kind == "COMBO":
             assert slot.options and (slot.default is None or slot.default in slot.options)
         if slot.kind in ("INT", "FLOAT"):
-            assert slot.min <= slot.default <= slot.max
+            assert within(slot, slot.default)
     assert all(slot.display_name == slot.id for slot in schema.outputs)
 
 
@@ -226,63 +206,82 @@ def test_the_stand_in_has_nothing_that_comfyui_has_not(comfyui, comfy):
     assert parameters(server.send_progress_text) == real["send_progress_text"]
 
 
-def recorded(slot: Slot) -> dict:
-    """What saved graphs and scripts depend on."""
-    facts = {"id": slot.id, "kind": slot.kind}
-    for name in ("optional", "is_output_list", "control_after_generate"):
-        facts |= {name: True} if getattr(slot, name, None) else {}
-    for name in ("default", "min", "max", "options"):
-        value = getattr(slot, name, None)
-        facts |= {} if value is None or (name == "options" and lists_files(slot)) else {name: value}
-    return facts
-
-
 def test_released_inputs_are_only_ever_appended(schemas):
-    """`schemas.json` is what the nodes' inputs and outputs were.
+    """`schemas.json` is what the nodes' inputs and outputs were."""
+    known, found = released.read(), released.facts_of(schemas)
+    assert not released.broken(known, found), released.RULE
+    assert known == found, "something was appended, as it may be: run python dev.py render, and look at the difference"
+    assert released.written(known, found) == released.FILE.read_text(encoding="utf-8"), "byte for byte"
+    assert released.declared() == found
 
-    After a change that keeps the rule, write it anew and look at the difference:
-    VAREDIT_WRITE_SCHEMAS=1 python -m pytest tests/test_nodes.py -k only_ever_appended
-    """
-    found = {
-        name: {"inputs": [*map(recorded, schema.inputs)], "outputs": [*map(recorded, schema.outputs)]}
-        for name, schema in schemas.items()
+
+ONE = {
+    "A": {
+        "inputs": [{"id": "x", "kind": "INT", "default": 1, "min": 0, "max": 9}],
+        "outputs": [{"id": "o", "kind": "IMAGE"}],
     }
-    if os.environ.get("VAREDIT_WRITE_SCHEMAS"):
-        rows = [
-            f'  "{name}": {{\n'
-            + ",\n".join(
-                f'    "{side}": [\n' + ",\n".join(f"      {json.dumps(slot)}" for slot in slots) + "\n    ]"
-                for side, slots in sides.items()
-            )
-            + "\n  }"
-            for name, sides in found.items()
-        ]
-        SCHEMAS.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")
-    known = json.loads(SCHEMAS.read_text(encoding="utf-8"))
-    drifted = [name for name in {**known, **found} if known.get(name) != found.get(name)]
-    broken = [
-        f"{name}.{side}"
-        for name in drifted
-        for side, slots in known.get(name, {}).items()
-        if found.get(name, {}).get(side, [])[: len(slots)] != slots
+}
+TWO = ONE | {"B": {"inputs": [{"id": "c", "kind": "COMBO", "default": "b", "options": ["a", "b"]}], "outputs": []}}
+
+
+def slot(kind: str, **facts) -> dict:
+    return {"id": "late", "kind": kind, **facts}
+
+
+def other(node: str, side: str, *slots: dict, **changes) -> dict:
+    """TWO with a change to the first slot of a side, and slots behind it."""
+    first, *rest = TWO[node][side] or [{}]
+    changed = [{**first, **changes}] if first else []
+    return TWO | {node: {**TWO[node], side: [*changed, *rest, *slots]}}
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (TWO, ""),
+        (TWO | {"C": ONE["A"]}, ""),
+        (ONE, "B is gone"),
+        (other("A", "inputs", slot("INT", optional=True, default=2)), ""),
+        (other("A", "inputs", slot("MASK", optional=True)), ""),
+        (other("A", "inputs", slot("INT", default=2)), "A: late must be optional, as graphs lack it"),
+        (other("A", "outputs", slot("MASK")), ""),
+        (other("A", "outputs", kind="MASK"), "A: o of the outputs is not what it was"),
+        (other("A", "inputs", id="y"), "A: x of the inputs is not what it was"),
+        (other("A", "inputs", default=2), "A: x of the inputs is not what it was"),
+        (other("A", "inputs", optional=True), "A: x of the inputs is not what it was"),
+        (other("A", "inputs", min=-1, max=10), ""),
+        (other("A", "inputs", min=1), "A: x of the inputs is not what it was"),
+        (other("A", "inputs", max=8), "A: x of the inputs is not what it was"),
+        (TWO | {"A": {**TWO["A"], "inputs": []}}, "A: x of the inputs is not what it was"),
+        (TWO | {"A": {**TWO["A"], "inputs": [slot("INT", optional=True), *TWO["A"]["inputs"]]}},
+         "A: x of the inputs is not what it was; A: x must be optional, as graphs lack it"),
+        (other("B", "inputs", options=["a", "c", "b"]), ""),
+        (other("B", "inputs", options=["b", "a"]), ""),
+        (other("B", "inputs", options=["b", "c"]), "B: c of the inputs is not what it was"),
+        (other("B", "inputs", options=["a", "b", "c"], default="c"), "B: c of the inputs is not what it was"),
+    ],
+)  # fmt: skip
+def test_what_released_inputs_may_become(now, said):
+    """schemas.json is written where the rule holds, and only there."""
+    assert "; ".join(released.broken(TWO, now)) == said
+    if said:
+        with pytest.raises(ValueError, match=f"stays as it is .*{re.escape(said)}$"):
+            released.written(TWO, now)
+    else:
+        text = released.written(TWO, now)
+        assert json.loads(text) == now and json.loads(released.written(now, now)) == now
+
+
+def test_a_new_input_is_one_line_more_of_the_file():
+    """Whatever the order of the nodes now."""
+    before = released.written(TWO, TWO)
+    now = other("A", "inputs", slot("INT", optional=True, default=2))
+    after = released.written(TWO, dict(reversed(now.items())))
+    lines = [line.rstrip(",") for line in after.splitlines()]
+    assert [line for line in lines if line not in map(lambda one: one.rstrip(","), before.splitlines())] == [
+        '      {"id": "late", "kind": "INT", "optional": true, "default": 2}'
     ]
-    assert not broken, (
-        f"{', '.join(broken)} differ from schemas.json: released inputs and outputs are only ever appended, inputs as "
-        "optional ones with a default, since saved graphs and scripts depend on their order, ids, kinds and values"
-    )
-    late = [
-        f"{name}.{slot['id']}"
-        for name in drifted
-        if name in known
-        for slot in found[name]["inputs"][len(known[name]["inputs"]) :]
-        if not slot.get("optional")
-    ]
-    assert not late, (
-        f"{', '.join(late)} must be optional: released inputs are only ever appended, and graphs lack these"
-    )
-    assert not drifted, (
-        f"{', '.join(drifted)}: released inputs are only ever appended; these are, so write schemas.json"
-    )
+    assert list(json.loads(after)) == list(TWO) and len(lines) == len(before.splitlines()) + 1
 
 
 def test_the_defaults_are_those_of_the_library(schemas):
@@ -324,9 +323,15 @@ def test_the_defaults_are_those_of_the_library(schemas):
         ("VAREditSweep", "x_values"): ("1, 2, 3", None),
         ("VAREditSweep", "y"): ("none", ("none", *SWEPT)),
         ("VAREditSweep", "y_values"): ("", None),
-        **{("VAREditShortcuts", name): (value, None) for name, value in vars(NO_SHORTCUTS).items()},
-        **{("VAREditControls", name): (value, None) for name, value in vars(NEUTRAL).items()},
-        ("VAREditControls", "score"): (NEUTRAL.score, SCORES),
+        **{
+            (node, knob.name): (vars(values)[knob.name], knob.choices or None)
+            for node, group, values in (
+                ("VAREditShortcuts", "shortcuts", NO_SHORTCUTS),
+                ("VAREditControls", "controls", NEUTRAL),
+            )
+            for knob in knobs(group)
+        },
+        ("VAREditControls", "score"): ("likelihood", SCORES),
         ("VAREditCurves", "preset"): (PRESET, (*PRESETS, "own")),
         **{
             ("VAREditCurves", f"{curve}_{end}"): (getattr(FLAT, end), None)
@@ -358,8 +363,9 @@ def test_the_library_takes_all_shortcuts_that_the_node_offers(nodes, schemas):
     execute = nodes["VAREditShortcuts"].execute
     assert vars(execute(*(slot.default for slot in slots.values())).result[0]) == vars(NO_SHORTCUTS)
     for name, slot in slots.items():
-        (chosen,) = execute(**{**vars(NO_SHORTCUTS), name: slot.max}).result
-        assert vars(chosen)[name] == slot.max >= 1
+        for value in ends(slot):
+            (chosen,) = execute(**{**vars(NO_SHORTCUTS), name: value}).result
+            assert vars(chosen) == {**vars(NO_SHORTCUTS), name: value}
 
 
 def test_the_library_takes_all_controls_that_the_node_offers(nodes, schemas):
@@ -368,10 +374,12 @@ def test_the_library_takes_all_controls_that_the_node_offers(nodes, schemas):
     execute, neutral = nodes["VAREditControls"].execute, vars(NEUTRAL)
     assert vars(execute(**{name: slot.default for name, slot in slots.items()}).result[0]) == neutral
     for name, slot in slots.items():
-        for value in slot.options if slot.kind == "COMBO" else (slot.min, slot.max):
+        for value in ends(slot):
             (chosen,) = execute(**{**neutral, name: value}).result
             assert vars(chosen) == {**neutral, name: value}
-    assert [name for name, slot in slots.items() if slot.advanced] == ["best_of", "best_at", "score"]
+    advanced = [name for name, slot in slots.items() if slot.advanced]
+    assert {"best_of", "best_at", "score"} <= {*advanced}
+    assert advanced == [knob.name for knob in knobs("controls") if knob.advanced]
 
 
 def test_curves_are_the_presets_or_ones_own(nodes, schemas):
@@ -813,18 +821,20 @@ def test_the_graphs_fit_the_nodes(path, schemas, pack):
         schema = schemas[node["type"]]
         properties = {key: value for key, value in node["properties"].items() if key != "models"}
         assert properties == {"cnr_id": "varedit", "ver": version, "Node name for S&R": node["type"]}
-        # The page keeps a node's sockets before its widgets; within each the order is the schema's.
+        # The page keeps a node's sockets before its widgets; within each the order is the schema's. A graph may lack
+        # the last ones, which have come since it was made.
         for widgets in (False, True):
-            assert [(slot["name"], slot["type"]) for slot in node["inputs"] if ("widget" in slot) is widgets] == [
-                (slot.id, slot.kind) for slot in schema.inputs if has_widget(slot) is widgets
-            ]
+            has = [(slot["name"], slot["type"]) for slot in node["inputs"] if ("widget" in slot) is widgets]
+            slots = [slot for slot in schema.inputs if has_widget(slot) is widgets]
+            assert has == [(slot.id, slot.kind) for slot in slots[: len(has)]]
+            assert all(slot.optional for slot in slots[len(has) :]), "graphs lack optional inputs alone"
         assert [(slot["name"], slot["type"]) for slot in node["outputs"]] == [
             (slot.display_name, slot.kind) for slot in schema.outputs
         ]
         values = widget_values(node, schema)
-        for slot in schema.inputs:
+        for slot in (slot for slot in schema.inputs if slot.id in values):
             if slot.kind in ("INT", "FLOAT"):
-                assert slot.min <= values[slot.id] <= slot.max
+                assert within(slot, values[slot.id])
             elif slot.kind == "COMBO" and not lists_files(slot):
                 assert values[slot.id] in slot.options
         for model in node["properties"].get("models", ()):

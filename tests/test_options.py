@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from benchmarks.real_size import published_shapes, random_tensor
 from varedit_core import Controls, Editor, Region, SamplingSettings, Shortcuts, Tokens, schedule_for
 from varedit_core.cli.app import app, main
+from varedit_core.controls.base import Control
 from varedit_core.controls.curves import PRESETS
-from varedit_core.controls.registry import knobs
+from varedit_core.controls.registry import knobs, registered
 from varedit_core.demo import FILES, FOLDER, SAMPLES
 from varedit_core.pictures.contact_sheet import Row, contact_sheet
 from varedit_core.request import each
@@ -260,9 +261,8 @@ ALWAYS = {
     "what is worked on": {"image", "instruction", "prompt", "features", "region", "source", "target", "file", "files",
                           "model", "lora", "config", "tokens", "x", "y", "folder"},
     "how it is loaded": {"device", "dtype", "linears", "kind"},
-    "numbers that always count": {"guidance", "temperature", "strength", "preserve", "source_attention", "precision",
-                                  "split", "count", "batch", "repeats", "models", "sizes", "cases", "cell",
-                                  "family", "changes"},
+    "numbers that always count": {"guidance", "temperature", "precision", "split", "count", "batch", "repeats",
+                                  "models", "sizes", "cases", "cell", "family", "changes"},
     "a seed does no harm where nothing is drawn": {"seed"},
     "where something may change": {"mask", "protect", "extend"},
     "what is written": {"output", "save_tokens", "maps", "preview_dir", "sheet", "report", "save", "pictures"},
@@ -286,13 +286,72 @@ def commands():
 
 @pytest.mark.parametrize(("name", "command"), commands(), ids=[" ".join(name) for name, _ in commands()])
 def test_every_option_was_asked_when_it_does_nothing(name, command):
-    """A new option has a command in IDLE that says so, or is never idle."""
+    """A new option has a command in IDLE that says so, or is never idle. So has a knob whose control has an `idle` of
+    its own; of the others the tests below ask."""
     cases = [list(map(str, arguments)) for arguments, _ in IDLE if tuple(map(str, arguments))[: len(name)] == name]
     given = {word for arguments in cases for word in arguments}
     always = HERE.get(name, set()).union(*ALWAYS.values())
     for parameter in command.params:
         asked = any(option in given for option in (*parameter.opts, *parameter.secondary_opts))
-        assert asked or parameter.name in always, f"when does {parameter.opts} of {name} do nothing?"
+        said = asked or parameter.name in always or parameter.name in BY_THEMSELVES
+        assert said, f"when does {parameter.opts} of {name} do nothing?"
+
+
+KNOBS = {knob.name: (kind, knob) for kind in registered() for knob in kind.knobs if kind.group != "curves"}
+BY_THEMSELVES = {name for name, (kind, _) in KNOBS.items() if kind.idle.__func__ is Control.idle.__func__}
+"""Knobs of which their `needs` and `scales` say all."""
+NEEDING = [name for name, (_, knob) in KNOBS.items() if set(knob.needs.split()) - {"source"}]
+COUNTING = [
+    name
+    for name, (_, knob) in KNOBS.items()
+    if knob.scales and (knob.high or SCALES + 1) > SCALES and name != "drafted"
+]
+"""Without the drafter's, who leaves at least one scale, which is another sentence."""
+APART = [name for name, (_, knob) in KNOBS.items() if knob.apart]
+
+
+def set_to(name: str, value: object = None) -> list[object]:
+    """A knob as an option, at a value that is not its default."""
+    knob = KNOBS[name][1]
+    others = [one for one in (*knob.choices, knob.high, knob.low) if one not in (None, knob.default)]
+    if not others:  # without bounds on a side
+        others = [knob.default + (1 if knob.high is None else -1)]
+    return ["--" + name.replace("_", "-"), value or others[0]]
+
+
+def alone(started, capsys, *more: object) -> str:
+    """What `varedit edit` says to more options, before it loads anything."""
+    with pytest.raises(SystemExit):
+        started([*EDIT, *more])
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", NEEDING)
+def test_a_knob_without_what_it_needs_is_a_sentence(started, capsys, name):
+    option, value = set_to(name)
+    assert f"{option} counts only " in alone(started, capsys, option, value)
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_a_knob_beyond_the_scales_is_a_sentence(started, capsys, name):
+    needs = KNOBS[name][1].needs.split()
+    more = [*(MASK if "mask" in needs else []), *(part for need in needs if need in KNOBS for part in set_to(need))]
+    option, value = set_to(name, SCALES + 1)
+    assert f"{option} is 8 but the edit has 7 scales; give at most 7" in alone(started, capsys, *more, option, value)
+
+
+@pytest.mark.parametrize("name", APART)
+def test_knobs_that_do_not_go_together_are_a_sentence(started, capsys, name):
+    other = KNOBS[name][1].apart
+    said = alone(started, capsys, *MASK, *set_to(name), *set_to(other))
+    assert said == f"error: {name} and {other} do not go together; choose one\n"
+
+
+def test_what_knobs_name_is_there():
+    assert {"inside"} <= {*APART} and {"feather", "best_at"} <= {*NEEDING} and {"stop"} <= {*COUNTING}
+    for kind, knob in KNOBS.values():
+        own = {one.name for one in knobs(kind.group)} - {knob.name}
+        assert {*knob.needs.split()} <= {"source", "mask", *own} and {knob.apart} <= {"", *own}, knob.name
 
 
 # --- the library says the same ---
@@ -349,17 +408,6 @@ def test_a_sweep_of_the_library_is_looked_at_before_it_runs():
         with pytest.raises(ValueError, match=said):
             check_sweep(planned(*axes, settings=settings), schedule)
     check_sweep(planned(Axis("temperature", (0.0, 1.0)), Axis("seed", (1, 2))), schedule)
-
-
-def test_every_knob_with_a_need_or_scales_has_its_sentence():
-    said = " ".join(said for _, said in [*IDLE, *LIBRARY])
-    for knob in (*knobs("controls"), *knobs("shortcuts")):
-        if set(knob.needs.split()) - {"source"}:
-            assert f"{knob.name} counts only" in said or f"--{knob.name.replace('_', '-')} counts only" in said, (
-                knob.name
-            )
-        if knob.scales and knob.name != "drafted":  # a drafter leaves at least one, which is another sentence
-            assert f"{knob.name} is" in said or f"--{knob.name.replace('_', '-')} is" in said, knob.name
 
 
 # --- previews and contact sheets however an edit runs ---

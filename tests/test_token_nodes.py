@@ -14,6 +14,7 @@ from test_nodes import comfy, models, nodes, pack  # noqa: F401
 from typer.testing import CliRunner
 
 from varedit_core.cli.app import app
+from varedit_core.controls.registry import NEUTRAL
 from varedit_core.sampling.tokens import Tokens
 
 TOKENS = json.loads((ROOT / "workflows" / "api" / "tokens.json").read_text())
@@ -334,9 +335,7 @@ def test_a_wrong_sweep_is_one_sentence_in_comfyui(server, changes, message):
 
 
 LOCAL = "in the bottom centre, add a pink square"
-CONTROLS = dict(
-    strength=1.0, preserve=0.0, source_attention=1.0, feather=1, auto_mask=0.5, best_of=1, best_at=4, score="near"
-)
+CONTROLS = vars(NEUTRAL) | dict(auto_mask=0.5, score="near")
 
 
 def test_the_auto_mask_travels_with_the_tokens_from_nodes_to_nodes_and_the_command_line(server, tmp_path):

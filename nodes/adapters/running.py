@@ -292,8 +292,7 @@ def _check_source(read: bool, empty: bool, masked: bool, controls: Controls, tel
         )
     if empty:
         controls.check_source()
-    held = masked or controls.strength < 1 or controls.preserve or controls.auto_mask
-    if not (read or empty or held):
+    if not (read or empty or masked or controls.held):
         tell(
             "this model makes pictures of text alone and takes only the source's size; connect a mask to repaint a "
             "part of it"

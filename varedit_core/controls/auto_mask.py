@@ -42,6 +42,9 @@ class AutoMask(Control):
             label_zh="自动遮罩",
             help_zh="大于 0 时编辑自己找出改动之处，其余部分保持源图；数值越大，算作改动的越多，可从 0.5 试起。"
             "请把原图接到 VAREdit 解码。",
+            more="It looks after all but the last two scales; what is decoded shows the edit only where its pixels "
+            "changed. For local changes: a new style or background changes everything.",
+            more_zh="在只剩最后两个尺度时查看；解码结果只在像素有变化处显示编辑。适合局部改动：换风格或换背景会改变一切。",
         ),
     )  # fmt: skip
 

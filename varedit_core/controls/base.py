@@ -30,9 +30,10 @@ class Knob:
 
     name: of the field, the widget and (with dashes) the option. default: leaves the edit as it is; its type is the
     knob's. low, high: the bounds, both allowed; None: none. choices: of a text. step: of the widget. advanced: hidden
-    at first. help, help_zh: what it does, in English and Chinese. option: the same for the command line, where that
-    differs. label_zh: its Chinese name. needs: what must be there for it to count: "source", "mask", or another knob.
-    scales: whether it counts scales, so that no more than the edit has make sense.
+    at first. help, help_zh: what it does, in English and Chinese. more, more_zh: what the nodes' help pages say after
+    that. option: what the command line says in place of help, where that differs. label_zh: its Chinese name. needs:
+    what must be there for it to count: "source", "mask", or another knob of its group. apart: another knob of its group
+    with which it does not go together. scales: whether it counts scales, so that no more than the edit has make sense.
     """
 
     name: str
@@ -44,21 +45,25 @@ class Knob:
     advanced: bool = False
     help: str = ""
     help_zh: str = ""
+    more: str = ""
+    more_zh: str = ""
     option: str = ""
     label_zh: str = ""
     needs: str = ""
+    apart: str = ""
     scales: bool = False
 
-    def check(self, value: object) -> None:
-        """Raise ValueError, saying what is allowed, for a value that is not."""
+    def checked(self, value: object) -> Value:
+        """The value; numbers of numpy and torch as Python's. ValueError, saying what is allowed, for a wrong one."""
+        value = value.item() if hasattr(value, "item") else value
         if self.choices:
             if value not in self.choices:
                 raise ValueError(f"unknown {self.name} {value!r}; choose one of {', '.join(self.choices)}")
-            return
+            return value
         whole = isinstance(self.default, int)
         right = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
         if right and (self.low is None or self.low <= value) and (self.high is None or value <= self.high):
-            return
+            return value
         kind = "a whole number" if whole else "a number"
         bounds = f" of at least {self.low:g}" if self.low is not None else ""
         bounds = f" from {self.low:g} to {self.high:g}" if self.low is not None and self.high is not None else bounds
@@ -114,6 +119,7 @@ class Control:
 
     group: the user's class that has its knobs: "controls" or "shortcuts" (which save time and are not exact). order:
     the place of its knobs among the others; only ever append. stage: when it acts on a scale; smaller ones act first.
+    docs/CONTROLS.md has a table of both.
     """
 
     group: ClassVar[str] = "controls"
@@ -138,6 +144,14 @@ class Control:
         """A sentence where its knobs do not go together with the rest of an edit; else an empty text."""
         return ""
 
+    @classmethod
+    def held(cls, values: Any) -> str:
+        """Which of its knobs holds an edit to its source at these values, those of its group: a name, or words for one;
+        an empty text for none. Knobs that need a source do; override it where only some values do."""
+        return next(
+            (knob.name for knob in cls.knobs if "source" in knob.needs.split() and knob.name in values.changed), ""
+        )
+
     def check(self, config: TransformerConfig) -> None:
         """Raise ValueError where a transformer cannot do it."""
 
@@ -155,4 +169,18 @@ class Control:
         return step
 
     def __call__(self, scale: Scale) -> None:
-        """Act on a scale: change `log_odds`, set `bits`, or `lock` some of them to the source's."""
+        """Act on a scale: change `log_odds`, set `bits`, or `lock` some of them to the source's.
+
+        Called once for every scale that runs, coarse ones first. Controls of smaller stages have acted on it before, of
+        one stage those of smaller order.
+
+        scale.drawn: whether its bits are there already. They are where the scale was begun before (the prefix, stage
+        10), or where an earlier control has read or set `bits`: reading draws them. What only bends the draw must leave
+        such a scale alone: its bits are to stay, and setting `log_odds` raises ValueError. What holds to the source may
+        `lock` it all the same: a lock counts whatever is drawn or assigned, before or after.
+
+        scale.index, count: which of how many scales run, from 0. A draft and candidates run fewer scales than the edit
+        has, so what counts from its end, or takes a share of it, goes by len(scale.schedule) and not by `count`.
+        scale.last: whether this is the finest scale of the whole edit, whose locks make latents the source's exactly.
+        What stops early never has it.
+        """

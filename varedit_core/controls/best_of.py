@@ -14,7 +14,9 @@ from .base import Control, Knob
 
 MOST_CANDIDATES = 64
 NO_INSTRUCTION = "the score instruction compares with no instruction; use a guidance other than 1"
-SCORES = ("likelihood", "instruction", "near", "far")
+OF_SOURCE = ("near", "far")
+"""Scores that compare with the source."""
+SCORES = ("likelihood", "instruction", *OF_SOURCE)
 
 
 class BestOf(Control):
@@ -29,6 +31,9 @@ class BestOf(Control):
             option="Begin so many candidates and go on with the best one.",
             label_zh="候选数量",
             help_zh="先开始这么多个候选，源图只读取一次，每个结果只完成最好的一个。",
+            more="Candidates take as much memory as results; the first scales are cheap, so time grows little. They "
+            "differ by the draw: raise the temperature, or take the preset creative of VAREdit Curves.",
+            more_zh="占用的内存与同样多的结果相当；前几个尺度开销小，时间增加不多。候选因随机抽样而不同：请提高温度，或用 VAREdit 曲线的预设 creative。",
         ),
         Knob(
             "best_at", 4, 1, MOST_SCALES, advanced=True, needs="best_of", scales=True,
@@ -36,6 +41,8 @@ class BestOf(Control):
             option="Scales after which the best candidate is chosen.",
             label_zh="选择尺度",
             help_zh="经过多少个尺度后选出最好的候选。",
+            more="Later shows more of it, and costs more.",
+            more_zh="越多看得越清楚，也越慢。",
         ),
         Knob(
             "score", SCORES[0], choices=SCORES, advanced=True, needs="best_of",
@@ -44,6 +51,9 @@ class BestOf(Control):
             option=f"What chooses it: {', '.join(SCORES)}.",
             label_zh="评分",
             help_zh="怎样算最好：likelihood 概率最大，instruction 指令最能解释（需要引导），near 离源图最近，far 离源图最远。",
+            more="The score `instruction` compares with the model without the instruction, and needs a guidance other "
+            "than 1.",
+            more_zh="`instruction` 与没有指令的模型相比，需要不为 1 的引导强度。",
         ),
     )  # fmt: skip
 
@@ -74,6 +84,10 @@ class BestOf(Control):
         return NO_INSTRUCTION if edit.controls.score == "instruction" and not guided else ""
 
     @classmethod
+    def held(cls, values):
+        return f"the score {values.score}" if values.best_of > 1 and values.score in OF_SOURCE else ""
+
+    @classmethod
     def of(cls, batch) -> None:
         return None
 
@@ -94,7 +108,7 @@ class Candidates:
     def __call__(self, scale) -> None:
         bits = scale.bits
         self.bits.append(bits)
-        if self.score in ("near", "far"):
+        if self.score in OF_SOURCE:
             distance = (scale.running_sum - scale.source.until(scale.index)).square().mean((1, 2, 3))
             self.scores = distance if self.score == "far" else -distance
             return

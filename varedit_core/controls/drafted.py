@@ -19,6 +19,8 @@ class Drafted(Control):
             option="Shortcut: scales that --drafter draws.",
             label_zh="起草尺度数",
             help_zh="前面这么多个尺度由第二个模型（采样器的起草模型）绘制，其余由第一个模型绘制，结果的质量也随之而定。",
+            more="Both must share VAE and text encoder. It helps if the first model is the smaller and faster one.",
+            more_zh="两者必须共用 VAE 和文本编码器。适用于第一个模型更小更快的情况。",
         ),
     )  # fmt: skip
 

@@ -33,8 +33,11 @@ class Mask(Control):
             "surroundings.",
             option="The margin: tokens around a mask that are drawn with it, and latents that stay so, 0 to "
             f"{MOST_MARGIN}.",
-            label_zh="羽化",
+            label_zh="遮罩余量",
             help_zh="余量：遮罩周围多少个 token（每个 16 像素）也允许改动，使编辑与周围衔接。",
+            more="0 is the mask alone. It counts with the sampler's `mask`, or with regions that all have one. Pixels "
+            "over which a picture blends are `seam` of VAREdit Decode.",
+            more_zh="0 表示仅限遮罩之内。配合采样器的 `mask`，或全部带遮罩的区域使用。图像混合的像素数是 VAREdit 解码的 `seam`。",
         ),
     )  # fmt: skip
 

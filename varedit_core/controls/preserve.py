@@ -25,6 +25,8 @@ class Preserve(Control):
             option="Pulls every bit towards the picture's, 0 to 1: 0 not at all, 1 all the way.",
             label_zh="保留",
             help_zh="在所有尺度上把每个比特拉向源图：0 不拉，0.5 使没有把握的比特不变，1 完全拉住。",
+            more="At 0.5 it adds two logits; at 1 it is the source again. What the model is sure of still changes.",
+            more_zh="0.5 拉两个 logit，1 即又得到源图。模型有把握的照样改变。",
         ),
     )  # fmt: skip
     amount: float

@@ -59,10 +59,10 @@ def _class(name: str, group: str, doc: str, namespace: dict) -> type:
 
     def check(self) -> None:
         for knob in knobs(group):
-            knob.check(getattr(self, knob.name))
-        for one, other in _APART:
-            if self.changed.get(one) and self.changed.get(other):
-                raise ValueError(f"{one} and {other} do not go together; choose one")
+            object.__setattr__(self, knob.name, knob.checked(getattr(self, knob.name)))
+        for knob in knobs(group):
+            if knob.name in self.changed and knob.apart in self.changed:
+                raise ValueError(f"{knob.name} and {knob.apart} do not go together; choose one")
 
     def changed(self) -> dict:
         """The knobs that are not at their defaults, with their values."""
@@ -74,27 +74,22 @@ def _class(name: str, group: str, doc: str, namespace: dict) -> type:
     return make_dataclass(name, made, frozen=True, namespace=own)
 
 
-_APART = (("inside", "window"),)
+def _held(self) -> str:
+    """What holds the edit to its source: the name of a knob, or words for it; an empty text for nothing."""
+    return next(filter(None, (kind.held(self) for kind in registered() if kind.group == "controls")), "")
 
 
 def _check_source(self) -> None:
-    """Raise ValueError where a knob here needs a source, and there is none."""
-    for knob in knobs("controls"):
-        if "source" in knob.needs.split() and knob.name in self.changed:
-            raise ValueError(_no_source(knob.name))
-    if self.best_of > 1 and self.score in ("near", "far"):
-        raise ValueError(_no_source(f"the score {self.score}"))
-
-
-def _no_source(name: str) -> str:
-    return f"{name} holds an edit to its source, but there is none; give a picture, or leave it out"
+    """Raise ValueError where something here holds the edit to its source: there is none."""
+    if self.held:
+        raise ValueError(f"{self.held} holds an edit to its source, but there is none; give a picture, or leave it out")
 
 
 Controls = _class(
     "Controls",
     "controls",
     "How an edit is held to its source, and chosen. All neutral by default: the same edit, bit for bit.",
-    {"check_source": _check_source},
+    {"held": property(_held), "check_source": _check_source},
 )
 Shortcuts = _class(
     "Shortcuts",

@@ -21,6 +21,9 @@ class SourceAttention(Control):
             option="What the picture weighs in self-attention: 1 as trained, 0 it is not seen.",
             label_zh="源图注意力",
             help_zh="编辑观察四周时源图的权重：1 与训练时相同，减小则放开更多，0 看不到源图。不能与捷径 window 同时使用。",
+            more="Useful values are 0.25 to 1; at 0 an edit model makes a blank. It works against `strength` and "
+            "`preserve`, and costs a little time.",
+            more_zh="有用的范围是 0.25 到 1，设为 0 时编辑模型只会画出空白。它与 `strength`、`preserve` 作用相反，会略微多花时间。",
         ),
     )  # fmt: skip
     weight: float

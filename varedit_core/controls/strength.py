@@ -25,6 +25,11 @@ class Strength(Control):
             label_zh="强度",
             help_zh="1 为自由编辑。小于 1 时最初的尺度保留源图的比特，布局和颜色因此不变：0.75 仍可换颜色、换风格。"
             "0 等于源图经过 VAE 的结果。",
+            more="At 0.75 a quarter of all scales is held, and a part of the scale where that ends. Restyling and "
+            "recolouring take values down to about 0.5; below that, edits of the whole picture fall apart. "
+            "Something new that is large needs the first scales, and so a value near 1.",
+            more_zh="0.75 保留全部尺度的四分之一，末尾那个尺度只保留一部分。换风格、换颜色可以低到 0.5 左右，再低时改变整张图像的编辑会散掉；要添加较大的新内容，需要最初的尺度，"
+            "请接近 1。",
         ),
     )  # fmt: skip
     strength: float

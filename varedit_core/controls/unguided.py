@@ -19,6 +19,8 @@ class Unguided(Control):
             option="Shortcut: so many last scales without guidance.",
             label_zh="无引导尺度数",
             help_zh="最后这么多个尺度不用引导，计算量减半；损失很小。",
+            more="By then layout and colours are drawn.",
+            more_zh="此时布局和颜色都已确定。",
         ),
     )  # fmt: skip
     count: int

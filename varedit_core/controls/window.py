@@ -52,6 +52,9 @@ class Window(Control):
             label_zh="窗口",
             help_zh="最后三个尺度只看上下各占图高这一比例以内的行，例如 0.125；0 表示全部。相距较远的内容可能对不上。"
             "不超过 16 行的网格总是全部可见，因此在 256 时没有变化。不能与 inside 同时使用。",
+            more="0.125 is a good start at 1024 pixels. Parts that must match from afar, such as the two halves of a "
+            "symmetric thing, may not.",
+            more_zh="1024 像素时可从 0.125 试起。需要远距离呼应的内容，例如对称物体的两端，可能对不上。",
         ),
     )  # fmt: skip
     share: float
