@@ -6,7 +6,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 
 import numpy as np
 import pytest
@@ -472,6 +472,28 @@ def test_threads_share_an_editor(editor, texts, expected, count):
     with ThreadPoolExecutor(count) as threads:
         found = list(threads.map(lambda task: made(editor, task), asked(texts)))
     assert [equal(*pair) for pair in zip(found, expected)] == [True] * 12
+
+
+def test_edits_of_an_editors_threads_run_one_after_the_other(editor, texts):
+    """So that none takes the memory on which another's plan counts, and no network makes way that another needs."""
+    inside, most, entered = 0, 0, Event()
+    lock = Lock()
+
+    def watch(scale, fitted):
+        nonlocal inside, most
+        if scale.index == 0:
+            with lock:
+                inside, most = inside + 1, max(most, inside + 1)
+            if inside > 1:
+                entered.set()
+            entered.wait(0.2)  # time for the others to begin, if nothing keeps them
+        if scale.index + 1 == scale.count:
+            with lock:
+                inside -= 1
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda task: made(editor, task | {"on_scale": watch}), asked(texts)[:3]))
+    assert most == 1 and inside == 0
 
 
 def sampled(editor, record, number: int, **more):
