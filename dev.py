@@ -53,6 +53,8 @@ def prepare(extra: str) -> int:
     """Make .venv hold the pinned packages of an extra; 0, or the exit code of the step that failed."""
     if sys.version_info < (3, 10):
         return complain(f"Python 3.10 or newer is needed, and this is {sys.version.split()[0]}.")
+    if VENV.is_symlink():
+        return complain(f"{VENV} is a link to another environment; remove the link, and run this again.")
     stamp, wanted = VENV / "installed.txt", fingerprint()
     held = stamp.read_text().split() if PYTHON.exists() and stamp.is_file() else []
     if held in ([extra, wanted], ["test", wanted]):  # "test" holds all that "cli" does

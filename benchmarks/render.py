@@ -517,11 +517,12 @@ def main() -> None:
         made[schemas.FILE] = schemas.written(schemas.read(), schemas.declared())
     except ValueError as error:
         refused = str(error)
-    for path, text in made.items():
+    changed = [path for path, text in made.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    for path in made if given.folder else changed:
         target = given.folder / path.relative_to(ROOT) if given.folder else path
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-    finish({"files": [path.relative_to(ROOT).as_posix() for path in made]}, given.save)
+        target.write_text(made[path], encoding="utf-8")
+    finish({"changed": [path.relative_to(ROOT).as_posix() for path in changed]}, given.save)
     if refused:
         sys.exit(f"error: {refused}")
 

@@ -173,8 +173,25 @@ def test_forced_bits_steer_the_rest_and_the_sum(patchify):
     assert not torch.equal(forced[3].logits, free[3].logits)
     expected = decode([s.bits for s in forced], forced[-1].log_odds.shape[-2:])
     torch.testing.assert_close(forced[-1].running_sum, expected, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="takes bits of shape"):
+    with pytest.raises(ValueError, match="bits must be of the shape"):
         forced[0].bits = free[3].bits
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda s: s.lock(torch.ones(1, 1, 12, 12)), "a lock must be boolean, got torch.float32"),
+        (lambda s: s.lock(torch.ones(1, 1, 1, 12, dtype=torch.bool)), "a lock must be of the shape .*, got"),
+        (lambda s: setattr(s, "bits", [True]), "bits must be boolean, got list"),
+        (lambda s: setattr(s, "log_odds", None), "log_odds must be numbers, got NoneType"),
+        (lambda s: setattr(s, "log_odds", s.log_odds[:, :1]), "log_odds must be of the shape .*, got"),
+    ],
+)  # fmt: skip
+def test_what_is_set_on_a_scale_has_its_shape_and_type(patchify, wrong, said):
+    *_, scale = run(patchify, patchify.texts("text"))[:3]
+    scale._bits = None
+    with pytest.raises(ValueError, match=said):
+        wrong(scale)
 
 
 def test_log_odds_can_be_steered_before_the_draw(patchify):

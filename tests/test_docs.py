@@ -323,6 +323,7 @@ def recorded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.png", "b.png", "sky.png"):
         Image.open(ROOT / "samples" / "cat.jpg").resize((120, 90)).save(name)
+    (tmp_path / "samples").symlink_to(ROOT / "samples")
 
 
 def run_python_of(text: str) -> dict:
@@ -334,7 +335,8 @@ def run_python_of(text: str) -> dict:
 
 def test_python_code_of_the_readme_runs(recorded):
     names = run_python_of(README)
-    assert names["blocks"] == 2
+    assert names["blocks"] == 3
+    assert names["dark"].size == Image.open(ROOT / "samples" / "cat.jpg").size
     assert names["day"].size == names["night"].size == names["picture"].size == (120, 90)
     assert names["scale"].index == 6
 

@@ -91,7 +91,7 @@ class Failing:
     def __init__(self, engine, left: int) -> None:
         self.engine, self.left = engine, left
         self.configs, self.prefill = engine.configs, engine.prefill
-        self.tokens, self.close = engine.tokens, engine.close
+        self.computed, self.close = engine.computed, engine.close
 
     def logits(self, *args, **more):
         self.left -= 1
@@ -372,6 +372,14 @@ def test_lists_of_another_length_are_a_sentence(reading, count, given, message):
         (1, dict(texts=2), "1 images need 1 instructions and negative prompts, got 2 and 1"),
         (2, dict(negatives=1), "2 images need 2 instructions and negative prompts, got 2 and 1"),
         (2, dict(regions=[1, 2]), r"all pictures of a batch need as many regions, at least one each, got .1, 2."),
+        (1, dict(regions=[2]), r"2 instructions a picture need as many areas .pictures, regions, y, x."),
+        (1, dict(features=3), r"features must be a tensor .pictures, channels, height, width."),
+        (
+            1,
+            dict(prompts=["make it red"]),
+            "texts must be features .tokens, channels., got 'm'; see Editor.encode_text",
+        ),
+        (1, dict(controls=[print]), "controls must be Controls, got list"),
         (2, dict(seeds=3), "3 seeds are not the same number for each of 2 pictures; give one a result"),
         (1, dict(seeds=0), "0 seeds are not the same number for each of 1 pictures; give one a result"),
         (2, dict(mask=3), "the mask has the shape .3, 16, 16. for 2 images; give one .1, y, x., or one for each"),
@@ -383,8 +391,10 @@ def test_so_they_are_in_a_batch(patchify, count, more, message):
     mask = box(more["mask"]) if "mask" in more else None
     if "regions" in more:
         texts = [[text] * regions for text, regions in zip(texts, more["regions"])]
+    features, own = sources(patchify, count), {name: more[name] for name in ("controls",) if name in more}
+    features, texts = features[0] if "features" in more else features, more.get("prompts", texts)
     with pytest.raises(ValueError, match=message):
-        batch = EditBatch.of(sources(patchify, count), texts, patchify.schedule, DRAWN, negatives, mask=mask)
+        batch = EditBatch.of(features, texts, patchify.schedule, DRAWN, negatives, mask=mask, **own)
         replace(batch, seeds=tuple(range(more["seeds"])))
 
 

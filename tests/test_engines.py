@@ -180,3 +180,28 @@ def test_an_engine_in_the_middle_of_a_batch_takes_no_other(patchify):
     found += begun
     same([(scale.bits, scale.logits, scale.running_sum) for scale in found], wanted)
     same(run(fast, batch), wanted)
+
+
+@pytest.mark.parametrize("kind", [Session, PlainEngine])
+def test_an_engine_has_one_batch_at_a_time(patchify, kind):
+    engine, batch = kind(patchify.transformer), stopped(edit(patchify))
+    wanted = run(kind(patchify.transformer), batch)
+    first = sample(engine, batch)
+    begun = [next(first)]
+    with pytest.raises(ValueError, match="in the middle of another batch; close that first"):
+        next(sample(engine, batch))
+    same([(scale.bits, scale.logits, scale.running_sum) for scale in (*begun, *first)], wanted)
+    same(run(engine, batch), wanted)
+
+
+@pytest.mark.parametrize("kind", [Session, PlainEngine])
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (dict(controls=Controls(best_of=2)), "does not choose the best of several"),
+        (dict(shortcuts=Shortcuts(drafted=2)), "need a second transformer"),
+    ],
+)
+def test_the_loop_says_what_it_does_not_do(patchify, kind, more, said):
+    with pytest.raises(ValueError, match=said):
+        next(sample(kind(patchify.transformer), edit(patchify, **more)))

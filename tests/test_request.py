@@ -1,5 +1,6 @@
 """What `Editor.run` takes by name: wrong values are a sentence before anything runs, usual forms are understood."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +22,15 @@ WRONG = [
     (dict(given=[torch.ones(1)]), "given must be Tokens, got list"),
     (dict(steer=[Controls()]), "steer must be functions of a scale, got Controls"),
     (dict(regions=["make it red"]), "regions must be Region, got str"),
+    *(
+        (more, f"a mask must be a PIL image, got {kind}; open it with PIL.Image.open")
+        for more, kind in (
+            (dict(mask="mask.png"), "str"),
+            (dict(mask=np.ones((64, 64))), "ndarray"),
+            (dict(regions=[Region("make it red", "mask.png")]), "str"),
+        )
+    ),
+    (dict(settings={"guidance": 2}), "settings must be SamplingSettings, got dict"),
 ]
 
 
@@ -33,6 +43,18 @@ def editor():
 def test_a_wrong_option_is_one_sentence(editor, options, said):
     with pytest.raises(ValueError, match=f"^{said}$"):
         editor.run(PICTURE, WORDS, size=SIZE, **options)
+
+
+def test_a_picture_that_is_none_and_words_that_are_no_list(editor):
+    with pytest.raises(ValueError, match="^a picture is a path or a PIL image, got ndarray$"):
+        editor.run([np.ones((64, 64, 3))], WORDS, size=SIZE)
+    with pytest.raises(ValueError, match="encode_text takes a list of prompts; write .'make it sepia'."):
+        editor.encode_text(WORDS)
+
+
+def test_a_size_has_two_names(editor):
+    sizes = [editor.fit(PICTURE, size).schedule for size in (SIZE, "256", 256)]
+    assert sizes[0] == sizes[1] == sizes[2]
 
 
 @pytest.mark.parametrize("count", [0, 1.5])

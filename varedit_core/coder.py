@@ -51,7 +51,9 @@ class Coder:
         return fit(image if isinstance(image, SourceImage) else load_image(image), size, method)
 
     def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Text features [L_i, channels] of the prompts. ValueError without a text encoder."""
+        """Text features [L_i, channels] of the prompts, a list. ValueError without a text encoder."""
+        if isinstance(prompts, str):
+            raise ValueError(f"encode_text takes a list of prompts; write [{prompts!r}]")
         if self.text is None:
             raise ValueError("no text encoder is loaded; give one, or give text features instead of an instruction")
         with self._lock:

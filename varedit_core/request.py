@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -31,10 +32,11 @@ class Options:
     variations: results of each picture, one behind the other, of as many seeds. mask: where the pictures may change
     (white), one for all or one each; elsewhere they stay as they are. regions: in place of instructions, several of
     them with masks. given: the first scales of this edit, or of the edit this one branches off from. steer: functions
-    of a `Scale`, called behind the controls. seam: the feather, pixels from a mask's edge inwards over which the edit
-    fades in. explain: whether to find out, too, what changed and how sure the model was. features: of the pictures, by
-    `encode_source`, where they are known. idle: whether knobs that would do nothing are allowed. ValueError for what is
-    none of these.
+    of a `Scale`, called behind the controls at every scale that runs, so also at those of the candidates of `best_of`
+    (`on_scale` sees the results' own scales alone, of which the first are drawn already then). seam: the feather,
+    pixels from a mask's edge inwards over which the edit fades in. explain: whether to find out, too, what changed and
+    how sure the model was. features: of the pictures, by `encode_source`, where they are known. idle: whether knobs
+    that would do nothing are allowed. ValueError for what is none of these.
     """
 
     variations: int = 1
@@ -65,6 +67,12 @@ class Options:
             if wrong and given is not None:
                 what = "functions of a scale" if kind is Callable else kind.__name__
                 raise ValueError(f"{name} must be {what}, got {type(wrong[0]).__name__}")
+
+        masks = [self.mask] if isinstance(self.mask, str | Path | Image.Image | None) else list(self.mask)
+        for mask in (*masks, *(region.mask for region in self.regions)):
+            if not isinstance(mask, Image.Image | None):
+                raise ValueError(f"a mask must be a PIL image, got {type(mask).__name__}; open it with PIL.Image.open")
+        self._set("mask", masks if self.mask is not None else None)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)

@@ -31,36 +31,45 @@ class Engine(Protocol):
         to close. `sampling.checks.fits` has said that the batch fits."""
 
     def logits(self, k: int, total: Tensor, guided: bool) -> Tensor:
-        """Logits [B or 2B, n, D, 2] of scale k. total: the running sum [B, d, H, W] of the scales before it.
-        guided: whether the unconditional rows follow the others."""
+        """Logits [B or 2B, n, D, 2], fp32, of scale k (from 0). total: the running sum [B, d, H, W], fp32, of the
+        scales before it. guided: whether the unconditional rows follow the others."""
 
-    def tokens(self, k: int) -> Tensor | None:
+    def computed(self, k: int) -> Tensor | None:
         """Which tokens of scale k are computed; None: all."""
 
     def close(self) -> None:
         """The batch is over, whether it was finished or not."""
 
 
+BUSY = "this engine is in the middle of another batch; close that first, or make another engine"
+
+
 class PlainEngine:
-    """The network in plain PyTorch: one row for each result, a KV cache, nothing kept or skipped."""
+    """The network in plain PyTorch: one row for each result, a KV cache, nothing kept or skipped.
+
+    attention: as in `layers`. Cache and logits are of the transformer's dtype and fp32. ValueError for a second batch
+    before the first is closed, and for shortcuts that compute or see less of a scale.
+    """
 
     def __init__(self, transformer: Transformer, attention: Attention = sdpa) -> None:
         self.transformer, self.attention, self.configs = transformer, attention, (transformer.config,)
+        self.cache: KVCache | None = None
 
     @torch.no_grad()
     def prefill(self, batch: EditBatch) -> None:
         network, config = self.transformer, self.transformer.config
+        if self.cache is not None:
+            raise ValueError(BUSY)
         if batch.shortcuts.inside or batch.shortcuts.window:
             raise ValueError("the plain engine computes and sees every scale whole; leave out inside and window")
-        texts = row_texts(batch, network)
-        self.batch, device = batch, batch.features.device
-        self.cache = KVCache(config, batch.schedule, len(texts), network.dtype, device)
-        source, *scales = batch.steps(self.cache.passes(device))
-        self.condition, self.steps = network.condition(texts, self.attention), scales
+        texts, device = row_texts(batch, network), batch.features.device
+        cache = KVCache(config, batch.schedule, len(texts), network.dtype, device)
+        (source, *scales), condition = batch.steps(cache.passes(device)), network.condition(texts, self.attention)
         if config.source:
             tokens = to_tokens(area_resize(batch.each_row(batch.features).float(), batch.grids[-1]), batch.patch)
             x = every_row(network.embed(tokens, len(batch.schedule) - 1), len(texts))
-            network.read_source(x, self.condition, source, self.cache, self.attention)
+            network.read_source(x, condition, source, cache, self.attention)
+        self.batch, self.cache, self.condition, self.steps = batch, cache, condition, scales
 
     @torch.no_grad()
     def logits(self, k: int, total: Tensor, guided: bool) -> Tensor:
@@ -77,7 +86,7 @@ class PlainEngine:
         tokens = to_tokens(linear_resize(total, self.batch.grids[k]), self.batch.patch)
         return every_row(self.transformer.embed(tokens, k), rows)
 
-    def tokens(self, k: int) -> Tensor | None:
+    def computed(self, k: int) -> Tensor | None:
         return None
 
     def close(self) -> None:

@@ -277,9 +277,9 @@ class Transformer(nn.Module):
         start = rows(self.pos_start, 1, condition.pooled_RC.device)
         return condition.pooled_RC[:, None] + start + self._level(0, start.device)
 
-    def embed(self, tokens_Bnd: Tensor, level: int) -> Tensor:
+    def embed(self, tokens_BnD: Tensor, level: int) -> Tensor:
         """Tokens [B, n, d] of the source or of the running sum -> [B, n, C], marked with their scale's index."""
-        return self.word_embed(tokens_Bnd) + self._level(level, tokens_Bnd.device)
+        return self.word_embed(tokens_BnD) + self._level(level, tokens_BnD.device)
 
     def forward(
         self, x_RnC: Tensor, condition: Condition, step: Pass, cache: KVCache, attention: Attention = sdpa

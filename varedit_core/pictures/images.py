@@ -228,6 +228,8 @@ def _upright(image: str | os.PathLike[str] | Image.Image) -> Image.Image:
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image at {image}; check the path") from None
     except Exception as error:  # broken files raise struct.error, SyntaxError, EOFError and more
+        if not isinstance(image, (str, os.PathLike, Image.Image)):
+            raise ValueError(f"a picture is a path or a PIL image, got {type(image).__name__}") from None
         raise ValueError(f"cannot read {image} ({error}); save it again as PNG or JPEG") from error
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.engine import Engine, every_row, row_texts
+from ..model.engine import BUSY, Engine, every_row, row_texts
 from ..model.layers import Attention, sdpa
 from ..model.transformer import Condition, Transformer
 from ..sampling import loop
@@ -43,7 +43,7 @@ class Session:
 
     def prefill(self, batch: EditBatch) -> None:
         if self.work is not None:
-            raise ValueError("this engine is in the middle of another batch; close that first, or make another engine")
+            raise ValueError(BUSY)
         self.work = self.workspace if self.workspace.claim() else self.workspace.another()
         try:
             self._begin(batch)
@@ -88,7 +88,7 @@ class Session:
         logits = work.run(tokens, step, rows, rows if guided else own, *[total[::repeats]] * (k > 0), shared=shared)
         return logits.repeat_interleave(repeats, 0) if repeats > 1 else logits
 
-    def tokens(self, k: int) -> Tensor | None:
+    def computed(self, k: int) -> Tensor | None:
         return self.steps[k].tokens
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from ..model.kv_cache import Pass
 from ..tokenizer.quantizer import latent_grids
 from ..tokenizer.schedule import Grid, Schedule
 from ..tokenizer.source import Source
-from .checks import agree, whole_number
+from .checks import agree, right_kinds, whole_number
 from .settings import DEFAULT_SETTINGS, SamplingSettings
 
 
@@ -62,11 +62,14 @@ class EditBatch:
         settings: SamplingSettings = DEFAULT_SETTINGS, negatives: Sequence[Tensor | None] | None = None,
         variations: int = 1, **more,
     ) -> EditBatch:  # fmt: skip
-        """The batch whose results draw with the seeds `settings.seed`, the next one, and so on.
+        """The batch whose results draw with the seeds `settings.seed`, the next one, and so on, modulo 2^64.
 
-        texts: one instruction a picture, or a list of R of them. more: further fields.
+        features: [P, d, H, W]. texts: features [L, T] of one instruction a picture, or a list of R of them, which then
+        need `areas`. negatives: features [L, T] of each picture's negative prompt, or None. variations: results of each
+        picture. more: further fields. ValueError as for these.
         """
         rows = [[text] if isinstance(text, Tensor) else list(text) for text in texts]
+        right_kinds({"settings": settings, **more})
         copies, trials = whole_number("variations", variations, 1), more.get("controls", NEUTRAL).best_of
         seeds, trial_seeds = (
             tuple((settings.seed + n) % 2**64 for n in range(len(features) * count))

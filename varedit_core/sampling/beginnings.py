@@ -31,7 +31,8 @@ def begun(
         return batch
     scales = min(batch.controls.best_at, len(batch.plan))
     shortcuts = replace(batch.shortcuts, stop=scales if scales < len(batch.schedule) else 0)
-    trial = replace(batch, seeds=batch.trial_seeds, shortcuts=shortcuts)
+    one = replace(batch.controls, best_of=1)
+    trial = replace(batch, seeds=batch.trial_seeds, shortcuts=shortcuts, controls=one)
     scores, bits = [], []
     for copies in slices(trial.copies, at_once or trial.copies):
         part = part_of(trial, copies=copies)
@@ -45,4 +46,4 @@ def begun(
     which = best(torch.cat(scores, dim=2))
     rows = torch.arange(batch.pictures, device=which.device)
     prefix = [torch.cat(of_scale, dim=1)[rows, which] for of_scale in zip(*bits)]
-    return replace(batch, prefix=prefix, fresh=False, stream=None)
+    return replace(batch, prefix=prefix, controls=one, fresh=False, stream=None)

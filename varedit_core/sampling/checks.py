@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from ..controls.base import Known
 from ..controls.mask import checked_mask
 from ..controls.prefix import checked_prefix
+from ..controls.registry import Controls, Shortcuts
 from ..defaults import SIZES
 from ..model.config import AutoencoderConfig, TransformerConfig
 from ..tokenizer.schedule import AREAS
+from .settings import SamplingSettings
 
 if TYPE_CHECKING:
     from .batch import EditBatch
@@ -24,8 +30,21 @@ def facts(batch: EditBatch) -> Known:
     )  # fmt: skip
 
 
+def right_kinds(fields: dict) -> None:
+    """Raise ValueError for settings, controls or shortcuts, by these names, that are something else."""
+    for name, kind in (("settings", SamplingSettings), ("controls", Controls), ("shortcuts", Shortcuts)):
+        if name in fields and not isinstance(fields[name], kind):
+            raise ValueError(f"{name} must be {kind.__name__}, got {type(fields[name]).__name__}")
+
+
 def agree(batch: EditBatch) -> None:
     """Raise ValueError where the parts of a batch do not belong to the same pictures."""
+    right_kinds(vars(batch))
+    if not isinstance(batch.features, Tensor) or batch.features.ndim != 4 or not len(batch.features):
+        raise ValueError("features must be a tensor [pictures, channels, height, width]; see Editor.encode_source")
+    wrong = [text for row in (*batch.texts, batch.negatives) for text in row if not isinstance(text, Tensor | None)]
+    if wrong:
+        raise ValueError(f"texts must be features [tokens, channels], got {wrong[0]!r}; see Editor.encode_text")
     pictures, texts = batch.pictures, [len(of_picture) for of_picture in batch.texts]
     if len(texts) != pictures or len(batch.negatives) != pictures:
         raise ValueError(
@@ -34,6 +53,8 @@ def agree(batch: EditBatch) -> None:
         )
     if len(set(texts)) > 1 or not all(texts):
         raise ValueError(f"all pictures of a batch need as many regions, at least one each, got {texts}")
+    if (texts[0] > 1) > (batch.areas is not None) or batch.areas is not None and batch.areas.shape[1] != texts[0]:
+        raise ValueError(f"{texts[0]} instructions a picture need as many areas [pictures, regions, y, x]")
     if not batch.seeds or len(batch.seeds) % pictures:
         raise ValueError(
             f"{len(batch.seeds)} seeds are not the same number for each of {pictures} pictures; give one a result"
@@ -49,8 +70,16 @@ def can_draft(batch: EditBatch, drafter: bool) -> None:
         raise ValueError("drafted scales need a second transformer; give a drafter, or leave drafted at 0")
 
 
-def fits(batch: EditBatch, config: TransformerConfig) -> None:
-    """Raise ValueError where a batch is not what a transformer was made for."""
+def fits(batch: EditBatch, configs: Sequence[TransformerConfig]) -> None:
+    """Raise ValueError where a batch is not what an engine's transformers can do."""
+    can_draft(batch, len(configs) > 1)
+    if batch.controls.best_of > 1:
+        raise ValueError("the loop alone does not choose the best of several; use Editor.run or `beginnings.begun`")
+    for config in configs:
+        _fits(batch, config)
+
+
+def _fits(batch: EditBatch, config: TransformerConfig) -> None:
     (height, width), (rows, columns) = batch.features.shape[-2:], batch.schedule.grids[-1]
     patch, schedule = batch.patch, batch.schedule
     if (height, width) != (rows * patch, columns * patch) or batch.features.shape[1] * patch**2 != config.token_bits:
@@ -96,3 +125,16 @@ def whole_number(name: str, value: object, low: int) -> int:
     if not hasattr(value, "__index__") or isinstance(value, bool) or operator.index(value) < low:
         raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
     return operator.index(value)
+
+
+def checked(what: str, value: object, kind: torch.dtype, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    """A tensor of one of these shapes and this type (booleans, or numbers as given). ValueError for any other."""
+    if not isinstance(value, Tensor) or (value.dtype == torch.bool) != (kind == torch.bool):
+        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"{what} must be {'boolean' if kind == torch.bool else 'numbers'}, got {found}"
+            + ("; compare your values with a threshold first" if kind == torch.bool else "")
+        )
+    if tuple(value.shape) not in shapes:
+        raise ValueError(f"{what} must be of the shape {' or '.join(map(str, shapes))}, got {tuple(value.shape)}")
+    return value

@@ -56,8 +56,8 @@ class Drafting:
             self.refiner.logits(k, total, guided)
         self.totals = []
 
-    def tokens(self, k: int) -> Tensor | None:
-        return self.present.tokens(k)
+    def computed(self, k: int) -> Tensor | None:
+        return self.present.computed(k)
 
     def close(self) -> None:
         self.drafter.close()

@@ -136,7 +136,7 @@ class _Task:
         """Run rows together. roomy: whether there is room for as many rows as there were candidates."""
         of_results = [picture for picture in pictures for _ in range(part.copies)]
         confidence = Confidence() if self.wanted.confidence else None
-        part = replace(part, room=part.controls.best_of) if roomy and part.copies == 1 else part
+        part = replace(part, room=self.batch.controls.best_of) if roomy and part.copies == 1 else part
         bits, sums = [], []
         with closing(sample(engine, part, self.controls)) as scales:
             for scale in scales:

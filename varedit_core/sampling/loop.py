@@ -26,22 +26,22 @@ from .scale import Scale
 def sample(engine: Engine, batch: EditBatch, controls: Sequence[Callable[[Scale], None]] = ()) -> Iterator[Scale]:
     """Edit a batch; yields every `Scale` before its bits are drawn. The last `running_sum` is the result.
 
-    controls: called with every scale, after the batch's own. Raises ValueError, at the first step, where the batch does
-    not fit the network. `Scale.check` says whether logits are numbers, as that waits for the device.
+    controls: functions called with every scale, after the batch's own controls. Raises ValueError, at the first step,
+    where the batch does not fit the network, and for `best_of`, which `beginnings.begun` settles before. `Scale.check`
+    says whether logits are numbers, as that waits for the device. Close the generator where you leave it early.
     """
-    batch, controls = replace(batch), tuple(controls)  # what its controls remember is this run's alone
+    batch, controls = replace(batch), tuple(controls)  # a copy: what its controls remember is this run's alone
     generators = [torch.Generator().manual_seed(seed) for seed in batch.row_seeds()]
-    for config in engine.configs:
-        fits(batch, config)
+    fits(batch, engine.configs)
     engine.prefill(batch)
     try:
         source, finite = batch.source(), None
         total = torch.zeros_like(source.features)
         for k, (guidance, temperature, _) in enumerate(batch.plan):
             logits = engine.logits(k, total, guided=guidance != 1)
-            odds = guide(logits, len(total), guidance) / (temperature or 1.0)
+            odds = guide(logits, len(total), guidance) / (temperature or 1.0)  # 0 is greedy: only the sign counts
             log_odds = from_tokens(
-                everywhere(odds, engine.tokens(k), batch.schedule.tokens[k]), batch.schedule.grids[k], batch.patch
+                everywhere(odds, engine.computed(k), batch.schedule.tokens[k]), batch.schedule.grids[k], batch.patch
             )
             finite = logits.isfinite().all() if finite is None else finite & logits.isfinite().all()
             # Drawn on the CPU, also where a greedy scale ignores them: one seed, one image, on every device.

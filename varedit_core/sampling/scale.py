@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..tokenizer.quantizer import codes, from_tokens, linear_resize
 from ..tokenizer.source import Source
+from .checks import checked
 
 if TYPE_CHECKING:
     from .batch import EditBatch
@@ -74,11 +75,11 @@ class Scale:
             raise ValueError(
                 f"the bits of scale {self.index + 1} are drawn already; change log_odds before reading bits"
             )
-        self._log_odds = value
+        self._log_odds = checked("log_odds", value, torch.float32, [tuple(self._log_odds.shape)])
 
-    def on_grid(self, x_BlD: Tensor) -> Tensor:
+    def on_grid(self, x_BnD: Tensor) -> Tensor:
         """A value a token bit [B, tokens, token bits] -> the same on the latent grid [B, d, h, w]."""
-        return from_tokens(x_BlD, self.grid, self.log_odds.shape[-2] // self.grid[0])
+        return from_tokens(x_BnD, self.grid, self.log_odds.shape[-2] // self.grid[0])
 
     @property
     def probability(self) -> Tensor:
@@ -98,12 +99,7 @@ class Scale:
 
     @bits.setter
     def bits(self, value: Tensor) -> None:
-        if value.dtype != torch.bool:
-            raise ValueError(f"bits must be boolean, got {value.dtype}; compare your values with a threshold first")
-        if value.shape != self.log_odds.shape:
-            raise ValueError(
-                f"scale {self.index + 1} takes bits of shape {tuple(self.log_odds.shape)}, got {tuple(value.shape)}"
-            )
+        value = checked("bits", value, torch.bool, [tuple(self.log_odds.shape)])
         self._bits, self._sum = self._within(value.to(self.log_odds.device)), None
 
     @property
@@ -116,6 +112,10 @@ class Scale:
     def lock(self, free: Tensor, edited: Tensor | None = None) -> None:
         """Hold the scale to the source where `free`, boolean [B or 1, 1 or d, h, w], is false, whatever is drawn or
         assigned. What is locked at the finest scale, or not in `edited` there, becomes the source's tokens exactly."""
+        size = self._log_odds.shape
+        shapes = [(rows, bits, *size[2:]) for rows in {size[0], 1} for bits in {size[1], 1}]
+        for mask in (free, edited if self.last and edited is not None else free):
+            checked("a lock", mask, torch.bool, shapes)
         self.free = free if self.free is None else self.free & free
         if self.last:
             free = free if edited is None else free & edited

@@ -56,9 +56,9 @@ def to_tokens(x_BdHW: Tensor, patch: int) -> Tensor:
     return F.pixel_unshuffle(x_BdHW, patch).flatten(2).transpose(1, 2)
 
 
-def from_tokens(x_BlD: Tensor, grid: Grid, patch: int) -> Tensor:
+def from_tokens(x_BnD: Tensor, grid: Grid, patch: int) -> Tensor:
     """Tokens [B, i * j, d * p * p] of a token grid (i, j) -> latents [B, d, i * p, j * p]."""
-    return F.pixel_shuffle(x_BlD.transpose(1, 2).unflatten(2, grid), patch)
+    return F.pixel_shuffle(x_BnD.transpose(1, 2).unflatten(2, grid), patch)
 
 
 def on_latents(mask_B1hw: Tensor, patch: int) -> Tensor:

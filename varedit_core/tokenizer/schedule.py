@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..defaults import SIZES
+
 Grid = tuple[int, int]
 
 TOKEN_PIXELS = 16
@@ -77,10 +79,11 @@ class Schedule:
 
 
 def schedule_for(area: str, ratio: float = 1.0) -> Schedule:
-    """The schedule of a named size (a key of AREAS) and aspect ratio (a key of TABLES).
+    """The schedule of a size (a key of AREAS, or the side of its square in pixels) and aspect ratio (a key of TABLES).
 
     Raises ValueError for an unknown size or ratio.
     """
+    area = SIZES.get(str(area), area)
     if area not in AREAS:
         raise ValueError(f"unknown size {area!r}; choose one of {', '.join(AREAS)}")
     if ratio not in TABLES:
