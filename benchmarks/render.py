@@ -379,7 +379,7 @@ def knob_table(group: str) -> str:
     for knob in knobs(group):
         default = f"`{knob.default}`" if knob.choices else f"{knob.default:g}"
         name = f"`--{knob.name.replace('_', '-')}`, `{knob.name}`"
-        rows.append([name, values_of(knob), default, knob.option or knob.help])
+        rows.append([name, values_of(knob), default, (knob.option or knob.help).replace("|", "\\|")])
     return table(["option, input", "values", "default", "what it does"], rows)
 
 
@@ -458,7 +458,7 @@ def control_table() -> str:
         acts = kind.__call__ is not Control.__call__
         order = str(kind.order) if kind.knobs else "-"
         says = said[:1].upper() + said[1:].partition(". ")[0].rstrip(".") + "."
-        rows.append([link, order, str(kind.stage) if acts else "-", says])
+        rows.append([link, order, str(kind.stage) if acts else "-", says.replace("|", "\\|")])
     return table(["control", "`order`", "`stage`", "what it does"], rows)
 
 
@@ -505,10 +505,45 @@ def _filled(name: str, language: str) -> str:
     return settings_list(language) if name == "settings" else TABLES[name]()
 
 
+def check_controls() -> None:
+    """Raise ValueError, naming the control, for what would be missing or wrong in all that is made of the registry."""
+    from varedit_core.controls.registry import registered
+    from varedit_core.sampling.settings import DEFAULT_SETTINGS
+
+    groups, orders = {"controls", "shortcuts", "curves"}, {}
+    taken = dict.fromkeys(vars(DEFAULT_SETTINGS), "the settings of an edit")
+    names = {knob.name for kind in registered() for knob in kind.knobs}
+    for kind in registered():
+        said = []
+        if not (sys.modules[kind.__module__].__doc__ or "").strip():
+            said.append("its file has no docstring, `Name: what it does.`")
+        if kind.group not in groups:
+            said.append(f"its group is {kind.group!r}; choose one of {', '.join(sorted(groups))}")
+        other = orders.setdefault(kind.order, kind) if kind.knobs else kind
+        if other is not kind:
+            said.append(f"its order {kind.order} is that of {other.__name__}; give the next one")
+        for knob in kind.knobs:
+            if not re.fullmatch("[a-z][a-z0-9_]*", knob.name) or knob.name in taken:
+                said.append(f"the name {knob.name!r} is that of {taken.get(knob.name, 'no field')}; choose another")
+            taken[knob.name] = kind.__name__
+            if not (knob.help and knob.help_zh and knob.label_zh):
+                said.append(f"{knob.name} lacks help, help_zh or label_zh")
+            strange = {*knob.needs.split(), *knob.apart.split()} - names - {"source", "mask"}
+            if strange:
+                said.append(f"{knob.name} names {', '.join(sorted(strange))}, which is no knob")
+            knob.checked(knob.default)
+        if said:
+            raise ValueError(f"{kind.__name__}: {'; '.join(said)}")
+
+
 def main() -> None:
     known = parser(__doc__)
     known.add_argument("--folder", type=Path, help="write the files there, and not in place")
     given = parsed(known)
+    try:
+        check_controls()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     made, refused = outputs(), ""
     sys.path.insert(0, str(ROOT / "tests"))
     import schemas

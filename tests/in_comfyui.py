@@ -688,11 +688,15 @@ class Probe:
         singles = [self.sample(mask=pair[i], seed=2 * i)[0] for i in range(2)]
         found["masks"] = [(masked[2 * i] == singles[i]).float().mean().item() for i in range(2)]
         nine = self.run("Shortcuts", 0, 0, 0.0, 0, 9)
+        lora = self.core.LoraLoaderModelOnly().load_lora_model_only(
+            self.model, "varedit_demo_duotone.safetensors", 1.0
+        )[0]
         found["errors"] = {
             "inside without mask": self.error(self.sample, shortcuts=inside),
             "inside with an empty mask": self.error(self.sample, shortcuts=inside, mask=mask * 0),
             "three masks": self.error(self.sample, source=two, mask=torch.ones(3, 8, 8)),
             "no drafter": self.error(self.sample, shortcuts=drafted),
+            "drafter of one loaded model": self.error(self.sample, shortcuts=drafted, drafter=lora),
             "idle drafter": self.error(self.sample, drafter=refiner),
             "drafted too many": self.error(self.sample, shortcuts=nine, drafter=refiner),
             "inside and window": self.error(self.run, "Shortcuts", 0, 2, 0.1, 0, 0),

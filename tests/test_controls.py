@@ -16,7 +16,7 @@ from varedit_core.controls.best_of import Candidates
 from varedit_core.controls.confidence import Confidence
 from varedit_core.controls.curves import PRESETS
 from varedit_core.controls.preserve import Preserve
-from varedit_core.controls.regions import exclusive
+from varedit_core.controls.regions import Regions, exclusive
 from varedit_core.controls.registry import NEUTRAL, Controls, Shortcuts
 from varedit_core.controls.strength import Strength
 from varedit_core.demo import GUIDANCE, SAMPLES, SIZE, demo_files
@@ -275,6 +275,15 @@ def test_exclusive_regions_follow_their_order():
     assert found[0, 2].sum() == 8 and found[0, 1].sum() == 4 and found[0, 0].sum() == 4
 
 
+def test_a_picture_that_no_region_touches_weighs_all_alike():
+    """Beside one that is touched, where the nearest region counts."""
+    masks = torch.zeros(2, 2, 16, 16)
+    masks[0, 0, :2, :2] = masks[0, 1, 14:, 14:] = 1
+    weights = Regions(masks)._weights(torch.zeros(4, 14, 8, 8))
+    assert (weights[1] == 0.5).all() and weights[0, 0, 0, 0] == weights[0, 1, 7, 7] == 1
+    assert torch.allclose(weights.sum(1), torch.ones(2, 8, 8)) and set(weights[0].unique().tolist()) == {0, 0.5, 1}
+
+
 def test_a_region_for_everything_is_the_plain_edit(editor, task, free):
     result = editor.run(SCENE, size=SIZE, settings=DRAWN, regions=[Region(STAR)])
     assert torch.equal(result.tokens.total(), free[-1].running_sum)
@@ -415,6 +424,7 @@ def test_numbers_of_numpy_and_torch_are_pythons():
     ("wrong", "said"),
     [
         ({"strength": 1.5}, "strength must be a number from 0 to 1"),
+        ({"strength": torch.tensor([0.5, 0.5])}, "strength must be a number from 0 to 1, got tensor"),
         ({"strength": True}, "strength must be a number from 0 to 1, got True"),
         ({"preserve": "much"}, "preserve must be"),
         ({"source_attention": -1}, "source_attention must be"),

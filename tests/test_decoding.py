@@ -277,6 +277,7 @@ def test_inputs_that_do_not_belong_together(patchify, change, message):
     "values",
     [
         dict(guidance="30"),
+        *(dict(guidance=value) for value in ([], (), 10**400, True, {1: 2}, torch.ones(2, 2))),
         dict(guidance=None),
         dict(seed=1.5),
         dict(seed="1"),

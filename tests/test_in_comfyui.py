@@ -267,6 +267,7 @@ def test_a_stopped_edit_shows_the_scales_that_ran(found):
         ("inside with an empty mask", "connect one to mask, or set inside to 0"),
         ("three masks", "there are 3 masks for 2 pictures"),
         ("no drafter", "connect one to drafter, or set drafted to 0"),
+        ("drafter of one loaded model", "load the drafter with a VAREdit Model Loader of its own"),
         ("idle drafter", "set drafted in VAREdit Shortcuts"),
         ("drafted too many", "the drafter's scales must be from 1 to 6, got 9"),
         ("inside and window", "do not go together"),

@@ -279,3 +279,26 @@ def test_the_record_of_inputs_stays_where_a_released_one_would_move(copied, tmp_
     assert done.stderr.startswith("error: schemas.json stays as it is (released inputs ")
     assert (tmp_path / "docs" / "CONTROLS.md").is_file() and not (tmp_path / "tests").exists()
     assert (ROOT / "tests" / "schemas.json").read_bytes() == known
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("    knobs = (", "    group = 'contrls'\n    knobs = (", "its group is 'contrls'; choose one of controls"),
+        ("    knobs = (", "    order = 10\n    knobs = (", "its order 10 is that of "),
+        ('label_zh="锐度",', "", "sharpness lacks help, help_zh or label_zh"),
+        ('needs="sharpness"', 'needs="sharpnes"', "sharp_scales names sharpnes, which is no knob"),
+        ('"sharp_scales", 0', '"sharp-scales", 0', "'sharp-scales'"),
+        (FILE.splitlines()[0], "", "its file has no docstring"),
+    ],
+)  # fmt: skip
+def test_a_control_that_lacks_something_is_a_sentence_before_anything_is_written(copied, tmp_path, old, new, said):
+    file = copied / "varedit_core" / "controls" / "sharpness.py"
+    assert old in FILE
+    file.write_text(FILE.replace(old, new), encoding="utf-8")
+    try:
+        done = python(copied, "benchmarks/render.py", "--folder", tmp_path)
+    finally:
+        file.write_text(FILE, encoding="utf-8")
+    assert done.returncode == 1 and said in done.stderr, done.stderr[-800:]
+    assert not any(tmp_path.iterdir())

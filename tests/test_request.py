@@ -30,6 +30,12 @@ WRONG = [
             (dict(regions=[Region("make it red", "mask.png")]), "str"),
         )
     ),
+    (dict(features=np.ones((1, 14, 32, 32))), "features must be Tensor, got ndarray"),
+    (dict(features=torch.ones(2, 14, 32, 32)), "features are of 2 pictures, but there are 1; give one each"),
+    (dict(negatives=3), "negative prompt must be words, or text features of encode_text, got int"),
+    (dict(negatives=[None]), "negative prompt must be words, or text features of encode_text, got NoneType"),
+    (dict(regions=Region(None)), "the instruction of a region must be words, or text features of encode_text, got .*"),
+    (dict(variations=torch.tensor(1.0)), r"variations must be a whole number of at least 1, got tensor\(1.\)"),
     (dict(settings={"guidance": 2}), "settings must be SamplingSettings, got dict"),
 ]
 
@@ -43,6 +49,28 @@ def editor():
 def test_a_wrong_option_is_one_sentence(editor, options, said):
     with pytest.raises(ValueError, match=f"^{said}$"):
         editor.run(PICTURE, WORDS, size=SIZE, **options)
+
+
+@pytest.mark.parametrize("words", [None, 3, [None], [], ()])
+def test_words_that_are_none(editor, words):
+    with pytest.raises(ValueError, match="^(instruction must be words, or text|there is no instruction; say what)"):
+        editor.run(PICTURE, words, size=SIZE)
+    with pytest.raises(ValueError, match="a picture is a path or a PIL image, got"):
+        editor.run(words and words[0] if isinstance(words, list) and words else 3, WORDS, size=SIZE)
+
+
+def test_a_blank_negative_prompt_is_none(editor):
+    blank, none = (editor.run(PICTURE, WORDS, negatives, SIZE).pictures[0] for negatives in (" ", ""))
+    assert blank.tobytes() == none.tobytes()
+
+
+def test_a_region_that_the_model_cannot_see(editor):
+    """Of a long thin picture a single white pixel of a large mask."""
+    mask = Image.new("L", (512, 512))
+    mask.putpixel((100, 100), 255)
+    with pytest.raises(ValueError, match="the mask of region 2 is too small to be seen at the model's size"):
+        regions = [Region(WORDS), Region("make it a duotone", mask)]
+        editor.run(Image.new("RGB", (4000, 10)), size=SIZE, regions=regions)
 
 
 def test_a_picture_that_is_none_and_words_that_are_no_list(editor):

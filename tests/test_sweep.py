@@ -110,6 +110,15 @@ def test_a_cell_may_have_a_knob_that_does_nothing_there(editor, picture):
         sweep(editor, Swept(picture, WORDS, size=SIZE), planned(y))
 
 
+def test_cells_that_cannot_run_are_found_before_any_does(editor, picture):
+    seen = []
+    x, y = Axis.parse("best_of=2,3"), Axis.parse("score=likelihood,instruction")
+    cells = planned(x, y, SamplingSettings(guidance=1.0, temperature=1.0))
+    with pytest.raises(ValueError, match="use a guidance other than 1"):
+        sweep(editor, Swept(picture, WORDS, size=SIZE), cells, lambda *found: seen.append(found))
+    assert not seen
+
+
 def test_a_mask_and_a_negative_prompt_count(editor, picture):
     cells = planned(Axis.parse("guidance=2"))
     mask = Image.new("L", (120, 90))

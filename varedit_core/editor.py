@@ -168,6 +168,8 @@ class Editor(Coder):
                 "learned to edit"
             )
         single = (str, Path, Image.Image, SourceImage, Tokens, Edited)
+        if not isinstance(images, single) and not hasattr(images, "__iter__"):
+            raise ValueError(f"a picture is a path or a PIL image, got {type(images).__name__}")
         pictures = [images] if isinstance(images, single) else list(images)
         if not pictures:
             raise ValueError("there is no picture to edit; pass at least one")

@@ -61,6 +61,7 @@ class Options:
             given = getattr(self, name)
             self._set(name, (given,) if isinstance(given, one) else tuple(given or ()))
         kinds = {"controls": Controls, "shortcuts": Shortcuts, "given": Tokens, "regions": Region, "steer": Callable}
+        kinds["features"] = Tensor
         for name, kind in kinds.items():
             given = getattr(self, name)
             wrong = [x for x in (given if isinstance(given, tuple) else [given]) if not isinstance(x, kind)]
@@ -69,6 +70,8 @@ class Options:
                 raise ValueError(f"{name} must be {what}, got {type(wrong[0]).__name__}")
 
         masks = [self.mask] if isinstance(self.mask, str | Path | Image.Image | None) else list(self.mask)
+        for region in self.regions:
+            _words(region.instruction, "the instruction of a region")
         for mask in (*masks, *(region.mask for region in self.regions)):
             if not isinstance(mask, Image.Image | None):
                 raise ValueError(f"a mask must be a PIL image, got {type(mask).__name__}; open it with PIL.Image.open")
@@ -104,10 +107,12 @@ class Request:
             raise ValueError(
                 "the pictures of a batch need different aspect tables; edit them one by one or fit them to squares"
             )
-        prompts = instructions if isinstance(instructions, (str, Tensor)) else list(instructions)
+        prompts = _listed(instructions, "instruction")
         if source is not None and isinstance(prompts, list) and len(prompts) == 1:
             (prompts,) = prompts  # an edit of several results is one thing to go on from
         check_regions(options.regions, len(prompts) > 0)
+        if not (options.regions or len(prompts)):
+            raise ValueError("there is no instruction; say what to change in the picture, or give regions")
         rows = [region.instruction for _ in fitted for region in options.regions]
         rows = rows or each(prompts, len(fitted), "instruction")
         unwanted = each("" if negatives is None else negatives, len(fitted), "negative prompt")
@@ -116,10 +121,14 @@ class Request:
     def batch(self, coder: Coder) -> tuple[EditBatch, list[Image.Image] | None]:
         """The batch of edits, and a mask for each picture."""
         options, count = self.options, len(self.fitted)
-        negatives = [None if isinstance(n, str) and not n else coder.features_of([n])[0] for n in self.negatives]
+        negatives = [
+            None if isinstance(n, str) and not n.strip() else coder.features_of([n])[0] for n in self.negatives
+        ]
         places, masks, mask = areas(options.regions, self.fitted, drawn_masks(options.mask, count))
         total = self.source and self.source.total()
         features, hints = options.features if self.source is None else total, {}
+        if features is not None and features.ndim == 4 and len(features) != count:
+            raise ValueError(f"features are of {len(features)} pictures, but there are {count}; give one each")
         if features is None:
             features, texts, hints = coder.begin(self.fitted, self.texts)
         else:
@@ -187,14 +196,31 @@ def _shown(coder: Coder, tokens: Tokens) -> list[Image.Image]:
 
 def each(given, count: int, name: str) -> list:
     """One of something for every picture, where one is given for all. ValueError for another number of them."""
-    if isinstance(given, (str, Tensor)):
-        return [given] * count
-    listed = list(given)
+    listed = _listed(given, name)
+    if isinstance(listed, (str, Tensor)):
+        return [listed] * count
     if len(listed) != count:
         pictures = f"{count} picture" + "s" * (count != 1)
         what = f"{len(listed)} {name}" + "s" * (len(listed) != 1)
         raise ValueError(f"there are {pictures} but {what} in the list; give one each, or a single one for all")
     return listed
+
+
+def _listed(given, name: str) -> list | str | Tensor:
+    """Words or text features as they are; several of them as a list."""
+    if isinstance(given, (str, Tensor)):
+        return given
+    if not hasattr(given, "__iter__"):
+        _words(given, name)
+    listed = list(given)
+    for one in listed:
+        _words(one, name)
+    return listed
+
+
+def _words(given, name: str) -> None:
+    if not isinstance(given, (str, Tensor)):
+        raise ValueError(f"{name} must be words, or text features of encode_text, got {type(given).__name__}")
 
 
 def _check_begun(given: Tokens, fitted: list[FittedImage]) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from .coder import Picture
+from .controls import registry
 from .controls.base import Known
 from .controls.curves import PRESET
 from .controls.registry import NEUTRAL, NO_SHORTCUTS, SWEPT, Controls, problems
@@ -107,6 +108,7 @@ def check(cells: Sequence[Sequence[Cell]], schedule: Schedule, mask: bool = Fals
     said = [[problems(edit) for edit in row] for row in known]
     rows, columns = [row[0].row for row in cells], [cell.column for cell in cells[0]]
     lines = [("", [texts for row in said for texts in row]), *zip(rows, said), *zip(columns, zip(*said))]
+    refuse(cells, schedule, mask)
     found = dict.fromkeys(
         text
         for label, line in lines
@@ -126,6 +128,12 @@ def check(cells: Sequence[Sequence[Cell]], schedule: Schedule, mask: bool = Fals
                 ] = None
     if found:
         raise ValueError("; ".join(found))
+
+
+def refuse(cells: Sequence[Sequence[Cell]], schedule: Schedule, mask: bool = False) -> None:
+    """Raise ValueError, before anything runs, for a cell whose settings do not go together."""
+    for cell in (cell for row in cells for cell in row):
+        registry.check(Known(schedule, cell.settings, cell.controls, NO_SHORTCUTS, mask))
 
 
 def _acts(cell: Cell, schedule: Schedule) -> tuple:

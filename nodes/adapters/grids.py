@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...varedit_core.sampling.settings import SamplingSettings
-from ...varedit_core.sweep import Axis, grid, planned
-from .pictures import decode_edit, to_image, to_pillow
+from ...varedit_core.sweep import Axis, grid, planned, refuse
+from .pictures import KEY, decode_edit, to_image, to_pillow
 from .running import Edit, sample_latent
 from .text_encoder import Texts
 
@@ -27,8 +27,11 @@ class Swept:
 
 
 def edit_grid(model, source: dict, vae, swept: Swept, tell: Callable[[str], None]) -> tuple[Tensor, list[Tensor]]:
-    """The labelled grid of the first picture's edits, and the edits, row by row. ValueError as `sweep.planned`."""
+    """The labelled grid of the first picture's edits, and the edits, row by row. ValueError, before
+    any edit, as `sweep.planned` and `refuse`."""
     rows = planned(*(Axis.read(*axis) for axis in swept.axes), settings=swept.settings)
+    if KEY in source:
+        refuse(rows, source[KEY].fitting.schedule, swept.mask is not None)
     shown = [[_edited(model, source, vae, swept, cell, tell) for cell in row] for row in rows]
     sheet = grid(rows, [[to_pillow(batch[0]) for batch in row] for row in shown])
     return to_image([sheet]), [batch for row in shown for batch in row]

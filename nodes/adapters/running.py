@@ -221,7 +221,7 @@ def sample_latent(model, source: dict, edit: Edit, preview: str, vae, tell: Tell
     batch, known = _batch(edit, source, origin, network.diffusion_model.config.source, tell)
     for sentence in problems(facts(batch)):
         tell(sentence)
-    models = [model, *_drafter(edit)]
+    models = [model, *_drafter(edit, model)]
     decoder = vae if method == "own" else None
     beside = vae.memory_used_decode(batch.features.shape, vae.vae_dtype) if decoder else 0
     copies = max(edit.variations, edit.controls.best_of)
@@ -313,12 +313,21 @@ def _mask(edit: Edit, source: dict, origin: Origin, areas: Tensor | None, own: b
     return mask
 
 
-def _drafter(edit: Edit) -> list:
-    """The model that draws the first scales, where one does."""
+def _drafter(edit: Edit, model) -> list:
+    """The model that draws the first scales, where one does. model: the other one."""
     if edit.shortcuts.drafted and edit.drafter is None:
         raise ValueError("drafted scales need a second model; connect one to drafter, or set drafted to 0")
     if edit.drafter is not None and not edit.shortcuts.drafted:
         raise ValueError("a drafter needs scales to draw; set drafted in VAREdit Shortcuts, or disconnect it")
+    if (
+        edit.drafter is not None
+        and edit.drafter.model is model.model
+        and edit.drafter.patches_uuid != model.patches_uuid
+    ):
+        raise ValueError(
+            "drafter and model are one loaded model, which has one of them's LoRAs at a time; load the drafter with a "
+            "VAREdit Model Loader of its own"
+        )
     return [edit.drafter] if edit.shortcuts.drafted else []
 
 

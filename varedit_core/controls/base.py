@@ -55,7 +55,7 @@ class Knob:
 
     def checked(self, value: object) -> Value:
         """The value; numbers of numpy and torch as Python's. ValueError, saying what is allowed, for a wrong one."""
-        value = value.item() if hasattr(value, "item") else value
+        value = value.item() if hasattr(value, "item") and not getattr(value, "ndim", 0) else value
         if self.choices:
             if value not in self.choices:
                 raise ValueError(f"unknown {self.name} {value!r}; choose one of {', '.join(self.choices)}")

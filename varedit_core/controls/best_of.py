@@ -65,7 +65,8 @@ class BestOf(Control):
         best_of, best_at, stop = map(edit.spelled, ("best_of", "best_at", "stop"))
         if edit.stop < min(at, len(edit.schedule)):
             return f"{best_at} is {at} but {stop} ends the edit after {edit.stop} scales; give at most {edit.stop}"
-        if edit.greedy(range(edit.begun, min(at, edit.stop))):
+        drawn = range(edit.begun, min(at, edit.stop))
+        if drawn and edit.greedy(drawn):
             return (
                 f"{best_of} begins with several seeds, but {edit.spelled('temperature')} is 0 there, so that all are "
                 f"alike; raise that, or leave {best_of} at 1"

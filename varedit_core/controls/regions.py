@@ -40,9 +40,9 @@ class Regions(Control):
     def _weights(self, like: Tensor) -> Tensor:
         """Shares [P, R, h, w] of the regions at each latent position of a scale; beside them those of the nearest."""
         shares = area_resize(self.own, tuple(like.shape[-2:]))
+        empty = ~(shares > 0).flatten(1).any(1)  # pictures that no region touches: all count alike
+        shares = torch.where(empty[:, None, None, None], 1.0, shares)
         while not (some := shares.sum(1, keepdim=True) > 0).all():
-            if not some.any():
-                return torch.full_like(shares, 1 / shares.shape[1])
             shares = torch.where(some, shares, F.max_pool2d(shares, 3, stride=1, padding=1))
         return shares / shares.sum(1, keepdim=True)
 

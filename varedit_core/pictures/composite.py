@@ -56,6 +56,9 @@ def areas(
     whole = Image.new("L", (1, 1), 255)
     masks = [region.mask or whole for region in regions]
     made = torch.stack([torch.cat([fit_mask(mask, image.fitting) for mask in masks]) for image in fitted])
+    for number, seen in enumerate((made > 0).flatten(2).any(2).all(0).tolist(), start=1):
+        if not seen:
+            raise ValueError(f"the mask of region {number} is too small to be seen at the model's size; paint more")
     if any(region.mask is None for region in regions):
         return made, drawn, where
     size = max(image.source.size for image in fitted)

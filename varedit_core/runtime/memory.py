@@ -100,8 +100,13 @@ def as_it_fits(job: Job, memory: Memory, attempt: Callable[[Plan], T], least: in
         clearly = 0.75 * way.needed
         left = [other for other in left if other.needed < (way.needed if other.job.images == 1 else clearly)]
         if not left:
-            advice = f"; fewer than {least} regions take less, too" if least > 1 else ""
-            raise ValueError(too_large(job, memory.free(job), host, memory.movable, memory.exact) + advice)
+            budget, advice = memory.free(job), f"; fewer than {least} regions take less, too" if least > 1 else ""
+            if way.fits(budget, host):  # by its numbers there is room
+                raise ValueError(
+                    f"memory ran out {described(way)}, which takes least; free memory or use a smaller model or size"
+                    + advice
+                )
+            raise ValueError(too_large(job, budget, host, memory.movable, memory.exact) + advice)
         memory.tell(f"memory ran out {described(way)}; running {described(left[0])} instead")
 
 

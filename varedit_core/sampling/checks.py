@@ -122,9 +122,13 @@ def patch_size(transformer: TransformerConfig, autoencoder: AutoencoderConfig) -
 
 def whole_number(name: str, value: object, low: int) -> int:
     """A number of something. ValueError for one that is not whole or smaller than `low`."""
-    if not hasattr(value, "__index__") or isinstance(value, bool) or operator.index(value) < low:
+    try:
+        number = low - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = low - 1
+    if number < low:
         raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
-    return operator.index(value)
+    return number
 
 
 def checked(what: str, value: object, kind: torch.dtype, shapes: Sequence[tuple[int, ...]]) -> Tensor:

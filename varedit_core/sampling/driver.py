@@ -1,7 +1,8 @@
 """The driver: runs a batch of edits within the free memory. Library, command line and nodes use this one.
 
 It splits a batch by memory, tries the next way where memory runs out, picks the best of several candidates, and joins
-sums, tokens and confidence. A row's numbers do not depend on how the batch was split.
+sums, tokens and confidence. What a row draws with does not depend on how the batch was split; its logits are equal
+up to the rounding of matrix products of more or fewer rows.
 
 Shape suffixes: N results, P pictures, R regions, C candidates, d bits a latent position, (H, W) latent grid.
 """

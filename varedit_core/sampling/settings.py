@@ -88,10 +88,11 @@ class SamplingSettings:
 
 def _values(name: str, value: PerScale) -> tuple[float, ...]:
     try:
-        if isinstance(value, str):
+        many = hasattr(value, "__len__") and getattr(value, "ndim", 1)
+        if isinstance(value, (str, bool, dict)) or (many and not len(value)):
             raise TypeError
-        return tuple(float(v) for v in value) if hasattr(value, "__len__") else (float(value),)
-    except (TypeError, ValueError):
+        return tuple(float(v) for v in value) if many else (float(value),)
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} must be a number or a list of numbers, one a scale, got {value!r}") from None
 
 
