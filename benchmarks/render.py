@@ -33,7 +33,7 @@ PAGES = [
 
 
 def table(heading: list[str], rows: list[list[str]]) -> str:
-    lines = [heading, ["---"] * len(heading), *rows]
+    lines = [heading, ["---"] * len(heading), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -353,7 +353,7 @@ def _row(parameter) -> tuple[str, str, str]:
     elif isinstance(value, bool):
         value = "on" if value else "off"
     name = f"`{parameter.name.upper()}`" if argument else ", ".join(f"`{option}`" for option in parameter.opts)
-    text = parameter.help.replace("|", "\\|").replace("<", "&lt;")
+    text = parameter.help.replace("<", "&lt;")
     return name, f"{value:g}" if isinstance(value, float) else str(value), text
 
 
@@ -379,7 +379,7 @@ def knob_table(group: str) -> str:
     for knob in knobs(group):
         default = f"`{knob.default}`" if knob.choices else f"{knob.default:g}"
         name = f"`--{knob.name.replace('_', '-')}`, `{knob.name}`"
-        rows.append([name, values_of(knob), default, (knob.option or knob.help).replace("|", "\\|")])
+        rows.append([name, values_of(knob), default, knob.option or knob.help])
     return table(["option, input", "values", "default", "what it does"], rows)
 
 
@@ -417,7 +417,7 @@ def input_table(group: str, language: str) -> str:
         about, more = (knob.help, knob.more) if language == "en" else (knob.help_zh or knob.help, knob.more_zh)
         choices = words["choices"].format(values_of(knob, language)) if knob.choices else ""
         said = words["between"].join(filter(None, (about, choices, more)))
-        rows.append([f"`{knob.name}`", naming_nodes(said, language).replace("|", "\\|")])
+        rows.append([f"`{knob.name}`", naming_nodes(said, language)])
     return table([*words["head"]], rows)
 
 
@@ -458,7 +458,7 @@ def control_table() -> str:
         acts = kind.__call__ is not Control.__call__
         order = str(kind.order) if kind.knobs else "-"
         says = said[:1].upper() + said[1:].partition(". ")[0].rstrip(".") + "."
-        rows.append([link, order, str(kind.stage) if acts else "-", says.replace("|", "\\|")])
+        rows.append([link, order, str(kind.stage) if acts else "-", says])
     return table(["control", "`order`", "`stage`", "what it does"], rows)
 
 

@@ -51,7 +51,8 @@ def declared() -> dict:
         before = {name: sys.modules.get(name) for name in made}
         sys.modules.update(made)
         try:
-            return facts_of({node.define_schema().node_id: node.define_schema() for node in nodes_of(load_pack())})
+            schemas = (node.define_schema() for node in nodes_of(load_pack()))
+            return facts_of({schema.node_id: schema for schema in schemas})
         finally:
             unload_pack()
             for name, module in before.items():

@@ -26,6 +26,7 @@ WRONG = [
         (more, f"a mask must be a PIL image, got {kind}; open it with PIL.Image.open")
         for more, kind in (
             (dict(mask="mask.png"), "str"),
+            (dict(mask=[None]), "NoneType"),
             (dict(mask=np.ones((64, 64))), "ndarray"),
             (dict(regions=[Region("make it red", "mask.png")]), "str"),
         )

@@ -17,7 +17,7 @@ from .pictures.composite import Region, areas, check_regions, drawn_masks
 from .pictures.edited import Decoded, Edited
 from .pictures.images import FittedImage, fitting_for, load_image, to_uint8, unfit
 from .sampling.batch import EditBatch
-from .sampling.checks import facts, whole_number
+from .sampling.checks import facts, right_kinds, whole_number
 from .sampling.driver import Result
 from .sampling.results import joined
 from .sampling.scale import Scale
@@ -60,22 +60,20 @@ class Options:
         for name, one in (("regions", Region), ("steer", Callable)):  # gone through more than once
             given = getattr(self, name)
             self._set(name, (given,) if isinstance(given, one) else tuple(given or ()))
-        kinds = {"controls": Controls, "shortcuts": Shortcuts, "given": Tokens, "regions": Region, "steer": Callable}
-        kinds["features"] = Tensor
-        for name, kind in kinds.items():
+        right_kinds(vars(self))
+        for name, kind in {"given": Tokens, "features": Tensor, "regions": Region, "steer": Callable}.items():
             given = getattr(self, name)
-            wrong = [x for x in (given if isinstance(given, tuple) else [given]) if not isinstance(x, kind)]
-            if wrong and given is not None:
-                what = "functions of a scale" if kind is Callable else kind.__name__
-                raise ValueError(f"{name} must be {what}, got {type(wrong[0]).__name__}")
-
-        masks = [self.mask] if isinstance(self.mask, str | Path | Image.Image | None) else list(self.mask)
+            for one in given if isinstance(given, tuple) else [given] if given is not None else []:
+                if not isinstance(one, kind):
+                    what = "functions of a scale" if kind is Callable else kind.__name__
+                    raise ValueError(f"{name} must be {what}, got {type(one).__name__}")
         for region in self.regions:
             _words(region.instruction, "the instruction of a region")
-        for mask in (*masks, *(region.mask for region in self.regions)):
-            if not isinstance(mask, Image.Image | None):
+        if self.mask is not None:
+            self._set("mask", [self.mask] if isinstance(self.mask, str | Path | Image.Image) else list(self.mask))
+        for mask in (*(self.mask or ()), *(region.mask for region in self.regions if region.mask is not None)):
+            if not isinstance(mask, Image.Image):
                 raise ValueError(f"a mask must be a PIL image, got {type(mask).__name__}; open it with PIL.Image.open")
-        self._set("mask", masks if self.mask is not None else None)
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -210,9 +208,7 @@ def _listed(given, name: str) -> list | str | Tensor:
     """Words or text features as they are; several of them as a list."""
     if isinstance(given, (str, Tensor)):
         return given
-    if not hasattr(given, "__iter__"):
-        _words(given, name)
-    listed = list(given)
+    listed = list(given) if hasattr(given, "__iter__") else [given]
     for one in listed:
         _words(one, name)
     return listed

@@ -104,14 +104,14 @@ def planned(
 def check(cells: Sequence[Sequence[Cell]], schedule: Schedule, mask: bool = False, negative: bool = False) -> None:
     """Raise ValueError, before anything runs, for a setting or a value of an axis that counts in none of its edits
     (`registry.problems`), and where two values of an axis give the same edits."""
-    known = [[Known(schedule, cell.settings, cell.controls, NO_SHORTCUTS, mask) for cell in row] for row in cells]
+    refuse(cells, schedule, mask)
+    known = _known(cells, schedule, mask)
     said = [[problems(edit) for edit in row] for row in known]
     rows, columns = [row[0].row for row in cells], [cell.column for cell in cells[0]]
-    lines = [("", [texts for row in said for texts in row]), *zip(rows, said), *zip(columns, zip(*said))]
-    refuse(cells, schedule, mask)
+    whole = "", [texts for row in said for texts in row]
     found = dict.fromkeys(
         text
-        for label, line in lines
+        for label, line in (whole, *zip(rows, said), *zip(columns, zip(*said)))
         for text in line[0]
         if text.startswith(label and label.split()[0] + " ") and all(text in other for other in line)
     )
@@ -132,8 +132,13 @@ def check(cells: Sequence[Sequence[Cell]], schedule: Schedule, mask: bool = Fals
 
 def refuse(cells: Sequence[Sequence[Cell]], schedule: Schedule, mask: bool = False) -> None:
     """Raise ValueError, before anything runs, for a cell whose settings do not go together."""
-    for cell in (cell for row in cells for cell in row):
-        registry.check(Known(schedule, cell.settings, cell.controls, NO_SHORTCUTS, mask))
+    for row in _known(cells, schedule, mask):
+        for edit in row:
+            registry.check(edit)
+
+
+def _known(cells: Sequence[Sequence[Cell]], schedule: Schedule, mask: bool) -> list[list[Known]]:
+    return [[Known(schedule, cell.settings, cell.controls, NO_SHORTCUTS, mask) for cell in row] for row in cells]
 
 
 def _acts(cell: Cell, schedule: Schedule) -> tuple:

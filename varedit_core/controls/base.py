@@ -135,8 +135,11 @@ class Control:
 
     @classmethod
     def idle(cls, edit: Known) -> str:
-        """A sentence, saying what to change, where its knobs are set but would do nothing; else an empty text. `needs`
-        and `scales` of a knob are checked by `registry.problems`."""
+        """A sentence, saying what to change, where its knobs are set but would do nothing; else an empty text.
+
+        It begins with the knob's name (`edit.spelled`), by which a sweep knows whose it is. `needs` and `scales` of a
+        knob are checked by `registry.problems`.
+        """
         return ""
 
     @classmethod

@@ -131,14 +131,12 @@ def whole_number(name: str, value: object, low: int) -> int:
     return number
 
 
-def checked(what: str, value: object, kind: torch.dtype, shapes: Sequence[tuple[int, ...]]) -> Tensor:
-    """A tensor of one of these shapes and this type (booleans, or numbers as given). ValueError for any other."""
-    if not isinstance(value, Tensor) or (value.dtype == torch.bool) != (kind == torch.bool):
+def checked(what: str, value: object, boolean: bool, shapes: Sequence[tuple[int, ...]]) -> Tensor:
+    """A tensor of one of these shapes, boolean or of numbers. ValueError for any other."""
+    if not isinstance(value, Tensor) or (value.dtype == torch.bool) != boolean:
         found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"{what} must be {'boolean' if kind == torch.bool else 'numbers'}, got {found}"
-            + ("; compare your values with a threshold first" if kind == torch.bool else "")
-        )
+        wanted, advice = ("boolean", "; compare your values with a threshold first") if boolean else ("numbers", "")
+        raise ValueError(f"{what} must be {wanted}, got {found}{advice}")
     if tuple(value.shape) not in shapes:
         raise ValueError(f"{what} must be of the shape {' or '.join(map(str, shapes))}, got {tuple(value.shape)}")
     return value

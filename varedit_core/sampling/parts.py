@@ -37,9 +37,13 @@ def part_of(batch: EditBatch, pictures: slice = slice(None), copies: slice = sli
 
 def moved(batch: EditBatch, device) -> EditBatch:
     """The same with its features and other large tensors on a device."""
-    moved = {name: getattr(batch, name) for name in ("features", "source_total")}
-    moved = {name: None if x is None else x.to(device) for name, x in moved.items()}
-    return replace(batch, **moved, prefix=[bits.to(device) for bits in batch.prefix])
+    total = batch.source_total
+    return replace(
+        batch,
+        features=batch.features.to(device),
+        source_total=None if total is None else total.to(device),
+        prefix=[bits.to(device) for bits in batch.prefix],
+    )
 
 
 def slices(count: int, at_once: int) -> list[slice]:

@@ -75,7 +75,7 @@ class Scale:
             raise ValueError(
                 f"the bits of scale {self.index + 1} are drawn already; change log_odds before reading bits"
             )
-        self._log_odds = checked("log_odds", value, torch.float32, [tuple(self._log_odds.shape)])
+        self._log_odds = checked("log_odds", value, False, [tuple(self._log_odds.shape)])
 
     def on_grid(self, x_BnD: Tensor) -> Tensor:
         """A value a token bit [B, tokens, token bits] -> the same on the latent grid [B, d, h, w]."""
@@ -99,7 +99,7 @@ class Scale:
 
     @bits.setter
     def bits(self, value: Tensor) -> None:
-        value = checked("bits", value, torch.bool, [tuple(self.log_odds.shape)])
+        value = checked("bits", value, True, [tuple(self.log_odds.shape)])
         self._bits, self._sum = self._within(value.to(self.log_odds.device)), None
 
     @property
@@ -114,8 +114,8 @@ class Scale:
         assigned. What is locked at the finest scale, or not in `edited` there, becomes the source's tokens exactly."""
         size = self._log_odds.shape
         shapes = [(rows, bits, *size[2:]) for rows in {size[0], 1} for bits in {size[1], 1}]
-        for mask in (free, edited if self.last and edited is not None else free):
-            checked("a lock", mask, torch.bool, shapes)
+        for mask in (free,) if edited is None or not self.last else (free, edited):
+            checked("a lock", mask, True, shapes)
         self.free = free if self.free is None else self.free & free
         if self.last:
             free = free if edited is None else free & edited
