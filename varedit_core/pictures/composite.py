@@ -28,11 +28,10 @@ class Region:
     mask: Any = None
 
 
-def drawn_masks(mask: Image.Image | Sequence[Image.Image] | None, pictures: int) -> list[Image.Image] | None:
+def drawn_masks(masks: list[Image.Image] | None, pictures: int) -> list[Image.Image] | None:
     """A mask for each picture. ValueError for another number of them."""
-    if mask is None:
+    if masks is None:
         return None
-    masks = [mask] if isinstance(mask, Image.Image) else list(mask)
     if len(masks) not in (1, pictures):
         raise ValueError(f"there are {len(masks)} masks for {pictures} pictures; give one, or one for each")
     return masks if len(masks) == pictures else masks * pictures

@@ -1,6 +1,6 @@
 """Why it is fast and why it fits: graphs, kernels, KV caches, plans. The model can be understood without it.
 
-Importing any of it replaces the networks' operations by the runtime's faster forms (`functional.REPLACEMENTS`). Each
+Importing any of it replaces the networks' operations by the runtime's faster forms (`replaceable.REPLACEMENTS`). Each
 runs only where it can; everywhere else the plain one does.
 """
 
