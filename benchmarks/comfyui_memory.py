@@ -12,11 +12,8 @@ which of torch's allocators is used, `backend:native` or `backend:cudaMallocAsyn
 from __future__ import annotations
 
 import argparse
-import asyncio
 import gc
-import importlib.util
 import json
-import os
 import sys
 import threading
 import time
@@ -24,55 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import GB, ROOT, device_name, finish, fresh, parsed, parser
-
-FILES = {
-    "diffusion_models": "8B-random.safetensors",
-    "vae": "vae-random.safetensors",
-    "text_encoders": "t5-random.safetensors",
-}
-
-ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
-"""The environment variable in which ComfyUI chooses torch's allocator."""
-KINDS = ("static", "dynamic", "lowvram", "novram", "deterministic")
-"""ComfyUI's ways to manage memory: layers moved before the run, layers streamed as they come, and its flags;
-deterministic is static with convolutions that cannot choose their algorithm by free memory."""
-
-
-def write(folder: Path, depth: int, width: int, text: int, vae: str) -> None:
-    """Random weights in bf16 (the VAE in fp32), under the published keys. vae: the model of `bench.models` of whose
-    sizes the VAE is."""
-    import torch
-    from safetensors.torch import save_file
-
-    from benchmarks.real_size import published_shapes, random_tensor
-    from varedit_core.bench.models import MODELS
-    from varedit_core.files.checkpoints import Unfilled
-    from varedit_core.text.t5 import T5Config, T5Encoder
-    from varedit_core.tokenizer.vae import Autoencoder
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    for name in FILES:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    shapes = published_shapes(depth, width, max(1, width // 128), 56, text)
-    state = {key: random_tensor(key, shape, device).bfloat16().cpu() for key, shape in shapes.items()}
-    save_file(state, folder / "diffusion_models" / FILES["diffusion_models"])
-    del state
-    torch.manual_seed(1)
-    save_file(Autoencoder(MODELS[vae].autoencoder).state_dict(), folder / "vae" / FILES["vae"])
-    sizes = dict(
-        head_size=64, hidden=text * 5 // 2, layers=24 if depth > 8 else 2, heads=max(1, text // 64), gated=True
-    )
-    with Unfilled():
-        shapes = T5Encoder(T5Config(32128, text, **sizes), device="meta").state_dict()
-    state = {
-        key: (torch.ones(t.shape) if "norm" in key else torch.randn(t.shape, device=device) * t.shape[-1] ** -0.5)
-        .bfloat16()
-        .cpu()
-        for key, t in shapes.items()
-    }
-    save_file(state, folder / "text_encoders" / FILES["text_encoders"])
+from benchmarks.comfyui import FILES, KINDS, start_comfyui, write
+from benchmarks.common import GB, device_name, finish, fresh, parsed, parser
 
 
 class Peak:
@@ -98,51 +48,6 @@ class Peak:
         self.over.set()
         self.watcher.join()
         return self.least
-
-
-def start_comfyui(folder: Path, comfyui: Path, kind: str = "static"):
-    """ComfyUI's modules as main.py sets them up, and the pack's nodes by name. kind: of KINDS."""
-    dynamic = kind == "dynamic"
-    sys.path[:] = [
-        str(comfyui),
-        *(path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "benchmarks")),
-    ]
-    from comfy.cli_args import args
-
-    if ALLOCATOR not in os.environ:
-        import cuda_malloc  # noqa: F401  sets the variable as main.py does, in time if torch was not imported before
-    args.cuda_malloc = "cudaMallocAsync" in os.environ.get(ALLOCATOR, "")
-    import torch
-
-    args.cpu = not torch.cuda.is_available()
-    args.lowvram, args.novram = kind == "lowvram", kind == "novram"
-    if dynamic:
-        import comfy_aimdo.control
-
-        comfy_aimdo.control.init()
-    import comfy.memory_management
-    import comfy.model_management as mm
-    import comfy.model_patcher
-    import folder_paths
-
-    if dynamic:
-        devices = [(d.index, int(args.vram_headroom * 1024**3)) for d in mm.get_all_torch_devices()]
-        assert comfy_aimdo.control.init_devices(devices), "comfy-aimdo does not work here"
-        comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
-        comfy.memory_management.aimdo_enabled = True
-    for name in FILES:
-        folder_paths.add_model_folder_path(name, str(folder / name))
-    location = {"submodule_search_locations": [str(ROOT)]}
-    spec = importlib.util.spec_from_file_location("varedit_pack", ROOT / "__init__.py", **location)
-    sys.modules[spec.name] = pack = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pack)
-
-    async def listed():
-        extension = await pack.comfy_entrypoint()
-        await extension.on_load()
-        return await extension.get_node_list()
-
-    return {node.__name__: node for node in asyncio.run(listed())}
 
 
 def compared(folder: Path, size: str, **tensors) -> dict:

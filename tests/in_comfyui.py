@@ -31,7 +31,7 @@ class Probe:
     """The pack's nodes by name, the demo model's parts, and an edit by them."""
 
     def __init__(self, scratch: Path) -> None:
-        from benchmarks.comfyui_memory import start_comfyui
+        from benchmarks.comfyui import start_comfyui
 
         self.scratch, self.nodes = scratch, start_comfyui(scratch, Path.cwd())
         sys.path.append(str(ROOT))  # the library, as it is used without ComfyUI
@@ -916,7 +916,7 @@ class Probe:
 
     def layers(self) -> dict:
         """What our casting layers add to ComfyUI's."""
-        from varedit_pack.nodes.adapters.state import Casting
+        from varedit_pack.nodes.adapters.layers import Casting
         from varedit_pack.varedit_core.runtime.folded_text import matrix
 
         torch = self.torch
@@ -926,7 +926,7 @@ class Probe:
         x, run = torch.randn(2, 3, 8), {}
         expected = torch.nn.functional.gelu(layer(x), approximate="tanh")
         run["gelu"] = torch.equal(layer.gelu(x), expected)
-        fused = sys.modules["varedit_pack.nodes.adapters.state"]
+        fused = sys.modules["varedit_pack.nodes.adapters.layers"]
         real = fused.fuses_gelu, fused.linear_gelu
         fused.fuses_gelu = lambda *_: True
         fused.linear_gelu = lambda x, w, b: torch.nn.functional.gelu(
@@ -948,20 +948,24 @@ class Probe:
 
     def recording(self) -> dict:
         """When passes may be recorded, and an edit in the form that it has then, only that nothing is recorded here."""
-        from varedit_pack.nodes.adapters.model import lies_still, load_model, unchanged
+        from varedit_pack.nodes.adapters.model import load_model, unchanged
         from varedit_pack.varedit_core.runtime.folded_text import FoldedText
         from varedit_pack.varedit_core.runtime.workspace import Workspace
 
+        def still(model) -> bool:
+            with model.model.holder(model.load_device).hold(model, float("inf")) as hold:
+                return hold.whole
+
         torch, file = self.torch, DEMO / "diffusion_models" / "varedit_demo.safetensors"
         self.sample()
-        found = {"still": [lies_still(self.model)]}
+        found = {"still": [still(self.model)]}
         for share in (1.0, 0.5):
             model = load_model(file)
             model.load_device = torch.device("meta")
             model.patch_model(
                 model.load_device, lowvram_model_memory=int(model.model_size() * share) if share < 1 else 0
             )
-            found["still"].append(lies_still(model))
+            found["still"].append(still(model))
         wrapped, injected, overridden, plain = (self.model.clone() for _ in range(4))
         wrapped.add_wrapper_with_key("apply_model", "x", lambda executor, *args: executor(*args))
         injected.set_injections("x", [])

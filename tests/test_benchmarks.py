@@ -10,11 +10,11 @@ import pytest
 from support import ROOT
 
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
-IN_COMFYUI = ("comfyui_memory",)
+SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "comfyui"))
+IN_COMFYUI = ("comfyui_memory", "comfyui_speed")
 """Scripts that ComfyUI's Python runs."""
 FOLDERS = {
-    "comfyui_memory": "--folder", "control_pictures": "--folder", "library_memory": "--pictures",
+    "comfyui_memory": "--folder", "comfyui_speed": "--folder", "control_pictures": "--folder", "library_memory": "--pictures",
     "real_size": "--folder", "render": "--folder",
 }  # fmt: skip
 """Where scripts take a folder for what they write beside their result."""
@@ -91,11 +91,11 @@ def test_a_tiny_result_says_what_the_record_says(ran, name):
     assert not any(lacking.values()), lacking
 
 
-@pytest.mark.parametrize("name", ["comfyui_memory", "library_memory"])
+@pytest.mark.parametrize("name", ["comfyui_memory", "comfyui_speed", "library_memory"])
 def test_no_case_of_a_tiny_run_failed(ran, name):
     cases = ran(name)["cases"]
     assert cases and not [case["failed"] for case in cases if "failed" in case]
-    assert all(case["seconds"] for case in cases)
+    assert all(case.get("seconds") or case["all"] for case in cases)
 
 
 def test_a_case_that_fails_says_why(tmp_path):

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import comfy.model_management as mm
 import comfy.model_patcher
 from torch import nn
 
 from ...varedit_core.model.transformer import Transformer
-from ...varedit_core.runtime.graphs import State
 from ...varedit_core.runtime.workspace import Shape, Workspace
+from .holding import Hold
 
 
 class Weights:
@@ -23,27 +24,32 @@ class Weights:
 
     def __init__(self) -> None:
         self.patches: Hashable = None
-        self.places = State()
-        self.recorded = False
+        self.places: Hashable = None
 
     def __call__(self, transformer: Transformer) -> Hashable:
-        return self.patches, self.places(transformer) if self.recorded else None
+        return self.patches, self.places
+
+
+class Memory(Protocol):
+    """What keeps memory of a device between runs of a graph."""
+
+    nbytes: int
+    busy: bool
+
+    def forget(self) -> object: ...
 
 
 class VAREditWorkspace(nn.Module):
-    """What a keeper's patcher wraps: a name for ComfyUI's log."""
+    """What a patcher here wraps: a name for ComfyUI's log."""
 
 
-class Keeper(comfy.model_patcher.ModelPatcher):
-    """A workspace as one of ComfyUI's loaded models.
+class Listed(comfy.model_patcher.ModelPatcher):
+    """Memory that stays as one of ComfyUI's loaded models. work: what keeps it, and owns nothing of which this
+    knows."""
 
-    The network that owns it owns nothing of which this knows, so that both end when the last node lets go of a model.
-    """
-
-    def __init__(self, device) -> None:
+    def __init__(self, device, work: Memory) -> None:
         super().__init__(VAREditWorkspace(), device, device)
-        self.state = Weights()
-        self.work = Workspace(state=self.state)
+        self.work = work
 
     def loaded_size(self) -> int:
         return self.work.nbytes
@@ -64,6 +70,22 @@ class Keeper(comfy.model_patcher.ModelPatcher):
             self.work.forget()
         return self.model
 
+    def list(self) -> None:
+        """Let ComfyUI know of it."""
+        if self not in mm.loaded_models():
+            mm.load_models_gpu([self])
+
+
+class Keeper(Listed):
+    """A workspace as one of ComfyUI's loaded models.
+
+    The network that owns it owns nothing of which this knows, so that both end when the last node lets go of a model.
+    """
+
+    def __init__(self, device) -> None:
+        self.state = Weights()
+        super().__init__(device, Workspace(state=self.state))
+
     def prepare(self, patches: Hashable, shape: Shape | None) -> None:
         """Free all that the next edit cannot use. shape: of the edit; None: it has another workspace."""
         held = self.work.shape
@@ -82,10 +104,12 @@ class Keeper(comfy.model_patcher.ModelPatcher):
         mm.load_models_gpu(models, memory_required=needed - held)
         if self.work.nbytes < held:  # it had to make way, and so needs as much again
             mm.load_models_gpu(models, memory_required=needed)
-        if listed and self not in mm.loaded_models():
-            mm.load_models_gpu([self])
+        if listed:
+            self.list()
 
-    def workspace(self, recorded: bool) -> Workspace:
-        """The workspace for the next edit. recorded: whether its passes may be."""
-        self.state.recorded = self.work.record = recorded
+    def workspace(self, hold: Hold) -> Workspace:
+        """The workspace for the next edit. hold: of the weights; where all of them stand still passes may be
+        recorded."""
+        self.work.record = hold.whole
+        self.state.places = hold.places if hold.whole else None
         return self.work

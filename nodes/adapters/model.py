@@ -16,8 +16,9 @@ from ...varedit_core.defaults import KINDS
 from ...varedit_core.files.checkpoints import TRANSFORMER, blank, canonical, checked_kind
 from ...varedit_core.files.weights import WeightError
 from ...varedit_core.model.transformer import Transformer
+from .holding import Holder
 from .keeping import Keeper
-from .state import Casting, Layers, fill, is_quantised, main_dtype, open_file, parameters, patcher_of, plain
+from .state import Layers, fill, is_quantised, main_dtype, open_file, parameters, patcher_of, plain
 
 DTYPES = [torch.bfloat16, torch.float32]
 """What the blocks may compute in; fp16 overflows in the residual branches of the published weights' kind."""
@@ -34,6 +35,7 @@ class VAREditModel(nn.Module):
         self.stored, self.manual_cast_dtype = stored, transformer.dtype
         self.device = None
         self._keeper: Keeper | None = None
+        self._holder: Holder | None = None
 
     def get_dtype(self) -> torch.dtype:
         return self.stored
@@ -58,6 +60,12 @@ class VAREditModel(nn.Module):
             self._keeper = Keeper(device)
         return self._keeper
 
+    def holder(self, device: torch.device) -> Holder:
+        """What makes the weights stand still on a device."""
+        if self._holder is None or self._holder.device != device:
+            self._holder = Holder(self.diffusion_model, device)
+        return self._holder
+
     def run(self, loop: Callable[[Transformer], Tensor], patcher) -> Tensor:
         """A loop over the transformer inside the wrappers that stock nodes put around a model's call."""
         executor, wrappers = comfy.patcher_extension.WrapperExecutor, wrappers_of(patcher)
@@ -76,14 +84,6 @@ def unchanged(patcher) -> bool:
     """Whether nodes changed nothing of a model but its weights, whose patches ComfyUI tells apart."""
     attention = "optimized_attention_override" in patcher.model_options["transformer_options"]
     return not (attention or wrappers_of(patcher) or patcher.injections or patcher.object_patches)
-
-
-def lies_still(patcher) -> bool:
-    """Whether every weight lies on the device as it is used, until ComfyUI unloads the model."""
-    network = patcher.model
-    plain = isinstance(network.diffusion_model.blocks[0].sa.mat_qkv, Casting.Linear)
-    placed = (x.device == patcher.load_device for part in (network.parameters(), network.buffers()) for x in part)
-    return plain and not (patcher.is_dynamic() or patcher.weight_wrapper_patches) and all(placed)
 
 
 def load_model(path: Path, precision: str = "auto", disable_dynamic: bool = False, kind: str = KINDS[0]):

@@ -73,7 +73,7 @@ def encode_source(vae, image: Tensor, area: str, method: str) -> dict:
         raise ValueError("there is no picture to edit; connect at least one")
     fitted = [fit(load_image(to_pillow(one)), area, method) for one in image]
     # One by one, as the library does: convolutions of a batch round differently.
-    features = torch.cat([vae.encode(_as_image(one.pixels)) for one in fitted])
+    features = torch.cat([vae.encode_pixels(_levels_of(one.pixels)) for one in fitted])
     _defined(features, "the encoded picture", "the VAE's weights are damaged; load or convert them again")
     return {"samples": features, KEY: Origin(fitted[0].fitting, vae.colours)}
 
@@ -205,9 +205,9 @@ def fitting_of(samples: Tensor, stride: int) -> Fitting:
     return Fitting.exact(schedule)
 
 
-def _as_image(pixels_B3HW: Tensor) -> Tensor:
-    """8-bit pixels in [-1, 1] as an IMAGE of exactly the same levels."""
-    return ((pixels_B3HW + 1) * 127.5).round().movedim(1, -1) / 255
+def _levels_of(pixels_13HW: Tensor) -> Tensor:
+    """8-bit levels [3, y, x] of one fitted picture in [-1, 1]."""
+    return ((pixels_13HW[0] + 1) * 127.5).round().to(torch.uint8)
 
 
 def _samples(vae: VAREditVAE, latent: dict) -> Tensor:
@@ -223,9 +223,12 @@ def _samples(vae: VAREditVAE, latent: dict) -> Tensor:
 
 def _levels(vae: VAREditVAE, latent_dHW: Tensor) -> Tensor:
     """8-bit levels [3, y, x] of one latent, truncated as in the published code."""
-    pixels = vae.decode(latent_dHW[None])[0].movedim(-1, 0)
-    _defined(pixels, "the decoded picture", "the VAE's weights are damaged; load or convert them again")
-    return (pixels.float() * 255).clamp(0, 255).to(torch.uint8)
+    levels, defined = vae.decode_pixels(latent_dHW)
+    if not defined:
+        raise ValueError(
+            "the decoded picture holds undefined numbers; the VAE's weights are damaged; load or convert them again"
+        )
+    return levels
 
 
 def _drawn(mask: Tensor, edits: int, image: Tensor | None, tell: Callable[[str], None]) -> list[Image.Image] | None:

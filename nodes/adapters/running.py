@@ -7,7 +7,7 @@ The driver of `varedit_core` runs them, with the memory, attention and progress 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -34,8 +34,9 @@ from ...varedit_core.sampling.scale import Scale
 from ...varedit_core.sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from ...varedit_core.sampling.tokens import Tokens
 from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS, schedule_for
+from .holding import Hold
 from .keeping import Keeper
-from .model import VAREditModel, checked_model, lies_still, unchanged
+from .model import VAREditModel, checked_model, unchanged
 from .pictures import KEY, Origin, fitted_mask, fitting_of, region_area, scale_picture, tokens_in, unfitted_mask
 from .text_encoder import Texts
 from .vae import VAREditVAE, checked_vae
@@ -182,19 +183,48 @@ class ComfyMemory:
         stays = plain and unchanged(model) and _may_stay(model, job, self.free(job))
         keeper = network.keeper(model.load_device)
         keeper.prepare(model.patches_uuid, _shape(job, min(self.copies, job.images), network) if stays else None)
-        # In one call, so that the models do not push each other out.
-        loaded = [*self.models, *([self.vae.patcher] if self.vae else [])]
-        keeper.load(loaded, plan.needed + self.beside + stays * kept_bytes(job), listed=stays)
-        work = keeper.workspace(lies_still(model)) if stays else _workspace(plan)
         options = model.model_options["transformer_options"]
         attend = attention_of(options, network.diffusion_model.config.head_size, job.dtype, model.load_device)
+        models = self.models[: 1 + drafts]
+        with ExitStack() as stack:
+            # Sets the current one of several GPUs; ComfyUI has it since 0.23.
+            stack.enter_context(getattr(mm, "cuda_device_context", nullcontext)(model.load_device))
+            holds = [self._again(keeper, job)] if stays and len(models) == 1 and not self.vae else [None]
+            if holds[0] is None:
+                holds = self._loaded(keeper, plan, models, stays)
+            for hold in holds:
+                stack.enter_context(hold)
+            work = keeper.workspace(holds[0]) if stays else _workspace(plan)
 
-        def inside(*networks: Transformer) -> T:
-            return loop(engine_of(networks, [work, _workspace(plan)], attend))
+            def inside(*networks: Transformer) -> T:
+                return loop(engine_of(networks, [work, _workspace(plan)], attend))
 
-        # Sets the current one of several GPUs; ComfyUI has it since 0.23.
-        with getattr(mm, "cuda_device_context", nullcontext)(model.load_device):
-            return _inside(self.models[: 1 + drafts], inside)
+            return _inside(models, inside)
+
+    def _again(self, keeper: Keeper, job: Job) -> Hold | None:
+        """The weights as the last edit left them, where they and the workspace are as they were and the rest fits
+        beside them: there is nothing to load."""
+        kept = keeper.work.shape is not None and keeper in mm.loaded_models()
+        if not kept or mm.get_free_memory(self.model.load_device) < job.activations():
+            return None
+        return checked_model(self.model).holder(self.model.load_device).again(self.model)
+
+    def _loaded(self, keeper: Keeper, plan: Plan, models: Sequence, stays: bool) -> list[Hold]:
+        """Models and the preview's VAE loaded, with room for the edit beside them, and the models' weights, as far as
+        there is room."""
+        # In one call, so that the models do not push each other out.
+        loaded = [*self.models, *([self.vae.patcher] if self.vae else [])]
+        keeper.load(loaded, plan.needed + self.beside + stays * kept_bytes(plan.job), listed=stays)
+        room, holds = self.free(plan.job) - plan.needed - stays * kept_bytes(plan.job), []
+        try:
+            for model in models:
+                holds.append(checked_model(model).holder(model.load_device).hold(model, room))
+                room -= model.model_size()
+        except BaseException:
+            for hold in holds:
+                hold.release()
+            raise
+        return holds
 
     def ran_out(self, error: Exception) -> bool:
         try:

@@ -13,12 +13,11 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...varedit_core.files.checkpoints import expected, quantised
 from ...varedit_core.files.weights import SAFETENSORS, WeightError, Weights, open_weights
-from ...varedit_core.runtime.layers import fuses_gelu, linear_gelu
+from .layers import Casting
 
 
 def open_file(path: Path) -> Weights:
@@ -66,28 +65,6 @@ def patcher_of(network: nn.Module, device, offload, disable_dynamic: bool):
     # Looked up here: ComfyUI exchanges the class when it starts.
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     return kind(network, load_device=device, offload_device=offload)
-
-
-class Casting(comfy.ops.manual_cast):
-    """ComfyUI's casting layers; a linear one also takes the activation behind it along, and shows its matrix."""
-
-    class Linear(comfy.ops.manual_cast.Linear):
-        def gelu(self, x: Tensor) -> Tensor:
-            """GELU(tanh) of the layer's result."""
-            if not fuses_gelu(x, self.bias):
-                return F.gelu(self(x), approximate="tanh")
-            comfy.ops.run_every_op()
-            weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
-            y = linear_gelu(x, weight, bias)
-            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-            return y
-
-        def matrix(self, dtype: torch.dtype) -> Tensor | None:
-            """The weight [out, in] where it is what the layer multiplies with; None where ComfyUI moves, casts or
-            patches it first."""
-            changed = self.weight_function or self.bias_function
-            moved = hasattr(self, "_v") or hasattr(self, "prev_comfy_cast_weights")
-            return None if changed or moved or self.weight.dtype != dtype else self.weight
 
 
 class Layers:

@@ -2,55 +2,85 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Hashable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 from weakref import ref
 
 import comfy.model_management as mm
-import comfy.ops
 import comfy.sd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...varedit_core.coder import RECORDED_SIDE
 from ...varedit_core.files.checkpoints import TOKENIZER, blank, canonical
 from ...varedit_core.files.weights import WeightError
 from ...varedit_core.pictures.preview import ColourMap, fit_colours
-from ...varedit_core.runtime.kernels import fuses_pictures, group_norm_silu
+from ...varedit_core.runtime.graphs import Recorder
 from ...varedit_core.tokenizer.vae import Autoencoder
+from .holding import Holder
+from .keeping import Listed
+from .layers import Casting
 from .state import fill, open_file, patcher_of, plain
 
+T = TypeVar("T")
 # Bytes a pixel of the finest level takes, by the widths of the published VAE (ComfyUI's figures for its like).
 _ENCODE, _DECODE, _STEM = 1767, 2178, 128
 
 
-class Layers(comfy.ops.manual_cast):
-    """ComfyUI's layers; a group norm can take the activation behind it along, a convolution leave its bias to it."""
-
-    class Conv2d(comfy.ops.manual_cast.Conv2d):
-        def apart(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-            """The convolution without its bias, and the bias, where kernels run that add it in passing; else with
-            it."""
-            if not fuses_pictures(x):
-                return self(x), None
-            comfy.ops.run_every_op()
-            weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
-            y, kept = self._conv_forward(x, weight, None), bias.clone()  # its own memory is lent
-            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-            return y, kept
-
-    class GroupNorm(comfy.ops.manual_cast.GroupNorm):
-        def silu(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
-            """SiLU of the norm of [B, C, H, W] + offset [C]."""
-            comfy.ops.run_every_op()
-            weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
-            y = group_norm_silu(x, self.num_groups, weight, bias, self.eps, offset)
-            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-            return y
-
-
 class VAREditAutoencoder(Autoencoder):
-    """The VAE where ComfyUI has memory in hand: it makes room beforehand and has tiles of its own."""
+    """The VAE where ComfyUI has memory in hand: it makes room beforehand and has tiles of its own. Weights stand still
+    within a call. patcher: ComfyUI's, once there is one."""
 
-    decode = Autoencoder.decode.plain
+    patcher: Callable[[], object] = staticmethod(lambda: None)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self._held(self.encoder, super().encode, pixels)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._held(self.decoder, partial(Autoencoder.decode.plain, self), latents)
+
+    def holder(self, part: nn.Module, device: torch.device) -> Holder:
+        """What makes the weights of encoder or decoder stand still on a device."""
+        kept, place = vars(self).setdefault("holders", {}), (part, device)
+        if place not in kept:
+            kept[place] = Holder(part, device)
+        return kept[place]
+
+    def _held(self, part: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        patcher = self.patcher()
+        if patcher is None or x.device != patcher.load_device:  # a node may have moved it elsewhere
+            return function(x)
+        holder = self.holder(part, patcher.load_device)
+        if holder.busy:
+            return function(x)
+        with holder.hold(patcher, math.inf):
+            return function(x)
+
+
+class Recorded:
+    """Encoder and decoder of small pictures as recorded work, which stays between runs of a graph."""
+
+    busy = False
+
+    def __init__(self, network: VAREditAutoencoder) -> None:
+        self.places: dict[nn.Module, Hashable] = {}
+        most, stride = RECORDED_SIDE**2, network.config.stride
+        self.encode = Recorder(network.encoder, network.encode, 3 * most, self.places.get)
+        self.decode = Recorder(
+            network.decoder, network.decode, network.config.bits * most // stride**2, self.places.get
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return self.encode.recordings.nbytes + self.decode.recordings.nbytes
+
+    def forget(self) -> None:
+        self.encode.forget()
+        self.decode.forget()
 
 
 class VAREditVAE(comfy.sd.VAE):
@@ -79,14 +109,68 @@ class VAREditVAE(comfy.sd.VAE):
         self.decode_dtype = allowed if allowed == torch.bfloat16 else torch.float32
         self.output_device = mm.intermediate_device()
         offload = mm.vae_offload_device()
-        self.first_stage_model = VAREditAutoencoder(config, Layers, self.vae_dtype, offload, self.decode_dtype)
+        self.first_stage_model = VAREditAutoencoder(config, Casting, self.vae_dtype, offload, self.decode_dtype)
         self.patcher = patcher_of(self.first_stage_model, self.device, offload, disable_dynamic)
+        self.first_stage_model.patcher = ref(self.patcher)
         fill(self.first_stage_model, weights, self.decode_dtype, self.patcher.is_dynamic())
-        self.colours = Colours(self)
+        self.colours, self._narrow = Colours(self), None
+        self.recorded = Recorded(self.first_stage_model)
+        self.listed = Listed(self.device, self.recorded)
 
     @property
     def stride(self) -> int:
         return self.upscale_ratio
+
+    def encode_pixels(self, pixels_3HW: Tensor) -> Tensor:
+        """Unquantised features [1, d, h, w] of 8-bit levels of a size that the stride divides, on the device between
+        nodes."""
+        network, (_, height, width) = self.first_stage_model, pixels_3HW.shape
+        if self._narrow is None:
+            self._narrow = torch.arange(256).float() / 127.5 - 1  # on the CPU, as `images.fit` does: GPUs round it off
+
+        def encoded() -> Tensor:
+            levels = pixels_3HW.to(self.device).int()
+            features = self.recorded.encode(self._narrow.to(self.device)[levels][None])
+            return features.to(self.output_device, mm.intermediate_dtype())
+
+        needed = self.memory_used_encode((1, 3, height, width), self.vae_dtype)
+        features = self._at_once(network.encoder, needed, encoded)
+        return self.encode(pixels_3HW.movedim(0, -1)[None].float() / 255) if features is None else features
+
+    def decode_pixels(self, latent_dHW: Tensor) -> tuple[Tensor, bool]:
+        """8-bit levels [3, y, x] of a latent in host memory, truncated as in the published code, and whether all of
+        the picture's numbers are defined."""
+
+        def levels(pixels: Tensor) -> tuple[Tensor, bool]:
+            defined = pixels.isfinite().all()
+            return (pixels.float() * 255).clamp(0, 255).to(torch.uint8).cpu(), bool(defined)
+
+        def decoded() -> tuple[Tensor, bool]:
+            return levels(self.process_output(self.recorded.decode(latent_dHW[None].to(self.device, torch.float32)))[0])
+
+        needed = self.memory_used_decode((1, *latent_dHW.shape), self.vae_dtype)
+        found = self._at_once(self.first_stage_model.decoder, needed, decoded)
+        return levels(self.decode(latent_dHW[None])[0].movedim(-1, 0)) if found is None else found
+
+    def _at_once(self, part: nn.Module, needed: float, work: Callable[[], T]) -> T | None:
+        """The result of work with the weights of encoder or decoder as the last picture left them; None where ComfyUI
+        has to load them, or memory ran out. needed: bytes beside them."""
+        if mm.is_device_cpu(self.device) or mm.get_free_memory(self.device) < needed:
+            return None
+        hold = self.first_stage_model.holder(part, self.device).again(self.patcher)
+        if hold is None:
+            return None
+        try:
+            with hold, getattr(mm, "cuda_device_context", nullcontext)(self.device):
+                self.recorded.places[part] = self.patcher.patches_uuid, hold.places
+                result = work()
+            if self.recorded.nbytes:
+                self.listed.list()
+            return result
+        except Exception as error:
+            mm.raise_non_oom(error)
+        self.recorded.forget()  # outside the handler, which holds what there was
+        return None
 
 
 class Colours:

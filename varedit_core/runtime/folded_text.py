@@ -75,10 +75,10 @@ class FoldedText:
         for row in range(len(keys)):
             torch.bmm(keys[row] * scale, query_HDC, out=self.keys[row].unflatten(0, (heads, length)))
             torch.bmm(values[row], result_HDC, out=self.values[row].unflatten(0, (heads, length)))
-        bias = keys.float() @ layer.mat_q.bias.float().unflatten(0, (heads, size))[:, :, None]
+        bias = keys.float() @ offset(layer.mat_q).float().unflatten(0, (heads, size))[:, :, None]
         self.bias.copy_(bias.mul_(scale).flatten(1))
         # The weights of each head sum to 1: a share of the bias in every head's values adds it once.
-        self.values.add_(layer.proj.bias / heads)
+        self.values.add_(offset(layer.proj) / heads)
 
 
 def counted(condition: Condition) -> Condition:
@@ -149,6 +149,12 @@ def matrix(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
     """A linear layer's weight [out, in] in a type, where the layer is one that shows it; None where it is not."""
     shown = getattr(layer, "matrix", None)
     return shown(dtype) if shown and layer.bias is not None else None
+
+
+def offset(layer: nn.Module) -> Tensor:
+    """The bias that belongs to `matrix`."""
+    shown = getattr(layer, "offset", None)
+    return shown() if shown else layer.bias
 
 
 def _repeat(x: Tensor, kept: Tensor) -> None:

@@ -1,7 +1,8 @@
 """Functions recorded as CUDA graphs: many small kernels wait for their launches, a graph is launched once.
 
 Knows tensors and streams only. What a graph reads by address (weights, stores) must stay where it is: whoever records
-compares `State` before every replay and records anew where something has moved.
+compares `State` before every replay and records anew where something has moved. Under CUDA's own allocator
+(`cudaMallocAsync`) what a graph makes is given back within it, and a recording that fails lets go of nothing (`kept`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from .graph_memory import drivers_own, reserved, trim
+from .kept import Kept
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,18 +29,22 @@ class Captured:
     function: called with static copies of `inputs`, once before it is recorded (kernels are compiled and chosen then);
     it must not wait for the device and must find everything else in place. first: the result of that call; it stands,
     as a second one may find changed what the first has read. device: of all that it touches. pool: memory shared with
-    other graphs, of which never two run at once. failure: why it could not be recorded, a line; None where it was.
+    other graphs, of which never two run at once; None: the driver's, which all graphs share. failure: why it could not
+    be recorded, a line; None where it was.
     """
+
+    refused = False
+    """Whether nothing is recorded any more: under CUDA's own allocator a recording failed, and once is enough."""
 
     def __init__(
         self,
         function: Callable[..., Tensor | None],
         inputs: tuple[Tensor, ...],
         device: torch.device,
-        pool: tuple[int, int],
+        pool: tuple[int, int] | None,
     ) -> None:
         self.inputs = tuple(x.clone() for x in inputs)
-        self.graph, self.failure = torch.cuda.CUDAGraph(), None
+        self.graph, self.failure, self.replayed = torch.cuda.CUDAGraph(), None, False
         with torch.cuda.device(device):
             here, stream = torch.cuda.current_stream(), _recording_stream(torch.cuda.current_device())
             stream.wait_stream(here)
@@ -45,43 +53,59 @@ class Captured:
                     self.first = function(*self.inputs)
             finally:  # what was asked of the stream still runs
                 here.wait_stream(stream)
+            self.output = None
             if self.first is not None:
                 self.first.record_stream(here)
+                # Not of the recording: under CUDA's own allocator nothing that a graph has made may outlive a run.
+                self.output = torch.empty_like(self.first)
             before = torch.cuda.memory_reserved()
             try:
                 self._record(function, pool, stream)
             except RuntimeError as error:  # memory ran out, or the function asks for what no graph can hold
                 self.failure = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.device, self.nbytes = here.device, max(0, torch.cuda.memory_reserved() - before)
+            self.device = here.device
+            self.nbytes = 0 if pool is None else max(0, torch.cuda.memory_reserved() - before)
         if self.failure is None:
             _living.add(self)
 
-    def _record(self, function: Callable[..., Tensor | None], pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
+    def _record(
+        self, function: Callable[..., Tensor | None], pool: tuple[int, int] | None, stream: torch.cuda.Stream
+    ) -> None:
         """Record the function on a stream. Its own error is raised even where the end of the recording fails, too."""
         here, own = torch.cuda.current_stream(), None
         try:
             # Other threads of the process may use the device meanwhile.
             with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 try:
-                    self.output = function(*self.inputs)
+                    with Kept() if pool is None else nullcontext():
+                        result = function(*self.inputs)
+                        if result is not None:
+                            self.output.copy_(result)
+                        del result
                 except BaseException as error:
                     own = error
                     raise
         except BaseException as error:
             torch.cuda.set_stream(here)
-            _settle(pool, stream)
+            _settle(pool or torch.cuda.graph_pool_handle(), stream)
             _failed.append(self.graph)
+            if pool is None and isinstance(error, RuntimeError):
+                Captured.refused = True
             raise (own or error) from None
         finally:
             own = None  # errors hold this frame
 
     def __call__(self, *inputs: Tensor) -> Tensor | None:
-        """The function's result for other inputs of the same shapes; it holds until the next call of any graph of the
-        pool."""
+        """The function's result for other inputs of the same shapes; it holds until the next call."""
         self.first = None
         for static, x in zip(self.inputs, inputs):
             static.copy_(x)
-        self.graph.replay()
+        if self.replayed or not drivers_own():
+            self.graph.replay()
+        else:  # the driver takes memory now
+            before, self.replayed = reserved(self.device.index), True
+            self.graph.replay()
+            self.nbytes = max(0, reserved(self.device.index) - before)
         return self.output
 
 
@@ -116,14 +140,18 @@ _failed: list[torch.cuda.CUDAGraph] = []  # torch may go on asking these whether
 
 
 def recorded_bytes(device: torch.device) -> int:
-    """Memory that torch holds for recorded functions of a device, about: nobody else can have it."""
+    """Memory that torch or the driver holds for recorded functions of a device, about: nobody else can have it."""
     index = torch.cuda.current_device() if device.index is None else device.index
+    if drivers_own():
+        return reserved(index)
     return sum(graph.nbytes for graph in _living if graph.device.index == index)
 
 
 def can_record() -> bool:
-    """Whether functions can be recorded: Triton refuses memory of a graph that CUDA's own allocator made."""
-    return torch.cuda.is_available() and torch.cuda.get_allocator_backend() == "native"
+    """Whether functions can be recorded, with the allocator that torch has."""
+    if not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_allocator_backend() == "native" or (drivers_own() and not Captured.refused)
 
 
 @cache
@@ -197,12 +225,20 @@ class Recordings:
         """Whether it is known how a function runs: recorded, or not to be recorded."""
         return name in self.recorded or name in self.failed
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the device that recorded functions hold, about."""
+        return sum(graph.nbytes for graph in self.recorded.values())
+
     def forget(self) -> None:
         """Give back what recorded functions hold."""
+        devices = {graph.device.index for graph in getattr(self, "recorded", {}).values()} if drivers_own() else ()
         self.seen: set[Hashable] = set()
         self.failed: set[Hashable] = set()
         self.recorded: dict[Hashable, Captured] = {}
         self.pool = None
+        for index in devices:
+            trim(index)
 
     def keep(self, wanted: Callable[[Hashable], bool]) -> None:
         """Forget all functions but those whose names are wanted."""
@@ -219,7 +255,8 @@ class Recordings:
         if name in self.failed or name not in self.seen:
             self.seen.add(name)
             return function(*inputs)
-        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        if not drivers_own():  # whose graphs cannot share one
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
         pool, self.pool = self.pool, None  # torch's pinned memory takes that of a failed recording to be recorded still
         try:
             made = Captured(function, inputs, device, pool)
@@ -239,14 +276,21 @@ class Recorder:
     """A function of a network, recorded for every shape of input that comes a second time; CUDA only, else just called.
 
     function: of tensors of one device, to a tensor. most: inputs of more numbers, together, are never recorded, as they
-    keep the device busy without. With more than SHAPES shapes it begins anew, and so it does where the network changed.
+    keep the device busy without. state: of the network, by default where its weights lie. With more than SHAPES shapes
+    it begins anew, and so it does where the state changed.
     """
 
     SHAPES = 8
 
-    def __init__(self, network: nn.Module, function: Callable[..., Tensor], most: float = float("inf")) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        function: Callable[..., Tensor],
+        most: float = float("inf"),
+        state: Callable[[nn.Module], Hashable] | None = None,
+    ) -> None:
         self.network, self.function, self.most = network, function, most
-        self.state, self.recordings = State(), Recordings()
+        self.state, self.recordings = state or State(), Recordings()
         self.held: Hashable = None
 
     def forget(self) -> None:

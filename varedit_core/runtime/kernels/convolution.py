@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import kernel
+
 # Numbers a program holds at once, channels it takes at most, and programs a picture's moments are spread over, about.
 _TILE, _CHANNELS, _PROGRAMS = 4096, 128, 1024
 
@@ -33,7 +35,7 @@ def _tiles(channels: int) -> tuple[int, int, int]:
     return _TILE // tile_c, tile_c, triton.cdiv(channels, tile_c)
 
 
-@triton.jit(do_not_specialize=["positions", "tiles"])
+@kernel(do_not_specialize=["positions", "tiles"])
 def _moments(
     x_ptr, offset_ptr, mean_ptr, squares_ptr, positions, channels, tiles,
     OFFSET: tl.constexpr, TILE_P: tl.constexpr, TILE_C: tl.constexpr,
@@ -65,7 +67,7 @@ def _moments(
     tl.store(squares_ptr + to, tl.sum(squares, 0) - count * mean * mean, channel < channels)
 
 
-@triton.jit(do_not_specialize=["positions", "channels", "width", "chunks", "length"])
+@kernel(do_not_specialize=["positions", "channels", "width", "chunks", "length"])
 def _groups(
     mean_ptr, squares_ptr, group_ptr, positions, channels, width, chunks, length, eps,
     TILE_N: tl.constexpr, TILE_W: tl.constexpr,
@@ -96,7 +98,7 @@ def _groups(
     tl.store(group_ptr + to + 1, 1.0 / tl.sqrt(variance + eps))
 
 
-@triton.jit(do_not_specialize=["positions", "groups", "width"])
+@kernel(do_not_specialize=["positions", "groups", "width"])
 def _activated(
     x_ptr, offset_ptr, y_ptr, group_ptr, weight_ptr, bias_ptr, positions, channels, groups, width,
     OFFSET: tl.constexpr, TILE_P: tl.constexpr, TILE_C: tl.constexpr,
@@ -133,19 +135,18 @@ def group_norm_silu(
     tile_w = triton.next_power_of_2(width)
     given = dict(OFFSET=offset is not None, TILE_P=tile_p, TILE_C=tile_c)
     offset = bias if offset is None else offset
-    with torch.cuda.device_of(x_BCHW):
-        _moments[(chunks, columns, images)](x_BCHW, offset, moments[0], moments[1], positions, channels, tiles, **given)
-        _groups[(groups, images)](
-            moments[0], moments[1], group, positions, channels, width, chunks, tiles * tile_p, eps,
-            TILE_N=max(1, _TILE // 2 // tile_w), TILE_W=tile_w,
-        )  # fmt: skip
-        _activated[(triton.cdiv(positions, tile_p), columns, images)](
-            x_BCHW, offset, y, group, weight, bias, positions, channels, groups, width, **given
-        )
+    _moments[(chunks, columns, images)](x_BCHW, offset, moments[0], moments[1], positions, channels, tiles, **given)
+    _groups[(groups, images)](
+        moments[0], moments[1], group, positions, channels, width, chunks, tiles * tile_p, eps,
+        TILE_N=max(1, _TILE // 2 // tile_w), TILE_W=tile_w,
+    )  # fmt: skip
+    _activated[(triton.cdiv(positions, tile_p), columns, images)](
+        x_BCHW, offset, y, group, weight, bias, positions, channels, groups, width, **given
+    )
     return y
 
 
-@triton.jit(do_not_specialize=["positions"])
+@kernel(do_not_specialize=["positions"])
 def _sum(x_ptr, y_ptr, offset_ptr, positions, channels, TILE_P: tl.constexpr, TILE_C: tl.constexpr):
     channel = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
     offset = tl.load(offset_ptr + channel, channel < channels, other=0.0).to(tl.float32)
@@ -160,14 +161,13 @@ def _sum(x_ptr, y_ptr, offset_ptr, positions, channels, TILE_P: tl.constexpr, TI
 def add_pictures(x_BCHW: Tensor, y_BCHW: Tensor, offset: Tensor) -> Tensor:
     positions, channels = x_BCHW.numel() // x_BCHW.shape[1], x_BCHW.shape[1]
     tile_p, tile_c, columns = _tiles(channels)
-    with torch.cuda.device_of(x_BCHW):
-        _sum[(triton.cdiv(positions, tile_p), columns)](
-            x_BCHW, y_BCHW, offset, positions, channels, TILE_P=tile_p, TILE_C=tile_c
-        )
+    _sum[(triton.cdiv(positions, tile_p), columns)](
+        x_BCHW, y_BCHW, offset, positions, channels, TILE_P=tile_p, TILE_C=tile_c
+    )
     return x_BCHW
 
 
-@triton.jit(do_not_specialize=["positions", "side"])
+@kernel(do_not_specialize=["positions", "side"])
 def _doubled(x_ptr, y_ptr, positions, side, channels, TILE_P: tl.constexpr, TILE_C: tl.constexpr):
     """positions, side: of x, all pictures' rows one below the other."""
     channel = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
@@ -188,8 +188,7 @@ def double_picture(x_BCHW: Tensor) -> Tensor:
     )  # fmt: skip
     positions = images * height * side
     tile_p, tile_c, columns = _tiles(channels)
-    with torch.cuda.device_of(x_BCHW):
-        _doubled[(triton.cdiv(positions, tile_p), columns)](
-            x_BCHW, y, positions, side, channels, TILE_P=tile_p, TILE_C=tile_c
-        )
+    _doubled[(triton.cdiv(positions, tile_p), columns)](
+        x_BCHW, y, positions, side, channels, TILE_P=tile_p, TILE_C=tile_c
+    )
     return y

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import kernel
 from .plain import FLOAT8_MOST, LEAST, PackedHeads
 
 _TOKENS = 64  # always: another number would be compiled anew
@@ -25,7 +26,7 @@ def _place(place, order_ptr, heads, coded):
     return kind, head, kind * (coded + head) + (1 - kind) * place
 
 
-@triton.jit(do_not_specialize=["coded", "first_row", "end"])
+@kernel(do_not_specialize=["coded", "first_row", "end"])
 def _unpack(
     staged_ptr, codes_ptr, scales_ptr, exact_ptr, order_ptr, heads, coded, first_row, end,
     staged_kind, staged_row, staged_head, codes_row, codes_head, scales_row, scales_head, exact_row, exact_head,
@@ -48,7 +49,7 @@ def _unpack(
         tl.store(to, (whole.to(tl.float32) * scale[:, None]).to(staged_ptr.dtype.element_ty), there[:, None])
 
 
-@triton.jit(do_not_specialize=["coded", "first_row", "begin", "end"])
+@kernel(do_not_specialize=["coded", "first_row", "begin", "end"])
 def _pack(
     staged_ptr, codes_ptr, scales_ptr, exact_ptr, order_ptr, heads, coded, first_row, begin, end,
     staged_kind, staged_row, staged_head, codes_row, codes_head, scales_row, scales_head, exact_row, exact_head,
@@ -78,20 +79,18 @@ def _pack(
 
 def pack_heads(staged: Tensor, packed: PackedHeads, rows: slice, begin: int, end: int) -> None:
     grid, tensors, strides = _launch(staged, packed, rows, end - begin)
-    with torch.cuda.device_of(staged):
-        _pack[grid](
-            *tensors, staged.shape[2], packed.coded, rows.start, begin, end, *strides,
-            D=staged.shape[4], TOKENS=_TOKENS, LEAST=LEAST, num_warps=4,
-        )  # fmt: skip
+    _pack[grid](
+        *tensors, staged.shape[2], packed.coded, rows.start, begin, end, *strides,
+        D=staged.shape[4], TOKENS=_TOKENS, LEAST=LEAST, num_warps=4,
+    )  # fmt: skip
 
 
 def unpack_heads(packed: PackedHeads, rows: slice, end: int, staged: Tensor) -> None:
     grid, tensors, strides = _launch(staged, packed, rows, end)
-    with torch.cuda.device_of(staged):
-        _unpack[grid](
-            *tensors, staged.shape[2], packed.coded, rows.start, end, *strides,
-            D=staged.shape[4], TOKENS=_TOKENS, num_warps=4,
-        )  # fmt: skip
+    _unpack[grid](
+        *tensors, staged.shape[2], packed.coded, rows.start, end, *strides,
+        D=staged.shape[4], TOKENS=_TOKENS, num_warps=4,
+    )  # fmt: skip
 
 
 def _launch(staged: Tensor, packed: PackedHeads, rows: slice, count: int) -> tuple[tuple, tuple, tuple]:
@@ -102,7 +101,7 @@ def _launch(staged: Tensor, packed: PackedHeads, rows: slice, count: int) -> tup
     return grid, (staged, *stored, packed.order), (*staged.stride()[:3], *strides)
 
 
-@triton.jit
+@kernel()
 def _quantise_rows(
     x_ptr, codes_ptr, scales_ptr, width,
     GELU: tl.constexpr, MOST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
@@ -123,15 +122,14 @@ def quantise_rows(x_nC: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
     count, width = x.shape
     codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(count, dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _quantise_rows[(count,)](
-            x, codes, scales, width, GELU=gelu, MOST=FLOAT8_MOST, LEAST=LEAST, BLOCK=triton.next_power_of_2(width),
-            num_warps=8 if width > 1024 else 4,
-        )  # fmt: skip
+    _quantise_rows[(count,)](
+        x, codes, scales, width, GELU=gelu, MOST=FLOAT8_MOST, LEAST=LEAST, BLOCK=triton.next_power_of_2(width),
+        num_warps=8 if width > 1024 else 4,
+    )  # fmt: skip
     return codes, scales
 
 
-@triton.jit
+@kernel()
 def _dequantise_rows(codes_ptr, scales_ptr, x_ptr, width, BLOCK: tl.constexpr):
     row = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -142,12 +140,11 @@ def _dequantise_rows(codes_ptr, scales_ptr, x_ptr, width, BLOCK: tl.constexpr):
 def dequantise_rows(codes_nC: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     count, width = codes_nC.shape
     x = torch.empty(codes_nC.shape, dtype=dtype, device=codes_nC.device)
-    with torch.cuda.device_of(x):
-        _dequantise_rows[(triton.cdiv(width, _TILE), count)](codes_nC, scales, x, width, BLOCK=_TILE, num_warps=4)
+    _dequantise_rows[(triton.cdiv(width, _TILE), count)](codes_nC, scales, x, width, BLOCK=_TILE, num_warps=4)
     return x
 
 
-@triton.jit(do_not_specialize=["n"])
+@kernel(do_not_specialize=["n"])
 def _few_rows(
     codes_ptr, own_ptr, weight_ptr, scales_ptr, bias_ptr, out_ptr, n, width, columns,
     BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
@@ -177,9 +174,8 @@ def few_rows(
     count, width = codes_nC.shape
     out = torch.empty(count, len(weight), dtype=dtype, device=codes_nC.device)
     rows, columns = 16 if count <= 16 else 64, 32
-    with torch.cuda.device_of(out):
-        _few_rows[(triton.cdiv(len(weight), columns), triton.cdiv(count, rows))](
-            codes_nC, own, weight, scales, scales if bias is None else bias, out, count, width, len(weight),
-            BIAS=bias is not None, ROWS=rows, COLUMNS=columns, STEP=256, num_warps=4, num_stages=4,
-        )  # fmt: skip
+    _few_rows[(triton.cdiv(len(weight), columns), triton.cdiv(count, rows))](
+        codes_nC, own, weight, scales, scales if bias is None else bias, out, count, width, len(weight),
+        BIAS=bias is not None, ROWS=rows, COLUMNS=columns, STEP=256, num_warps=4, num_stages=4,
+    )  # fmt: skip
     return out

@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import kernel
 from .plain import FLOAT8_MOST, LEAST, Rounded
 
 
-@triton.jit(do_not_specialize=["n"])
+@kernel(do_not_specialize=["n"])
 def _add_norm(
     x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, sum_ptr, h_ptr, own_ptr, n, width, eps,
     gate_stride, scale_stride, shift_stride,
@@ -54,13 +55,12 @@ def add_norm(
     total = x if y is None else torch.empty_like(x)
     h = torch.empty(x.shape, dtype=torch.float8_e4m3fn if rounded else dtype, device=x.device)
     own = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) if rounded else scale
-    with torch.cuda.device_of(x):
-        _add_norm[(rows * n,)](
-            x, x if y is None else y, scale if gate is None else gate, scale, shift, total, h, own, n, width, eps,
-            0 if gate is None else _row_stride(gate), _row_stride(scale), _row_stride(shift),
-            HAS_Y=y is not None, HAS_GATE=gate is not None, ROUNDED=rounded, MOST=FLOAT8_MOST, LEAST=LEAST,
-            BLOCK=triton.next_power_of_2(width), num_warps=8 if width > 1024 else 4,
-        )  # fmt: skip
+    _add_norm[(rows * n,)](
+        x, x if y is None else y, scale if gate is None else gate, scale, shift, total, h, own, n, width, eps,
+        0 if gate is None else _row_stride(gate), _row_stride(scale), _row_stride(shift),
+        HAS_Y=y is not None, HAS_GATE=gate is not None, ROUNDED=rounded, MOST=FLOAT8_MOST, LEAST=LEAST,
+        BLOCK=triton.next_power_of_2(width), num_warps=8 if width > 1024 else 4,
+    )  # fmt: skip
     return total, Rounded(h, own, dtype) if rounded else h
 
 
@@ -69,7 +69,7 @@ def _row_stride(x_RC: Tensor) -> int:
     return 0 if x_RC.shape[0] == 1 else x_RC.stride(0)
 
 
-@triton.jit(do_not_specialize=["n", "rotary_half"])
+@kernel(do_not_specialize=["n", "rotary_half"])
 def _heads(
     qkv_ptr, query_scale_ptr, rotary_ptr, q_ptr, k_ptr, v_ptr, n, heads, rotary_half,
     qkv_row, qkv_token, q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
@@ -113,15 +113,14 @@ def heads_into(qkv_RnC: Tensor, query_scale: Tensor, rotary: Tensor, keys: Tenso
     # Token by token, so that attention's output, which takes the same layout, is [R, n, C] without a copy.
     q = torch.empty(rows, n, heads, size, dtype=qkv_RnC.dtype, device=qkv_RnC.device).transpose(1, 2)
     tokens = 16  # always: another number would be compiled anew
-    with torch.cuda.device_of(qkv_RnC):
-        _heads[(triton.cdiv(n, tokens), heads, rows)](
-            qkv_RnC, query_scale, rotary, q, keys, values, n, heads, rotary.stride(0),
-            qkv_RnC.stride(0), qkv_RnC.stride(1),
-            q.stride(0), q.stride(2), q.stride(1),
-            keys.stride(0), keys.stride(2), keys.stride(1),
-            values.stride(0), values.stride(2), values.stride(1),
-            D=size, TOKENS=tokens, num_warps=4,
-        )  # fmt: skip
+    _heads[(triton.cdiv(n, tokens), heads, rows)](
+        qkv_RnC, query_scale, rotary, q, keys, values, n, heads, rotary.stride(0),
+        qkv_RnC.stride(0), qkv_RnC.stride(1),
+        q.stride(0), q.stride(2), q.stride(1),
+        keys.stride(0), keys.stride(2), keys.stride(1),
+        values.stride(0), values.stride(2), values.stride(1),
+        D=size, TOKENS=tokens, num_warps=4,
+    )  # fmt: skip
     return q
 
 
@@ -154,7 +153,7 @@ def _see(
 _LOG2E = tl.constexpr(1.4426950408889634)  # powers of 2 are cheaper than of e
 
 
-@triton.jit(do_not_specialize=["n"])
+@kernel(do_not_specialize=["n"])
 def _text_attention(
     q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, n, scale,
     q_row, q_token, k_row, k_head, k_token, v_row, v_head, v_token, out_row, out_token,
@@ -185,18 +184,17 @@ def text_attention(q_RnC: Tensor, keys: Tensor, values: Tensor, lengths: Tensor,
     out = torch.empty_like(q_RnC)
     heads, size = keys.shape[1], keys.shape[3]
     tokens = 64 if n > 32 else 16
-    with torch.cuda.device_of(q_RnC):
-        _text_attention[(triton.cdiv(n, tokens), heads, rows)](
-            q_RnC, keys, values, lengths, out, n, scale,
-            q_RnC.stride(0), q_RnC.stride(1),
-            keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
-            out.stride(0), out.stride(1),
-            D=size, TOKENS=tokens, TEXT=32, EXACT=q_RnC.dtype == torch.float32, num_warps=4,
-        )  # fmt: skip
+    _text_attention[(triton.cdiv(n, tokens), heads, rows)](
+        q_RnC, keys, values, lengths, out, n, scale,
+        q_RnC.stride(0), q_RnC.stride(1),
+        keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
+        out.stride(0), out.stride(1),
+        D=size, TOKENS=tokens, TEXT=32, EXACT=q_RnC.dtype == torch.float32, num_warps=4,
+    )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["n"])
+@kernel(do_not_specialize=["n"])
 def _text_weights(
     scores_ptr, bias_ptr, counts_ptr, out_ptr, n, heads, counts_step,
     HEADS: tl.constexpr, TEXT: tl.constexpr,
@@ -219,15 +217,14 @@ def _text_weights(
 def text_weights(scores_RnS: Tensor, bias_RS: Tensor, counts: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     rows, n, length = scores_RnS.shape
     out = torch.empty(scores_RnS.shape, dtype=dtype, device=scores_RnS.device)
-    with torch.cuda.device_of(scores_RnS):
-        _text_weights[(rows * n,)](
-            scores_RnS, bias_RS, counts, out, n, heads, counts.stride(0),
-            HEADS=triton.next_power_of_2(heads), TEXT=length // heads, num_warps=4,
-        )  # fmt: skip
+    _text_weights[(rows * n,)](
+        scores_RnS, bias_RS, counts, out, n, heads, counts.stride(0),
+        HEADS=triton.next_power_of_2(heads), TEXT=length // heads, num_warps=4,
+    )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["n"])
+@kernel(do_not_specialize=["n"])
 def _banded_attention(
     q_ptr, k_ptr, v_ptr, pieces_ptr, out_ptr, n, scale, pieces,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, out_row, out_token,
@@ -259,17 +256,16 @@ def _banded_attention(
 def banded_attention(q: Tensor, keys: Tensor, values: Tensor, pieces: Tensor, tokens: int, scale: float) -> Tensor:
     rows, heads, n, size = q.shape
     out = torch.empty(rows, n, heads * size, dtype=q.dtype, device=q.device)
-    with torch.cuda.device_of(q):
-        _banded_attention[(triton.cdiv(n, tokens), heads, rows)](
-            q, keys, values, pieces, out, n, scale, pieces.shape[1],
-            *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *out.stride()[:2],
-            D=size, TOKENS=tokens, KEYS=64, EXACT=q.dtype == torch.float32, num_warps=8 if tokens >= 128 else 4,
-            num_stages=3,
-        )  # fmt: skip
+    _banded_attention[(triton.cdiv(n, tokens), heads, rows)](
+        q, keys, values, pieces, out, n, scale, pieces.shape[1],
+        *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *out.stride()[:2],
+        D=size, TOKENS=tokens, KEYS=64, EXACT=q.dtype == torch.float32, num_warps=8 if tokens >= 128 else 4,
+        num_stages=3,
+    )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["n", "seen", "share"])
+@kernel(do_not_specialize=["n", "seen", "share"])
 def _part_attention(
     q_ptr, k_ptr, v_ptr, part_ptr, most_ptr, total_ptr, n, seen, share, scale, heads,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,
@@ -300,7 +296,7 @@ def _part_attention(
     tl.store(total_ptr + slot, total)
 
 
-@triton.jit(do_not_specialize=["n", "parts"])
+@kernel(do_not_specialize=["n", "parts"])
 def _join_parts(
     part_ptr, most_ptr, total_ptr, out_ptr, n, room, parts, heads, out_row, out_token,
     D: tl.constexpr, PARTS: tl.constexpr,
@@ -331,15 +327,13 @@ def split_attention(q: Tensor, keys: Tensor, values: Tensor, parts: int, scale: 
     part = torch.empty(rows * heads, tiles * tokens, parts, size, **kw)
     most, total = torch.empty(2, rows * heads, tiles * tokens, parts, **kw)
     out = torch.empty(rows, n, heads * size, dtype=q.dtype, device=q.device)
-    with torch.cuda.device_of(q):
-        _part_attention[(parts, tiles, rows * heads)](
-            q, keys, values, part, most, total, n, seen, share, scale, heads,
-            *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
-            D=size, TOKENS=tokens, KEYS=step, EXACT=q.dtype == torch.float32, num_warps=4, num_stages=3,
-        )  # fmt: skip
-    with torch.cuda.device_of(part):
-        _join_parts[(n, rows * heads)](
-            part, most, total, out, n, tiles * tokens, parts, heads, *out.stride()[:2],
-            D=size, PARTS=triton.next_power_of_2(parts), num_warps=1,
-        )  # fmt: skip
+    _part_attention[(parts, tiles, rows * heads)](
+        q, keys, values, part, most, total, n, seen, share, scale, heads,
+        *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3],
+        D=size, TOKENS=tokens, KEYS=step, EXACT=q.dtype == torch.float32, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    _join_parts[(n, rows * heads)](
+        part, most, total, out, n, tiles * tokens, parts, heads, *out.stride()[:2],
+        D=size, PARTS=triton.next_power_of_2(parts), num_warps=1,
+    )  # fmt: skip
     return out

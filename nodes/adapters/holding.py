@@ -1,0 +1,277 @@
+"""Weights that stand still while an edit runs, under each of ComfyUI's ways to manage memory.
+
+Where ComfyUI streams weights (dynamic VRAM), every call of a layer asks for its pages, casts and gives them back. Here
+all pages of a network are asked for at once and pinned, filled where they are not, and given back when the edit is
+over, however it ends. The layers have their weights in hand meanwhile, at addresses that stay the same from edit to
+edit, so that passes may be recorded. Where there is no room for all, as many layers as there is room for stand still,
+in ComfyUI's order, and the others are fetched as ever.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import comfy.model_management as mm
+import comfy.ops
+import torch
+from comfy.patcher_extension import CallbacksMP
+from torch import Tensor, nn
+
+from .layers import Holding
+
+logger = logging.getLogger(__name__)
+
+SMALL = 1 << 20
+"""Bytes up to which weights that ComfyUI brings to another place at every load are copied to one of their own."""
+SPARE = 1 << 30
+"""Bytes left alone where not all layers can stand still: the others are fetched through them."""
+_UNKNOWN = (AttributeError, ImportError, KeyError, TypeError, ValueError)
+"""What another ComfyUI than the ones known would raise."""
+
+
+class Holder:
+    """The layers of one network on one device. Its copies of small weights keep their place between edits."""
+
+    refused = False
+    """Whether ComfyUI's way to stream weights is not one that is known here."""
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self.device = device
+        self.layers: list[nn.Module] = [m for m in network.modules() if hasattr(m, "comfy_cast_weights")]
+        self.bare = [m for m in network.modules() if not hasattr(m, "comfy_cast_weights") and _own(m)]
+        self.copies: dict[int, list[Tensor | None]] = {}
+        self.signature: bytes = b""
+        self.marks: list[object] = []
+        self.last: _Last | None = None
+        self.busy = False
+
+    def hold(self, patcher, room: float) -> Hold:
+        """Make weights stand still until `Hold.release`. The model must have been loaded. room: bytes of the device
+        that its weights may take."""
+        held, self.last = Hold(self), None
+        try:
+            if not patcher.is_dynamic():
+                held.as_they_lie()
+            elif not Holder.refused:
+                held.pin(room)
+                if held.whole:
+                    self.last = _Last.of(patcher, held)
+        except _UNKNOWN as error:
+            held.release()
+            Holder.refused = True
+            logger.warning("this ComfyUI streams weights in a way that is not known, so edits are slower: %r", error)
+        except BaseException:
+            held.release()
+            raise
+        return held
+
+    def again(self, patcher) -> Hold | None:
+        """The last hold once more, where nothing has happened to the weights since; None where ComfyUI has to load
+        them. It walks through all layers to do so, which takes as long as half an edit does."""
+        if self.busy or Holder.refused or mm.is_device_cpu(self.device) or not _current(patcher):
+            return None
+        if not patcher.is_dynamic():
+            held = Hold(self)
+            held.as_they_lie()
+            if held.whole:
+                return held
+            held.release()
+            return None
+        last = self.last
+        if last is None or not last.stands(patcher, self.marks):
+            return None
+        held, (pages, *_) = Hold(self), last.span
+        pages.prioritize()  # as loading would
+        signature = _pages().vbar_fault(last.span)
+        if signature is None:
+            return None
+        held.span = last.span
+        if bytes(signature) != self.signature:
+            held.release()
+            return None
+        for layer, pair in last.held:
+            layer.held = pair
+        held.whole, held.places = True, last.places
+        return held
+
+
+@dataclass(frozen=True)
+class _Last:
+    """A hold of all layers, by what must be as it was for it to hold again."""
+
+    patches: object
+    span: tuple
+    places: tuple
+    layers: list[nn.Module]
+    held: list[tuple[nn.Module, tuple]]
+
+    @classmethod
+    def of(cls, patcher, hold: Hold) -> _Last | None:
+        if hold.span is None:
+            return None
+        pairs = [(layer, layer.__dict__["held"]) for layer in hold.holder.layers]
+        streamed = [layer for layer in hold.holder.layers if hasattr(layer, "_v")]
+        streamed.sort(key=lambda layer: layer._v[1])
+        return cls(patcher.patches_uuid, hold.span, hold.places, streamed, pairs)
+
+    def stands(self, patcher, marks: Sequence[object]) -> bool:
+        """Whether a model has the same patches, and its pages are filled as they were. marks: of the layers' pages
+        then."""
+        if patcher.patches_uuid != self.patches:
+            return False
+        present = (layer._v_signature if hasattr(layer, "_v") else None for layer in self.layers)
+        return all(mark is not None and mark is now for mark, now in zip(marks, present))
+
+
+class Hold:
+    """Layers whose weights stand still. `whole`: all of them, so that passes may be recorded. `places`: where they lie,
+    to be compared; whoever recorded anything has recorded these."""
+
+    def __init__(self, holder: Holder) -> None:
+        self.holder, self.device = holder, holder.device
+        self.whole, self.places = False, ()
+        self.span: tuple | None = None
+        self.lent: list[nn.Module] = []
+        holder.busy = True
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give all back."""
+        for layer in self.holder.layers:
+            layer.__dict__.pop("held", None)
+        for layer in self.lent:
+            layer.__dict__.pop("_prefetch", None)
+        self.holder.busy = False
+        span, self.span, self.lent, self.whole = self.span, None, [], False
+        if span is not None:
+            _pages().vbar_unpin(span)
+
+    def as_they_lie(self) -> None:
+        """Of a model that ComfyUI has moved as a whole, or in part: the layers that lie on the device."""
+        for layer in self.holder.layers:
+            if _still(layer, self.device) and isinstance(layer, Holding):
+                layer.held = layer.weight, getattr(layer, "bias", None)
+        elsewhere = (x for m in self.holder.bare for x in _own(m) if x.device != self.device)
+        self.whole = all("held" in layer.__dict__ for layer in self.holder.layers) and next(elsewhere, None) is None
+        self.places = tuple((x.data_ptr(), x.is_inference() or x._version) for x in self._weights())
+
+    def pin(self, room: float) -> None:
+        """Of a model whose weights ComfyUI streams: as many layers as there is room for."""
+        layers = self.holder.layers
+        streamed = sorted((layer for layer in layers if hasattr(layer, "_v")), key=lambda layer: layer._v[1])
+        if streamed and _end(streamed[-1]) - streamed[0]._v[1] > room:
+            first = streamed[0]._v[1]
+            streamed = [layer for layer in streamed if _end(layer) - first <= room - SPARE]
+        small = [layer for layer in layers if not hasattr(layer, "_v")]
+        if streamed and not self._pinned(streamed):
+            return
+        self._lend(streamed)
+        self._copy(small)
+        self.whole = all("held" in layer.__dict__ for layer in layers) and not self.holder.bare
+        self.places = self.holder.signature, tuple(x.data_ptr() for x in self._weights())
+
+    def _weights(self) -> Iterator[Tensor]:
+        """All that layers hold."""
+        return (x for layer in self.holder.layers for x in layer.__dict__.get("held", ()) if x is not None)
+
+    def _pinned(self, layers: Sequence[nn.Module]) -> bool:
+        """Ask for the pages of layers and pin them; fill those that are not. False where there is no memory for
+        them."""
+        pages, first = _pages(), layers[0]._v
+        span = (first[0], first[1], _end(layers[-1]) - first[1])
+        signature = pages.vbar_fault(span)
+        if signature is None:
+            return False
+        self.span = span
+        found, marks = bytes(signature), [layer._v_signature for layer in layers]
+        holder = self.holder
+        alike = len(marks) == len(holder.marks) and all(a is b for a, b in zip(marks, holder.marks))
+        if found != holder.signature or not alike or any(mark is None for mark in marks):
+            for layer in layers:
+                mm.throw_exception_if_processing_interrupted()
+                self._fill(layer)
+        holder.signature, holder.marks = found, [layer._v_signature for layer in layers]
+        return True
+
+    def _fill(self, layer: nn.Module) -> None:
+        """Have ComfyUI bring a layer's weights, with their patches, into its pages where they are not there."""
+        dtype = getattr(layer, "weight_comfy_model_dtype", None) or layer.weight.dtype
+        plain = isinstance(layer, Holding)
+        more = {} if plain else {"want_requant": True, "compute_dtype": dtype}
+        weight, bias, stream = comfy.ops.cast_bias_weight(
+            layer, dtype=dtype, device=self.device, bias_dtype=dtype, offloadable=True, **more
+        )
+        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+
+    def _lend(self, layers: Sequence[nn.Module]) -> None:
+        """Hand layers their pinned weights; to those that are not ours as ComfyUI does before a pass."""
+        for layer in layers:
+            if layer._v_signature is None:
+                raise ValueError("a layer's pages are pinned but not filled")
+            if not isinstance(layer, Holding):
+                layer._prefetch = {"signature": layer._v_signature, "resident": True}
+                self.lent.append(layer)
+            elif not (layer.weight_function or layer.bias_function):
+                layer.held = layer._v_weight, layer._v_bias
+
+    def _copy(self, layers: Sequence[nn.Module]) -> None:
+        """Small weights, which ComfyUI brings to another place at every load, where they keep theirs."""
+        targets, sources = [], []
+        for layer in layers:
+            if not isinstance(layer, Holding) or layer.weight_function or layer.bias_function:
+                continue
+            own = [layer.weight, getattr(layer, "bias", None)]
+            if any(x is not None and (x.device != self.device or x.nbytes > SMALL) for x in own):
+                continue
+            kinds = [_kind(layer, name, x) for name, x in zip(("weight", "bias"), own)]
+            kept = self.holder.copies.get(id(layer))
+            if kept is None or [x is not None and (x.shape, x.dtype) for x in kept] != kinds:
+                kept = [torch.empty(kind[0], dtype=kind[1], device=self.device) if kind else None for kind in kinds]
+                self.holder.copies[id(layer)] = kept
+            targets += [x for x in kept if x is not None]
+            sources += [x.detach() for x in own if x is not None]
+            layer.held = kept[0], kept[1]
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+
+def _current(patcher) -> bool:
+    """Whether a model is loaded as its nodes want it, and loading it again would do nothing but that."""
+    special = patcher.get_all_callbacks(CallbacksMP.ON_LOAD) or patcher.injections or patcher.forced_hooks
+    loaded = patcher in mm.loaded_models() and patcher.model.current_weight_patches_uuid == patcher.patches_uuid
+    return loaded and not special
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    """A module's tensors, without those of its parts."""
+    return [x for part in (module._parameters, module._buffers) for x in part.values() if x is not None]
+
+
+def _end(layer: nn.Module) -> int:
+    return layer._v[1] + layer._v[2]
+
+
+def _still(layer: nn.Module, device: torch.device) -> bool:
+    """Whether a layer's weights lie on the device as they are multiplied with."""
+    moved = hasattr(layer, "_v") or hasattr(layer, "prev_comfy_cast_weights")
+    changed = layer.weight_function or layer.bias_function
+    return not (moved or changed) and all(x.device == device for x in _own(layer))
+
+
+def _kind(layer: nn.Module, name: str, x: Tensor | None) -> tuple[torch.Size, torch.dtype] | bool:
+    """Shape and type with which a layer computes; False where it has no such weight."""
+    return x is not None and (x.shape, getattr(layer, f"{name}_comfy_model_dtype", None) or x.dtype)
+
+
+def _pages():
+    """ComfyUI's calls for pages of streamed weights."""
+    import comfy_aimdo.model_vbar
+
+    return comfy_aimdo.model_vbar
