@@ -164,8 +164,8 @@ class Graph:
         self.executor.execute(prompt, name, {"client_id": "bench"}, [output])
         end = time.perf_counter()
         if not self.executor.success:
-            event, facts = next(message for message in self.executor.status_messages if "error" in message[0])
-            raise RuntimeError(f"{facts['node_type']}: {facts['exception_message']}")
+            event, facts = self.executor.status_messages[-1]
+            raise RuntimeError(f"{event} at {facts['node_type']}: {facts.get('exception_message', '')}")
         moments = [*self.moments, (None, end)]
         spans = {node: later - at for (node, at), (_, later) in zip(moments, moments[1:]) if node is not None}
         return {**{node: round(seconds, 4) for node, seconds in spans.items()}, "all": round(end - begin, 4)}

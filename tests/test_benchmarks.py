@@ -14,8 +14,8 @@ SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in (
 IN_COMFYUI = ("comfyui_memory", "comfyui_speed")
 """Scripts that ComfyUI's Python runs."""
 FOLDERS = {
-    "comfyui_memory": "--folder", "comfyui_speed": "--folder", "control_pictures": "--folder", "library_memory": "--pictures",
-    "real_size": "--folder", "render": "--folder",
+    "comfyui_memory": "--folder", "comfyui_speed": "--folder", "control_pictures": "--folder",
+    "library_memory": "--pictures", "real_size": "--folder", "render": "--folder",
 }  # fmt: skip
 """Where scripts take a folder for what they write beside their result."""
 RECORDS = {

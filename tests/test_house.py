@@ -5,6 +5,7 @@ Exceptions are named with their reason.
 
 import ast
 import io
+import re
 import subprocess
 import sys
 import tokenize

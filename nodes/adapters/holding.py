@@ -42,6 +42,7 @@ class Holder:
         self.layers: list[nn.Module] = [m for m in network.modules() if hasattr(m, "comfy_cast_weights")]
         self.bare = [m for m in network.modules() if not hasattr(m, "comfy_cast_weights") and _own(m)]
         self.copies: dict[int, list[Tensor | None]] = {}
+        self.scales: dict[int, Tensor] = {}
         self.signature: bytes = b""
         self.marks: list[object] = []
         self.last: _Last | None = None
@@ -157,7 +158,7 @@ class Hold:
         """Of a model that ComfyUI has moved as a whole, or in part: the layers that lie on the device."""
         for layer in self.holder.layers:
             if _still(layer, self.device) and isinstance(layer, Holding):
-                layer.held = layer.weight, getattr(layer, "bias", None)
+                self._hand(layer, layer.weight, getattr(layer, "bias", None))
         elsewhere = (x for m in self.holder.bare for x in _own(m) if x.device != self.device)
         self.whole = all("held" in layer.__dict__ for layer in self.holder.layers) and next(elsewhere, None) is None
         self.places = tuple((x.data_ptr(), x.is_inference() or x._version) for x in self._weights())
@@ -203,23 +204,34 @@ class Hold:
     def _fill(self, layer: nn.Module) -> None:
         """Have ComfyUI bring a layer's weights, with their patches, into its pages where they are not there."""
         dtype = getattr(layer, "weight_comfy_model_dtype", None) or layer.weight.dtype
-        plain = isinstance(layer, Holding)
-        more = {} if plain else {"want_requant": True, "compute_dtype": dtype}
+        more = {"want_requant": True, "compute_dtype": dtype} if hasattr(layer.weight, "_qdata") else {}
         weight, bias, stream = comfy.ops.cast_bias_weight(
             layer, dtype=dtype, device=self.device, bias_dtype=dtype, offloadable=True, **more
         )
         comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
 
     def _lend(self, layers: Sequence[nn.Module]) -> None:
-        """Hand layers their pinned weights; to those that are not ours as ComfyUI does before a pass."""
+        """Hand layers their pinned weights; to those that need more of ComfyUI, as it does itself before a pass."""
         for layer in layers:
             if layer._v_signature is None:
                 raise ValueError("a layer's pages are pinned but not filled")
-            if not isinstance(layer, Holding):
+            plain = isinstance(layer, Holding) and not (layer.weight_function or layer.bias_function)
+            if not (plain and self._hand(layer, layer._v_weight, layer._v_bias)):
                 layer._prefetch = {"signature": layer._v_signature, "resident": True}
                 self.lent.append(layer)
-            elif not (layer.weight_function or layer.bias_function):
-                layer.held = layer._v_weight, layer._v_bias
+
+    def _hand(self, layer: nn.Module, weight: Tensor, bias: Tensor | None) -> bool:
+        """Hand a layer its weights; whether it computes with them by itself."""
+        taken = layer.take(weight, bias, self._kept)
+        if taken is not None:
+            layer.held = taken
+        return taken is not None
+
+    def _kept(self, layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
+        kept = self.holder.scales.get(id(layer))
+        if kept is None or kept.shape != shape:
+            kept = self.holder.scales[id(layer)] = torch.empty(shape, device=self.device)
+        return kept
 
     def _copy(self, layers: Sequence[nn.Module]) -> None:
         """Small weights, which ComfyUI brings to another place at every load, where they keep theirs."""
@@ -237,7 +249,7 @@ class Hold:
                 self.holder.copies[id(layer)] = kept
             targets += [x for x in kept if x is not None]
             sources += [x.detach() for x in own if x is not None]
-            layer.held = kept[0], kept[1]
+            self._hand(layer, *kept)
         if targets:
             torch._foreach_copy_(targets, sources)
 

@@ -15,9 +15,10 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ...varedit_core.files.checkpoints import expected, quantised
+from ...varedit_core.files import checkpoints
+from ...varedit_core.files.checkpoints import expected
 from ...varedit_core.files.weights import SAFETENSORS, WeightError, Weights, open_weights
-from .layers import Casting
+from .layers import Casting, quantised
 
 
 def open_file(path: Path) -> Weights:
@@ -79,9 +80,11 @@ class Layers:
 
         def picked(dtype: torch.dtype):
             if mm.is_device_cpu(device):  # ComfyUI asks the device for CUDA's properties
-                quantised = comfy.ops.mixed_precision_ops
-                return quantised(Settings.quant_config, dtype, True) if is_quantised else Casting
+                mixed = comfy.ops.mixed_precision_ops
+                return quantised(mixed(Settings.quant_config, dtype, True)) if is_quantised else Casting
             layers = comfy.ops.pick_operations(stored, dtype, load_device=device, model_config=Settings)
+            if is_quantised:
+                return quantised(layers)
             # Files may hold any part in fewer bits than it computes in.
             return Casting if layers in (comfy.ops.disable_weight_init, comfy.ops.manual_cast) else layers
 
@@ -108,7 +111,7 @@ def fill(network: nn.Module, weights: Weights, stored: torch.dtype | None, dynam
     Where ComfyUI streams weights (dynamic) they stay in the file, and it rounds them on the way.
     """
     mm.archive_model_dtypes(network)
-    wanted, scaled = expected(network), quantised(weights)
+    wanted, scaled = expected(network), checkpoints.quantised(weights)
 
     def fitted(key: str, tensor: Tensor) -> Tensor:
         kept = dynamic or stored is None or key not in wanted or key in scaled

@@ -3,7 +3,7 @@
 Both forms have the same meaning and agree up to rounding. The plain ones are those of `model.functional` for what the
 networks compute, which ask the forms here first (None: the plain one is to run), and `plain` for what only the
 runtime does. Triton is asked for only where a tensor lies on a CUDA device, gradients are off and nothing is being
-traced; where it is missing (Windows, macOS, CPU builds of torch) the plain form runs.
+traced. Where it is missing on a GPU (Windows, older cards) a form of few passes runs (`fewer`), elsewhere the plain one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...model import functional
-from . import plain
+from . import fewer, plain
 from .plain import Rounded
 from .probes import tried_once
 
@@ -48,12 +48,12 @@ def _runs_triton(device: torch.device) -> bool:
 
 def fusable(x: Tensor) -> bool:
     """Whether a Triton kernel may stand in for plain operations on this tensor."""
-    return (
-        x.is_cuda
-        and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and x.requires_grad)
-        and has_triton(x.device)
-    )
+    return _on_gpu(x) and has_triton(x.device)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    """Whether a tensor is worth fewer passes over memory, where Triton is missing."""
+    return x.is_cuda and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def _fits(x: Tensor, size: int) -> bool:
@@ -70,7 +70,7 @@ def add_norm(
     if fusable(x_RnC) and (not rounded or multiplies_eight_bit(x_RnC.device)):
         return _triton("transformer").add_norm(x_RnC, y, gate, scale, shift, eps, dtype, rounded)
     if not rounded:
-        return None
+        return fewer.add_norm(x_RnC, y, gate, scale, shift, eps, dtype) if _on_gpu(x_RnC) else None
     x, normed = functional.add_norm.plain(x_RnC, y, gate, scale, shift, eps, torch.float32)
     return x, Rounded(*plain.quantise_rows(normed), dtype)
 
@@ -83,6 +83,8 @@ def heads_into(qkv_RnC: Tensor, query_scale: Tensor, rotary: Tensor, keys: Tenso
     """
     if _fits(qkv_RnC, keys.shape[3]) and qkv_RnC.stride(2) == 1:
         return _triton("transformer").heads_into(qkv_RnC, query_scale, rotary, keys, values)
+    if _on_gpu(qkv_RnC):
+        return fewer.heads_into(qkv_RnC, query_scale, rotary, keys, values)
     q, k, v = functional.split_heads(qkv_RnC, query_scale, rotary)
     keys.copy_(k)
     values.copy_(v)
@@ -187,7 +189,8 @@ def group_norm_silu(
     trained = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
     if not trained and fuses_pictures(x_BCHW):
         return _triton("convolution").group_norm_silu(x_BCHW, groups, weight, bias, eps, offset)
-    normed = F.group_norm(_offset(x_BCHW, offset), groups, weight, bias, eps)
+    norm = fewer.group_norm if not trained and _on_gpu(x_BCHW) else F.group_norm
+    normed = norm(_offset(x_BCHW, offset), groups, weight, bias, eps)
     return F.silu(normed, inplace=not torch.is_grad_enabled())
 
 
