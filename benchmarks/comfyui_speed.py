@@ -149,6 +149,8 @@ def told(row: dict, whole: dict) -> str:
     parts = [f"{part} {row[part]:.4f}" for part in ("source", "sampler", "decode", "all", "other_seed") if part in row]
     base = whole.get((row["model"], row["size"]))
     ratio = [f"x{row['all'] / base['all']:.3f} x{row['other_seed'] / base['other_seed']:.3f}"] if base else []
+    if base and "published" in base and row is not base:
+        ratio.append(f"/{base['published'] / row['all']:.2f} of the published code's {base['published']:.3f}")
     firsts = ["first " + " ".join(f"{run['all']:.2f}" for run in row["first"])] if "first" in row else []
     more = [f"recorded {row['recorded']}, took {row.get('taken_gb')} GB"] if "recorded" in row else []
     return f"{name:32} " + ", ".join([*parts, *ratio, *firsts, *more])

@@ -134,6 +134,23 @@ def comfyui() -> str:
     return table(head, rows)
 
 
+def comfyui_speed() -> str:
+    """What `comfyui_speed.py` measured: a graph as ComfyUI starts by itself, beside the library's whole edit."""
+    facts = json.loads((FOLDER / "comfyui_speed_h200.json").read_text())
+    whole = {(c["model"], c["size"]): c for c in facts["cases"] if c["way"] == "library"}
+    rows = []
+    for case in facts["cases"]:
+        base = whole[case["model"], case["size"]]
+        parts = [f"{case[name]:.3f} s" if name in case else "-" for name in ("source", "sampler", "decode")]
+        ratios = [f"{case[name]:.3f} s ({case[name] / base[name]:.2f})" for name in ("all", "other_seed")]
+        edit = "" if case["edit"] == "plain" else f", {case['edit']}"
+        way = {"library": "library", "default": "ComfyUI", "static": "ComfyUI, static weights"}[case["way"]]
+        first = f"{case['first'][0]['all']:.1f} s" if "first" in case else "-"
+        rows.append([f"{case['model']} {case['size']}{edit}", way, *parts, *ratios, first])
+    head = ["way", "Source Encode", "Sampler", "Decode", "whole edit", "another seed", "first edit"]
+    return table([facts["device"], *head], rows)
+
+
 def speed(file: Path = SPEED) -> str:
     """What `varedit bench --save` measured of exact edits."""
     facts = json.loads(file.read_text())
@@ -361,7 +378,14 @@ def _first_paragraph(text: str) -> str:
     return " ".join(text.strip().split("\n\n")[0].split())
 
 
-TABLES = {"headlines": headlines, "comfyui": comfyui, "demo": demo, "shapeedit": shapeedit, "parity": parity}
+TABLES = {
+    "headlines": headlines,
+    "comfyui": comfyui,
+    "comfyui speed": comfyui_speed,
+    "demo": demo,
+    "shapeedit": shapeedit,
+    "parity": parity,
+}
 TABLES |= {"real size": real_size, "speed": speed, "shortcuts": shortcuts, "library memory": library_memory}
 TABLES |= {"masks": masks, "dials": dials, "auto masks": auto_masks, "chains": chains, "presets": presets}
 

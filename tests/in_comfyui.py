@@ -946,6 +946,101 @@ class Probe:
         run["ours"] = all(isinstance(m, Casting.Linear) for m in linears) and len(linears) > 56
         return run
 
+    def held(self) -> dict:
+        """Layers with weights in hand against ComfyUI's own way, by class: whether the numbers are equal."""
+        from types import SimpleNamespace
+
+        from varedit_pack.nodes.adapters import layers
+        from varedit_pack.nodes.adapters.layers import Casting, quantised
+
+        torch = self.torch
+        torch.manual_seed(0)
+        made = {
+            "Linear": (Casting.Linear(8, 6, dtype=torch.float32), torch.randn(2, 3, 8), ("__call__", "gelu")),
+            "Conv2d": (Casting.Conv2d(3, 4, 3, dtype=torch.float32), torch.randn(2, 3, 9, 9), ("__call__", "apart")),
+            "GroupNorm": (Casting.GroupNorm(2, 8, dtype=torch.float32), torch.randn(2, 8, 5, 5), ("__call__", "silu")),
+            "LayerNorm": (Casting.LayerNorm(8, dtype=torch.float32), torch.randn(2, 3, 8), ("__call__",)),
+            "RMSNorm": (Casting.RMSNorm(8, dtype=torch.float32), torch.randn(2, 3, 8), ("__call__",)),
+            "Embedding": (Casting.Embedding(5, 8, dtype=torch.float32), torch.tensor([0, 3]), ("__call__",)),
+        }
+        found = {}
+        for name, (layer, x, calls) in made.items():
+            for parameter in layer.parameters():
+                torch.nn.init.normal_(parameter)
+            expected = [getattr(layer, call)(x) for call in calls]
+            own = layer.weight, getattr(layer, "bias", None)
+            layer.held = layer.take(*own, None)
+            layer.weight_function = [lambda weight: weight * 0]  # what ComfyUI's own way would do now
+            results = [getattr(layer, call)(x) for call in calls]
+            pairs = [(a[0], b[0]) if isinstance(a, tuple) else (a, b) for a, b in zip(expected, results)]
+            found[name] = all(torch.equal(a, b) for a, b in pairs)
+        layer, x, _ = made["Linear"]
+        found["matrix"] = layer.matrix(torch.float32) is layer.weight and layer.offset() is layer.bias
+        layer.weight_function = []
+        found["another type"] = layer.fits(x.bfloat16()) or layer(x.bfloat16()).dtype != torch.bfloat16
+        missing = sorted(set(vars(Casting)) - set(found) - {"__module__", "__doc__", "__qualname__", "__firstlineno__"})
+        found["classes without a case"] = [name for name in missing if isinstance(getattr(Casting, name), type)]
+
+        eight = quantised(self.core_ops().mixed_precision_ops({"mixed_ops": True}, torch.float32, False)).Linear(16, 6)
+        codes = torch.randn(6, 16).to(torch.float8_e4m3fn)
+        weight = SimpleNamespace(_qdata=codes, _params=SimpleNamespace(scale=torch.tensor(0.25)), device=codes.device)
+        eight.quant_format, eight.bias = "float8_e4m3fn", torch.nn.Parameter(torch.randn(6), requires_grad=False)
+        x, kept = torch.randn(2, 3, 16), {}
+
+        def keep(layer, shape):
+            return kept.setdefault(id(layer), torch.empty(shape))
+
+        found["8 bits elsewhere"] = eight.take(weight, eight.bias, keep)
+        real, layers.multiplies_eight_bit = layers.multiplies_eight_bit, lambda device: True
+        eight.held = eight.take(weight, eight.bias, keep)
+        exact = torch.nn.functional.linear(x, codes.float() * 0.25, eight.bias)
+        gelu = torch.nn.functional.linear(
+            torch.nn.functional.gelu(x, approximate="tanh"), codes.float() * 0.25, eight.bias
+        )
+        found["8 bits"] = [
+            (found_ - wanted).abs().max().item() / wanted.abs().max().item()
+            for found_, wanted in ((eight(x), exact), (eight.after_gelu(x), gelu))
+        ]
+        found["reads rounded"] = [eight.reads_rounded]
+        eight.input_scale = torch.ones(())
+        found["reads rounded"] += [eight.reads_rounded, eight.take(weight, eight.bias, keep)]
+        layers.multiplies_eight_bit = real
+        return found
+
+    def without_triton(self) -> dict:
+        """What is said where Triton is missing, by platform, card and whether it is there."""
+        running, torch = self.running, self.torch
+        saved = running.platform.system, running.find_spec, torch.cuda.get_device_capability
+        found, gpu = {}, torch.device("cuda")
+        try:
+            for name, system, spec, card in (
+                ("Windows", "Windows", None, (8, 6)), ("Linux", "Linux", None, (9, 0)), ("old", "Windows", None, (7, 5)),
+                ("there", "Windows", object(), (8, 6)),
+            ):  # fmt: skip
+                running._told.clear()
+                running.platform.system, running.find_spec = lambda system=system: system, lambda _, spec=spec: spec
+                torch.cuda.get_device_capability = lambda device, card=card: card
+                found[name] = [running.without_triton(gpu) for _ in range(2)]
+            found["CPU"] = [running.without_triton(torch.device("cpu"))]
+        finally:
+            running.platform.system, running.find_spec, torch.cuda.get_device_capability = saved
+            running._told.clear()
+        return found
+
+    def core_ops(self):
+        import comfy.ops
+
+        return comfy.ops
+
+    def streaming(self) -> dict:
+        """Weights that stand still where ComfyUI streams them, with stand-ins for its pages: what is pinned, filled,
+        handed out and given back."""
+        from streaming import Streaming
+        from varedit_pack.nodes.adapters import holding
+        from varedit_pack.nodes.adapters.layers import Casting
+
+        return Streaming(self.torch, holding, Casting).found()
+
     def recording(self) -> dict:
         """When passes may be recorded, and an edit in the form that it has then, only that nothing is recorded here."""
         from varedit_pack.nodes.adapters.model import load_model, unchanged
@@ -1218,7 +1313,7 @@ def name(way) -> str:
 PARTS = (
     "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text",
     "ladder", "formats", "partial", "leftovers", "keeping", "variations", "shortcuts", "controls", "text_to_image",
-    "layers", "recording", "told", "asked_back", "colours", "same_job", "plan",
+    "layers", "held", "streaming", "without_triton", "recording", "told", "asked_back", "colours", "same_job", "plan",
 )  # fmt: skip
 ONE_EDIT = ("pictures", "formats", "variations")  # parts that decode one edit again and again
 

@@ -352,6 +352,57 @@ def test_layers_with_the_activation_behind_them(found):
     assert result["matrix"] == [False, True, False, False], "only as it is multiplied with"
 
 
+def test_weights_in_hand_give_comfyuis_numbers(found):
+    result = facts(found, "held")
+    classes = ("Linear", "Conv2d", "GroupNorm", "LayerNorm", "RMSNorm", "Embedding")
+    assert all(result[name] for name in classes) and result["matrix"]
+    assert not result["classes without a case"] and not result["another type"]
+
+
+def test_eight_bit_weights_are_multiplied_as_in_the_library(found):
+    result = facts(found, "held")
+    assert result["8 bits elsewhere"] is None, "where the device does not multiply in 8 bits, ComfyUI does its work"
+    assert max(result["8 bits"]) < 0.05
+    assert result["reads rounded"] == [True, False, None], "other scales are ComfyUI's to heed"
+
+
+def test_streamed_weights_stand_still_for_an_edit_and_are_given_back(found):
+    """Whole, layers with weights in hand, pages pinned, layers filled so far."""
+    result = facts(found, "streaming")
+    assert result["first"] == [True, 4, 1, 3, True, 8] and result["released"] == [False, 0, 0, 3]
+    assert result["again"] == [[True, 4, 1, 3, True], 1], "nothing is filled or loaded the second time"
+    assert result["pages lost"] == [None, 0] and result["filled anew"] == [True, 4, 1, 3, True]
+    assert result["small"] == [True, [1.0] * 4], "small weights keep their place and take the new numbers"
+    assert result["static"] == result["static again"] == [True, 4, 0]
+    assert result["static in part"] == [False, 3, 0, None]
+
+
+def test_only_what_is_as_it_was_stands_still_without_loading(found):
+    result = facts(found, "streaming")
+    changed = {name: what for name, what in result.items() if name.startswith("changed: ")}
+    assert changed.pop("changed: nothing") == [False, 0]
+    assert len(changed) == 6 and all(what == [True, 0] for what in changed.values()), "nothing stays pinned"
+    assert result["refilled"] == [True, 4, 1, 3]
+
+
+def test_weights_that_cannot_all_stand_still_are_fetched_as_ever(found):
+    result = facts(found, "streaming")
+    assert result["no room"][:3] == [False, 0, 0]
+    assert result["in part"][:3] == [False, 3, 1] and result["in part"][4] is False
+    assert result["a function on a weight"][:3] == [False, 3, 1] and result["a function on a weight"][4] is True
+    assert result["taken back"] == [0, False]
+    assert result["failed: interrupt"] == result["failed: memory"] == [True, 0, False]
+    assert result["unknown"] == [False, 0, 0, True, None], "another ComfyUI's way is left alone"
+
+
+def test_where_triton_is_missing_one_sentence_says_how_to_install_it(found):
+    result = facts(found, "without_triton")
+    assert "python_embeded\\python.exe -m pip install triton-windows" in result["Windows"][0]
+    assert "python -m pip install triton with" in result["Linux"][0]
+    assert result["Windows"][1] is result["Linux"][1] is None, "said once"
+    assert result["old"] == result["there"] == [None, None] and result["CPU"] == [None]
+
+
 def test_passes_may_be_recorded_only_while_all_lies_still(found):
     result = facts(found, "recording")
     assert result["still"] == [True, True, False], "on the device, wholly loaded, loaded in part"

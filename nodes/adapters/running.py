@@ -6,9 +6,11 @@ The driver of `varedit_core` runs them, with the memory, attention and progress 
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import comfy.ldm.modules.attention as attention
@@ -238,6 +240,23 @@ class ComfyMemory:
         mm.soft_empty_cache()
 
 
+_told: set[str] = set()
+
+
+def without_triton(device: torch.device) -> str | None:
+    """How to install Triton where a GPU could use it and it is missing; said once."""
+    usable = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    if not usable or find_spec("triton") is not None or "triton" in _told:
+        return None
+    _told.add("triton")
+    windows = platform.system() == "Windows"
+    command = "python_embeded\\python.exe -m pip install triton-windows" if windows else "python -m pip install triton"
+    return (
+        f"edits are faster with Triton, which is not installed; run {command} with ComfyUI's Python, then restart "
+        "ComfyUI"
+    )
+
+
 def sample_latent(model, source: dict, edit: Edit, preview: str, vae, tell: Tell) -> tuple[dict, dict, Tensor]:
     """Edit a LATENT of sources; the LATENTs of the edits and of the sums after every scale, scale by scale, and how
     sure the model was of each place of the edits, a MASK.
@@ -249,8 +268,9 @@ def sample_latent(model, source: dict, edit: Edit, preview: str, vae, tell: Tell
     origin = _origin(network, source, vae)
     method = preview_method(preview, vae, origin)
     batch, known = _batch(edit, source, origin, network.diffusion_model.config.source, tell)
-    for sentence in problems(facts(batch)):
-        tell(sentence)
+    for sentence in [*problems(facts(batch)), without_triton(model.load_device)]:
+        if sentence:
+            tell(sentence)
     models = [model, *_drafter(edit, model)]
     decoder = vae if method == "own" else None
     beside = vae.memory_used_decode(batch.features.shape, vae.vae_dtype) if decoder else 0

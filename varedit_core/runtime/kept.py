@@ -1,4 +1,5 @@
-"""Tensors of a recording that fails under CUDA's own allocator (`cudaMallocAsync`): they stay for ever.
+"""Recordings under CUDA's own allocator (`cudaMallocAsync`): what cannot be recorded is refused before it is tried, and
+tensors of a recording that fails all the same stay for ever.
 
 That allocator cannot take back memory of a recording that came to nothing: trying to ends the process. What stays is no
 more than addresses, as nothing of the recording was run.
@@ -9,9 +10,12 @@ from __future__ import annotations
 import ctypes
 from weakref import ref
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_ANSWERS = {torch.ops.aten.is_nonzero, torch.ops.aten.item}
+_MOVES = {torch.ops.aten.copy_, torch.ops.aten.to, torch.ops.aten._to_copy}
 _present: list[Kept] = []
 
 
@@ -22,7 +26,8 @@ def failed() -> None:
 
 
 class Kept(TorchDispatchMode):
-    """Where what is done within fails, all tensors that were made within stay for ever."""
+    """Where what is done within fails, all tensors that were made within stay for ever. RuntimeError for an operation
+    that waits for the device, before it has begun."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,11 +50,28 @@ class Kept(TorchDispatchMode):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(tensor))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if _waits(function, args, kwargs):
+            raise RuntimeError(f"{function} waits for the device, which no graph can hold")
         try:
-            result = function(*args, **kwargs or {})
+            result = function(*args, **kwargs)
         except BaseException:
             self.fail()
             raise
         results = result if isinstance(result, (tuple, list)) else (result,)
         self.made += [ref(x) for x in results if isinstance(x, Tensor)]
         return result
+
+
+def _waits(function, args: tuple, kwargs: dict) -> bool:
+    """Whether an operation needs to know numbers of the device, or moves them to the host or from there."""
+    if function.overloadpacket is torch.ops.aten.index:  # by places it knows the size of its result, by a mask not
+        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+    tags = {tag.name for tag in getattr(function, "tags", ())}
+    if tags & {"data_dependent_output", "dynamic_output_shape"} or function.overloadpacket in _ANSWERS:
+        return True
+    if function.overloadpacket not in _MOVES:
+        return False
+    given = [*args, *kwargs.values()]
+    places = [x.device for x in given if isinstance(x, Tensor)] + [x for x in given if isinstance(x, torch.device)]
+    return len({place.type for place in places}) > 1
