@@ -1002,10 +1002,68 @@ class Probe:
             for found_, wanted in ((eight(x), exact), (eight.after_gelu(x), gelu))
         ]
         found["reads rounded"] = [eight.reads_rounded]
+        found["hooked"] = self._hooked(torch, layer, eight, codes)
+        found["given back"] = self._given_back(layers, torch)
+        found["copied"] = self._copied()
         eight.input_scale = torch.ones(())
         found["reads rounded"] += [eight.reads_rounded, eight.take(weight, eight.bias, keep)]
         layers.multiplies_eight_bit = real
         return found
+
+    def _hooked(self, torch, layer, eight, codes) -> dict:
+        """Layers whose call a node has replaced by one that adds to it."""
+        from varedit_pack.nodes.adapters import layers
+
+        gelu, found = torch.nn.functional.gelu, {}
+        x = torch.randn(2, 3, 8)
+        plain, real = layer(x), (layers.fuses_gelu, layer.forward)
+        layers.fuses_gelu, layer.forward = lambda *_: True, lambda x: real[1](x) + 1
+        found["gelu"] = torch.equal(layer.gelu(x), gelu(plain + 1, approximate="tanh"))
+        found["matrix"] = layer.matrix(torch.float32)
+        layers.fuses_gelu = real[0]
+        x, own = torch.randn(2, 3, 16), eight.forward
+        eight.forward = lambda x, **more: own(x, **more) + x.sum()
+        read = gelu(x, approximate="tanh")
+        wanted = torch.nn.functional.linear(read, codes.float() * 0.25, eight.bias) + read.sum()
+        found["after gelu"] = ((eight.after_gelu(x) - wanted).abs().max() / wanted.abs().max()).item()
+        found["reads rounded"] = eight.reads_rounded
+        del eight.forward, layer.forward
+        return found
+
+    def _given_back(self, layers, torch) -> list[int]:
+        """How often weights were fetched and given back by a layer that fails."""
+        ops, counts = layers.comfy.ops, [0, 0]
+        real = ops.cast_bias_weight, ops.uncast_bias_weight
+
+        def counted(place, function):
+            def call(*arguments, **options):
+                counts[place] += 1
+                return function(*arguments, **options)
+
+            return call
+
+        layer = layers.Casting.GroupNorm(2, 8, dtype=torch.float32)
+        ops.cast_bias_weight, ops.uncast_bias_weight = (counted(n, function) for n, function in enumerate(real))
+        try:
+            layer.silu(torch.randn(1, 6, 4, 4))  # another number of channels
+        except RuntimeError:
+            pass
+        finally:
+            ops.cast_bias_weight, ops.uncast_bias_weight = real
+        return counts
+
+    def _copied(self) -> list[bool]:
+        """A VAE copied with another network: whether its recordings, and not the first one's, are of that, and whether
+        the network knows the copy's patcher."""
+        import copy
+
+        other = self.run("VAELoader", "varedit_demo_tokenizer.safetensors")
+        copied = copy.copy(self.vae)
+        copied.first_stage_model, copied.patcher = other.first_stage_model, other.patcher
+        copied.encode(self.torch.rand(1, 32, 32, 3))
+        network = copied.recorded.encode.network
+        known = copied.first_stage_model.patcher() is copied.patcher
+        return [network is other.first_stage_model.encoder, self.vae.recorded is copied.recorded, known]
 
     def without_triton(self) -> dict:
         """What is said where Triton is missing, by platform, card and whether it is there."""
@@ -1014,8 +1072,8 @@ class Probe:
         found, gpu = {}, torch.device("cuda")
         try:
             for name, system, spec, card in (
-                ("Windows", "Windows", None, (8, 6)), ("Linux", "Linux", None, (9, 0)), ("old", "Windows", None, (7, 5)),
-                ("there", "Windows", object(), (8, 6)),
+                ("Windows", "Windows", None, (8, 6)), ("Linux", "Linux", None, (9, 0)),
+                ("old", "Windows", None, (7, 5)), ("there", "Windows", object(), (8, 6)),
             ):  # fmt: skip
                 running._told.clear()
                 running.platform.system, running.find_spec = lambda system=system: system, lambda _, spec=spec: spec

@@ -22,6 +22,7 @@ class Streaming:
         self.patches_uuid, self.injections, self.forced_hooks, self.load_device = "a", {}, None, torch.device("cpu")
         self.model = type("Model", (), {"current_weight_patches_uuid": "a"})()
         self.dynamic, self.callbacks, self.loaded = True, [], True
+        self.object_patches, self.object_patches_backup = {}, {}
         self.x, self.first = torch.randn(2, 4), None
         self.expected = self.network(self.x)
         self.holder = holding.Holder(self.network, self.load_device)
@@ -113,12 +114,13 @@ class Streaming:
             "loaded": (lambda: setattr(self, "loaded", False), lambda: setattr(self, "loaded", True)),
             "callbacks": (lambda: self.callbacks.append(1), self.callbacks.clear),
             "injections": (lambda: self.injections.update(x=1), self.injections.clear),
+            "objects": (lambda: self.object_patches.update(x=1), self.object_patches.clear),
             "memory": (lambda: setattr(self, "full", True), lambda: setattr(self, "full", False)),
             "a layer's LoRA": (lambda: setattr(self.layers[1], "_v_signature", None), lambda: None),
         }
         for name, (change, back) in changes.items():
             change()
-            found[f"changed: {name}"] = [self.again() is None, self.pins]
+            found[f"changed: {name}"] = [self.again() is None, self.pins, self.holder.busy]
             back()
         self.filled.clear()
         with self.hold() as hold:
@@ -131,10 +133,8 @@ class Streaming:
         with self.hold() as hold:
             found["no room"] = self.state(hold)
         self.full = False
-        spare, self.holding.SPARE = self.holding.SPARE, 50
         with self.hold(299) as hold:
-            found["in part"] = [*self.state(hold), "held" in layer.__dict__]
-        self.holding.SPARE = spare
+            found["too little room"] = self.state(hold)
         layer.weight_function = [lambda weight: weight]
         with self.hold() as hold:
             found["a function on a weight"] = [*self.state(hold), hasattr(layer, "_prefetch")]
@@ -148,13 +148,24 @@ class Streaming:
             self.layers[0]._v_signature = None
 
             def fails(layer, error=error, **more):
+                layer._prefetch = {"signature": self.vbar_fault(layer._v)}  # as ComfyUI leaves it
                 raise error
 
             self.ops.cast_bias_weight = fails
             try:
                 self.hold()
             except BaseException as raised:
-                found[f"failed: {name}"] = [raised is error, self.pins, self.holder.busy]
+                left = any("_prefetch" in layer.__dict__ for layer in self.layers)
+                found[f"failed: {name}"] = [raised is error, self.pins, self.holder.busy, left]
+
+        def lost(layer, **more):
+            self.fill(layer)
+            layer._v_signature = None  # its pages were given to others meanwhile
+            return layer._v_weight, layer._v_bias, None
+
+        self.ops.cast_bias_weight = lost
+        with self.hold() as hold:
+            found["pages given away"] = [*self.state(hold)[:3], self.holding.Holder.refused]
 
         def unknown(layer, **more):
             raise TypeError("another ComfyUI")
@@ -170,7 +181,9 @@ class Streaming:
         for layer in self.layers:
             layer.__dict__.pop("_v", None)
         with self.hold() as self.first:
+            weight, own = self.layers[0].held[0], self.layers[0].weight
             found = {"static": self.state(self.first)[:3]}
+            found["static, apart"] = [weight is not own, weight.data_ptr() == own.data_ptr()]
         found["static again"] = self.again()[:3]
         self.layers[0].prev_comfy_cast_weights = False  # as ComfyUI marks a layer that it moves at every call
         with self.hold() as hold:

@@ -19,12 +19,14 @@ FOLDERS = {
 }  # fmt: skip
 """Where scripts take a folder for what they write beside their result."""
 RECORDS = {
-    "ablations": "ablations", "comfyui_memory": "comfyui_memory_h100", "comfyui_speed": "comfyui_speed_h200", "controls": "controls", "demo": "demo_cpu",
-    "library_memory": "library_memory_h100", "real_size": "real_size_h100", "shortcuts": "shortcuts",
+    "ablations": "ablations", "comfyui_memory": "comfyui_memory_h100", "comfyui_speed": "comfyui_speed_h200",
+    "controls": "controls", "demo": "demo_cpu", "library_memory": "library_memory_h100",
+    "real_size": "real_size_h100", "shortcuts": "shortcuts",
 }  # fmt: skip
 """The shipped record of each script that has one."""
-NOT_TINY = {"taken_gb", "allocator", "ballast_gb", "peak_gb", "peak_gib", "note", "convert_bf16", "load_bf16", "agreement_0.25M", "agreement_1M"} | {
-    *(f"after {k}" for k in (2, 4, 8)), "plain 8",
+NOT_TINY = {
+    "taken_gb", "allocator", "ballast_gb", "peak_gb", "peak_gib", "note", "convert_bf16", "load_bf16",
+    "agreement_0.25M", "agreement_1M", *(f"after {k}" for k in (2, 4, 8)), "plain 8",
 }  # fmt: skip
 """What only a GPU or a full run tells."""
 

@@ -366,6 +366,21 @@ def test_eight_bit_weights_are_multiplied_as_in_the_library(found):
     assert result["reads rounded"] == [True, False, None], "other scales are ComfyUI's to heed"
 
 
+def test_what_a_node_puts_around_a_layer_is_called_with_what_the_layer_reads(found):
+    """As LoRAs do that leave weights alone."""
+    result = facts(found, "held")["hooked"]
+    assert result["gelu"] and result["after gelu"] < 0.05 and result["reads rounded"] is False
+    assert result["matrix"] is None
+
+
+def test_a_layer_that_fails_gives_its_weights_back(found):
+    assert facts(found, "held")["given back"] == [1, 1]
+
+
+def test_a_copy_of_a_vae_with_another_network_records_that_one(found):
+    assert facts(found, "held")["copied"] == [True, False, True]
+
+
 def test_streamed_weights_stand_still_for_an_edit_and_are_given_back(found):
     """Whole, layers with weights in hand, pages pinned, layers filled so far."""
     result = facts(found, "streaming")
@@ -375,23 +390,24 @@ def test_streamed_weights_stand_still_for_an_edit_and_are_given_back(found):
     assert result["small"] == [True, [1.0] * 4], "small weights keep their place and take the new numbers"
     assert result["static"] == result["static again"] == [True, 4, 0]
     assert result["static in part"] == [False, 3, 0, None]
+    assert result["static, apart"] == [True, True], "ComfyUI may give a parameter other storage within an edit"
 
 
 def test_only_what_is_as_it_was_stands_still_without_loading(found):
     result = facts(found, "streaming")
     changed = {name: what for name, what in result.items() if name.startswith("changed: ")}
-    assert changed.pop("changed: nothing") == [False, 0]
-    assert len(changed) == 6 and all(what == [True, 0] for what in changed.values()), "nothing stays pinned"
+    assert changed.pop("changed: nothing") == [False, 0, False]
+    assert len(changed) == 7 and all(what == [True, 0, False] for what in changed.values()), "nothing stays pinned"
     assert result["refilled"] == [True, 4, 1, 3]
 
 
 def test_weights_that_cannot_all_stand_still_are_fetched_as_ever(found):
     result = facts(found, "streaming")
-    assert result["no room"][:3] == [False, 0, 0]
-    assert result["in part"][:3] == [False, 3, 1] and result["in part"][4] is False
+    assert result["no room"][:3] == result["too little room"][:3] == [False, 0, 0]
     assert result["a function on a weight"][:3] == [False, 3, 1] and result["a function on a weight"][4] is True
     assert result["taken back"] == [0, False]
-    assert result["failed: interrupt"] == result["failed: memory"] == [True, 0, False]
+    assert result["failed: interrupt"] == result["failed: memory"] == [True, 0, False, False]
+    assert result["pages given away"] == [False, 0, 0, False]
     assert result["unknown"] == [False, 0, 0, True, None], "another ComfyUI's way is left alone"
 
 

@@ -374,9 +374,9 @@ def test_an_interrupted_recording_gives_the_stream_back(cuda):
     assert cuda.present is cuda.here and not cuda.pools and cuda.drawing
 
 
-def test_recording_asks_for_torchs_own_allocator(monkeypatch):
+def test_recording_asks_for_an_allocator_that_is_known(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for backend, able in (("native", True), ("cudaMallocAsync", False), ("native", True)):
+    for backend, able in (("native", True), ("cudaMallocAsync", True), ("another", False)):
         monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda backend=backend: backend)
         assert graphs.can_record() == able
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -3,8 +3,7 @@
 Where ComfyUI streams weights (dynamic VRAM), every call of a layer asks for its pages, casts and gives them back. Here
 all pages of a network are asked for at once and pinned, filled where they are not, and given back when the edit is
 over, however it ends. The layers have their weights in hand meanwhile, at addresses that stay the same from edit to
-edit, so that passes may be recorded. Where there is no room for all, as many layers as there is room for stand still,
-in ComfyUI's order, and the others are fetched as ever.
+edit, so that passes may be recorded. Where there is no room for all of them, they are fetched layer by layer as ever.
 """
 
 from __future__ import annotations
@@ -25,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 SMALL = 1 << 20
 """Bytes up to which weights that ComfyUI brings to another place at every load are copied to one of their own."""
-SPARE = 1 << 30
-"""Bytes left alone where not all layers can stand still: the others are fetched through them."""
 _UNKNOWN = (AttributeError, ImportError, KeyError, TypeError, ValueError)
 """What another ComfyUI than the ones known would raise."""
 
@@ -73,28 +70,17 @@ class Holder:
         them. It walks through all layers to do so, which takes as long as half an edit does."""
         if self.busy or Holder.refused or mm.is_device_cpu(self.device) or not _current(patcher):
             return None
-        if not patcher.is_dynamic():
-            held = Hold(self)
-            held.as_they_lie()
-            if held.whole:
-                return held
+        if patcher.is_dynamic() and (self.last is None or not self.last.stands(patcher, self.marks)):
+            return None
+        held = Hold(self)
+        try:
+            held.repeat(self.last) if patcher.is_dynamic() else held.as_they_lie()
+        except BaseException:
+            held.release()
+            raise
+        if not held.whole:
             held.release()
             return None
-        last = self.last
-        if last is None or not last.stands(patcher, self.marks):
-            return None
-        held, (pages, *_) = Hold(self), last.span
-        pages.prioritize()  # as loading would
-        signature = _pages().vbar_fault(last.span)
-        if signature is None:
-            return None
-        held.span = last.span
-        if bytes(signature) != self.signature:
-            held.release()
-            return None
-        for layer, pair in last.held:
-            layer.held = pair
-        held.whole, held.places = True, last.places
         return held
 
 
@@ -158,20 +144,31 @@ class Hold:
         """Of a model that ComfyUI has moved as a whole, or in part: the layers that lie on the device."""
         for layer in self.holder.layers:
             if _still(layer, self.device) and isinstance(layer, Holding):
-                self._hand(layer, layer.weight, getattr(layer, "bias", None))
+                # Apart from the parameters, which ComfyUI may give other storage within the edit.
+                bias = getattr(layer, "bias", None)
+                self._hand(layer, layer.weight.detach(), None if bias is None else bias.detach())
         elsewhere = (x for m in self.holder.bare for x in _own(m) if x.device != self.device)
         self.whole = all("held" in layer.__dict__ for layer in self.holder.layers) and next(elsewhere, None) is None
         self.places = tuple((x.data_ptr(), x.is_inference() or x._version) for x in self._weights())
 
+    def repeat(self, last: _Last) -> None:
+        """Of streamed weights that stand as they stood, where their pages are the same ones."""
+        last.span[0].prioritize()  # as loading would
+        signature = _pages().vbar_fault(last.span)
+        if signature is None:
+            return
+        self.span = last.span
+        if bytes(signature) == self.holder.signature:
+            for layer, pair in last.held:
+                layer.held = pair
+            self.whole, self.places = True, last.places
+
     def pin(self, room: float) -> None:
-        """Of a model whose weights ComfyUI streams: as many layers as there is room for."""
+        """Of a model whose weights ComfyUI streams, where there is room for all of them."""
         layers = self.holder.layers
         streamed = sorted((layer for layer in layers if hasattr(layer, "_v")), key=lambda layer: layer._v[1])
-        if streamed and _end(streamed[-1]) - streamed[0]._v[1] > room:
-            first = streamed[0]._v[1]
-            streamed = [layer for layer in streamed if _end(layer) - first <= room - SPARE]
         small = [layer for layer in layers if not hasattr(layer, "_v")]
-        if streamed and not self._pinned(streamed):
+        if streamed and (_end(streamed[-1]) - streamed[0]._v[1] > room or not self._pinned(streamed)):
             return
         self._lend(streamed)
         self._copy(small)
@@ -199,22 +196,29 @@ class Hold:
                 mm.throw_exception_if_processing_interrupted()
                 self._fill(layer)
         holder.signature, holder.marks = found, [layer._v_signature for layer in layers]
+        if any(mark is None for mark in holder.marks):  # others want memory: pages were given away meanwhile
+            pages.vbar_unpin(span)
+            self.span = None
+            return False
         return True
 
     def _fill(self, layer: nn.Module) -> None:
         """Have ComfyUI bring a layer's weights, with their patches, into its pages where they are not there."""
         dtype = getattr(layer, "weight_comfy_model_dtype", None) or layer.weight.dtype
         more = {"want_requant": True, "compute_dtype": dtype} if hasattr(layer.weight, "_qdata") else {}
-        weight, bias, stream = comfy.ops.cast_bias_weight(
-            layer, dtype=dtype, device=self.device, bias_dtype=dtype, offloadable=True, **more
-        )
+        _let_go(layer)
+        try:
+            weight, bias, stream = comfy.ops.cast_bias_weight(
+                layer, dtype=dtype, device=self.device, bias_dtype=dtype, offloadable=True, **more
+            )
+        except BaseException:
+            _let_go(layer)
+            raise
         comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
 
     def _lend(self, layers: Sequence[nn.Module]) -> None:
         """Hand layers their pinned weights; to those that need more of ComfyUI, as it does itself before a pass."""
         for layer in layers:
-            if layer._v_signature is None:
-                raise ValueError("a layer's pages are pinned but not filled")
             plain = isinstance(layer, Holding) and not (layer.weight_function or layer.bias_function)
             if not (plain and self._hand(layer, layer._v_weight, layer._v_bias)):
                 layer._prefetch = {"signature": layer._v_signature, "resident": True}
@@ -257,6 +261,7 @@ class Hold:
 def _current(patcher) -> bool:
     """Whether a model is loaded as its nodes want it, and loading it again would do nothing but that."""
     special = patcher.get_all_callbacks(CallbacksMP.ON_LOAD) or patcher.injections or patcher.forced_hooks
+    special = special or patcher.object_patches or patcher.object_patches_backup
     loaded = patcher in mm.loaded_models() and patcher.model.current_weight_patches_uuid == patcher.patches_uuid
     return loaded and not special
 
@@ -264,6 +269,16 @@ def _current(patcher) -> bool:
 def _own(module: nn.Module) -> list[Tensor]:
     """A module's tensors, without those of its parts."""
     return [x for part in (module._parameters, module._buffers) for x in part.values() if x is not None]
+
+
+def _let_go(layer: nn.Module) -> None:
+    """Give back what ComfyUI leaves of a cast that failed: it would take it for the weights of the next one."""
+    left = layer.__dict__.pop("_prefetch", None)
+    for name in ("weight_lowvram_function", "bias_lowvram_function"):
+        if left is not None and hasattr(getattr(layer, name, None), "clear_prepared"):
+            getattr(layer, name).clear_prepared()
+    if left is not None and left["signature"] is not None:
+        _pages().vbar_unpin(layer._v)
 
 
 def _end(layer: nn.Module) -> int:

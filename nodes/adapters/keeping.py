@@ -100,12 +100,12 @@ class Keeper(Listed):
 
         listed: whether the workspace is to stay, so that ComfyUI must know of it.
         """
+        if listed:  # before the models, which would have to make way for it
+            self.list()
         held = self.work.nbytes
         mm.load_models_gpu(models, memory_required=needed - held)
         if self.work.nbytes < held:  # it had to make way, and so needs as much again
             mm.load_models_gpu(models, memory_required=needed)
-        if listed:
-            self.list()
 
     def workspace(self, hold: Hold) -> Workspace:
         """The workspace for the next edit. hold: of the weights; where all of them stand still passes may be

@@ -57,9 +57,15 @@ class Holding:
             return function(*self.held)
         comfy.ops.run_every_op()
         weight, bias, stream = comfy.ops.cast_bias_weight(self, x, offloadable=True)
-        y = function(weight, bias)
-        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-        return y
+        try:
+            return function(weight, bias)
+        finally:
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a node has put something around the call, as LoRAs do that leave weights alone."""
+        return "forward" in self.__dict__
 
 
 class Casting(comfy.ops.manual_cast):
@@ -71,13 +77,15 @@ class Casting(comfy.ops.manual_cast):
 
         def gelu(self, x: Tensor) -> Tensor:
             """GELU(tanh) of the layer's result."""
-            if not fuses_gelu(x, self.bias):
+            if self.hooked or not fuses_gelu(x, self.bias):
                 return F.gelu(self(x), approximate="tanh")
             return self.within(x, lambda weight, bias: linear_gelu(x, weight, bias))
 
         def matrix(self, dtype: torch.dtype) -> Tensor | None:
             """The weight [out, in] where it is what the layer multiplies with; None where ComfyUI moves, casts or
             patches it first."""
+            if self.hooked:
+                return None
             if self.held is not None:
                 return self.held[0] if self.held[0].dtype == dtype else None
             changed = self.weight_function or self.bias_function
@@ -129,14 +137,17 @@ class Casting(comfy.ops.manual_cast):
 
 
 class EightBit(Holding):
-    """A linear layer of ComfyUI's quantised ones. With a weight in float8_e4m3fn it multiplies as the library does: what
-    comes in is rounded token by token, which is exacter than ComfyUI's one scale for all, and as fast."""
+    """A linear layer of ComfyUI's quantised ones.
+
+    With a weight in float8_e4m3fn it multiplies as the library does: what comes in is rounded token by token, which is
+    exacter than ComfyUI's one scale for all, and as fast.
+    """
 
     @property
     def reads_rounded(self) -> bool:
         """Whether it takes numbers that are rounded already."""
         device = self.held[0].device if self.held else None
-        return device is not None and self.multiplies(device)
+        return device is not None and not self.hooked and self.multiplies(device)
 
     def multiplies(self, device: torch.device) -> bool:
         """Whether it multiplies in 8 bits on a device, by no other scales than the weight's."""
@@ -163,7 +174,7 @@ class EightBit(Holding):
 
     def after_gelu(self, x: Tensor) -> Tensor:
         """The layer behind GELU(tanh) of x, which is rounded only once."""
-        return self(x, gelu=True)
+        return self(F.gelu(x, approximate="tanh")) if self.hooked else self(x, gelu=True)
 
     def _product(self, x: Tensor | Rounded, gelu: bool) -> Tensor:
         if self.held is not None:
@@ -175,9 +186,10 @@ class EightBit(Holding):
             self, dtype=x.dtype, device=device, bias_dtype=x.dtype, offloadable=True, compute_dtype=x.dtype,
             want_requant=True,
         )  # fmt: skip
-        y = linear_eight_bit(x, weight._qdata, _scales(weight, self.out_features), bias, gelu)
-        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-        return y
+        try:
+            return linear_eight_bit(x, weight._qdata, _scales(weight, self.out_features), bias, gelu)
+        finally:
+            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 
 
 def _scales(weight: Tensor, count: int) -> Tensor:

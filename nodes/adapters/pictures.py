@@ -19,7 +19,7 @@ from ...varedit_core.fitting import schedule_of
 from ...varedit_core.pictures.canvas import blended, faded
 from ...varedit_core.pictures.composite import found_mask
 from ...varedit_core.pictures.contact_sheet import Row, contact_sheet
-from ...varedit_core.pictures.images import Fitting, fit, fit_mask, load_image, unfit, unfit_mask
+from ...varedit_core.pictures.images import Fitting, fit_mask, fitted_levels, load_image, unfit, unfit_mask
 from ...varedit_core.pictures.preview import LEAST_DECODED, SIDE, at_own_size, enlarged
 from ...varedit_core.sampling.tokens import Tokens
 from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS, schedule_for
@@ -54,7 +54,7 @@ def to_pillow(image_HWC: Tensor) -> Image.Image:
     """One picture of an IMAGE, in 8 bits."""
     if not image_HWC.isfinite().all():
         raise ValueError("the image holds undefined numbers; check the node that made it")
-    levels = (image_HWC.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    levels = image_HWC.float().cpu().clamp(0, 1).mul_(255).round_().to(torch.uint8).numpy()
     if levels.shape[2] not in (1, 3, 4):
         raise ValueError(f"the image has {levels.shape[2]} channels; connect one with 1, 3 or 4")
     return Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else np.ascontiguousarray(levels))
@@ -71,11 +71,11 @@ def encode_source(vae, image: Tensor, area: str, method: str) -> dict:
     vae = checked_vae(vae)
     if not len(image):
         raise ValueError("there is no picture to edit; connect at least one")
-    fitted = [fit(load_image(to_pillow(one)), area, method) for one in image]
+    fitted = [fitted_levels(load_image(to_pillow(one)), area, method) for one in image]
     # One by one, as the library does: convolutions of a batch round differently.
-    features = torch.cat([vae.encode_pixels(_levels_of(one.pixels)) for one in fitted])
+    features = torch.cat([vae.encode_pixels(levels) for levels, _ in fitted])
     _defined(features, "the encoded picture", "the VAE's weights are damaged; load or convert them again")
-    return {"samples": features, KEY: Origin(fitted[0].fitting, vae.colours)}
+    return {"samples": features, KEY: Origin(fitted[0][1], vae.colours)}
 
 
 def empty_source(vae, area: str, ratio: float, count: int) -> dict:
@@ -203,11 +203,6 @@ def fitting_of(samples: Tensor, stride: int) -> Fitting:
             f"a latent of a {pixels[1]}x{pixels[0]} picture fits no size of the model; use VAREdit Source Encode"
         )
     return Fitting.exact(schedule)
-
-
-def _levels_of(pixels_13HW: Tensor) -> Tensor:
-    """8-bit levels [3, y, x] of one fitted picture in [-1, 1]."""
-    return ((pixels_13HW[0] + 1) * 127.5).round().to(torch.uint8)
 
 
 def _samples(vae: VAREditVAE, latent: dict) -> Tensor:

@@ -121,21 +121,21 @@ class VAREditVAE(comfy.sd.VAE):
     def stride(self) -> int:
         return self.upscale_ratio
 
-    def encode_pixels(self, pixels_3HW: Tensor) -> Tensor:
+    def encode_pixels(self, levels_3HW: Tensor) -> Tensor:
         """Unquantised features [1, d, h, w] of 8-bit levels of a size that the stride divides, on the device between
         nodes."""
-        network, (_, height, width) = self.first_stage_model, pixels_3HW.shape
+        network, (_, height, width) = self.first_stage_model, levels_3HW.shape
         if self._narrow is None:
             self._narrow = torch.arange(256).float() / 127.5 - 1  # on the CPU, as `images.fit` does: GPUs round it off
 
         def encoded() -> Tensor:
-            levels = pixels_3HW.to(self.device).int()
+            levels = levels_3HW.to(self.device).int()
             features = self.recorded.encode(self._narrow.to(self.device)[levels][None])
             return features.to(self.output_device, mm.intermediate_dtype())
 
         needed = self.memory_used_encode((1, 3, height, width), self.vae_dtype)
         features = self._at_once(network.encoder, needed, encoded)
-        return self.encode(pixels_3HW.movedim(0, -1)[None].float() / 255) if features is None else features
+        return self.encode(levels_3HW.movedim(0, -1)[None].float() / 255) if features is None else features
 
     def decode_pixels(self, latent_dHW: Tensor) -> tuple[Tensor, bool]:
         """8-bit levels [3, y, x] of a latent in host memory, truncated as in the published code, and whether all of
@@ -146,15 +146,33 @@ class VAREditVAE(comfy.sd.VAE):
             return (pixels.float() * 255).clamp(0, 255).to(torch.uint8).cpu(), bool(defined)
 
         def decoded() -> tuple[Tensor, bool]:
-            return levels(self.process_output(self.recorded.decode(latent_dHW[None].to(self.device, torch.float32)))[0])
+            pixels = self.recorded.decode(latent_dHW[None].to(self.device, torch.float32))
+            return levels(self.process_output(pixels.to(mm.intermediate_dtype()))[0])
 
         needed = self.memory_used_decode((1, *latent_dHW.shape), self.vae_dtype)
         found = self._at_once(self.first_stage_model.decoder, needed, decoded)
         return levels(self.decode(latent_dHW[None])[0].movedim(-1, 0)) if found is None else found
 
+    def encode(self, pixel_samples: Tensor) -> Tensor:
+        self._adopt()
+        return super().encode(pixel_samples)
+
+    def decode(self, samples_in: Tensor, *more, **options) -> Tensor:
+        self._adopt()
+        return super().decode(samples_in, *more, **options)
+
+    def _adopt(self) -> None:
+        """Take another network and patcher for its own, as a copy of it has that a node moves to another device."""
+        network = self.first_stage_model
+        network.patcher = ref(self.patcher)
+        if self.recorded.encode.network is not network.encoder:
+            self.recorded = Recorded(network)
+            self.listed = Listed(self.device, self.recorded)
+
     def _at_once(self, part: nn.Module, needed: float, work: Callable[[], T]) -> T | None:
         """The result of work with the weights of encoder or decoder as the last picture left them; None where ComfyUI
         has to load them, or memory ran out. needed: bytes beside them."""
+        self._adopt()
         if mm.is_device_cpu(self.device) or mm.get_free_memory(self.device) < needed:
             return None
         hold = self.first_stage_model.holder(part, self.device).again(self.patcher)
@@ -164,8 +182,11 @@ class VAREditVAE(comfy.sd.VAE):
             with hold, getattr(mm, "cuda_device_context", nullcontext)(self.device):
                 self.recorded.places[part] = self.patcher.patches_uuid, hold.places
                 result = work()
-            if self.recorded.nbytes:
-                self.listed.list()
+            if self.recorded.nbytes and self.listed not in mm.loaded_models():
+                if mm.get_free_memory(self.device) > mm.minimum_inference_memory() + mm.extra_reserved_memory():
+                    self.listed.list()
+                else:  # others would have to make way for it
+                    self.recorded.forget()
             return result
         except Exception as error:
             mm.raise_non_oom(error)

@@ -109,12 +109,17 @@ def fit(source: SourceImage, area: str, method: str) -> FittedImage:
     area: a key of schedule.AREAS. method: one of FITS. Raises ValueError for another area or method and
     for a canvas of more than MAX_CANVAS_PIXELS.
     """
+    levels, fitting = fitted_levels(source, area, method)
+    return FittedImage(levels[None].float() / 127.5 - 1, fitting, source)
+
+
+def fitted_levels(source: SourceImage, area: str, method: str) -> tuple[Tensor, Fitting]:
+    """`fit` in 8-bit levels [3, H, W]."""
     fitting = fitting_for(source.size, area, method)
     canvas = Image.new("RGB", fitting.padded_size, "white")
     canvas.paste(source.rgb)
     resized = canvas.resize(fitting.schedule.pixels[::-1], Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    return FittedImage(pixels, fitting, source)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1), fitting
 
 
 def empty(schedule: Schedule) -> FittedImage:

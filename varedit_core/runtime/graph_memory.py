@@ -14,7 +14,6 @@ logger = logging.getLogger(__name__)
 _RESERVED = 2  # CU_GRAPH_MEM_ATTR_RESERVED_MEM_CURRENT
 
 
-@cache
 def drivers_own() -> bool:
     """Whether torch leaves memory to CUDA's own allocator, as ComfyUI has it by default."""
     return torch.cuda.is_available() and torch.cuda.get_allocator_backend() == "cudaMallocAsync"
@@ -42,10 +41,14 @@ def _asked(name: str, device: int, *arguments: object) -> bool:
     return not status
 
 
-@cache
 def _driver() -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        return _loaded()
     except OSError as error:
         logger.debug("no CUDA driver to ask: %s", error)
         return None
+
+
+@cache
+def _loaded() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")

@@ -3,7 +3,8 @@
 Both forms have the same meaning and agree up to rounding. The plain ones are those of `model.functional` for what the
 networks compute, which ask the forms here first (None: the plain one is to run), and `plain` for what only the
 runtime does. Triton is asked for only where a tensor lies on a CUDA device, gradients are off and nothing is being
-traced. Where it is missing on a GPU (Windows, older cards) a form of few passes runs (`fewer`), elsewhere the plain one.
+traced. Where it is missing on a GPU (Windows, older cards) a form of few passes runs (`fewer`), elsewhere the plain
+one.
 """
 
 from __future__ import annotations
