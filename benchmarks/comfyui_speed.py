@@ -11,12 +11,15 @@ encoded once and cached, as ComfyUI does. Prints a table and one JSON line last.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -57,7 +60,8 @@ def prepared(options: argparse.Namespace) -> None:
 
 def library(options: argparse.Namespace, model: str, size: str) -> dict:
     """Seconds of a whole edit and of another seed, by the library."""
-    cases = ["--models", model, "--sizes", size, "--cases", "edit,reroll", "--repeats", str(options.runs)]
+    kinds = "edit,reroll" + (",8-bit" if "fp8" in options.edits else "")
+    cases = ["--models", model, "--sizes", size, "--cases", kinds, "--repeats", str(options.runs)]
     more = ["--published", str(options.published)] if options.published else []
     command = [sys.executable, "-m", "varedit_core", "bench", *cases, *more]
     variables = {**os.environ, ALLOCATOR: "backend:native", "PYTHONPATH": str(ROOT)}
@@ -67,6 +71,7 @@ def library(options: argparse.Namespace, model: str, size: str) -> dict:
     rows = {case["kind"]: case for case in json.loads(done.stdout.splitlines()[-1])["cases"]}
     facts = {"way": "library", "model": model, "size": size, "edit": "plain"}
     facts |= {"all": rows["edit"]["seconds"]["median"], "other_seed": rows["reroll"]["seconds"]["median"]}
+    facts |= {"eight_bit": rows["8-bit"]["seconds"]["median"]} if "8-bit" in rows else {}
     published = rows["edit"].get("published")
     return facts | ({"published": published["seconds"]["median"]} if published else {})
 
@@ -116,6 +121,7 @@ def one_case(options: argparse.Namespace, model: str, size: str, way: str, edit:
         torch.cuda.mem_get_info()[0] if cuda else 0,
         Graph({n.GET_SCHEMA().node_id: n for n in nodes.values()}),
     )
+    reading = timed_reading(cuda)
     torch.manual_seed(2)
     warmups, repeats = options.warmups, options.runs
     side = int(size)
@@ -126,6 +132,7 @@ def one_case(options: argparse.Namespace, model: str, size: str, way: str, edit:
     for seed in range(repeats + 2):
         seeds.append(graph.run(prompt(model, edit, size, warmups + repeats - 1, 1000 + seed), "result"))
     facts = {"way": way, "model": model, "size": size, "edit": edit, "limit_gb": limit, "first": firsts}
+    facts |= {"reading": round(sum(reading), 2), "kernels": "cold" if options.cold else "warm"}
     names = ("source", "sampler", "decode", "all")
     facts |= {name: round(statistics.median(run[name] for run in runs), 4) for name in names}
     facts["spread"] = [min(run["all"] for run in runs), max(run["all"] for run in runs)]
@@ -141,6 +148,27 @@ def one_case(options: argparse.Namespace, model: str, size: str, way: str, edit:
     return facts
 
 
+def timed_reading(cuda: bool) -> list[float]:
+    """Seconds that streamed weights take on their way into their pages, in a list that grows."""
+    import torch
+
+    hold, spans = importlib.import_module("varedit_pack.nodes.adapters.holding").Hold, []
+    pinned = hold._pinned
+
+    def timed(*arguments) -> bool:
+        if cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        result = pinned(*arguments)
+        if cuda:
+            torch.cuda.synchronize()
+        spans.append(time.perf_counter() - begin)
+        return result
+
+    hold._pinned = timed
+    return spans
+
+
 def told(row: dict, whole: dict) -> str:
     """A row of the table. whole: seconds of the library's edit, by model and size."""
     name = f"{row['model']} {row['size']} {row['way']} {row.get('edit', '')} {row.get('limit_gb') or ''}"
@@ -151,7 +179,10 @@ def told(row: dict, whole: dict) -> str:
     ratio = [f"x{row['all'] / base['all']:.3f} x{row['other_seed'] / base['other_seed']:.3f}"] if base else []
     if base and "published" in base and row is not base:
         ratio.append(f"/{base['published'] / row['all']:.2f} of the published code's {base['published']:.3f}")
-    firsts = ["first " + " ".join(f"{run['all']:.2f}" for run in row["first"])] if "first" in row else []
+    firsts = []
+    if "first" in row:
+        spans = " ".join(f"{run['all']:.2f}" for run in row["first"])
+        firsts.append(f"first {spans} with {row['kernels']} kernels, of which reading {row['reading']}")
     more = [f"recorded {row['recorded']}, took {row.get('taken_gb')} GB"] if "recorded" in row else []
     return f"{name:32} " + ", ".join([*parts, *ratio, *firsts, *more])
 
@@ -169,6 +200,7 @@ def main() -> None:
     options.add_argument("--runs", type=int, default=5)
     options.add_argument("--warmups", type=int, default=3)
     options.add_argument("--seconds", type=float, help="the longest that a case may take")
+    options.add_argument("--cold", action="store_true", help="let every case compile its kernels anew")
     options.add_argument("--case", help=argparse.SUPPRESS)
     tiny = dict(models=["tiny"], sizes=["256"], ways=["static"], edits=["plain", "lora"], limits=[0], runs=1, warmups=1)
     args = parsed(options, **tiny)
@@ -185,7 +217,10 @@ def main() -> None:
             print(told(cases[-1], whole), flush=True)
             for way, edit, limit in rows(args):
                 os.environ[ALLOCATOR] = f"backend:{WAYS[way][1]}"
-                found = fresh(f"{model},{size},{way},{edit},{limit}", args.seconds)
+                with TemporaryDirectory() as kernels:
+                    if args.cold:
+                        os.environ["TRITON_CACHE_DIR"] = kernels
+                    found = fresh(f"{model},{size},{way},{edit},{limit}", args.seconds)
                 cases.append({"way": way, "model": model, "size": size, "edit": edit, "limit_gb": limit} | found)
                 print(told(cases[-1], whole), flush=True)
     import torch

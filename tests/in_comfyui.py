@@ -1065,6 +1065,22 @@ class Probe:
         known = copied.first_stage_model.patcher() is copied.patcher
         return [network is other.first_stage_model.encoder, self.vae.recorded is copied.recorded, known]
 
+    def listing(self) -> list:
+        """A workspace that ComfyUI does not know: how often others were asked for memory to list it, how often it is
+        listed, and whether it is as large as it is."""
+        import comfy.model_management as mm
+
+        self.sample()
+        keeper, real, asked = self.model.model.keeper(self.model.load_device), mm.free_memory, []
+        mm.current_loaded_models[:] = [known for known in mm.current_loaded_models if known.model is not keeper]
+        mm.free_memory = lambda *arguments, **options: asked.append(arguments) or real(*arguments, **options)
+        try:
+            keeper.list(), keeper.list()
+        finally:
+            mm.free_memory = real
+        listed = [known for known in mm.current_loaded_models if known.model is keeper]
+        return [len(asked), len(listed), listed[0].model_loaded_memory() == keeper.work.nbytes > 0]
+
     def without_triton(self) -> dict:
         """What is said where Triton is missing, by platform, card and whether it is there."""
         running, torch = self.running, self.torch
@@ -1371,7 +1387,7 @@ def name(way) -> str:
 PARTS = (
     "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text",
     "ladder", "formats", "partial", "leftovers", "keeping", "variations", "shortcuts", "controls", "text_to_image",
-    "layers", "held", "streaming", "without_triton", "recording", "told", "asked_back", "colours", "same_job", "plan",
+    "layers", "held", "streaming", "without_triton", "listing", "recording", "told", "asked_back", "colours", "same_job", "plan",
 )  # fmt: skip
 ONE_EDIT = ("pictures", "formats", "variations")  # parts that decode one edit again and again
 

@@ -11,11 +11,11 @@ from support import ROOT
 
 FOLDER = ROOT / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "comfyui"))
-IN_COMFYUI = ("comfyui_memory", "comfyui_speed")
+IN_COMFYUI = ("comfyui_memory", "comfyui_soak", "comfyui_speed")
 """Scripts that ComfyUI's Python runs."""
 FOLDERS = {
-    "comfyui_memory": "--folder", "comfyui_speed": "--folder", "control_pictures": "--folder",
-    "library_memory": "--pictures", "real_size": "--folder", "render": "--folder",
+    "comfyui_memory": "--folder", "comfyui_soak": "--folder", "comfyui_speed": "--folder",
+    "control_pictures": "--folder", "library_memory": "--pictures", "real_size": "--folder", "render": "--folder",
 }  # fmt: skip
 """Where scripts take a folder for what they write beside their result."""
 RECORDS = {
@@ -120,3 +120,9 @@ def test_masks_and_dials_keep_what_they_promise(ran):
 def test_both_engines_draw_the_same_bits(ran):
     rows = ran("engines")["rows"]
     assert rows and all(row["bits"] > 0 and row["beyond"] == 0 for row in rows)
+
+
+def test_no_edit_of_many_is_a_wrong_one(ran):
+    result = ran("comfyui_soak")
+    assert result["edits"] == result["exact"] == 6 and not result["wrong"]
+    assert result["other_kinds"] < 0.9, "else the comparison says nothing"

@@ -411,6 +411,10 @@ def test_weights_that_cannot_all_stand_still_are_fetched_as_ever(found):
     assert result["unknown"] == [False, 0, 0, True, None], "another ComfyUI's way is left alone"
 
 
+def test_a_workspace_is_listed_without_pushing_others_out(found):
+    assert facts(found, "listing") == [0, 1, True]
+
+
 def test_where_triton_is_missing_one_sentence_says_how_to_install_it(found):
     result = facts(found, "without_triton")
     assert "python_embeded\\python.exe -m pip install triton-windows" in result["Windows"][0]

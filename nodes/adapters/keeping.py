@@ -71,9 +71,12 @@ class Listed(comfy.model_patcher.ModelPatcher):
         return self.model
 
     def list(self) -> None:
-        """Let ComfyUI know of it."""
+        """Let ComfyUI know of it. Loading it would do the same, and before that push others out for memory that it does
+        not need: a transformer, say, that was loaded a moment ago."""
         if self not in mm.loaded_models():
-            mm.load_models_gpu([self])
+            listed = mm.LoadedModel(self)
+            listed.model_load()
+            mm.current_loaded_models.insert(0, listed)
 
 
 class Keeper(Listed):
@@ -100,12 +103,12 @@ class Keeper(Listed):
 
         listed: whether the workspace is to stay, so that ComfyUI must know of it.
         """
-        if listed:  # before the models, which would have to make way for it
-            self.list()
         held = self.work.nbytes
         mm.load_models_gpu(models, memory_required=needed - held)
         if self.work.nbytes < held:  # it had to make way, and so needs as much again
             mm.load_models_gpu(models, memory_required=needed)
+        if listed:
+            self.list()
 
     def workspace(self, hold: Hold) -> Workspace:
         """The workspace for the next edit. hold: of the weights; where all of them stand still passes may be

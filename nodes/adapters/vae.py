@@ -182,11 +182,8 @@ class VAREditVAE(comfy.sd.VAE):
             with hold, getattr(mm, "cuda_device_context", nullcontext)(self.device):
                 self.recorded.places[part] = self.patcher.patches_uuid, hold.places
                 result = work()
-            if self.recorded.nbytes and self.listed not in mm.loaded_models():
-                if mm.get_free_memory(self.device) > mm.minimum_inference_memory() + mm.extra_reserved_memory():
-                    self.listed.list()
-                else:  # others would have to make way for it
-                    self.recorded.forget()
+            if self.recorded.nbytes:
+                self.listed.list()
             return result
         except Exception as error:
             mm.raise_non_oom(error)
