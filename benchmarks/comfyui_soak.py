@@ -34,7 +34,7 @@ SEED, TEXT = 7, "make it a rainy night"
 
 
 class Soak:
-    """Edits of a model and size. refused: what a cancelled edit or a failure said."""
+    """Edits of a model and size, and what happens between them."""
 
     def __init__(self, options: argparse.Namespace, graph: Graph) -> None:
         import comfy.model_management as mm

@@ -987,8 +987,8 @@ class Probe:
         eight.quant_format, eight.bias = "float8_e4m3fn", torch.nn.Parameter(torch.randn(6), requires_grad=False)
         x, kept = torch.randn(2, 3, 16), {}
 
-        def keep(layer, shape):
-            return kept.setdefault(id(layer), torch.empty(shape))
+        def keep(layer, name, shape, dtype):
+            return kept.setdefault(name, torch.empty(shape, dtype=dtype))
 
         found["8 bits elsewhere"] = eight.take(weight, eight.bias, keep)
         real, layers.multiplies_eight_bit = layers.multiplies_eight_bit, lambda device: True
@@ -1083,22 +1083,24 @@ class Probe:
 
     def without_triton(self) -> dict:
         """What is said where Triton is missing, by platform, card and whether it is there."""
-        running, torch = self.running, self.torch
-        saved = running.platform.system, running.find_spec, torch.cuda.get_device_capability
+        from varedit_pack.nodes.adapters import advice
+
+        torch = self.torch
+        saved = advice.platform.system, advice.find_spec, torch.cuda.get_device_capability
         found, gpu = {}, torch.device("cuda")
         try:
             for name, system, spec, card in (
                 ("Windows", "Windows", None, (8, 6)), ("Linux", "Linux", None, (9, 0)),
                 ("old", "Windows", None, (7, 5)), ("there", "Windows", object(), (8, 6)),
             ):  # fmt: skip
-                running._told.clear()
-                running.platform.system, running.find_spec = lambda system=system: system, lambda _, spec=spec: spec
+                advice._told.clear()
+                advice.platform.system, advice.find_spec = lambda system=system: system, lambda _, spec=spec: spec
                 torch.cuda.get_device_capability = lambda device, card=card: card
-                found[name] = [running.without_triton(gpu) for _ in range(2)]
-            found["CPU"] = [running.without_triton(torch.device("cpu"))]
+                found[name] = [advice.without_triton(gpu) for _ in range(2)]
+            found["CPU"] = [advice.without_triton(torch.device("cpu"))]
         finally:
-            running.platform.system, running.find_spec, torch.cuda.get_device_capability = saved
-            running._told.clear()
+            advice.platform.system, advice.find_spec, torch.cuda.get_device_capability = saved
+            advice._told.clear()
         return found
 
     def core_ops(self):
@@ -1122,7 +1124,7 @@ class Probe:
         from varedit_pack.varedit_core.runtime.workspace import Workspace
 
         def still(model) -> bool:
-            with model.model.holder(model.load_device).hold(model, float("inf")) as hold:
+            with self.running.holder(model).hold(model, float("inf")) as hold:
                 return hold.whole
 
         torch, file = self.torch, DEMO / "diffusion_models" / "varedit_demo.safetensors"

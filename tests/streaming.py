@@ -97,7 +97,7 @@ class Streaming:
         with self.hold() as second:
             found["filled anew"] = [*self.state(second), second.places != self.first.places]
         self.first = second
-        place = self.holder.copies[id(self.layers[3])][0].data_ptr()
+        place = self.holder.kept[id(self.layers[3]), "weight"].data_ptr()
         ones = self.torch.nn.Parameter(self.torch.ones(4), requires_grad=False)
         self.layers[3].weight = ones  # at another place at every load
         with self.hold():

@@ -177,7 +177,7 @@ def test_nothing_else_is_remembered_by_modules():
         ("varedit_core/runtime/graphs.py", "_living"),  # graphs that still exist, for their bytes
         ("varedit_core/runtime/graphs.py", "_failed"),  # those that could not be recorded: torch may still ask them
         ("varedit_core/runtime/kept.py", "_present"),  # recordings that are being made
-        ("nodes/adapters/running.py", "_told"),  # what is said once a process
+        ("nodes/adapters/advice.py", "_told"),  # what is said once a process
         ("varedit_core/replaceable.py", "REPLACEMENTS"),  # a table that an import fills
     }
     found = set()

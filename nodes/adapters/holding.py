@@ -38,12 +38,18 @@ class Holder:
         self.device = device
         self.layers: list[nn.Module] = [m for m in network.modules() if hasattr(m, "comfy_cast_weights")]
         self.bare = [m for m in network.modules() if not hasattr(m, "comfy_cast_weights") and _own(m)]
-        self.copies: dict[int, list[Tensor | None]] = {}
-        self.scales: dict[int, Tensor] = {}
+        self.kept: dict[tuple[int, str], Tensor] = {}
         self.signature: bytes = b""
         self.marks: list[object] = []
         self.last: _Last | None = None
         self.busy = False
+
+    def place(self, layer: nn.Module, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory for something of a layer that keeps its place from edit to edit."""
+        kept = self.kept.get((id(layer), name))
+        if kept is None or (kept.shape, kept.dtype) != (shape, dtype):
+            kept = self.kept[id(layer), name] = torch.empty(shape, dtype=dtype, device=self.device)
+        return kept
 
     def hold(self, patcher, room: float) -> Hold:
         """Make weights stand still until `Hold.release`. The model must have been loaded. room: bytes of the device
@@ -67,7 +73,7 @@ class Holder:
 
     def again(self, patcher) -> Hold | None:
         """The last hold once more, where nothing has happened to the weights since; None where ComfyUI has to load
-        them. It walks through all layers to do so, which takes as long as half an edit does."""
+        them, which means a walk through all layers."""
         if self.busy or Holder.refused or mm.is_device_cpu(self.device) or not _current(patcher):
             return None
         if patcher.is_dynamic() and (self.last is None or not self.last.stands(patcher, self.marks)):
@@ -99,17 +105,13 @@ class _Last:
         if hold.span is None:
             return None
         pairs = [(layer, layer.__dict__["held"]) for layer in hold.holder.layers]
-        streamed = [layer for layer in hold.holder.layers if hasattr(layer, "_v")]
-        streamed.sort(key=lambda layer: layer._v[1])
-        return cls(patcher.patches_uuid, hold.span, hold.places, streamed, pairs)
+        return cls(patcher.patches_uuid, hold.span, hold.places, _streamed(hold.holder.layers), pairs)
 
     def stands(self, patcher, marks: Sequence[object]) -> bool:
         """Whether a model has the same patches, and its pages are filled as they were. marks: of the layers' pages
         then."""
-        if patcher.patches_uuid != self.patches:
-            return False
-        present = (layer._v_signature if hasattr(layer, "_v") else None for layer in self.layers)
-        return all(mark is not None and mark is now for mark, now in zip(marks, present))
+        present = [layer._v_signature if hasattr(layer, "_v") else None for layer in self.layers]
+        return patcher.patches_uuid == self.patches and _filled(present, marks)
 
 
 class Hold:
@@ -166,8 +168,7 @@ class Hold:
     def pin(self, room: float) -> None:
         """Of a model whose weights ComfyUI streams, where there is room for all of them."""
         layers = self.holder.layers
-        streamed = sorted((layer for layer in layers if hasattr(layer, "_v")), key=lambda layer: layer._v[1])
-        small = [layer for layer in layers if not hasattr(layer, "_v")]
+        streamed, small = _streamed(layers), [layer for layer in layers if not hasattr(layer, "_v")]
         if streamed and (_end(streamed[-1]) - streamed[0]._v[1] > room or not self._pinned(streamed)):
             return
         self._lend(streamed)
@@ -188,10 +189,8 @@ class Hold:
         if signature is None:
             return False
         self.span = span
-        found, marks = bytes(signature), [layer._v_signature for layer in layers]
-        holder = self.holder
-        alike = len(marks) == len(holder.marks) and all(a is b for a, b in zip(marks, holder.marks))
-        if found != holder.signature or not alike or any(mark is None for mark in marks):
+        found, holder = bytes(signature), self.holder
+        if found != holder.signature or not _filled([layer._v_signature for layer in layers], holder.marks):
             for layer in layers:
                 mm.throw_exception_if_processing_interrupted()
                 self._fill(layer)
@@ -204,7 +203,7 @@ class Hold:
 
     def _fill(self, layer: nn.Module) -> None:
         """Have ComfyUI bring a layer's weights, with their patches, into its pages where they are not there."""
-        dtype = getattr(layer, "weight_comfy_model_dtype", None) or layer.weight.dtype
+        dtype = _kind(layer, "weight", layer.weight)
         more = {"want_requant": True, "compute_dtype": dtype} if hasattr(layer.weight, "_qdata") else {}
         _let_go(layer)
         try:
@@ -226,16 +225,10 @@ class Hold:
 
     def _hand(self, layer: nn.Module, weight: Tensor, bias: Tensor | None) -> bool:
         """Hand a layer its weights; whether it computes with them by itself."""
-        taken = layer.take(weight, bias, self._kept)
+        taken = layer.take(weight, bias, self.holder.place)
         if taken is not None:
             layer.held = taken
         return taken is not None
-
-    def _kept(self, layer: nn.Module, shape: tuple[int, ...]) -> Tensor:
-        kept = self.holder.scales.get(id(layer))
-        if kept is None or kept.shape != shape:
-            kept = self.holder.scales[id(layer)] = torch.empty(shape, device=self.device)
-        return kept
 
     def _copy(self, layers: Sequence[nn.Module]) -> None:
         """Small weights, which ComfyUI brings to another place at every load, where they keep theirs."""
@@ -243,19 +236,23 @@ class Hold:
         for layer in layers:
             if not isinstance(layer, Holding) or layer.weight_function or layer.bias_function:
                 continue
-            own = [layer.weight, getattr(layer, "bias", None)]
-            if any(x is not None and (x.device != self.device or x.nbytes > SMALL) for x in own):
+            own = {name: getattr(layer, name) for name in ("weight", "bias") if getattr(layer, name, None) is not None}
+            if any(x.device != self.device or x.nbytes > SMALL for x in own.values()):
                 continue
-            kinds = [_kind(layer, name, x) for name, x in zip(("weight", "bias"), own)]
-            kept = self.holder.copies.get(id(layer))
-            if kept is None or [x is not None and (x.shape, x.dtype) for x in kept] != kinds:
-                kept = [torch.empty(kind[0], dtype=kind[1], device=self.device) if kind else None for kind in kinds]
-                self.holder.copies[id(layer)] = kept
-            targets += [x for x in kept if x is not None]
-            sources += [x.detach() for x in own if x is not None]
-            self._hand(layer, *kept)
+            kept = {name: self.holder.place(layer, name, x.shape, _kind(layer, name, x)) for name, x in own.items()}
+            targets += kept.values()
+            sources += [x.detach() for x in own.values()]
+            self._hand(layer, kept["weight"], kept.get("bias"))
         if targets:
             torch._foreach_copy_(targets, sources)
+
+
+def holder_of(network: nn.Module, device: torch.device) -> Holder:
+    """What makes a network's weights stand still on a device; the network keeps it."""
+    holders = vars(network).setdefault("_holders", {})
+    if device not in holders:
+        holders[device] = Holder(network, device)
+    return holders[device]
 
 
 def _current(patcher) -> bool:
@@ -292,9 +289,19 @@ def _still(layer: nn.Module, device: torch.device) -> bool:
     return not (moved or changed) and all(x.device == device for x in _own(layer))
 
 
-def _kind(layer: nn.Module, name: str, x: Tensor | None) -> tuple[torch.Size, torch.dtype] | bool:
-    """Shape and type with which a layer computes; False where it has no such weight."""
-    return x is not None and (x.shape, getattr(layer, f"{name}_comfy_model_dtype", None) or x.dtype)
+def _kind(layer: nn.Module, name: str, x: Tensor) -> torch.dtype:
+    """The type in which a layer computes with a weight."""
+    return getattr(layer, f"{name}_comfy_model_dtype", None) or x.dtype
+
+
+def _streamed(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """Those that lie in pages, by where."""
+    return sorted((layer for layer in layers if hasattr(layer, "_v")), key=lambda layer: layer._v[1])
+
+
+def _filled(marks: Sequence[object], before: Sequence[object]) -> bool:
+    """Whether ComfyUI's marks of layers are the same objects as before: their pages hold what they held."""
+    return len(marks) == len(before) and all(a is not None and a is b for a, b in zip(marks, before))
 
 
 def _pages():

@@ -6,11 +6,13 @@ It is listed among the loaded models: as large as its KV cache, and gone when Co
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Protocol
 
 import comfy.model_management as mm
 import comfy.model_patcher
+import torch
 from torch import nn
 
 from ...varedit_core.model.transformer import Transformer
@@ -30,7 +32,12 @@ class Weights:
         return self.patches, self.places
 
 
-class Memory(Protocol):
+def on_device(device: torch.device) -> AbstractContextManager:
+    """Makes one of several GPUs the current one; ComfyUI does it since 0.23."""
+    return getattr(mm, "cuda_device_context", nullcontext)(device)
+
+
+class Keeps(Protocol):
     """What keeps memory of a device between runs of a graph."""
 
     nbytes: int
@@ -47,7 +54,7 @@ class Listed(comfy.model_patcher.ModelPatcher):
     """Memory that stays as one of ComfyUI's loaded models. work: what keeps it, and owns nothing of which this
     knows."""
 
-    def __init__(self, device, work: Memory) -> None:
+    def __init__(self, device, work: Keeps) -> None:
         super().__init__(VAREditWorkspace(), device, device)
         self.work = work
 

@@ -23,8 +23,8 @@ from ...varedit_core.runtime.kernels import (
 from ...varedit_core.runtime.layers import fuses_gelu, linear_gelu
 
 Held = tuple[Tensor | None, ...]
-Keep = Callable[[nn.Module, tuple[int, ...]], Tensor]
-"""Memory of a layer in fp32 that keeps its place from edit to edit."""
+Keep = Callable[[nn.Module, str, tuple[int, ...], torch.dtype], Tensor]
+"""Memory of a layer that keeps its place from edit to edit (see `holding.Holder.place`)."""
 
 
 class Holding:
@@ -161,7 +161,8 @@ class EightBit(Holding):
             return weight, None, bias
         if not self.multiplies(weight.device):
             return None
-        return weight._qdata, keep(self, (self.out_features,)).copy_(_scales(weight, self.out_features)), bias
+        scales = keep(self, "scale", (self.out_features,), torch.float32)
+        return weight._qdata, scales.copy_(_scales(weight, self.out_features)), bias
 
     def forward(self, x: Tensor | Rounded, *more, gelu: bool = False, **options) -> Tensor:
         if isinstance(x, Rounded) or (self.multiplies(x.device) and not (more or options)):

@@ -16,7 +16,6 @@ from ...varedit_core.defaults import KINDS
 from ...varedit_core.files.checkpoints import TRANSFORMER, blank, canonical, checked_kind
 from ...varedit_core.files.weights import WeightError
 from ...varedit_core.model.transformer import Transformer
-from .holding import Holder
 from .keeping import Keeper
 from .state import Layers, fill, is_quantised, main_dtype, open_file, parameters, patcher_of, plain
 
@@ -35,7 +34,6 @@ class VAREditModel(nn.Module):
         self.stored, self.manual_cast_dtype = stored, transformer.dtype
         self.device = None
         self._keeper: Keeper | None = None
-        self._holder: Holder | None = None
 
     def get_dtype(self) -> torch.dtype:
         return self.stored
@@ -59,12 +57,6 @@ class VAREditModel(nn.Module):
         if self._keeper is None or self._keeper.load_device != device:
             self._keeper = Keeper(device)
         return self._keeper
-
-    def holder(self, device: torch.device) -> Holder:
-        """What makes the weights stand still on a device."""
-        if self._holder is None or self._holder.device != device:
-            self._holder = Holder(self.diffusion_model, device)
-        return self._holder
 
     def run(self, loop: Callable[[Transformer], Tensor], patcher) -> Tensor:
         """A loop over the transformer inside the wrappers that stock nodes put around a model's call."""

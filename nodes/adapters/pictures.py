@@ -73,7 +73,7 @@ def encode_source(vae, image: Tensor, area: str, method: str) -> dict:
         raise ValueError("there is no picture to edit; connect at least one")
     fitted = [fitted_levels(load_image(to_pillow(one)), area, method) for one in image]
     # One by one, as the library does: convolutions of a batch round differently.
-    features = torch.cat([vae.encode_pixels(levels) for levels, _ in fitted])
+    features = torch.cat([vae.encode_levels(levels) for levels, _ in fitted])
     _defined(features, "the encoded picture", "the VAE's weights are damaged; load or convert them again")
     return {"samples": features, KEY: Origin(fitted[0][1], vae.colours)}
 
@@ -218,7 +218,7 @@ def _samples(vae: VAREditVAE, latent: dict) -> Tensor:
 
 def _levels(vae: VAREditVAE, latent_dHW: Tensor) -> Tensor:
     """8-bit levels [3, y, x] of one latent, truncated as in the published code."""
-    levels, defined = vae.decode_pixels(latent_dHW)
+    levels, defined = vae.decode_levels(latent_dHW)
     if not defined:
         raise ValueError(
             "the decoded picture holds undefined numbers; the VAE's weights are damaged; load or convert them again"

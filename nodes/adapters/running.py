@@ -6,11 +6,9 @@ The driver of `varedit_core` runs them, with the memory, attention and progress 
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import comfy.ldm.modules.attention as attention
@@ -36,8 +34,9 @@ from ...varedit_core.sampling.scale import Scale
 from ...varedit_core.sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from ...varedit_core.sampling.tokens import Tokens
 from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS, schedule_for
-from .holding import Hold
-from .keeping import Keeper
+from .advice import without_triton
+from .holding import Hold, Holder, holder_of
+from .keeping import Keeper, on_device
 from .model import VAREditModel, checked_model, unchanged
 from .pictures import KEY, Origin, fitted_mask, fitting_of, region_area, scale_picture, tokens_in, unfitted_mask
 from .text_encoder import Texts
@@ -188,15 +187,10 @@ class ComfyMemory:
         options = model.model_options["transformer_options"]
         attend = attention_of(options, network.diffusion_model.config.head_size, job.dtype, model.load_device)
         models = self.models[: 1 + drafts]
-        with ExitStack() as stack:
-            # Sets the current one of several GPUs; ComfyUI has it since 0.23.
-            stack.enter_context(getattr(mm, "cuda_device_context", nullcontext)(model.load_device))
-            holds = [self._again(keeper, job)] if stays and len(models) == 1 and not self.vae else [None]
-            if holds[0] is None:
-                holds = self._loaded(keeper, plan, models, stays)
-            for hold in holds:
-                stack.enter_context(hold)
-            work = keeper.workspace(holds[0]) if stays else _workspace(plan)
+        with on_device(model.load_device), ExitStack() as stack:
+            again = self._again(keeper, job) if stays and len(models) == 1 and not self.vae else None
+            first = stack.enter_context(again) if again else self._loaded(stack, keeper, plan, models, stays)
+            work = keeper.workspace(first) if stays else _workspace(plan)
 
             def inside(*networks: Transformer) -> T:
                 return loop(engine_of(networks, [work, _workspace(plan)], attend))
@@ -209,24 +203,20 @@ class ComfyMemory:
         kept = keeper.work.shape is not None and keeper in mm.loaded_models()
         if not kept or mm.get_free_memory(self.model.load_device) < job.activations():
             return None
-        return checked_model(self.model).holder(self.model.load_device).again(self.model)
+        return holder(self.model).again(self.model)
 
-    def _loaded(self, keeper: Keeper, plan: Plan, models: Sequence, stays: bool) -> list[Hold]:
-        """Models and the preview's VAE loaded, with room for the edit beside them, and the models' weights, as far as
-        there is room."""
+    def _loaded(self, stack: ExitStack, keeper: Keeper, plan: Plan, models: Sequence, stays: bool) -> Hold:
+        """Load models and the preview's VAE, with room for the edit beside them; the first one's weights, which stand
+        still until the stack is left where there is room, as the others' do."""
         # In one call, so that the models do not push each other out.
         loaded = [*self.models, *([self.vae.patcher] if self.vae else [])]
-        keeper.load(loaded, plan.needed + self.beside + stays * kept_bytes(plan.job), listed=stays)
-        room, holds = self.free(plan.job) - plan.needed - stays * kept_bytes(plan.job), []
-        try:
-            for model in models:
-                holds.append(checked_model(model).holder(model.load_device).hold(model, room))
-                room -= model.model_size()
-        except BaseException:
-            for hold in holds:
-                hold.release()
-            raise
-        return holds
+        beside = plan.needed + stays * kept_bytes(plan.job)
+        keeper.load(loaded, beside + self.beside, listed=stays)
+        room, holds = self.free(plan.job) - beside, []
+        for model in models:
+            holds.append(stack.enter_context(holder(model).hold(model, room)))
+            room -= model.model_size()
+        return holds[0]
 
     def ran_out(self, error: Exception) -> bool:
         try:
@@ -240,21 +230,9 @@ class ComfyMemory:
         mm.soft_empty_cache()
 
 
-_told: set[str] = set()
-
-
-def without_triton(device: torch.device) -> str | None:
-    """How to install Triton where a GPU could use it and it is missing; said once."""
-    usable = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-    if not usable or find_spec("triton") is not None or "triton" in _told:
-        return None
-    _told.add("triton")
-    windows = platform.system() == "Windows"
-    command = "python_embeded\\python.exe -m pip install triton-windows" if windows else "python -m pip install triton"
-    return (
-        f"edits are faster with Triton, which is not installed; run {command} with ComfyUI's Python, then restart "
-        "ComfyUI"
-    )
+def holder(model) -> Holder:
+    """What makes a MODEL's weights stand still."""
+    return holder_of(checked_model(model).diffusion_model, model.load_device)
 
 
 def sample_latent(model, source: dict, edit: Edit, preview: str, vae, tell: Tell) -> tuple[dict, dict, Tensor]:

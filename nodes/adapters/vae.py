@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -21,14 +20,15 @@ from ...varedit_core.files.weights import WeightError
 from ...varedit_core.pictures.preview import ColourMap, fit_colours
 from ...varedit_core.runtime.graphs import Recorder
 from ...varedit_core.tokenizer.vae import Autoencoder
-from .holding import Holder
-from .keeping import Listed
+from .holding import holder_of
+from .keeping import Listed, on_device
 from .layers import Casting
 from .state import fill, open_file, patcher_of, plain
 
 T = TypeVar("T")
 # Bytes a pixel of the finest level takes, by the widths of the published VAE (ComfyUI's figures for its like).
 _ENCODE, _DECODE, _STEM = 1767, 2178, 128
+_PIXELS = torch.arange(256).float() / 127.5 - 1  # of 8-bit levels, as `images.fit` has them: GPUs divide otherwise
 
 
 class VAREditAutoencoder(Autoencoder):
@@ -43,18 +43,11 @@ class VAREditAutoencoder(Autoencoder):
     def decode(self, latents: Tensor) -> Tensor:
         return self._held(self.decoder, partial(Autoencoder.decode.plain, self), latents)
 
-    def holder(self, part: nn.Module, device: torch.device) -> Holder:
-        """What makes the weights of encoder or decoder stand still on a device."""
-        kept, place = vars(self).setdefault("holders", {}), (part, device)
-        if place not in kept:
-            kept[place] = Holder(part, device)
-        return kept[place]
-
     def _held(self, part: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         patcher = self.patcher()
         if patcher is None or x.device != patcher.load_device:  # a node may have moved it elsewhere
             return function(x)
-        holder = self.holder(part, patcher.load_device)
+        holder = holder_of(part, patcher.load_device)
         if holder.busy:
             return function(x)
         with holder.hold(patcher, math.inf):
@@ -113,7 +106,7 @@ class VAREditVAE(comfy.sd.VAE):
         self.patcher = patcher_of(self.first_stage_model, self.device, offload, disable_dynamic)
         self.first_stage_model.patcher = ref(self.patcher)
         fill(self.first_stage_model, weights, self.decode_dtype, self.patcher.is_dynamic())
-        self.colours, self._narrow = Colours(self), None
+        self.colours = Colours(self)
         self.recorded = Recorded(self.first_stage_model)
         self.listed = Listed(self.device, self.recorded)
 
@@ -121,23 +114,21 @@ class VAREditVAE(comfy.sd.VAE):
     def stride(self) -> int:
         return self.upscale_ratio
 
-    def encode_pixels(self, levels_3HW: Tensor) -> Tensor:
+    def encode_levels(self, levels_3HW: Tensor) -> Tensor:
         """Unquantised features [1, d, h, w] of 8-bit levels of a size that the stride divides, on the device between
         nodes."""
         network, (_, height, width) = self.first_stage_model, levels_3HW.shape
-        if self._narrow is None:
-            self._narrow = torch.arange(256).float() / 127.5 - 1  # on the CPU, as `images.fit` does: GPUs round it off
 
         def encoded() -> Tensor:
             levels = levels_3HW.to(self.device).int()
-            features = self.recorded.encode(self._narrow.to(self.device)[levels][None])
+            features = self.recorded.encode(_PIXELS.to(self.device)[levels][None])
             return features.to(self.output_device, mm.intermediate_dtype())
 
         needed = self.memory_used_encode((1, 3, height, width), self.vae_dtype)
         features = self._at_once(network.encoder, needed, encoded)
         return self.encode(levels_3HW.movedim(0, -1)[None].float() / 255) if features is None else features
 
-    def decode_pixels(self, latent_dHW: Tensor) -> tuple[Tensor, bool]:
+    def decode_levels(self, latent_dHW: Tensor) -> tuple[Tensor, bool]:
         """8-bit levels [3, y, x] of a latent in host memory, truncated as in the published code, and whether all of
         the picture's numbers are defined."""
 
@@ -175,11 +166,11 @@ class VAREditVAE(comfy.sd.VAE):
         self._adopt()
         if mm.is_device_cpu(self.device) or mm.get_free_memory(self.device) < needed:
             return None
-        hold = self.first_stage_model.holder(part, self.device).again(self.patcher)
+        hold = holder_of(part, self.device).again(self.patcher)
         if hold is None:
             return None
         try:
-            with hold, getattr(mm, "cuda_device_context", nullcontext)(self.device):
+            with hold, on_device(self.device):
                 self.recorded.places[part] = self.patcher.patches_uuid, hold.places
                 result = work()
             if self.recorded.nbytes:

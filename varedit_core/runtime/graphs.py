@@ -216,6 +216,7 @@ class Recordings:
     """
 
     def __init__(self) -> None:
+        self.recorded: dict[Hashable, Captured] = {}
         self.forget()
 
     def __len__(self) -> int:
@@ -232,10 +233,10 @@ class Recordings:
 
     def forget(self) -> None:
         """Give back what recorded functions hold."""
-        devices = {graph.device.index for graph in getattr(self, "recorded", {}).values()} if drivers_own() else ()
+        devices = {graph.device.index for graph in self.recorded.values()} if drivers_own() else ()
         self.seen: set[Hashable] = set()
         self.failed: set[Hashable] = set()
-        self.recorded: dict[Hashable, Captured] = {}
+        self.recorded = {}
         self.pool = None
         for index in devices:
             trim(index)

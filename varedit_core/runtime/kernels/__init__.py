@@ -38,9 +38,14 @@ def has_triton(device: torch.device | None = None) -> bool:
     return _runs_triton(device)
 
 
+def takes_triton(device: torch.device) -> bool:
+    """Whether a GPU is new enough for Triton."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @tried_once("Triton does not work here, so plain PyTorch is used, which is slower: %s")
 def _runs_triton(device: torch.device) -> bool:
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if not takes_triton(device):
         return False
     probe = torch.ones(2, 1, 16, device=device)
     _triton("transformer").add_norm(probe, None, None, probe[:1, 0], probe[:1, 0], 1e-6, torch.float32)

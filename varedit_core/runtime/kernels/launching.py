@@ -19,7 +19,7 @@ from ..kept import failed
 
 _WHOLE = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 """Whether compiled kernels take compile-time arguments, too, and skip them."""
-_REPLACED = torch.version.hip is not None  # there Triton also specialises for how large a tensor is
+_HIP = torch.version.hip is not None  # there Triton also specialises for how large a tensor is
 
 
 class Kernel:
@@ -45,7 +45,7 @@ class Kernel:
 
     def _launch(self, grid: tuple[int, ...], arguments: tuple, options: dict) -> None:
         first = arguments[0]
-        if not first.is_cuda or _REPLACED:  # Triton's interpreter, or another platform's launches
+        if not first.is_cuda or _HIP:  # Triton's interpreter, or another platform's launches
             self.function[grid](*arguments, **options)
             return
         device = first.device.index
