@@ -216,11 +216,10 @@ def main() -> None:
             whole |= {(model, size): cases[-1]} if "failed" not in cases[-1] else {}
             print(told(cases[-1], whole), flush=True)
             for way, edit, limit in rows(args):
-                os.environ[ALLOCATOR] = f"backend:{WAYS[way][1]}"
+                variables = {ALLOCATOR: f"backend:{WAYS[way][1]}"}
                 with TemporaryDirectory() as kernels:
-                    if args.cold:
-                        os.environ["TRITON_CACHE_DIR"] = kernels
-                    found = fresh(f"{model},{size},{way},{edit},{limit}", args.seconds)
+                    variables |= {"TRITON_CACHE_DIR": kernels} if args.cold else {}
+                    found = fresh(f"{model},{size},{way},{edit},{limit}", args.seconds, **variables)
                 cases.append({"way": way, "model": model, "size": size, "edit": edit, "limit_gb": limit} | found)
                 print(told(cases[-1], whole), flush=True)
     import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -48,12 +49,12 @@ def finish(result: dict, save: Path | None) -> None:
     print(json.dumps(result))
 
 
-def fresh(case: str, seconds: float | None = None) -> dict:
+def fresh(case: str, seconds: float | None = None, **variables: str) -> dict:
     """What this script prints last for one of its cases (`--case`), in a process of its own; "failed" says why there is
-    nothing."""
-    command = [sys.executable, *sys.argv, "--case", case]
+    nothing. variables: of its environment."""
+    command, environment = [sys.executable, *sys.argv, "--case", case], {**os.environ, **variables}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
     except subprocess.TimeoutExpired:
         return {"failed": f"not done after {seconds} s"}
     if done.returncode:

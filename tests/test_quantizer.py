@@ -5,7 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from varedit_core.tokenizer.quantizer import area_resize, codes, decode, encode, from_tokens, latent_grids, to_tokens
+from varedit_core.tokenizer.quantizer import (
+    area_resize,
+    codes,
+    decode,
+    encode,
+    from_tokens,
+    latent_grids,
+    linear_resize,
+    to_tokens,
+)
 from varedit_core.tokenizer.schedule import AREAS, TABLES, schedule_for
 
 
@@ -66,3 +75,28 @@ def test_every_schedule_fits_both_layouts():
             height, width = schedule.pixels
             assert latent_grids(schedule, 2)[-1] == (height // 8, width // 8)
             assert latent_grids(schedule, 1)[-1] == (height // 16, width // 16)
+
+
+def channels_last(x):
+    return x.to(memory_format=torch.channels_last)
+
+
+def transposed(x):
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def apart(x):
+    return torch.stack((x, x), -1)[..., 0]
+
+
+LAYOUTS = [channels_last, transposed, apart]
+
+
+@pytest.mark.parametrize("lay", LAYOUTS, ids=lambda lay: lay.__name__)
+def test_how_numbers_lie_is_nothing_to_a_resize(lay):
+    torch.manual_seed(0)
+    x = torch.randn(2, 32, 16, 16)
+    for resize in (area_resize, linear_resize):
+        for grid in [(1, 1), (3, 5), (6, 6), (24, 24)]:
+            found = resize(lay(x), grid)
+            assert torch.equal(found, resize(x, grid)) and found.is_contiguous()

@@ -39,10 +39,10 @@ class StandIn:
     pools: list[tuple[int, int]]
     refused: Callable[[int], str | None]
 
-    def __init__(self, function, inputs, device, pool):
+    def __init__(self, function, inputs, like, device, pool):
         type(self).made[device] += 1
         type(self).pools.append(pool)
-        self.first = function(*(x.clone() for x in inputs))
+        assert like is None or like.is_meta
         self.failure = type(self).refused(sum(type(self).made.values()))
         self.function = function
 
@@ -75,7 +75,7 @@ def test_a_function_is_recorded_when_it_comes_a_second_time(captured):
 def test_results_of_replays_are_memory_of_their_own(captured):
     recordings, place = Recordings(), torch.zeros(2)
     results = [run(recordings, function=place.copy_, x=torch.full((2,), number)) for number in range(5)]
-    assert [r.tolist() for r in results[2:]] == [[2, 2], [3, 3], [4, 4]]
+    assert [r.tolist() for r in results[1:]] == [[1, 1], [2, 2], [3, 3], [4, 4]]
     nothing = [run(recordings, "nothing", lambda x: None) for _ in range(3)]
     assert nothing == [None] * 3
 
@@ -97,8 +97,9 @@ def test_what_cannot_be_recorded_runs_as_it_is_until_all_is_forgotten(captured, 
     assert captured.made.total() == 5 and len(recordings) == 2
 
 
-def test_an_error_of_the_function_is_raised_and_not_met_by_recording_again(captured):
+def test_an_error_of_a_function_that_was_not_recorded_is_raised(captured):
     """Where recording took the memory that was missing, the next call may do without."""
+    captured.refused = lambda number: "no memory"
     recordings, calls = Recordings(), []
 
     def function(x):
@@ -112,6 +113,17 @@ def test_an_error_of_the_function_is_raised_and_not_met_by_recording_again(captu
         run(recordings, function=function)
     run(recordings, function=function), run(recordings, function=function)
     assert captured.made.total() == 1 and len(calls) == 4
+
+
+def test_a_function_that_failed_when_it_ran_first_is_not_recorded_next(captured):
+    def function(x):
+        raise RuntimeError("not yet")
+
+    recordings = Recordings()
+    with pytest.raises(RuntimeError, match="not yet"):
+        run(recordings, function=function)
+    assert run(recordings).tolist() == [2, 2] and not captured.made
+    assert run(recordings).tolist() == [2, 2] and captured.made.total() == 1
 
 
 def test_the_pool_of_a_failed_recording_is_not_used_again(captured):
@@ -311,66 +323,60 @@ def cuda(monkeypatch, request):
     graphs._recording_stream.cache_clear()
 
 
+LIKE = torch.empty(2, device="meta")
+
+
 def test_a_recording(cuda):
-    made = Captured(lambda x: x * 2, (torch.ones(2),), CPU, POOL)
-    assert made.failure is None and made.first.tolist() == [2, 2] and made.nbytes == 100
+    calls = []
+    made = Captured(lambda x: calls.append(cuda.present.name) or x * 2, (torch.ones(2),), LIKE, CPU, POOL)
+    assert made.failure is None and made.nbytes == 100 and made.output.tolist() == [2, 2]
+    assert calls == ["recording"], "run only to be recorded"
+    assert cuda.waits == [("recording", "here"), ("here", "recording")], "cuBLAS has its memory before"
     assert made in graphs._living, "its bytes count"
-    assert made(torch.full((2,), 3.0)) is made.output and made.inputs[0].tolist() == [3, 3] and made.first is None
+    assert made(torch.full((2,), 3.0)) is made.output and made.inputs[0].tolist() == [3, 3]
     assert cuda.present is cuda.here
+
+
+def test_a_recording_without_a_result(cuda):
+    place = torch.zeros(2)
+    made = Captured(lambda x: [place.copy_(x)] and None, (torch.ones(2),), None, CPU, POOL)
+    assert made.failure is None and made(torch.ones(2)) is None
 
 
 @pytest.mark.parametrize("when", ["within", "at its end"])
 @pytest.mark.parametrize("error", REASONS, ids=lambda error: type(error).__name__)
 def test_a_recording_that_fails_leaves_nothing(cuda, error, when):
-    calls, held = [], []
+    held = []
 
     def function(x):
         result = x * 2
         held.append(weakref.ref(result))
-        calls.append(cuda.present.name)
-        if when == "within" and len(calls) == 2:
+        if when == "within":
             raise error
         return result
 
     if when == "at its end":
         cuda.broken.append(error)
-    made = Captured(function, (torch.ones(2),), CPU, POOL)
+    made = Captured(function, (torch.ones(2),), LIKE, CPU, POOL)
     assert made.failure == str(error).splitlines()[0]
-    assert made.first.tolist() == [2, 2] and calls == ["recording"] * 2, "run once, then recorded"
     assert cuda.present is cuda.here, "the stream of recordings is not left the present one"
     assert made not in graphs._living
     assert not cuda.pools and cuda.drawing, "others can record and draw"
     assert cuda.used[POOL] == (1 if when == "within" else 0), "a graph that ended gives its pool back itself"
-    assert Captured(lambda x: x * 3, (torch.ones(2),), CPU, POOL).failure is None
+    assert Captured(lambda x: x * 3, (torch.ones(2),), LIKE, CPU, POOL).failure is None
     error.__traceback__ = None
-    made.first = None
     del made
     gc.collect()
-    assert [result() for result in held] == [None, None]
-
-
-@pytest.mark.parametrize("error", [*REASONS, KeyboardInterrupt()], ids=lambda error: type(error).__name__)
-def test_an_error_before_recording_is_the_functions_own(cuda, error):
-    def function(x):
-        raise error
-
-    with pytest.raises(type(error)):
-        Captured(function, (torch.ones(2),), CPU, POOL)
-    assert cuda.present is cuda.here and ("here", "recording") in cuda.waits
+    assert [result() for result in held] == [None]
 
 
 def test_an_interrupted_recording_gives_the_stream_back(cuda):
-    calls = []
-
     def function(x):
-        calls.append(x)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return x
+        raise KeyboardInterrupt
 
     cuda.broken.append(RuntimeError("the capture is invalid"))
     with pytest.raises(KeyboardInterrupt):
-        Captured(function, (torch.ones(2),), CPU, POOL)
+        Captured(function, (torch.ones(2),), LIKE, CPU, POOL)
     assert cuda.present is cuda.here and not cuda.pools and cuda.drawing
 
 
@@ -396,7 +402,7 @@ def test_a_gpu_goes_on_after_a_recording_that_failed(reason):
 
     def wrong(x):
         calls.append(x)
-        if len(calls) == 3:
+        if len(calls) == 2:
             if reason == "memory":
                 torch.empty(1 << 46, dtype=torch.uint8, device=device)
             x.sum().item()

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_quantizer import LAYOUTS
 
 from varedit_core.model.layers import sdpa
 from varedit_core.runtime import workspace
@@ -64,6 +65,19 @@ def test_a_reroll_reads_the_source_once(patchify, passes):
     for settings in (SETTINGS, replace(SETTINGS, seed=6), replace(SETTINGS, guidance=2.0, temperature=0.3)):
         same(edit(patchify, work, settings), edit(patchify, None, settings))
     assert passes["source"] == 1 + 3
+
+
+@pytest.mark.parametrize("lay", LAYOUTS, ids=lambda lay: lay.__name__)
+@pytest.mark.parametrize("known", [False, True])
+def test_how_features_lie_is_nothing_to_an_edit(patchify, lay, known):
+    """A VAE that runs channels-last gives them so, and the same VAE recorded, or another, does not."""
+    features, seen = patchify["ref.vae_features"].float(), []
+    for given in (features, lay(features)):
+        more = {"source_total": given} if known else {}
+        scales = [*sample(patchify.transformer, given, patchify.texts("text"), patchify.schedule, SETTINGS, **more)]
+        seen.append([(scale.logits, scale.bits) for scale in scales])
+        assert all(scale.running_sum.is_contiguous() and scale.total.is_contiguous() for scale in scales)
+    assert all(torch.equal(a, b) for before, after in zip(*seen) for a, b in zip(before, after))
 
 
 @pytest.mark.parametrize("change", ["picture", "text", "weights", "guidance", "forget"])

@@ -15,6 +15,7 @@ from functools import cache
 from weakref import WeakSet
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .graph_memory import drivers_own, reserved, trim
@@ -26,44 +27,33 @@ logger = logging.getLogger(__name__)
 class Captured:
     """A function of tensors as a CUDA graph.
 
-    function: called with static copies of `inputs`, once before it is recorded (kernels are compiled and chosen then);
-    it must not wait for the device and must find everything else in place. first: the result of that call; it stands,
-    as a second one may find changed what the first has read. device: of all that it touches. pool: memory shared with
-    other graphs, of which never two run at once; None: the driver's, which all graphs share. failure: why it could not
-    be recorded, a line; None where it was.
+    function: called once, with static copies of `inputs`, while it is recorded; it must have run before, since kernels
+    are compiled and chosen then, must not wait for the device, and must find everything else in place. like: a tensor
+    like its result, or None as the result. device: of all that it touches. pool: memory shared with other graphs, of
+    which never two run at once; None: the driver's, which all graphs share. failure: why it could not be recorded, a
+    line; None where it was.
     """
 
     refused = False
     """Whether nothing is recorded any more: under CUDA's own allocator a recording failed, and once is enough."""
 
     def __init__(
-        self,
-        function: Callable[..., Tensor | None],
-        inputs: tuple[Tensor, ...],
-        device: torch.device,
-        pool: tuple[int, int] | None,
-    ) -> None:
+        self, function: Callable[..., Tensor | None], inputs: tuple[Tensor, ...], like: Tensor | None,
+        device: torch.device, pool: tuple[int, int] | None,
+    ) -> None:  # fmt: skip
         self.inputs = tuple(x.clone() for x in inputs)
+        # Not of the recording: under CUDA's own allocator nothing that a graph has made may outlive a run.
+        self.output = None if like is None else torch.empty_like(like, device=device)
         self.graph, self.failure, self.replayed = torch.cuda.CUDAGraph(), None, False
         with torch.cuda.device(device):
-            here, stream = torch.cuda.current_stream(), _recording_stream(torch.cuda.current_device())
-            stream.wait_stream(here)
-            try:
-                with torch.cuda.stream(stream):
-                    self.first = function(*self.inputs)
-            finally:  # what was asked of the stream still runs
-                here.wait_stream(stream)
-            self.output = None
-            if self.first is not None:
-                self.first.record_stream(here)
-                # Not of the recording: under CUDA's own allocator nothing that a graph has made may outlive a run.
-                self.output = torch.empty_like(self.first)
+            stream = _recording_stream(torch.cuda.current_device())
+            _prepare(stream)
             before = torch.cuda.memory_reserved()
             try:
                 self._record(function, pool, stream)
             except RuntimeError as error:  # memory ran out, or the function asks for what no graph can hold
                 self.failure = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.device = here.device
+            self.device = stream.device
             self.nbytes = 0 if pool is None else max(0, torch.cuda.memory_reserved() - before)
         if self.failure is None:
             _living.add(self)
@@ -96,8 +86,7 @@ class Captured:
             own = None  # errors hold this frame
 
     def __call__(self, *inputs: Tensor) -> Tensor | None:
-        """The function's result for other inputs of the same shapes; it holds until the next call."""
-        self.first = None
+        """The function's result for inputs of these shapes; it holds until the next call."""
         for static, x in zip(self.inputs, inputs):
             static.copy_(x)
         if self.replayed or not drivers_own():
@@ -158,6 +147,17 @@ def can_record() -> bool:
 def _recording_stream(device: int) -> torch.cuda.Stream:
     """The device's stream for recording. Always the same: cuBLAS keeps 32 MiB for every stream it ever worked on."""
     return torch.cuda.Stream(device)
+
+
+def _prepare(stream: torch.cuda.Stream) -> None:
+    """Let cuBLAS take its memory for a stream: taken within a recording it would be that graph's."""
+    here = torch.cuda.current_stream()
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
+        x = torch.ones(16, 16, dtype=torch.bfloat16, device=stream.device)
+        F.linear(x, x, x[0])
+        torch.mm(x, x)
+    here.wait_stream(stream)
 
 
 def on(stream: torch.cuda.Stream | None) -> AbstractContextManager:
@@ -234,7 +234,8 @@ class Recordings:
     def forget(self) -> None:
         """Give back what recorded functions hold."""
         devices = {graph.device.index for graph in self.recorded.values()} if drivers_own() else ()
-        self.seen: set[Hashable] = set()
+        self.seen: dict[Hashable, Tensor | None] = {}
+        """What a function gave that is not recorded yet, without its numbers."""
         self.failed: set[Hashable] = set()
         self.recorded = {}
         self.pool = None
@@ -243,34 +244,40 @@ class Recordings:
 
     def keep(self, wanted: Callable[[Hashable], bool]) -> None:
         """Forget all functions but those whose names are wanted."""
-        self.seen, self.failed = ({name for name in names if wanted(name)} for names in (self.seen, self.failed))
-        self.recorded = {name: graph for name, graph in self.recorded.items() if wanted(name)}
+        self.failed = {name for name in self.failed if wanted(name)}
+        self.seen, self.recorded = (
+            {name: known for name, known in names.items() if wanted(name)} for names in (self.seen, self.recorded)
+        )
 
     def __call__(
         self, name: Hashable, function: Callable[..., Tensor | None], inputs: tuple[Tensor, ...], device: torch.device
     ) -> Tensor | None:
         """The result of a function of this name, in memory of its own. See `Captured`."""
+        if name not in self.recorded and name in self.seen:
+            self._record(name, function, inputs, device)
         if name in self.recorded:
             result = self.recorded[name](*inputs)
             return None if result is None else result.clone()  # the next replay writes there again
-        if name in self.failed or name not in self.seen:
-            self.seen.add(name)
-            return function(*inputs)
+        result = function(*inputs)
+        if name not in self.failed:
+            self.seen[name] = None if result is None else torch.empty_like(result, device="meta")
+        return result
+
+    def _record(
+        self, name: Hashable, function: Callable[..., Tensor | None], inputs: tuple[Tensor, ...], device: torch.device
+    ) -> None:
+        """Record a function that has run before, if it can be."""
         if not drivers_own():  # whose graphs cannot share one
             self.pool = self.pool or torch.cuda.graph_pool_handle()
         pool, self.pool = self.pool, None  # torch's pinned memory takes that of a failed recording to be recorded still
-        try:
-            made = Captured(function, inputs, device, pool)
-        except RuntimeError:  # the function's own; where recording took the memory, the next call may do without
-            self.failed.add(name)
-            raise
+        made = Captured(function, inputs, self.seen[name], device, pool)
+        del self.seen[name]
         if made.failure is None:
             self.recorded[name], self.pool = made, pool
-        else:
-            if not self.failed:
-                logger.warning("work that cannot be recorded runs without, which is slower: %s", made.failure)
-            self.failed.add(name)
-        return made.first
+            return
+        if not self.failed:
+            logger.warning("work that cannot be recorded runs without, which is slower: %s", made.failure)
+        self.failed.add(name)
 
 
 class Recorder:

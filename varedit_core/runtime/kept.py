@@ -8,6 +8,7 @@ more than addresses, as nothing of the recording was run.
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from weakref import ref
 
 import torch
@@ -65,13 +66,22 @@ class Kept(TorchDispatchMode):
 
 def _waits(function, args: tuple, kwargs: dict) -> bool:
     """Whether an operation needs to know numbers of the device, or moves them to the host or from there."""
-    if function.overloadpacket is torch.ops.aten.index:  # by places it knows the size of its result, by a mask not
+    kind = _kind(function)
+    if kind == "places":  # by numbers it knows the size of its result, by a mask not
         return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
-    tags = {tag.name for tag in getattr(function, "tags", ())}
-    if tags & {"data_dependent_output", "dynamic_output_shape"} or function.overloadpacket in _ANSWERS:
-        return True
-    if function.overloadpacket not in _MOVES:
-        return False
+    if kind != "moves":
+        return kind == "waits"
     given = [*args, *kwargs.values()]
     places = [x.device for x in given if isinstance(x, Tensor)] + [x for x in given if isinstance(x, torch.device)]
     return len({place.type for place in places}) > 1
+
+
+@lru_cache(maxsize=1024)
+def _kind(function) -> str:
+    """What is to be asked of an operation's arguments; waits: nothing, it always does."""
+    tags = {tag.name for tag in getattr(function, "tags", ())}
+    if function.overloadpacket is torch.ops.aten.index:
+        return "places"
+    if tags & {"data_dependent_output", "dynamic_output_shape"} or function.overloadpacket in _ANSWERS:
+        return "waits"
+    return "moves" if function.overloadpacket in _MOVES else "stays"

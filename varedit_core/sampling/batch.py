@@ -80,6 +80,9 @@ class EditBatch:
     def __post_init__(self) -> None:
         object.__setattr__(self, "negatives", list(self.negatives) or [None] * self.pictures)
         agree(self)
+        # Running sums lie as these do, and products of what lies otherwise are rounded in another way on a GPU.
+        object.__setattr__(self, "features", self.features.contiguous())
+        object.__setattr__(self, "source_total", None if self.source_total is None else self.source_total.contiguous())
 
     @property
     def pictures(self) -> int:

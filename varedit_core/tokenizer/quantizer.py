@@ -1,7 +1,8 @@
 """Multi-scale binary residual quantisation, both ways (Infinity, arXiv 2412.04431, section 3.2).
 
 Shape suffixes: B images, d bits a latent position, (H, W) latent grid of the last scale, (h, w) of one
-scale, (i, j) its token grid, p patch side. Everything is fp32; bits are boolean.
+scale, (i, j) its token grid, p patch side. Everything is fp32; bits are boolean. Pictures are resized as they lie when
+contiguous: a GPU rounds those that lie channels-last in another way, and one rounding may turn bits.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ def latent_grids(schedule: Schedule, patch: int) -> list[Grid]:
 
 def area_resize(x: Tensor, grid: Grid) -> Tensor:
     """Adaptive average pooling of [B, c, H, W] to a grid; the input itself where it has that size."""
-    return x if x.shape[-2:] == grid else F.adaptive_avg_pool2d(x, grid)
+    return x if x.shape[-2:] == grid else F.adaptive_avg_pool2d(x.contiguous(), grid)
 
 
 def linear_resize(x: Tensor, grid: Grid) -> Tensor:
     """Bilinear resize of [B, c, h, w] without corner alignment or antialiasing, up and down."""
-    return x if x.shape[-2:] == grid else F.interpolate(x, grid, mode="bilinear", align_corners=False)
+    if x.shape[-2:] == grid:
+        return x
+    return F.interpolate(x.contiguous(), grid, mode="bilinear", align_corners=False)
 
 
 def codes(bits_BdHW: Tensor) -> Tensor:
