@@ -1,6 +1,7 @@
 """Launches of compiled kernels, recordings under CUDA's own allocator, and forms of few passes; all on the CPU."""
 
 import gc
+import threading
 from importlib.util import find_spec
 from types import SimpleNamespace
 from weakref import ref
@@ -47,9 +48,13 @@ class Function:
     """In place of Triton's: compiles for every call, and lists what it was asked for."""
 
     arg_names = ("x", "y", "n", "WIDE", "BLOCK")
+    params = ()
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.only_compiled = [], []
+
+    def warmup(self, *arguments, grid, **options):
+        self.only_compiled.append((grid, arguments, options))
 
     def __getitem__(self, grid):
         def launch(*arguments, **options):
@@ -99,6 +104,58 @@ def test_another_kind_of_argument_is_compiled_anew(launched):
     assert len(function.asked) == len(kinds) + len(options) - 1
     kernel[(1,)](x, y, 32, **options[0])
     assert len(function.asked) == len(kinds) + len(options) - 1, "another multiple of 16 is none"
+
+
+@triton
+def test_numbers_that_triton_does_not_look_at_are_all_alike(launched):
+    _, function, launching = launched
+    function.params = [SimpleNamespace(do_not_specialize=name == "n") for name in function.arg_names]
+    kernel, x = launching.Kernel(function), on_gpu(64)
+    for n in (1, 2, 16, 17, -5):
+        kernel[(1,)](x, x, n, WIDE=True, BLOCK=64)
+    assert len(function.asked) == 1
+    kernel[(1,)](x, x, 2**40, WIDE=True, BLOCK=64)
+    assert len(function.asked) == 2, "a wider type"
+
+
+@triton
+def test_kernels_that_are_only_compiled_are_not_launched(launched):
+    kernel, function, launching = launched
+    x = on_gpu(64)
+    with launching.compile_only():
+        for n in (48, 48, 47):
+            kernel[(1,)](x, x, n, WIDE=True, BLOCK=64)
+    assert [arguments[2] for _, arguments, _ in function.only_compiled] == [48, 47], "each variant once"
+    assert not function.asked and not kernel.compiled
+    kernel[(1,)](x, x, 48, WIDE=True, BLOCK=64)
+    with launching.compile_only():
+        kernel[(1,)](x, x, 48, WIDE=True, BLOCK=64)
+    assert len(function.asked) == 1 and len(function.only_compiled) == 2, "what was launched is compiled"
+
+
+@triton
+@pytest.mark.parametrize("same", [True, False])
+def test_who_needs_a_kernel_waits_for_the_thread_that_compiles_it(launched, same):
+    kernel, function, launching = launched
+    other, x, order, begun, go = launching.Kernel(Function()), on_gpu(64), [], threading.Event(), threading.Event()
+
+    def ahead():
+        with launching.compile_only():
+            kernel[(1,)](x, x, 48, WIDE=True, BLOCK=64)
+            begun.set()
+            go.wait(10)
+            order.append("compiled")
+
+    thread = threading.Thread(target=ahead)
+    thread.start()
+    begun.wait(10)
+    if same:
+        threading.Timer(0.05, go.set).start()
+    (kernel if same else other)[(1,)](x, x, 48, WIDE=True, BLOCK=64)
+    order.append("launched")
+    go.set()
+    thread.join()
+    assert order == (["compiled", "launched"] if same else ["launched", "compiled"])
 
 
 @triton

@@ -146,6 +146,7 @@ PURE = {
     "varedit_core.controls.registry._named",
     "varedit_core.runtime.graph_memory._loaded",
     "varedit_core.runtime.kept._kind",
+    "varedit_core.runtime.warm_up._begun",
     "varedit_core.runtime.kernels._triton",
     "varedit_core.sampling.batch.EditBatch.active",
     "varedit_core.sampling.batch.EditBatch.plan",

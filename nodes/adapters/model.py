@@ -16,6 +16,8 @@ from ...varedit_core.defaults import KINDS
 from ...varedit_core.files.checkpoints import TRANSFORMER, blank, canonical, checked_kind
 from ...varedit_core.files.weights import WeightError
 from ...varedit_core.model.transformer import Transformer
+from ...varedit_core.runtime.fp8 import LINEARS
+from ...varedit_core.runtime.warm_up import warm_up
 from .keeping import Keeper
 from .state import Layers, fill, is_quantised, main_dtype, open_file, parameters, patcher_of, plain
 
@@ -91,6 +93,7 @@ def load_model(path: Path, precision: str = "auto", disable_dynamic: bool = Fals
     stored = mm.unet_dtype(device, parameters(weights), DTYPES, None if special else main_dtype(weights))
     computed = _PRECISIONS[precision] or mm.unet_manual_cast(None if special else stored, device, DTYPES) or stored
     network = Transformer(config, Layers(stored, computed, device, special), computed, device=offload)
+    warm_up(network, device, LINEARS[special])
     patcher = patcher_of(VAREditModel(network, stored), device, offload, disable_dynamic)
     fill(network, weights, None if precision == "fp32" else stored, patcher.is_dynamic())
     patcher.size = 0  # counted again: layers may have had no weights before

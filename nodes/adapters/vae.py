@@ -19,6 +19,7 @@ from ...varedit_core.files.checkpoints import TOKENIZER, blank, canonical
 from ...varedit_core.files.weights import WeightError
 from ...varedit_core.pictures.preview import ColourMap, fit_colours
 from ...varedit_core.runtime.graphs import Recorder
+from ...varedit_core.runtime.warm_up import warm_up
 from ...varedit_core.tokenizer.vae import Autoencoder
 from .holding import holder_of
 from .keeping import Listed, on_device
@@ -103,6 +104,7 @@ class VAREditVAE(comfy.sd.VAE):
         self.output_device = mm.intermediate_device()
         offload = mm.vae_offload_device()
         self.first_stage_model = VAREditAutoencoder(config, Casting, self.vae_dtype, offload, self.decode_dtype)
+        warm_up(self.first_stage_model, self.device)
         self.patcher = patcher_of(self.first_stage_model, self.device, offload, disable_dynamic)
         self.first_stage_model.patcher = ref(self.patcher)
         fill(self.first_stage_model, weights, self.decode_dtype, self.patcher.is_dynamic())

@@ -22,6 +22,7 @@ from ..model.transformer import Transformer
 from ..runtime.fp8 import LINEARS, EightBitLinear, check_linears, prepare, quantise_weight
 from ..runtime.kernels import has_triton
 from ..runtime.layers import Operations
+from ..runtime.warm_up import warm_up
 from ..tokenizer.vae import Autoencoder
 from .shapes import autoencoder_config, transformer_config
 from .weights import WeightError, Weights, open_weights, under
@@ -209,6 +210,7 @@ def load_transformer(
     network = blank(weights, TRANSFORMER, operations, dtype, kind=chosen)
     if linears == "8-bit":
         prepare(network)
+    warm_up(network, device, linears)
     return _filled(network, weights, device)
 
 
@@ -225,6 +227,7 @@ def load_autoencoder(
     """
     weights = canonical(open_weights(path), TOKENIZER)
     network = blank(weights, TOKENIZER, operations, dtype, decode_dtype=decode_dtype)
+    warm_up(network, device)
     network = _filled(network, weights, device)
     if operations is Operations and torch.device(device).type == "cuda" and has_triton():
         network.to(memory_format=torch.channels_last)  # as pictures lie there, or every call would do it

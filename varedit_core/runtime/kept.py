@@ -34,6 +34,11 @@ class Kept(TorchDispatchMode):
         super().__init__()
         self.made: list[ref] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's compiler is not asked at every operation, which would take longer than the operation."""
+        return False
+
     def __enter__(self) -> Kept:
         _present.append(self)
         return super().__enter__()

@@ -80,9 +80,6 @@ class EditBatch:
     def __post_init__(self) -> None:
         object.__setattr__(self, "negatives", list(self.negatives) or [None] * self.pictures)
         agree(self)
-        # Running sums lie as these do, and products of what lies otherwise are rounded in another way on a GPU.
-        object.__setattr__(self, "features", self.features.contiguous())
-        object.__setattr__(self, "source_total", None if self.source_total is None else self.source_total.contiguous())
 
     @property
     def pictures(self) -> int:
@@ -138,7 +135,8 @@ class EditBatch:
 
     def each_source(self, x_P: Tensor) -> Tensor:
         """A tensor of one row a picture, repeated for its regions: [P * R, ...]."""
-        return x_P if self.regions == 1 else x_P.repeat_interleave(self.regions, 0)
+        # Sums lie as features do, and products of what lies otherwise are rounded in another way on a GPU.
+        return x_P.contiguous() if self.regions == 1 else x_P.repeat_interleave(self.regions, 0)
 
     def each_row(self, x_P: Tensor) -> Tensor:
         """A tensor of one row a picture, repeated for its regions and results: [P * R * copies, ...]."""

@@ -28,9 +28,7 @@ def area_resize(x: Tensor, grid: Grid) -> Tensor:
 
 def linear_resize(x: Tensor, grid: Grid) -> Tensor:
     """Bilinear resize of [B, c, h, w] without corner alignment or antialiasing, up and down."""
-    if x.shape[-2:] == grid:
-        return x
-    return F.interpolate(x.contiguous(), grid, mode="bilinear", align_corners=False)
+    return x if x.shape[-2:] == grid else F.interpolate(x.contiguous(), grid, mode="bilinear", align_corners=False)
 
 
 def codes(bits_BdHW: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ one.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import cache, lru_cache
 from importlib import import_module
 
@@ -175,6 +176,11 @@ def text_weights(scores_RnS: Tensor, bias_RS: Tensor, counts: Tensor, heads: int
 @cache
 def _triton(name: str):
     return import_module(f".{name}", __name__)
+
+
+def compile_only() -> AbstractContextManager:
+    """See `launching.compile_only`; only where Triton is."""
+    return _triton("launching").compile_only()
 
 
 def fuses_pictures(x_BCHW: Tensor) -> bool:

@@ -1,0 +1,118 @@
+"""Kernels compiled and libraries loaded in a thread, while weights are read.
+
+The first edit of a process would wait for that: for the compiler seconds, for cuBLAS and cuDNN one. A hollow network,
+which has the real sizes but few blocks and one piece of memory for all weights, edits a picture of zeros twice: first
+kernels are compiled only, side by side where Triton can, then all runs once. It changes no number of any edit.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+
+from ..model.config import AutoencoderConfig, TransformerConfig
+from ..model.transformer import Transformer
+from ..sampling.batch import EditBatch
+from ..sampling.loop import sample
+from ..tokenizer.schedule import schedule_for
+from ..tokenizer.vae import Autoencoder
+from .fp8 import eight_bit
+from .kernels import compile_only, has_triton
+from .layers import Operations
+from .session import Session
+from .workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+_BLOCKS = 2  # the first attends to its source in another way than those behind it
+_AREA, _TOKENS = "0.25M", 20  # of the picture, and of the instruction
+_SIDE = 128  # pixels of the VAE's picture
+_LEAST_FREE = 4 << 30
+"""Bytes that must be free: a device that is full has others to serve."""
+_asking = threading.Lock()
+
+
+def warm_up(network: Transformer | Autoencoder, device: torch.device | str, linears: str = "exact") -> None:
+    """Begin, for networks like this one on a CUDA device with Triton; once a process for each kind. Returns at once.
+
+    linears: "8-bit" where a transformer's layers multiply in 8 bits.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        config, dtype = network.config, getattr(network, "decode_dtype", network.dtype)
+        if isinstance(config, TransformerConfig):
+            config = replace(config, depth=_BLOCKS)
+        _begun(config, dtype, torch.device("cuda", device.index or 0), linears)
+
+
+@cache
+def _begun(
+    config: TransformerConfig | AutoencoderConfig, dtype: torch.dtype, device: torch.device, linears: str
+) -> threading.Thread:
+    work = partial(_edit, config, dtype, device, linears)
+    if isinstance(config, AutoencoderConfig):
+        work = partial(_pictures, config, dtype, device)
+    thread = threading.Thread(target=_warmed, args=(work, device), name="VAREdit warm-up")
+    thread.start()
+    return thread
+
+
+@torch.no_grad()
+def _warmed(work: Callable[[], None], device: torch.device) -> None:
+    try:
+        with torch.cuda.device(device):
+            with _asking:
+                able = has_triton(device)
+            if not able or torch.cuda.mem_get_info(device)[0] < _LEAST_FREE:
+                return
+            with compile_only():
+                work()
+            if threading.main_thread().is_alive():
+                work()
+    except Exception as error:  # the first edit does it all, then, and says what is wrong
+        logger.debug("nothing was warmed up: %r", error)
+
+
+def _edit(config: TransformerConfig, dtype: torch.dtype, device: torch.device, linears: str) -> None:
+    network = Transformer(config, Operations, dtype, device="meta")
+    if linears == "8-bit":
+        eight_bit(network)
+    schedule = schedule_for(_AREA)
+    features = torch.zeros(1, config.token_bits, *schedule.grids[-1], device=device)
+    text = torch.zeros(_TOKENS, config.text_width, device=device)
+    engine = Session(hollow(network, device), Workspace())
+    for _ in sample(engine, EditBatch.of(features, [text], schedule)):
+        pass
+
+
+def _pictures(config: AutoencoderConfig, dtype: torch.dtype, device: torch.device) -> None:
+    network = hollow(Autoencoder(config, Operations, device="meta", decode_dtype=dtype), device)
+    network.encode(torch.zeros(1, 3, _SIDE, _SIDE, device=device))
+    side = _SIDE // config.stride
+    network.decode(torch.zeros(1, config.bits, side, side, device=device))
+
+
+def hollow(network: nn.Module, device: torch.device) -> nn.Module:
+    """A network without weights, in place: all of them are the same piece of zeros on a device."""
+    own = [
+        (part, name, x) for m in network.modules() for part in (m._parameters, m._buffers) for name, x in part.items()
+    ]
+    own = [(part, name, x) for part, name, x in own if x is not None]
+    memory = torch.zeros(max((x.nbytes for _, _, x in own), default=0), dtype=torch.uint8, device=device)
+    for part, name, x in own:
+        part[name] = _laid(memory[: x.nbytes].view(x.dtype), x)
+    return network
+
+
+def _laid(flat: Tensor, like: Tensor) -> Tensor:
+    """Numbers in the shape of a weight; those of convolutions channels-last, as networks are loaded."""
+    if like.ndim != 4:
+        return flat.view(like.shape)
+    out, width, *sides = like.shape
+    return flat.view(out, *sides, width).movedim(-1, 1)
