@@ -121,7 +121,7 @@ def one_case(options: argparse.Namespace, model: str, size: str, way: str, edit:
         torch.cuda.mem_get_info()[0] if cuda else 0,
         Graph({n.GET_SCHEMA().node_id: n for n in nodes.values()}),
     )
-    reading = timed_reading(cuda)
+    reading, read = timed_reading(), 0.0
     torch.manual_seed(2)
     warmups, repeats = options.warmups, options.runs
     side = int(size)
@@ -129,10 +129,11 @@ def one_case(options: argparse.Namespace, model: str, size: str, way: str, edit:
     firsts, runs, seeds = [], [], []
     for n in range(warmups + repeats):
         (firsts if n < warmups else runs).append(graph.run(prompt(model, edit, size, n, n), "result"))
+        read = read or sum(reading)
     for seed in range(repeats + 2):
         seeds.append(graph.run(prompt(model, edit, size, warmups + repeats - 1, 1000 + seed), "result"))
     facts = {"way": way, "model": model, "size": size, "edit": edit, "limit_gb": limit, "first": firsts}
-    facts |= {"reading": round(sum(reading), 2), "kernels": "cold" if options.cold else "warm"}
+    facts |= {"reading": round(read, 2), "kernels": "cold" if options.cold else "warm"}
     names = ("source", "sampler", "decode", "all")
     facts |= {name: round(statistics.median(run[name] for run in runs), 4) for name in names}
     facts["spread"] = [min(run["all"] for run in runs), max(run["all"] for run in runs)]
@@ -148,24 +149,20 @@ def one_case(options: argparse.Namespace, model: str, size: str, way: str, edit:
     return facts
 
 
-def timed_reading(cuda: bool) -> list[float]:
-    """Seconds that streamed weights take on their way into their pages, in a list that grows."""
-    import torch
+def timed_reading() -> list[float]:
+    """Seconds in which ComfyUI brings streamed weights from their files to the device, in a list that grows: where it
+    does so layer by layer."""
+    ops, spans = importlib.import_module("comfy.ops"), []
+    cast = ops.cast_bias_weight
 
-    hold, spans = importlib.import_module("varedit_pack.nodes.adapters.holding").Hold, []
-    pinned = hold._pinned
-
-    def timed(*arguments) -> bool:
-        if cuda:
-            torch.cuda.synchronize()
+    def timed(*arguments, **options):
         begin = time.perf_counter()
-        result = pinned(*arguments)
-        if cuda:
-            torch.cuda.synchronize()
-        spans.append(time.perf_counter() - begin)
-        return result
+        try:
+            return cast(*arguments, **options)
+        finally:
+            spans.append(time.perf_counter() - begin)
 
-    hold._pinned = timed
+    ops.cast_bias_weight = timed
     return spans
 
 

@@ -259,7 +259,8 @@ def blank(
     except (KeyError, IndexError, ValueError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise WeightError(f"{weights.path} is not a complete {part}: {reason}; download or convert it again") from error
-    check(weights, {key: tuple(tensor.shape) for key, tensor in expected(empty).items()})
+    wanted = empty.state_dict() if operations is Operations else expected(empty)
+    check(weights, {key: tuple(tensor.shape) for key, tensor in wanted.items()})
     return empty
 
 
