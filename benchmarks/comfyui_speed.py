@@ -117,27 +117,25 @@ def one_case(options: argparse.Namespace, model: str, size: str, way: str, edit:
     ballast = None
     if cuda and limit:
         ballast = torch.empty(int(torch.cuda.mem_get_info()[0] - limit * GB), dtype=torch.uint8, device="cuda")
-    before, graph = (
-        torch.cuda.mem_get_info()[0] if cuda else 0,
-        Graph({n.GET_SCHEMA().node_id: n for n in nodes.values()}),
-    )
+    before = torch.cuda.mem_get_info()[0] if cuda else 0
+    graph = Graph({n.GET_SCHEMA().node_id: n for n in nodes.values()})
     reading, read = timed_reading(), 0.0
     torch.manual_seed(2)
-    warmups, repeats = options.warmups, options.runs
+    warmups, repeats, more = (1, 2, 0) if limit else (options.warmups, options.runs, 2)  # these take long
     side = int(size)
     graph.images[:] = [torch.randint(256, (1, side, side, 3)) / 255 for _ in range(warmups + repeats)]
     firsts, runs, seeds = [], [], []
     for n in range(warmups + repeats):
         (firsts if n < warmups else runs).append(graph.run(prompt(model, edit, size, n, n), "result"))
         read = read or sum(reading)
-    for seed in range(repeats + 2):
+    for seed in range(repeats + more):
         seeds.append(graph.run(prompt(model, edit, size, warmups + repeats - 1, 1000 + seed), "result"))
     facts = {"way": way, "model": model, "size": size, "edit": edit, "limit_gb": limit, "first": firsts}
     facts |= {"reading": round(read, 2), "kernels": "cold" if options.cold else "warm"}
     names = ("source", "sampler", "decode", "all")
     facts |= {name: round(statistics.median(run[name] for run in runs), 4) for name in names}
     facts["spread"] = [min(run["all"] for run in runs), max(run["all"] for run in runs)]
-    facts["other_seed"] = round(statistics.median(run["all"] for run in seeds[2:]), 4)
+    facts["other_seed"] = round(statistics.median(run["all"] for run in seeds[more:]), 4)
     if cuda:
         facts["ballast_gb"] = round(ballast.nbytes / GB, 2) if ballast is not None else 0
         facts["allocator"] = torch.cuda.get_allocator_backend()
