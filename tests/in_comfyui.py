@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 from support import ROOT
 
@@ -948,7 +949,6 @@ class Probe:
 
     def held(self) -> dict:
         """Layers with weights in hand against ComfyUI's own way, by class: whether the numbers are equal."""
-        from types import SimpleNamespace
 
         from varedit_pack.nodes.adapters import layers
         from varedit_pack.nodes.adapters.layers import Casting, quantised
@@ -1080,6 +1080,46 @@ class Probe:
             mm.free_memory = real
         listed = [known for known in mm.current_loaded_models if known.model is keeper]
         return [len(asked), len(listed), listed[0].model_loaded_memory() == keeper.work.nbytes > 0]
+
+    def way(self) -> dict:
+        """What makes way for another model that is streamed, by ComfyUI's own order: streamed weights, which go as memory
+        is taken, or the workspace beside them. How often each was asked to go."""
+        import comfy.memory_management
+        import comfy.model_management as mm
+
+        class Other:
+            """Weights of 100 bytes as one of ComfyUI's loaded models."""
+
+            currently_used, device = False, self.model.load_device
+
+            def __init__(self):
+                self.model, self.asked = SimpleNamespace(is_dynamic=lambda: True, loaded_size=lambda: 100), []
+
+            is_dead = staticmethod(lambda: False)
+            model_offloaded_memory = staticmethod(lambda: 0)
+            model_memory = staticmethod(lambda: 100)
+
+            def model_unload(self, count):
+                self.asked.append(count)
+
+        found, known, free = {}, list(mm.current_loaded_models), mm.get_free_memory
+        streams = getattr(comfy.memory_management, "aimdo_enabled", False)
+        for needed in (50, 150):
+            work = SimpleNamespace(nbytes=60, busy=False, asked=[], forget=lambda: None)
+            work.forget = lambda work=work: work.asked.append(True)
+            listed, other = self.module("nodes.adapters.keeping").Listed(self.model.load_device, work), Other()
+            try:
+                comfy.memory_management.aimdo_enabled = True
+                mm.current_loaded_models[:] = []
+                listed.list()
+                mm.current_loaded_models.append(other)
+                mm.get_free_memory = lambda *args, **kw: free(*args, **kw) if kw else 0
+                mm.free_memory(needed, self.model.load_device, for_dynamic=True)
+            finally:
+                mm.current_loaded_models[:], mm.get_free_memory = known, free
+                comfy.memory_management.aimdo_enabled = streams
+            found[needed] = [len(other.asked), len(work.asked)]
+        return found
 
     def without_triton(self) -> dict:
         """What is said where Triton is missing, by platform, card and whether it is there."""
@@ -1389,7 +1429,7 @@ def name(way) -> str:
 PARTS = (
     "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text",
     "ladder", "formats", "partial", "leftovers", "keeping", "variations", "shortcuts", "controls", "text_to_image",
-    "layers", "held", "streaming", "without_triton", "listing", "recording", "told", "asked_back", "colours",
+    "layers", "held", "streaming", "without_triton", "listing", "way", "recording", "told", "asked_back", "colours",
     "same_job", "plan",
 )  # fmt: skip
 ONE_EDIT = ("pictures", "formats", "variations")  # parts that decode one edit again and again

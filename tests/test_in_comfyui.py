@@ -415,6 +415,11 @@ def test_a_workspace_is_listed_without_pushing_others_out(found):
     assert facts(found, "listing") == [0, 1, True]
 
 
+def test_weights_that_are_streamed_make_way_before_the_workspace(found):
+    """Bytes that another model asks for where 100 of weights are streamed: how often weights and workspace must go."""
+    assert facts(found, "way") == {"50": [0, 0], "150": [0, 1]}
+
+
 def test_where_triton_is_missing_one_sentence_says_how_to_install_it(found):
     result = facts(found, "without_triton")
     assert "python_embeded\\python.exe -m pip install triton-windows" in result["Windows"][0]

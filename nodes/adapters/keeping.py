@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Protocol
 
+import comfy.memory_management
 import comfy.model_management as mm
 import comfy.model_patcher
 import torch
@@ -62,7 +63,9 @@ class Listed(comfy.model_patcher.ModelPatcher):
         return self.work.nbytes
 
     def model_size(self) -> int:
-        return self.work.nbytes
+        """What is missing of this on the device goes first when ComfyUI wants memory. Where it streams weights they are
+        to go before, since it fetches just those it needs again: so less than nothing is missing."""
+        return 0 if getattr(comfy.memory_management, "aimdo_enabled", False) else self.work.nbytes
 
     def partially_load(self, *args, **kw) -> int:
         return 0  # it fills while an edit runs
