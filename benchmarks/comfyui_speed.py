@@ -164,16 +164,25 @@ def timed_reading() -> list[float]:
     return spans
 
 
-def told(row: dict, whole: dict) -> str:
-    """A row of the table. whole: seconds of the library's edit, by model and size."""
+def beside(case: dict, library: dict | None) -> dict:
+    """A case's ratios: to the library's whole edit of this call and, where that was measured, the published code's."""
+    if library is None or "failed" in case:
+        return {}
+    found = {"over": {name: round(case[name] / library[name], 3) for name in ("all", "other_seed")}}
+    if "published" in library:
+        found["faster_than_published"] = round(library["published"] / case["all"], 2)
+    return found
+
+
+def told(row: dict) -> str:
+    """A row of the table."""
     name = f"{row['model']} {row['size']} {row['way']} {row.get('edit', '')} {row.get('limit_gb') or ''}"
     if "failed" in row:
         return f"{name:32} failed: {row['failed']}"
     parts = [f"{part} {row[part]:.4f}" for part in ("source", "sampler", "decode", "all", "other_seed") if part in row]
-    base = whole.get((row["model"], row["size"]))
-    ratio = [f"x{row['all'] / base['all']:.3f} x{row['other_seed'] / base['other_seed']:.3f}"] if base else []
-    if base and "published" in base and row is not base:
-        ratio.append(f"/{base['published'] / row['all']:.2f} of the published code's {base['published']:.3f}")
+    ratio = [f"x{row['over']['all']:.3f} x{row['over']['other_seed']:.3f}"] if "over" in row else []
+    if "faster_than_published" in row:
+        ratio.append(f"{row['faster_than_published']:.2f} times as fast as the published code")
     firsts = []
     if "first" in row:
         spans = " ".join(f"{run['all']:.2f}" for run in row["first"])
@@ -209,14 +218,15 @@ def main() -> None:
         for size in args.sizes:
             cases.append(library(args, model, size))
             whole |= {(model, size): cases[-1]} if "failed" not in cases[-1] else {}
-            print(told(cases[-1], whole), flush=True)
+            print(told(cases[-1]), flush=True)
             for way, edit, limit in rows(args):
                 variables = {ALLOCATOR: f"backend:{WAYS[way][1]}"}
                 with TemporaryDirectory() as kernels:
                     variables |= {"TRITON_CACHE_DIR": kernels} if args.cold else {}
                     found = fresh(f"{model},{size},{way},{edit},{limit}", args.seconds, **variables)
-                cases.append({"way": way, "model": model, "size": size, "edit": edit, "limit_gb": limit} | found)
-                print(told(cases[-1], whole), flush=True)
+                case = {"way": way, "model": model, "size": size, "edit": edit, "limit_gb": limit} | found
+                cases.append(case | beside(case, whole.get((model, size))))
+                print(told(cases[-1]), flush=True)
     import torch
 
     result = {"benchmark": "whole edits inside ComfyUI and in the library", "device": device_name()}

@@ -134,20 +134,37 @@ def comfyui() -> str:
     return table(head, rows)
 
 
+COMFYUI_SPEED = FOLDER / "comfyui_speed_h200.json"
+
+
 def comfyui_speed() -> str:
     """What `comfyui_speed.py` measured: a graph as ComfyUI starts by itself, beside the library's whole edit."""
-    facts = json.loads((FOLDER / "comfyui_speed_h200.json").read_text())
-    whole = {(c["model"], c["size"]): c for c in facts["cases"] if c["way"] == "library"}
-    rows = []
+    facts, rows = json.loads(COMFYUI_SPEED.read_text()), []
+    ways = {"library": "library", "default": "ComfyUI", "static": "ComfyUI, static weights"}
     for case in facts["cases"]:
-        base = whole[case["model"], case["size"]]
+        over = case.get("over", {"all": 1, "other_seed": 1})
         parts = [f"{case[name]:.3f} s" if name in case else "-" for name in ("source", "sampler", "decode")]
-        ratios = [f"{case[name]:.3f} s ({case[name] / base[name]:.2f})" for name in ("all", "other_seed")]
+        ratios = [f"{case[name]:.3f} s ({over[name]:.2f})" for name in ("all", "other_seed")]
         edit = "" if case["edit"] == "plain" else f", {case['edit']}"
-        way = {"library": "library", "default": "ComfyUI", "static": "ComfyUI, static weights"}[case["way"]]
+        way = ways[case["way"]] + (f", {case['limit_gb']:.0f} GB free" if case.get("limit_gb") else "")
         first = f"{case['first'][0]['all']:.1f} s" if "first" in case else "-"
         rows.append([f"{case['model']} {case['size']}{edit}", way, *parts, *ratios, first])
     head = ["way", "Source Encode", "Sampler", "Decode", "whole edit", "another seed", "first edit"]
+    return table([facts["device"], *head], rows)
+
+
+def comfyui_summary() -> str:
+    """The README's share of it: plain edits of published sizes with all of the GPU."""
+    facts, rows, published = json.loads(COMFYUI_SPEED.read_text()), [], {}
+    for case in facts["cases"]:
+        name = f"{case['model']} {case['size']}"
+        if case["way"] == "library":
+            published[name] = case
+        if case["way"] == "default" and case["edit"] == "plain" and not case["limit_gb"]:
+            base = published[name]
+            seconds = [f"{x:.2f} s" for x in (case["all"], base["all"], base["published"])]
+            rows.append([name, *seconds, f"{case['faster_than_published']:.1f} x", f"{case['other_seed']:.2f} s"])
+    head = ["ComfyUI", "library", "published code", "ComfyUI over published", "another seed in ComfyUI"]
     return table([facts["device"], *head], rows)
 
 
@@ -382,6 +399,7 @@ TABLES = {
     "headlines": headlines,
     "comfyui": comfyui,
     "comfyui speed": comfyui_speed,
+    "comfyui summary": comfyui_summary,
     "demo": demo,
     "shapeedit": shapeedit,
     "parity": parity,
