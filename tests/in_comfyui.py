@@ -1082,8 +1082,8 @@ class Probe:
         return [len(asked), len(listed), listed[0].model_loaded_memory() == keeper.work.nbytes > 0]
 
     def way(self) -> dict:
-        """What makes way for another model that is streamed, by ComfyUI's own order: streamed weights, which go as memory
-        is taken, or the workspace beside them. How often each was asked to go."""
+        """What makes way for another streamed model, by ComfyUI's own order: streamed weights, which go as memory is
+        taken, or the workspace beside them. How often each was asked to go."""
         import comfy.memory_management
         import comfy.model_management as mm
 

@@ -268,7 +268,7 @@ class Driver:
 
 def test_memory_of_graphs_is_the_drivers(monkeypatch):
     driver = Driver()
-    monkeypatch.setattr(graph_memory, "_driver", lambda: driver)
+    monkeypatch.setattr(graph_memory, "driver", lambda: driver)
     assert graph_memory.reserved(1) == 4002
     graph_memory.trim(1)
     assert driver.trimmed == [4]
@@ -276,7 +276,7 @@ def test_memory_of_graphs_is_the_drivers(monkeypatch):
 
 @pytest.mark.parametrize("driver", [None, SimpleNamespace(), Driver(status=801)])
 def test_a_driver_that_does_not_tell_holds_nothing(monkeypatch, driver):
-    monkeypatch.setattr(graph_memory, "_driver", lambda: driver)
+    monkeypatch.setattr(graph_memory, "driver", lambda: driver)
     assert graph_memory.reserved(0) == 0
     graph_memory.trim(0)
 

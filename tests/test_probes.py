@@ -100,6 +100,13 @@ def fresh_triton(monkeypatch, results):
     return lambda: kernels.has_triton(CPU)
 
 
+def fresh_cuda_c(monkeypatch, results):
+    kernels._runs_cuda_c.cache_clear()
+    monkeypatch.setattr(kernels.cuda_c, "add_norm", flaky(results))
+    monkeypatch.setattr(torch, "allclose", lambda *about, **more: True)
+    return lambda: kernels._runs_cuda_c(CPU)
+
+
 def fresh_products(monkeypatch, results):
     kernels._widens.cache_clear()
     monkeypatch.setattr(torch, "bmm", flaky(results))
@@ -129,6 +136,7 @@ def fresh_stream(monkeypatch, results):
 PROBES = {
     # Every memo that asks a device: how to ask it anew, an answer of what it asks, and what that makes.
     "varedit_core.runtime.kernels._runs_triton": (fresh_triton, None, True),
+    "varedit_core.runtime.kernels._runs_cuda_c": (fresh_cuda_c, (None, None), True),
     "varedit_core.runtime.kernels._widens": (fresh_products, torch.ones(1), True),
     "varedit_core.runtime.kernels._processors": (fresh_processors, SimpleNamespace(multi_processor_count=132), 132),
     "varedit_core.runtime.kernels.multiplies_eight_bit": (fresh_eight_bit, (9, 0), True),
@@ -148,6 +156,7 @@ PURE = {
     "varedit_core.runtime.kept._kind",
     "varedit_core.runtime.warm_up._begun",
     "varedit_core.runtime.kernels._triton",
+    "varedit_core.runtime.kernels.cuda_c.kernel",
     "varedit_core.sampling.batch.EditBatch.active",
     "varedit_core.sampling.batch.EditBatch.plan",
 }

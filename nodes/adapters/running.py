@@ -367,8 +367,8 @@ def _costs(batch: EditBatch, network: Transformer) -> list[float]:
 
 
 def _may_stay(model, job: Job, free: float) -> bool:
-    """Whether the KV cache may stay when the edit is over. Where ComfyUI streams weights all must fit at once, as others
-    take from the weights first (see `keeping.Listed`); elsewhere as much again must be free beside the whole model."""
+    """Whether the KV cache may stay when the edit is over. Where ComfyUI streams weights all must fit at once, as
+    others take from the weights first (see `keeping.Listed`); elsewhere as much again must be free beside them."""
     weights = 0 if mm.is_device_cpu(model.load_device) or _weights_stay() else model.model_size()
     kept = job.stored("exact") + kept_bytes(job)
     return (kept + job.activations() if model.is_dynamic() else 2 * kept) <= free - weights

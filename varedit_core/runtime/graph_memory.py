@@ -32,16 +32,17 @@ def trim(device: int) -> None:
 
 def _asked(name: str, device: int, *arguments: object) -> bool:
     """Call a function of the driver for a device; whether it went well."""
-    driver, handle = _driver(), ctypes.c_int(0)
-    if driver is None or not hasattr(driver, name) or driver.cuDeviceGet(ctypes.byref(handle), device):
+    cuda, handle = driver(), ctypes.c_int(0)
+    if cuda is None or not hasattr(cuda, name) or cuda.cuDeviceGet(ctypes.byref(handle), device):
         return False
-    status = getattr(driver, name)(handle, *arguments)
+    status = getattr(cuda, name)(handle, *arguments)
     if status:
         logger.debug("%s says %d", name, status)
     return not status
 
 
-def _driver() -> ctypes.CDLL | None:
+def driver() -> ctypes.CDLL | None:
+    """CUDA's driver, where it is."""
     try:
         return _loaded()
     except OSError as error:

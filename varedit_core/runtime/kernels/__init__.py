@@ -3,25 +3,28 @@
 Both forms have the same meaning and agree up to rounding. The plain ones are those of `model.functional` for what the
 networks compute, which ask the forms here first (None: the plain one is to run), and `plain` for what only the
 runtime does. Triton is asked for only where a tensor lies on a CUDA device, gradients are off and nothing is being
-traced. Where it is missing on a GPU (Windows, older cards) a form of few passes runs (`fewer`), elsewhere the plain
-one.
+traced. Where it is missing on a GPU (Windows, older cards) kernels in CUDA C run (`cuda_c`), else a form of few
+passes (`fewer`), elsewhere the plain one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, lru_cache
 from importlib import import_module
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...model import functional
-from . import fewer, plain
+from . import cuda_c, fewer, plain
 from .plain import Rounded
 from .probes import tried_once
 
+T = TypeVar("T")
 FEW_QUERIES = 64
 """So many queries do not keep a GPU busy with one program a head."""
 _LEAST_SEEN = 512  # fewer keys are not worth two kernels
@@ -53,6 +56,17 @@ def _runs_triton(device: torch.device) -> bool:
     return True
 
 
+@tried_once("PyTorch's compiler for CUDA does not work here, so edits without Triton take longer: %s")
+def _runs_cuda_c(device: torch.device) -> bool:
+    """Whether kernels in CUDA C run on a device, and are right."""
+    if torch.version.hip is not None:
+        return False
+    probe = torch.linspace(-2, 3, 64, device=device).repeat(1, 2, 1)
+    arguments = (probe, None, None, probe[:, 0], probe[:, 1], 1e-6, torch.float32)
+    found = cuda_c.add_norm(*arguments)
+    return found is not None and torch.allclose(found[1], functional.add_norm.plain(*arguments)[1], atol=1e-5)
+
+
 def fusable(x: Tensor) -> bool:
     """Whether a Triton kernel may stand in for plain operations on this tensor."""
     return _on_gpu(x) and has_triton(x.device)
@@ -61,6 +75,11 @@ def fusable(x: Tensor) -> bool:
 def _on_gpu(x: Tensor) -> bool:
     """Whether a tensor is worth fewer passes over memory, where Triton is missing."""
     return x.is_cuda and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def _in_cuda_c(function: Callable[..., T], x: Tensor, *arguments) -> T | None:
+    """The result of one of `cuda_c`'s functions, where it runs for x."""
+    return function(x, *arguments) if _on_gpu(x) and _runs_cuda_c(x.device) else None
 
 
 def _fits(x: Tensor, size: int) -> bool:
@@ -77,7 +96,9 @@ def add_norm(
     if fusable(x_RnC) and (not rounded or multiplies_eight_bit(x_RnC.device)):
         return _triton("transformer").add_norm(x_RnC, y, gate, scale, shift, eps, dtype, rounded)
     if not rounded:
-        return fewer.add_norm(x_RnC, y, gate, scale, shift, eps, dtype) if _on_gpu(x_RnC) else None
+        arguments = (x_RnC, y, gate, scale, shift, eps, dtype)
+        found = _in_cuda_c(cuda_c.add_norm, *arguments)
+        return fewer.add_norm(*arguments) if found is None and _on_gpu(x_RnC) else found
     x, normed = functional.add_norm.plain(x_RnC, y, gate, scale, shift, eps, torch.float32)
     return x, Rounded(*plain.quantise_rows(normed), dtype)
 
@@ -90,6 +111,9 @@ def heads_into(qkv_RnC: Tensor, query_scale: Tensor, rotary: Tensor, keys: Tenso
     """
     if _fits(qkv_RnC, keys.shape[3]) and qkv_RnC.stride(2) == 1:
         return _triton("transformer").heads_into(qkv_RnC, query_scale, rotary, keys, values)
+    q = _in_cuda_c(cuda_c.heads_into, qkv_RnC, query_scale, rotary, keys, values)
+    if q is not None:
+        return q
     if _on_gpu(qkv_RnC):
         return fewer.heads_into(qkv_RnC, query_scale, rotary, keys, values)
     q, k, v = functional.split_heads(qkv_RnC, query_scale, rotary)
@@ -169,8 +193,11 @@ def text_weights(scores_RnS: Tensor, bias_RS: Tensor, counts: Tensor, heads: int
 
     scores, bias: fp32. L: a power of 2.
     """
-    form = _triton("transformer") if fusable(scores_RnS) else plain
-    return form.text_weights(scores_RnS, bias_RS, counts, heads, dtype)
+    arguments = (scores_RnS, bias_RS, counts, heads, dtype)
+    if fusable(scores_RnS):
+        return _triton("transformer").text_weights(*arguments)
+    found = _in_cuda_c(cuda_c.text_weights, *arguments)
+    return plain.text_weights(*arguments) if found is None else found
 
 
 @cache

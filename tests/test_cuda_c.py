@@ -1,0 +1,149 @@
+"""The kernels in CUDA C, built by a C++ compiler and run on the CPU, thread by thread (`cuda_on_cpu.h`)."""
+
+import ctypes
+import shutil
+import subprocess
+
+import pytest
+import torch
+from support import ROOT
+
+from varedit_core.model import functional
+from varedit_core.runtime import kernels
+from varedit_core.runtime.kernels import cuda_c, fewer, nvrtc, plain
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler is here")
+HEADER = ROOT / "tests" / "cuda_on_cpu.h"
+RUN = """extern "C" void run_kernel(const unsigned *grid, unsigned threads, void **arguments) {{
+    run({}, grid, threads, arguments);
+}}"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Kernels by source and name, as functions of the CPU."""
+    folder, known = tmp_path_factory.mktemp("cuda_c"), {}
+
+    def build(source: str, name: str):
+        if (source, name) not in known:
+            path = folder / f"kernel{len(known)}"
+            text = f"#include <type_traits>\n{HEADER.read_text()}\n{source}\n{RUN.format(name)}\n"
+            path.with_suffix(".cpp").write_text(text)
+            options = ["-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
+            subprocess.run(["g++", *options, f"{path}.cpp", "-o", f"{path}.so"], check=True)
+            known[source, name] = ctypes.CDLL(f"{path}.so").run_kernel
+        return known[source, name]
+
+    return build
+
+
+@pytest.fixture
+def on_cpu(built, monkeypatch):
+    launched = []
+
+    def call(self, grid, threads, *arguments):
+        launched.append(self.name)
+        values = [nvrtc._value(x) for x in arguments]
+        places = (ctypes.c_void_p * len(values))(*(ctypes.addressof(x) for x in values))
+        built(self.source, self.name)((ctypes.c_uint * 3)(*grid, *(1,) * (3 - len(grid))), threads, places)
+
+    monkeypatch.setattr(nvrtc.Kernel, "__call__", call)
+    torch.manual_seed(0)
+    return launched
+
+
+BFLOAT16 = dict(atol=0.02, rtol=0.01)
+
+
+@pytest.mark.parametrize("width", [64, 1028 + 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["gated", "plain", "first", "shared"])
+def test_add_norm(on_cpu, case, dtype, width):
+    x, y = torch.randn(2, 3, width) * 3 + 1, torch.randn(2, 3, width).to(dtype)
+    modulation = torch.randn(2, 6, width)
+    gate = modulation[:, 1] if case == "gated" else None
+    scale, shift = (modulation[: 1 if case == "shared" else 2, n] for n in (3, 5))
+    arguments = (x, None if case == "first" else y, gate, scale, shift, 1e-6, dtype)
+    total, h = cuda_c.add_norm(*arguments)
+    wanted_total, wanted = functional.add_norm.plain(*arguments)
+    assert on_cpu == ["add_norm"] and h.dtype == dtype
+    torch.testing.assert_close(total, wanted_total, atol=2e-6, rtol=0)
+    torch.testing.assert_close(h, wanted, **({"atol": 5e-6, "rtol": 0} if dtype == torch.float32 else BFLOAT16))
+
+
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_heads(on_cpu, dtype, size):
+    heads = 3 if size == 128 else 9  # more than a block's warps
+    qkv, gains = torch.randn(2, 4, 3 * heads * size).to(dtype), torch.rand(heads) * 3
+    rotary = torch.randn(2, 4, size // 2)
+    qkv[0, 3] = 0  # no length to divide by
+    kept = torch.full((2, 2, heads, 8, size), 7.0, dtype=dtype)
+    keys, values = kept[:, :, :, 2:6]
+    q = cuda_c.heads_into(qkv, gains, rotary, keys, values)
+    wanted = functional.split_heads(qkv, gains, rotary)
+    for found, expected in zip((q, keys, values), wanted):
+        torch.testing.assert_close(found, expected.to(dtype), atol=1e-6 if dtype == torch.float32 else 0.02, rtol=0)
+    assert (kept[:, :, :, :2] == 7).all() and (kept[:, :, :, 6:] == 7).all(), "nothing beside is written"
+    assert q.transpose(1, 2).is_contiguous() and on_cpu == ["heads_into"]
+
+
+@pytest.mark.parametrize("length", [32, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_text_weights(on_cpu, dtype, length):
+    scores, bias, counts = torch.randn(2, 3, 9 * length) * 4, torch.randn(2, 9 * length), torch.tensor([1, length - 5])
+    found = cuda_c.text_weights(scores, bias, counts.int(), 9, dtype)
+    wanted = plain.text_weights(scores, bias, counts, 9, dtype)
+    torch.testing.assert_close(found, wanted, atol=1e-6 if dtype == torch.float32 else 0.005, rtol=0)
+    assert on_cpu == ["text_weights"] and (found.unflatten(2, (9, length))[0, ..., 1:] == 0).all()
+
+
+def test_bfloat16_is_rounded_as_torch_does(on_cpu):
+    """Halves to even; infinities and undefined numbers stay what they are."""
+    numbers = [1.00390625, 1.01171875, -1.01171875, 3.4e38, float("inf"), -float("inf"), 1e-39, float("nan")]
+    shift = torch.cat((torch.randn(56), torch.tensor(numbers)))[None]
+    _, h = cuda_c.add_norm(torch.zeros(1, 1, 64), None, None, torch.ones(1, 64), shift, 1e-6, torch.bfloat16)
+    found, wanted = (x.view(-1).view(torch.int16) for x in (h, shift.bfloat16()))
+    assert torch.equal(found[:-1], wanted[:-1]) and h[..., -1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda: cuda_c.add_norm(torch.zeros(1, 2, 64), None, None, *torch.zeros(2, 1, 64), 1e-6, torch.float16),
+        lambda: cuda_c.add_norm(torch.zeros(1, 2, 62), None, None, *torch.zeros(2, 1, 62), 1e-6, torch.float32),
+        lambda: cuda_c.add_norm(
+            torch.zeros(1, 2, 64), torch.zeros(1, 2, 64).half(), None, *torch.zeros(2, 1, 64), 1e-6, torch.float32
+        ),
+        lambda: cuda_c.heads_into(
+            torch.zeros(1, 2, 96), torch.ones(1), torch.zeros(2, 2, 16), *torch.zeros(2, 1, 1, 2, 32)
+        ),
+        lambda: cuda_c.text_weights(torch.zeros(1, 2, 48), torch.zeros(1, 48), torch.ones(1).int(), 3, torch.float32),
+    ],
+)
+def test_what_is_not_taken_is_left_to_torch(on_cpu, refused):
+    assert refused() is None and not on_cpu
+
+
+class OnGPU(torch.Tensor):
+    is_cuda = property(lambda self: True)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_it_runs_where_triton_is_missing(on_cpu, monkeypatch, works):
+    monkeypatch.setattr(kernels, "has_triton", lambda device: False)
+    monkeypatch.setattr(kernels, "_runs_cuda_c", lambda device: works)
+    x, modulation = torch.randn(1, 3, 64).as_subclass(OnGPU), torch.randn(2, 1, 64)
+    with torch.no_grad():
+        found = kernels.add_norm(x, None, None, *modulation, 1e-6, torch.float32)
+        wanted = fewer.add_norm(x.as_subclass(torch.Tensor), None, None, *modulation, 1e-6, torch.float32)
+    torch.testing.assert_close(found[1].as_subclass(torch.Tensor), wanted[1], atol=5e-6, rtol=0)
+    assert on_cpu == ["add_norm"] * works
+
+
+def test_a_failed_compiler_is_one_line_and_then_torch(monkeypatch, caplog):
+    kernels._runs_cuda_c.cache_clear()
+    monkeypatch.setattr(nvrtc, "cubin", lambda *about: 1 / 0)
+    assert not kernels._runs_cuda_c(torch.device("cpu"))
+    assert len(caplog.records) == 1 and "PyTorch's compiler" in caplog.text
+    kernels._runs_cuda_c.cache_clear()
