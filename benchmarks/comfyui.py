@@ -33,7 +33,7 @@ def write(folder: Path, depth: int, width: int, text: int, vae: str, bits: int =
 
     from benchmarks.real_size import published_shapes, random_tensor
     from varedit_core.bench.models import MODELS
-    from varedit_core.files.checkpoints import Unfilled
+    from varedit_core.runtime.unfilled import Unfilled
     from varedit_core.text.t5 import T5Config, T5Encoder
     from varedit_core.tokenizer.vae import Autoencoder
 

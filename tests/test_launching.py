@@ -172,10 +172,25 @@ def test_a_failed_launch_is_told_before_its_tensors_go(launched, monkeypatch):
     kernel, _, _ = launched
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1 / 0)
     told = []
-    monkeypatch.setattr(kept, "_present", [SimpleNamespace(fail=lambda: told.append(True))])
-    with pytest.raises(ZeroDivisionError):
-        kernel[(1,)](on_gpu(64), on_gpu(64), 48, WIDE=True, BLOCK=64)
+    before = kept._present.set((SimpleNamespace(fail=lambda: told.append(True)),))
+    try:
+        with pytest.raises(ZeroDivisionError):
+            kernel[(1,)](on_gpu(64), on_gpu(64), 48, WIDE=True, BLOCK=64)
+    finally:
+        kept._present.reset(before)
     assert told == [True]
+
+
+def test_a_failure_in_another_thread_is_nothing_to_a_recording():
+    made = []
+    with torch.inference_mode(), Kept():
+        x = torch.randn(3)
+        made.append(ref(x))
+        thread = threading.Thread(target=failed)
+        thread.start()
+        thread.join()
+        del x
+    assert not immortal(made[0])
 
 
 @pytest.mark.parametrize(
@@ -221,7 +236,7 @@ def test_tensors_of_a_recording_that_fails_stay(fails):
             with Kept():
                 recorded()
     assert immortal(made[0]) == (fails != "nothing")
-    assert not kept._present
+    assert not kept._present.get()
 
 
 SHORTCUTS = {"plain": {}, "inside": {"inside": 2}, "window": {"window": 0.2}, "unguided": {"unguided": 1}}

@@ -28,6 +28,7 @@ REASONS = [
     torch.cuda.OutOfMemoryError("CUDA out of memory."),
     RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more lines"),
     NotImplementedError("no kernel for this"),
+    ValueError("Pointer argument (at 0) cannot be accessed from Triton"),
 ]
 
 
@@ -368,6 +369,25 @@ def test_a_recording_that_fails_leaves_nothing(cuda, error, when):
     del made
     gc.collect()
     assert [result() for result in held] == [None]
+
+
+@pytest.mark.parametrize("missing", ["inputs", "result", "cuBLAS"])
+def test_what_finds_no_room_to_be_recorded_runs_as_it_is(cuda, monkeypatch, missing):
+    def full(*about, **more):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    recordings, x = Recordings(), torch.ones(2)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: POOL)
+    assert recordings("f", lambda x: x * 2, (x,), CPU).tolist() == [2, 2]
+    if missing == "inputs":
+        monkeypatch.setattr(torch.Tensor, "clone", full)
+    if missing == "result":
+        monkeypatch.setattr(torch, "empty_like", full)
+    if missing == "cuBLAS":
+        monkeypatch.setattr(graphs, "_prepare", full)
+    for _ in range(3):
+        assert recordings("f", lambda x: x * 2, (x,), CPU).tolist() == [2, 2]
+    assert recordings.failed == {"f"} and not recordings.seen and cuda.present is cuda.here
 
 
 def test_an_interrupted_recording_gives_the_stream_back(cuda):

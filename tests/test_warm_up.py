@@ -1,6 +1,8 @@
 """What is done before the first edit: every kernel that it launches has been compiled; nothing else changes."""
 
 import logging
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -9,7 +11,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from support import ROOT
 
+from varedit_core import Editor
 from varedit_core.bench.models import MODELS
 from varedit_core.demo import demo_files
 from varedit_core.files import checkpoints
@@ -119,16 +123,16 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 << 30, 8 << 30))
     monkeypatch.setattr(warm_up, "has_triton", lambda device: True)
     monkeypatch.setattr(warm_up, "compile_only", compiled)
-    warm_up._begun.cache_clear()
-    yield done
-    warm_up._begun.cache_clear()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(warm_up, "_begun", set())
+    return done
 
 
 def begun(monkeypatch, *networks, device="cuda:0", linears="exact", work=lambda *about: None):
     """Warm up, and wait for it; the threads that were started."""
-    threads = []
+    threads, real = [], threading.Thread
 
-    class Thread(threading.Thread):
+    class Thread(real):
         def start(self):
             threads.append(self)
             super().start()
@@ -164,25 +168,67 @@ def test_kernels_are_compiled_and_then_run_once_for_each_kind_of_network(monkeyp
     assert not begun(monkeypatch, deeper), "how deep it is does not matter"
 
 
-@pytest.mark.parametrize("case", ["cpu", "no Triton", "full", "fails"])
-def test_nothing_is_done_where_it_is_of_no_use(monkeypatch, gpu, case, caplog):
+@pytest.mark.parametrize("device, wanted", [("cuda", 1), ("cuda:0", 0)])
+def test_it_is_the_device_on_which_the_network_will_be(monkeypatch, gpu, device, wanted):
+    seen = []
+    begun(monkeypatch, empty(), empty(part="autoencoder"), device=device, work=lambda *about: seen.append(about))
+    assert len(seen) == 4 and all(torch.device("cuda", wanted) in about for about in seen)
+
+
+@pytest.mark.parametrize("case", ["cpu", "no Triton", "full", "full later", "fails", "no thread"])
+def test_where_it_is_of_no_use_now_it_is_tried_again(monkeypatch, gpu, case, caplog):
+    def no_thread(self):
+        raise RuntimeError("can't start new thread")
+
+    works, free = [], [1, 8] if case == "full" else [8, 1]
+
     def work(*about):
-        raise RuntimeError("out of memory")
+        works.append(about)
+        if case == "fails" and len(works) == 1:
+            raise RuntimeError("out of memory")
 
     if case == "no Triton":
         monkeypatch.setattr(warm_up, "has_triton", lambda device: False)
-    if case == "full":
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 8 << 30))
+    if case.startswith("full"):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((free.pop(0) if free else 8) << 30, 8 << 30))
+    if case == "no thread":
+        monkeypatch.setattr(threading.Thread, "start", no_thread)
+    device = "cpu" if case == "cpu" else "cuda"
     with caplog.at_level(logging.DEBUG):
-        threads = begun(monkeypatch, empty(), device="cpu" if case == "cpu" else "cuda", work=work)
-    assert len(threads) == (case != "cpu") and gpu == (["compile"] if case == "fails" else [])
-    assert [record.levelno for record in caplog.records] == [logging.DEBUG] * (case == "fails")
+        started = len(begun(monkeypatch, empty(), device=device, work=work)) if case != "no thread" else 0
+        if case == "no thread":
+            warm_up.warm_up(empty(), device)
+    assert started == (case not in ("cpu", "no thread"))
+    assert len(works) == {"full later": 1, "fails": 1}.get(case, 0) and not warm_up._begun
+    assert [record.levelno for record in caplog.records] == [logging.DEBUG] * (case in ("fails", "no thread"))
+    if case in ("full", "full later", "fails"):
+        free.clear(), works.clear()
+        begun(monkeypatch, empty(), device=device, work=lambda *about: works.append(about))
+        assert len(works) == 2 and len(warm_up._begun) == 1
 
 
-def test_loading_a_network_warms_up_for_it(monkeypatch):
+def test_torchs_compiler_is_not_imported_for_it():
+    """In a thread that would take seconds of the main thread's time, and break an import of the compiler there."""
+    code = """
+import sys, torch
+from dataclasses import replace
+from varedit_core.bench.models import MODELS
+from varedit_core.runtime import warm_up
+with torch.no_grad():
+    for linears in ("exact", "8-bit"):
+        warm_up._edit(replace(MODELS["tiny"].transformer, depth=2), torch.float32, torch.device("cpu"), linears)
+    warm_up._pictures(MODELS["tiny"].autoencoder, torch.float32, torch.device("cpu"))
+print([name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.strip() == "[]", done.stdout + done.stderr[-2000:]
+
+
+def test_loading_an_editor_warms_up_for_it(monkeypatch):
     asked = []
     monkeypatch.setattr(checkpoints, "warm_up", lambda network, device, *more: asked.append((type(network), *more)))
     transformer, autoencoder, _ = demo_files()
-    checkpoints.load_transformer(transformer, linears="8-bit")
-    checkpoints.load_autoencoder(autoencoder)
+    Editor.load(transformer, autoencoder, device="cpu", linears="8-bit")
     assert asked == [(Transformer, "8-bit"), (Autoencoder,)]
+    checkpoints.load_transformer(transformer), checkpoints.load_autoencoder(autoencoder)
+    assert len(asked) == 2, "training forks, which no thread that imports survives"

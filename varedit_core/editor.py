@@ -79,9 +79,9 @@ class Editor(Coder):
         text = text_encoder and load_text_encoder(
             text_encoder, tokenizer, torch.float16 if on_cuda else torch.float32, device
         )
-        network = load_transformer(transformer, dtype=dtype, device=device, linears=linears, kind=kind)
+        network = load_transformer(transformer, dtype=dtype, device=device, linears=linears, kind=kind, warm=True)
         decode_dtype = torch.bfloat16 if on_cuda and dtype == torch.bfloat16 else torch.float32
-        vae = load_autoencoder(autoencoder, device=device, decode_dtype=decode_dtype)
+        vae = load_autoencoder(autoencoder, device=device, decode_dtype=decode_dtype, warm=True)
         return cls(network, vae, text or None, device)
 
     @property

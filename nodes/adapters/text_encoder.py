@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ...varedit_core.defaults import TEXT_TOKENS
-from ...varedit_core.files.checkpoints import Unfilled
 from ...varedit_core.files.weights import PICKLED, SAFETENSORS, WeightError, Weights
+from ...varedit_core.runtime.unfilled import Unfilled
 from ...varedit_core.text.encoder import check_encoder, cut_ids, encoder_config, encoder_weights, load_tokenizer
 from ...varedit_core.text.t5 import T5Config, T5Encoder
 from .state import Layers, fill, is_quantised, open_file, parameters, parts_of, plain

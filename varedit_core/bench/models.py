@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..editor import Editor
-from ..files.checkpoints import Unfilled
 from ..files.published import AUTOENCODERS, TRANSFORMERS
 from ..model.config import AutoencoderConfig, TransformerConfig
 from ..model.transformer import Transformer
 from ..runtime.fp8 import LINEARS, eight_bit
 from ..runtime.kernels import has_triton
 from ..runtime.layers import Operations
+from ..runtime.unfilled import Unfilled
 from ..text.encoder import END, TextEncoder
 from ..text.t5 import T5Config, T5Encoder
 from ..tokenizer.vae import Autoencoder

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..defaults import TEXT_TOKENS
-from ..files.checkpoints import Unfilled
+from ..runtime.unfilled import Unfilled
 from ..sampling.checks import patch_size
 from .cases import Case
 from .clock import Timed, timed

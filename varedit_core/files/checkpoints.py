@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..defaults import EDIT, KINDS, TEXT_TO_IMAGE
 from ..model.transformer import Transformer
 from ..runtime.fp8 import LINEARS, EightBitLinear, check_linears, prepare, quantise_weight
 from ..runtime.kernels import has_triton
 from ..runtime.layers import Operations
+from ..runtime.unfilled import Unfilled
 from ..runtime.warm_up import warm_up
 from ..tokenizer.vae import Autoencoder
 from .shapes import autoencoder_config, transformer_config
@@ -196,12 +196,15 @@ def load_transformer(
     device="cpu",
     linears: str = LINEARS[0],
     kind: str = KINDS[0],
+    warm: bool = False,
 ) -> Transformer:
     """Load a transformer of any size; its sizes are read off the file.
 
     dtype: of the blocks (everything else is fp32). linears: "exact", or "8-bit" (see `eight_bit`): every matrix is
     rounded as it comes. kind: "edit" or "text-to-image"; auto does as the file says (see `told_kind`), and edits
-    where it says nothing. Tensors go to `device` one by one, so that the peak there is the network plus one tensor.
+    where it says nothing. warm: whether kernels are compiled meanwhile (see `warm_up`). Tensors go to `device` one by
+    one, so that the peak there is the network plus one tensor.
+
     Raises WeightError, and ValueError for unknown linears or kinds; never loads a part.
     """
     check_linears(linears)
@@ -210,7 +213,8 @@ def load_transformer(
     network = blank(weights, TRANSFORMER, operations, dtype, kind=chosen)
     if linears == "8-bit":
         prepare(network)
-    warm_up(network, device, linears)
+    if warm:
+        warm_up(network, device, linears)
     return _filled(network, weights, device)
 
 
@@ -220,14 +224,16 @@ def load_autoencoder(
     dtype: torch.dtype = torch.float32,
     device="cpu",
     decode_dtype: torch.dtype | None = None,
+    warm: bool = False,
 ) -> Autoencoder:
     """Load a VAE; its sizes are read off the file. Raises WeightError; never loads a part.
 
-    dtype: of the weights, of the decoder's only where decode_dtype names no other.
+    dtype: of the weights, of the decoder's only where decode_dtype names no other. warm: see `load_transformer`.
     """
     weights = canonical(open_weights(path), TOKENIZER)
     network = blank(weights, TOKENIZER, operations, dtype, decode_dtype=decode_dtype)
-    warm_up(network, device)
+    if warm:
+        warm_up(network, device)
     network = _filled(network, weights, device)
     if operations is Operations and torch.device(device).type == "cuda" and has_triton():
         network.to(memory_format=torch.channels_last)  # as pictures lie there, or every call would do it
@@ -262,17 +268,6 @@ def blank(
     wanted = empty.state_dict() if operations is Operations else expected(empty)
     check(weights, {key: tuple(tensor.shape) for key, tensor in wanted.items()})
     return empty
-
-
-class Unfilled(TorchFunctionMode):
-    """Leaves out torch's first filling of new weights, which on the meta device only costs time (seconds, the first
-    time: torch imports its compiler for it)."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return function(*args, **kwargs)
 
 
 def expected(network: nn.Module) -> dict[str, Tensor]:

@@ -91,7 +91,6 @@ def eight_bit(transformer: nn.Module) -> None:
         else:
             codes, scales = quantise_weight(layer.weight if scale is None else layer.matrix(torch.float32))
         rounded.weight, rounded.weight_scale = nn.Parameter(codes, requires_grad=False), scales
-        rounded.bias = layer.bias
         _put(transformer, name, rounded.train(layer.training))
 
 
@@ -106,7 +105,9 @@ def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _empty(layer: nn.Module) -> EightBitLinear:
-    return EightBitLinear(layer.in_features, layer.out_features, layer.bias is not None)
+    made = EightBitLinear(layer.in_features, layer.out_features, layer.bias is not None)
+    made.bias = layer.bias  # of its own type
+    return made
 
 
 def _put(network: nn.Module, name: str, layer: nn.Module) -> None:

@@ -24,6 +24,11 @@ from .kept import Kept
 logger = logging.getLogger(__name__)
 
 
+_NOT_RECORDED = (RuntimeError, ValueError)
+"""Memory ran out, or a function asks for what no graph can hold; Triton calls its addresses wrong then. Whoever cancels
+raises something else."""
+
+
 class Captured:
     """A function of tensors as a CUDA graph.
 
@@ -41,22 +46,22 @@ class Captured:
         self, function: Callable[..., Tensor | None], inputs: tuple[Tensor, ...], like: Tensor | None,
         device: torch.device, pool: tuple[int, int] | None,
     ) -> None:  # fmt: skip
-        self.inputs = tuple(x.clone() for x in inputs)
-        # Not of the recording: under CUDA's own allocator nothing that a graph has made may outlive a run.
-        self.output = None if like is None else torch.empty_like(like, device=device)
-        self.graph, self.failure, self.replayed = torch.cuda.CUDAGraph(), None, False
-        with torch.cuda.device(device):
-            stream = _recording_stream(torch.cuda.current_device())
-            _prepare(stream)
-            before = torch.cuda.memory_reserved()
-            try:
+        self.device, self.failure, self.replayed, self.nbytes = device, None, False, 0
+        try:
+            self.inputs = tuple(x.clone() for x in inputs)
+            # Not of the recording: under CUDA's own allocator nothing that a graph has made may outlive a run.
+            self.output = None if like is None else torch.empty_like(like, device=device)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(device):
+                stream = _recording_stream(torch.cuda.current_device())
+                self.device = stream.device
+                _prepare(stream)
+                before = torch.cuda.memory_reserved()
                 self._record(function, pool, stream)
-            except RuntimeError as error:  # memory ran out, or the function asks for what no graph can hold
-                self.failure = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.device = stream.device
-            self.nbytes = 0 if pool is None else max(0, torch.cuda.memory_reserved() - before)
-        if self.failure is None:
+                self.nbytes = 0 if pool is None else max(0, torch.cuda.memory_reserved() - before)
             _living.add(self)
+        except _NOT_RECORDED as error:
+            self.failure = (str(error).strip() or type(error).__name__).splitlines()[0]
 
     def _record(
         self, function: Callable[..., Tensor | None], pool: tuple[int, int] | None, stream: torch.cuda.Stream
@@ -79,7 +84,7 @@ class Captured:
             torch.cuda.set_stream(here)
             _settle(pool or torch.cuda.graph_pool_handle(), stream)
             _failed.append(self.graph)
-            if pool is None and isinstance(error, RuntimeError):
+            if pool is None and isinstance(error, _NOT_RECORDED):
                 Captured.refused = True
             raise (own or error) from None
         finally:

@@ -8,6 +8,7 @@ more than addresses, as nothing of the recording was run.
 from __future__ import annotations
 
 import ctypes
+from contextvars import ContextVar
 from functools import lru_cache
 from weakref import ref
 
@@ -17,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _ANSWERS = {torch.ops.aten.is_nonzero, torch.ops.aten.item}
 _MOVES = {torch.ops.aten.copy_, torch.ops.aten.to, torch.ops.aten._to_copy}
-_present: list[Kept] = []
+_present: ContextVar[tuple[Kept, ...]] = ContextVar("recordings of this thread", default=())
 
 
 def failed() -> None:
     """Say that what a recording does has failed, before the frames that hold its tensors are left."""
-    for kept in _present:
+    for kept in _present.get():
         kept.fail()
 
 
@@ -40,12 +41,12 @@ class Kept(TorchDispatchMode):
         return False
 
     def __enter__(self) -> Kept:
-        _present.append(self)
+        self.before = _present.set((*_present.get(), self))
         return super().__enter__()
 
     def __exit__(self, kind, error, trace) -> None:
         super().__exit__(kind, error, trace)
-        _present.remove(self)
+        _present.reset(self.before)
         if error is not None:
             self.fail()
 

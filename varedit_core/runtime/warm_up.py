@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,11 @@ from ..sampling.batch import EditBatch
 from ..sampling.loop import sample
 from ..tokenizer.schedule import schedule_for
 from ..tokenizer.vae import Autoencoder
-from .fp8 import eight_bit
+from .fp8 import prepare
 from .kernels import compile_only, has_triton
 from .layers import Operations
 from .session import Session
+from .unfilled import Unfilled
 from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ _AREA, _TOKENS = "0.25M", 20  # of the picture, and of the instruction
 _SIDE = 128  # pixels of the VAE's picture
 _LEAST_FREE = 4 << 30
 """Bytes that must be free: a device that is full has others to serve."""
+_begun: set[tuple] = set()
 _asking = threading.Lock()
 
 
@@ -44,45 +46,59 @@ def warm_up(network: Transformer | Autoencoder, device: torch.device | str, line
     linears: "8-bit" where a transformer's layers multiply in 8 bits.
     """
     device = torch.device(device)
-    if device.type == "cuda":
-        config, dtype = network.config, getattr(network, "decode_dtype", network.dtype)
-        if isinstance(config, TransformerConfig):
-            config = replace(config, depth=_BLOCKS)
-        _begun(config, dtype, torch.device("cuda", device.index or 0), linears)
-
-
-@cache
-def _begun(
-    config: TransformerConfig | AutoencoderConfig, dtype: torch.dtype, device: torch.device, linears: str
-) -> threading.Thread:
-    work = partial(_edit, config, dtype, device, linears)
-    if isinstance(config, AutoencoderConfig):
-        work = partial(_pictures, config, dtype, device)
-    thread = threading.Thread(target=_warmed, args=(work, device), name="VAREdit warm-up")
-    thread.start()
-    return thread
+    if device.type != "cuda":
+        return
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    config, dtype = network.config, getattr(network, "decode_dtype", network.dtype)
+    if isinstance(config, TransformerConfig):
+        kind = replace(config, depth=_BLOCKS), dtype, device, linears
+        work = partial(_edit, *kind)
+    else:
+        kind = config, dtype, device
+        work = partial(_pictures, *kind)
+    with _asking:
+        if kind in _begun:
+            return
+        _begun.add(kind)
+    try:
+        threading.Thread(target=_warmed, args=(kind, work, device), name="VAREdit warm-up").start()
+    except RuntimeError as error:  # no more threads
+        _begun.discard(kind)
+        logger.debug("nothing is warmed up: %s", error)
 
 
 @torch.no_grad()
-def _warmed(work: Callable[[], None], device: torch.device) -> None:
+def _warmed(kind: tuple, work: Callable[[], None], device: torch.device) -> None:
+    """Both runs of work. Where they fail or there is no room, the next network like it tries again."""
+    done = False
     try:
         with torch.cuda.device(device):
             with _asking:
                 able = has_triton(device)
-            if not able or torch.cuda.mem_get_info(device)[0] < _LEAST_FREE:
-                return
-            with compile_only():
-                work()
-            if threading.main_thread().is_alive():
-                work()
+            if able:
+                with compile_only():
+                    done = _run(work, device)
+                done = done and threading.main_thread().is_alive() and _run(work, device)
     except Exception as error:  # the first edit does it all, then, and says what is wrong
         logger.debug("nothing was warmed up: %r", error)
+        done = False
+    if not done:
+        _begun.discard(kind)
+
+
+def _run(work: Callable[[], None], device: torch.device) -> bool:
+    """Do work where there is room for it; whether there was."""
+    room = torch.cuda.mem_get_info(device)[0] >= _LEAST_FREE
+    if room:
+        work()
+    return room
 
 
 def _edit(config: TransformerConfig, dtype: torch.dtype, device: torch.device, linears: str) -> None:
-    network = Transformer(config, Operations, dtype, device="meta")
-    if linears == "8-bit":
-        eight_bit(network)
+    with Unfilled():
+        network = Transformer(config, Operations, dtype, device="meta")
+        if linears == "8-bit":
+            prepare(network)
     schedule = schedule_for(_AREA)
     features = torch.zeros(1, config.token_bits, *schedule.grids[-1], device=device)
     text = torch.zeros(_TOKENS, config.text_width, device=device)
@@ -92,7 +108,9 @@ def _edit(config: TransformerConfig, dtype: torch.dtype, device: torch.device, l
 
 
 def _pictures(config: AutoencoderConfig, dtype: torch.dtype, device: torch.device) -> None:
-    network = hollow(Autoencoder(config, Operations, device="meta", decode_dtype=dtype), device)
+    with Unfilled():
+        network = Autoencoder(config, Operations, device="meta", decode_dtype=dtype)
+    network = hollow(network, device)
     network.encode(torch.zeros(1, 3, _SIDE, _SIDE, device=device))
     side = _SIDE // config.stride
     network.decode(torch.zeros(1, config.bits, side, side, device=device))

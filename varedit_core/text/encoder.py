@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..defaults import TEXT_TOKENS
-from ..files.checkpoints import TEXT_ENCODER, Unfilled, check, expected, select
+from ..files.checkpoints import TEXT_ENCODER, check, expected, select
 from ..files.weights import WeightError, Weights, open_weights
 from ..runtime.graphs import Recorder
 from ..runtime.layers import Operations
+from ..runtime.unfilled import Unfilled
 from .t5 import T5Config, T5Encoder
 
 logger = logging.getLogger(__name__)

@@ -53,18 +53,18 @@ class Kernel:
         return launch
 
     def _launch(self, grid: tuple[int, ...], arguments: tuple, options: dict) -> None:
-        first = arguments[0]
-        if not first.is_cuda or _HIP:  # Triton's interpreter, or another platform's launches
+        first, ahead = arguments[0], _ahead.get()
+        if not first.is_cuda or (_HIP and ahead is None):  # Triton's interpreter, or another platform's launches
             self.function[grid](*arguments, **options)
             return
-        device, ahead = first.device.index, _ahead.get()
+        device = first.device.index
         key = (device, *map(_kind, arguments, self.alike or repeat(False)), *options.values())
         known = self.compiled.get(key)
-        if ahead is not None:
-            if known is None:
-                ahead.compile(self, key, lambda: self.function.warmup(*arguments, grid=grid, **options))
-            return
         with nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
+            if ahead is not None:
+                if known is None:
+                    ahead.compile(self, key, lambda: self.function.warmup(*arguments, grid=grid, **options))
+                return
             if known is None:
                 self._first(key, grid, arguments, options)
                 return
