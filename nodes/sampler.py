@@ -225,7 +225,7 @@ class VAREditMemoryPlan(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, size: str, images: int, guided: bool) -> io.NodeOutput:
-        from .adapters.running import plan_text
+        from .adapters.room import plan_text
 
         text = plan_text(model, SIZES[size], images, guided)
         return io.NodeOutput(text, ui=ui.PreviewText(text))

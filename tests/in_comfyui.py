@@ -473,7 +473,7 @@ class Probe:
         import comfy.model_management as mm
 
         mm.unload_all_models()
-        may_stay, self.running._may_stay = self.running._may_stay, lambda *_: False
+        may_stay, self.running.may_stay = self.running.may_stay, lambda *_: False
         self.sample()
         found = {"success": self._stored()}
         kept, seen = self.running.attention_of, []
@@ -499,7 +499,7 @@ class Probe:
                 self.sample()
             except BaseException as caught:
                 found[name] = [type(caught).__name__, self._stored(), len(seen)]
-        self.running.attention_of, self.running._may_stay = kept, may_stay
+        self.running.attention_of, self.running.may_stay = kept, may_stay
         mm.interrupt_current_processing(True)
         try:
             self.sample()

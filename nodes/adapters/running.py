@@ -24,7 +24,7 @@ from ...varedit_core.model.layers import sdpa
 from ...varedit_core.model.transformer import Transformer
 from ...varedit_core.pictures.composite import Region
 from ...varedit_core.runtime.memory import engine_of, kept_bytes
-from ...varedit_core.runtime.plan import STORES, Job, Plan, described, gigabytes, plan
+from ...varedit_core.runtime.plan import STORES, Job, Plan
 from ...varedit_core.runtime.workspace import Shape, Workspace
 from ...varedit_core.sampling.batch import EditBatch
 from ...varedit_core.sampling.checks import facts, patch_size
@@ -33,12 +33,13 @@ from ...varedit_core.sampling.parts import moved
 from ...varedit_core.sampling.scale import Scale
 from ...varedit_core.sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from ...varedit_core.sampling.tokens import Tokens
-from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS, schedule_for
+from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS
 from .advice import without_triton
 from .holding import Hold, Holder, holder_of
 from .keeping import Keeper, on_device
 from .model import VAREditModel, checked_model, unchanged
 from .pictures import KEY, Origin, fitted_mask, fitting_of, region_area, scale_picture, tokens_in, unfitted_mask
+from .room import free_memory, host_memory, may_stay
 from .text_encoder import Texts
 from .vae import VAREditVAE, checked_vae
 
@@ -181,7 +182,7 @@ class ComfyMemory:
         model, job = self.model, plan.job
         network = checked_model(model)
         plain = plan.store == "exact" and not plan.rows_at_once
-        stays = plain and unchanged(model) and _may_stay(model, job, self.free(job))
+        stays = plain and unchanged(model) and may_stay(model, job, self.free(job))
         keeper = network.keeper(model.load_device)
         keeper.prepare(model.patches_uuid, _shape(job, min(self.copies, job.images), network) if stays else None)
         options = model.model_options["transformer_options"]
@@ -366,14 +367,6 @@ def _costs(batch: EditBatch, network: Transformer) -> list[float]:
     return [source * (1 + any(guided)) / batch.copies, *(cost * (1 + twice) for cost, twice in zip(scales, guided))]
 
 
-def _may_stay(model, job: Job, free: float) -> bool:
-    """Whether the KV cache may stay when the edit is over. Where ComfyUI streams weights all must fit at once, as
-    others take from the weights first (see `keeping.Listed`); elsewhere as much again must be free beside them."""
-    weights = 0 if mm.is_device_cpu(model.load_device) or _weights_stay() else model.model_size()
-    kept = job.stored("exact") + kept_bytes(job)
-    return (kept + job.activations() if model.is_dynamic() else 2 * kept) <= free - weights
-
-
 def _shape(job: Job, copies: int, network: VAREditModel) -> Shape:
     """The shape of a workspace, by the longest text; the device does not matter here."""
     texts = [range(job.text_tokens)] * (job.rows // copies)
@@ -414,46 +407,3 @@ def _inside(models: Sequence, loop: Callable[..., T], *networks) -> T:
         return checked_model(model).run(lambda network: _inside(rest, loop, *networks, network), model)
     finally:
         model.cleanup()
-
-
-def free_memory(model) -> int:
-    """Bytes an edit may take on a model's device when all models have made way as far as they can."""
-    device = model.load_device
-    loaded = [other for other in mm.current_loaded_models if other.device == device]
-    if mm.is_device_cpu(device):  # weights in host memory stay there
-        loaded = [other for other in loaded if isinstance(other.model, Keeper)]
-    movable = sum(other.model_loaded_memory() for other in loaded) - _weights_stay() * model.model_size()
-    return mm.get_free_memory(device) + movable - mm.extra_reserved_memory()
-
-
-def _weights_stay() -> bool:
-    """Whether weights do not make way for an edit."""
-    return mm.vram_state in (mm.VRAMState.HIGH_VRAM, mm.VRAMState.SHARED)
-
-
-def host_memory() -> int:
-    """Bytes of host memory that are free."""
-    return mm.get_free_memory(torch.device("cpu"))
-
-
-def plan_text(model, area: str, images: int, guided: bool) -> str:
-    """Lines that say what an edit takes and how the sampler would run it now."""
-    network, device = checked_model(model), model.load_device
-    transformer = network.diffusion_model
-    job, free = Job(transformer.config, schedule_for(area), images, guided, transformer.dtype), free_memory(model)
-    height, width = job.schedule.pixels
-    kind = str(transformer.dtype).removeprefix("torch.")
-    lines = [
-        f"{width}x{height}, pictures: {images}, {'with' if guided else 'without'} guidance, {kind} on {device}",
-        f"weights: {gigabytes(model.model_size())}",
-        f"KV cache: {gigabytes(job.stored('exact'))}",
-        f"activations, at most: {gigabytes(job.activations())}",
-        f"in all: {gigabytes(model.model_size() + job.needed('exact'))}",
-        f"free when other models make way: {gigabytes(free)}",
-    ]
-    try:
-        way = plan(job, free, host_memory())
-        lines += [*way.reasons, f"will run {described(way)}: {gigabytes(way.needed)} beside the weights"]
-    except ValueError as error:
-        lines.append(str(error))
-    return "\n".join(lines)
