@@ -26,7 +26,7 @@ RECORDS = {
 """The shipped record of each script that has one."""
 NOT_TINY = {
     "taken_gb", "allocator", "ballast_gb", "peak_gb", "peak_gib", "note", "convert_bf16", "load_bf16",
-    "agreement_0.25M", "agreement_1M", *(f"after {k}" for k in (2, 4, 8)), "plain 8",
+    "eight_bit", "published", "agreement_0.25M", "agreement_1M", *(f"after {k}" for k in (2, 4, 8)), "plain 8",
 }  # fmt: skip
 """What only a GPU or a full run tells."""
 

@@ -121,11 +121,12 @@ def test_memory_does_not_grow_over_twenty_jobs(server, talk):
             range(20), ["scene.png", "cat.jpg"] * 10, ["make it sepia", "invert the colours"] * 10
         )
     ]
-    jobs = [{"graph": graph} for graph in graphs]
-    assert all(done["status"] == "execution_success" for done in talk(*jobs[:6]))
-    before = server.memory()
-    assert all(done["status"] == "execution_success" for done in talk(*jobs[6:]))
-    assert server.memory() - before < 60 * MB
+    jobs, taken = [{"graph": graph} for graph in graphs], []
+    for first in range(0, 20, 4):
+        assert all(done["status"] == "execution_success" for done in talk(*jobs[first : first + 4]))
+        taken.append(server.memory())
+    # What is free in the allocator comes and goes by 80 MB; what stays is in every look.
+    assert min(taken[2:]) - max(taken[:2]) < 40 * MB
 
 
 def test_errors_stand_on_the_node(talk):
