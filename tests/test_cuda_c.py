@@ -3,6 +3,7 @@
 import ctypes
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,24 +126,85 @@ def test_what_is_not_taken_is_left_to_torch(on_cpu, refused):
     assert refused() is None and not on_cpu
 
 
+def test_the_probe_tries_every_kernel(on_cpu, monkeypatch):
+    assert cuda_c.right(torch.device("cpu")) and on_cpu == ["add_norm", "heads_into", "text_weights"]
+    real = nvrtc.Kernel.__call__
+
+    def wrong(self, grid, threads, *arguments):
+        real(self, grid, threads, *arguments)
+        if self.name == "heads_into":
+            arguments[4][..., 7] += 1
+
+    monkeypatch.setattr(nvrtc.Kernel, "__call__", wrong)
+    assert not cuda_c.right(torch.device("cpu"))
+
+
 class OnGPU(torch.Tensor):
     is_cuda = property(lambda self: True)
 
 
-@pytest.mark.parametrize("works", [True, False])
-def test_it_runs_where_triton_is_missing(on_cpu, monkeypatch, works):
+@pytest.fixture
+def no_triton(monkeypatch):
     monkeypatch.setattr(kernels, "has_triton", lambda device: False)
+    monkeypatch.setattr(kernels, "_runs_cuda_c", lambda device: True)
+    monkeypatch.setattr(kernels, "_FAILED", set())
+
+
+def normed(kind=kernels.add_norm, **changes):
+    torch.manual_seed(0)
+    x, modulation = torch.randn(1, 3, 64), torch.randn(2, 1, 64)
+    x = x.as_subclass(OnGPU) if kind is kernels.add_norm else x
+    found = kind(x, None, None, *modulation, 1e-6, torch.float32)[1]
+    return found.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_it_runs_where_triton_is_missing(on_cpu, no_triton, monkeypatch, works):
     monkeypatch.setattr(kernels, "_runs_cuda_c", lambda device: works)
-    x, modulation = torch.randn(1, 3, 64).as_subclass(OnGPU), torch.randn(2, 1, 64)
     with torch.no_grad():
-        found = kernels.add_norm(x, None, None, *modulation, 1e-6, torch.float32)
-        wanted = fewer.add_norm(x.as_subclass(torch.Tensor), None, None, *modulation, 1e-6, torch.float32)
-    torch.testing.assert_close(found[1].as_subclass(torch.Tensor), wanted[1], atol=5e-6, rtol=0)
+        torch.testing.assert_close(normed(), normed(fewer.add_norm), atol=5e-6, rtol=0)
     assert on_cpu == ["add_norm"] * works
+
+
+def test_a_launch_that_fails_is_the_last(no_triton, monkeypatch, caplog):
+    tried = []
+
+    def fails(self, *about):
+        tried.append(self.name)
+        raise RuntimeError("cuLaunchKernel says 701")
+
+    monkeypatch.setattr(nvrtc.Kernel, "__call__", fails)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(normed(), normed(fewer.add_norm))
+    assert tried == ["add_norm"] and "cuLaunchKernel says 701" in caplog.text and len(caplog.records) == 1
+
+
+def test_missing_memory_is_what_the_next_plan_is_for(no_triton, monkeypatch):
+    monkeypatch.setattr(nvrtc, "driver", lambda: SimpleNamespace(cuModuleLoadData=lambda *about: 2))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        nvrtc._checked("cuModuleLoadData", None)
+    monkeypatch.setattr(nvrtc.Kernel, "__call__", lambda self, *about: nvrtc._checked("cuModuleLoadData"))
+    with torch.no_grad(), pytest.raises(torch.cuda.OutOfMemoryError):
+        normed()
+    assert not kernels._FAILED
+
+
+@pytest.mark.parametrize("tracked", ["x", "y", "gate", "scale", "shift"])
+def test_what_needs_gradients_is_left_to_plain_pytorch(tracked, monkeypatch):
+    """Also where only the blocks' weights are trained, as those of a LoRA, and the stream itself needs none."""
+    monkeypatch.setattr(kernels, "has_triton", lambda device: True)
+    monkeypatch.setattr(kernels, "_triton", lambda name: 1 / 0)
+    given = dict(x=torch.randn(1, 3, 64), y=torch.randn(1, 3, 64), gate=torch.randn(1, 64))
+    given |= dict(scale=torch.randn(1, 64), shift=torch.randn(1, 64))
+    given[tracked].requires_grad_()
+    given["x"] = given["x"].as_subclass(OnGPU)
+    assert kernels.add_norm(*given.values(), 1e-6, torch.float32) is None
 
 
 def test_a_failed_compiler_is_one_line_and_then_torch(monkeypatch, caplog):
     kernels._runs_cuda_c.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(nvrtc, "cubin", lambda *about: 1 / 0)
     assert not kernels._runs_cuda_c(torch.device("cpu"))
     assert len(caplog.records) == 1 and "PyTorch's compiler" in caplog.text

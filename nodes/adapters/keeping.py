@@ -63,9 +63,13 @@ class Listed(comfy.model_patcher.ModelPatcher):
         return self.work.nbytes
 
     def model_size(self) -> int:
-        """What is missing of this on the device goes first when ComfyUI wants memory. Where it streams weights they are
-        to go before, since it fetches just those it needs again: so less than nothing is missing."""
-        return 0 if getattr(comfy.memory_management, "aimdo_enabled", False) else self.work.nbytes
+        """What is missing of this on the device goes first when ComfyUI wants memory. Where it streams all weights they
+        are to go before, since it fetches just those it needs again: so less than nothing is missing."""
+        if not getattr(comfy.memory_management, "aimdo_enabled", False):
+            return self.work.nbytes
+        others = [known.model for known in mm.current_loaded_models if known.device == self.load_device]
+        moved = [model for model in others if model and not (model.is_dynamic() or isinstance(model, Listed))]
+        return self.work.nbytes if moved else 0
 
     def partially_load(self, *args, **kw) -> int:
         return 0  # it fills while an edit runs

@@ -131,8 +131,11 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the KV cache on the device."""
-        return self.store.nbytes_kept if self.store else 0
+        """Bytes that stay on the device, about: the KV cache, texts, and what recorded passes hold."""
+        if self.store is None:
+            return 0
+        texts = [x for block in self.static.blocks for x in vars(block.text).values()] if self.static else []
+        return self.store.nbytes_kept + sum(x.nbytes for x in texts if isinstance(x, Tensor)) + self.recordings.nbytes
 
     def begin(
         self,

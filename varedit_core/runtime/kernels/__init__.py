@@ -9,6 +9,7 @@ passes (`fewer`), elsewhere the plain one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, lru_cache
@@ -24,7 +25,10 @@ from . import cuda_c, fewer, plain
 from .plain import Rounded
 from .probes import tried_once
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_FAILED: set[torch.device] = set()
+"""Where a kernel in CUDA C has failed."""
 FEW_QUERIES = 64
 """So many queries do not keep a GPU busy with one program a head."""
 _LEAST_SEEN = 512  # fewer keys are not worth two kernels
@@ -59,12 +63,9 @@ def _runs_triton(device: torch.device) -> bool:
 @tried_once("PyTorch's compiler for CUDA does not work here, so edits without Triton take longer: %s")
 def _runs_cuda_c(device: torch.device) -> bool:
     """Whether kernels in CUDA C run on a device, and are right."""
-    if torch.version.hip is not None:
+    if torch.version.hip is not None or torch.cuda.is_current_stream_capturing():
         return False
-    probe = torch.linspace(-2, 3, 64, device=device).repeat(1, 2, 1)
-    arguments = (probe, None, None, probe[:, 0], probe[:, 1], 1e-6, torch.float32)
-    found = cuda_c.add_norm(*arguments)
-    return found is not None and torch.allclose(found[1], functional.add_norm.plain(*arguments)[1], atol=1e-5)
+    return cuda_c.right(device)
 
 
 def fusable(x: Tensor) -> bool:
@@ -78,8 +79,19 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def _in_cuda_c(function: Callable[..., T], x: Tensor, *arguments) -> T | None:
-    """The result of one of `cuda_c`'s functions, where it runs for x."""
-    return function(x, *arguments) if _on_gpu(x) and _runs_cuda_c(x.device) else None
+    """The result of one of `cuda_c`'s functions, where it runs for x. Where a launch fails, no more are tried."""
+    if not (_on_gpu(x) and x.device not in _FAILED and _runs_cuda_c(x.device)):
+        return None
+    try:
+        return function(x, *arguments)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise
+        _FAILED.add(x.device)
+        logger.warning("a kernel in CUDA C does not run, so edits without Triton take longer: %s", error)
+        return None
 
 
 def _fits(x: Tensor, size: int) -> bool:
@@ -92,6 +104,8 @@ def add_norm(
     reader: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor | Rounded] | None:  # fmt: skip
     """`functional.add_norm`; for a reader that reads them, the second in 8 bits."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (x_RnC, y, gate, scale, shift)):
+        return None
     rounded = getattr(reader, "reads_rounded", False)
     if fusable(x_RnC) and (not rounded or multiplies_eight_bit(x_RnC.device)):
         return _triton("transformer").add_norm(x_RnC, y, gate, scale, shift, eps, dtype, rounded)

@@ -8,6 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ...model import functional
+from . import plain
 from .nvrtc import Kernel
 
 _TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
@@ -170,13 +172,43 @@ def kernel(name: str, **constants: object) -> Kernel:
     return Kernel(SOURCE, name, THREADS=_THREADS, **constants)
 
 
-def takes(*tensors: Tensor | None) -> bool:
+def takes(*tensors: Tensor | None, types=_TYPES) -> bool:
     """Whether numbers are of types that are known here, and lie so that several are read at once."""
     given = [x for x in tensors if x is not None]
     steps = [step for x in given for step in x.stride()[:-1]]
-    return all(x.dtype in _TYPES and x.data_ptr() % 16 == 0 and x.stride(-1) == 1 for x in given) and all(
+    return all(x.dtype in types and x.data_ptr() % 16 == 0 and x.stride(-1) == 1 for x in given) and all(
         step % 8 == 0 for step in steps
     )
+
+
+_WIDE = (torch.float32,)
+
+
+def right(device: torch.device) -> bool:
+    """Whether every kernel gives what plain PyTorch does on a device, with numbers as networks have them."""
+    options = {"device": device, "dtype": torch.float32}
+    numbers = torch.linspace(-2, 3, 2 * 6 * 2560, **options).sin().view(2, 6, 2560)
+    narrow, gate, scale, shift = numbers.bfloat16(), numbers[:, 0], numbers[:, 1], numbers[:, 2]
+    pairs = [(add_norm, functional.add_norm.plain, (numbers, narrow, gate, scale, shift, 1e-6, torch.bfloat16))]
+    kept = torch.empty(2, 2, 6, 6, 128, device=device, dtype=torch.bfloat16)
+    turns = torch.linspace(0, 6, 2 * 6 * 64, **options).view(2, 6, 64)
+    heads = (numbers.repeat(1, 1, 2)[..., : 3 * 6 * 128].bfloat16(), scale[0, :6], turns)
+
+    def turned(*arguments) -> tuple:
+        q = heads_into(*arguments, kept[0], kept[1])
+        return None if q is None else (q, *kept)
+
+    pairs.append((turned, lambda *given: [x.bfloat16() for x in functional.split_heads(*given)], heads))
+    counts = torch.tensor([3, 20], dtype=torch.int32, device=device)
+    pairs.append((text_weights, plain.text_weights, (numbers, shift.contiguous(), counts, 80, torch.bfloat16)))
+    for kernel_form, plain_form, arguments in pairs:
+        found, wanted = kernel_form(*arguments), plain_form(*arguments)
+        if found is None:
+            return False
+        found, wanted = ([x] if isinstance(x, Tensor) else x for x in (found, wanted))
+        if not all(torch.allclose(a.float(), b.float(), atol=0.03, rtol=0.02) for a, b in zip(found, wanted)):
+            return False
+    return True
 
 
 def add_norm(
@@ -185,7 +217,7 @@ def add_norm(
     """`functional.add_norm`; None for what it does not take."""
     rows, n, width = x_RnC.shape
     x, y = x_RnC.contiguous(), None if y is None else y.contiguous()
-    if dtype not in _TYPES or width > _WIDEST or x.dtype != torch.float32 or not takes(x, y, gate, scale, shift):
+    if dtype not in _TYPES or width > _WIDEST or not (takes(y) and takes(x, gate, scale, shift, types=_WIDE)):
         return None
     total = x if y is None else torch.empty_like(x)
     h = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -203,7 +235,8 @@ def heads_into(qkv_RnC: Tensor, query_scale: Tensor, rotary: Tensor, keys: Tenso
     rows, n, _ = qkv_RnC.shape
     heads, size = keys.shape[1], keys.shape[3]
     alike = qkv_RnC.dtype == keys.dtype == values.dtype
-    if not alike or size % 64 or size > 256 or not takes(qkv_RnC, rotary, keys, values):
+    wide = query_scale.is_contiguous() and takes(rotary, types=_WIDE) and query_scale.dtype == torch.float32
+    if not (alike and wide and size in (64, 128) and takes(qkv_RnC, keys, values)):
         return None
     # Token by token, so that attention's output, which takes the same layout, is [R, n, C] without a copy.
     q = torch.empty(rows, n, heads, size, dtype=qkv_RnC.dtype, device=qkv_RnC.device).transpose(1, 2)
@@ -219,8 +252,8 @@ def text_weights(scores_RnS: Tensor, bias_RS: Tensor, counts: Tensor, heads: int
     """`kernels.text_weights`; None for what it does not take."""
     rows, n, width = scores_RnS.shape
     length = width // heads
-    laid = scores_RnS.is_contiguous() and bias_RS.is_contiguous() and takes(scores_RnS, bias_RS)
-    if dtype not in _TYPES or length % 32 or length > 128 or not laid:
+    laid = scores_RnS.is_contiguous() and bias_RS.is_contiguous() and takes(scores_RnS, bias_RS, types=_WIDE)
+    if dtype not in _TYPES or length not in (32, 64, 128) or not laid or counts.dtype != torch.int32:
         return None
     weights = torch.empty(scores_RnS.shape, dtype=dtype, device=scores_RnS.device)
     kernel("text_weights", TEXT_WEIGHTS=1, LENGTH=length, TYPE=_TYPES[dtype])(

@@ -13,6 +13,8 @@ from torch import Tensor
 from ..graph_memory import driver
 from ..kept import failed
 
+_NO_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+
 
 class Kernel:
     """A function of a source in CUDA C, compiled for every device when it is first launched there.
@@ -85,6 +87,8 @@ def _loaded(code: bytes, name: str) -> ctypes.c_void_p:
 def _checked(name: str, *arguments: object) -> None:
     cuda = driver()
     status = getattr(cuda, name)(*arguments) if cuda is not None else "no driver"
+    if status == _NO_MEMORY:
+        raise torch.cuda.OutOfMemoryError(f"{name}: CUDA out of memory")
     if status:
         raise RuntimeError(f"{name} says {status}")
 

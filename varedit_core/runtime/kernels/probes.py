@@ -14,7 +14,15 @@ logger = logging.getLogger(__name__)
 _PASSING = (MemoryError, torch.cuda.OutOfMemoryError, TimeoutError, InterruptedError, BlockingIOError)
 _PASSING_NUMBERS = {errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EBUSY}
 # Drivers, cuBLAS and Triton say it in the text of a RuntimeError only. cuBLAS calls missing memory "not initialized".
-_PASSING_WORDS = ("out of memory", "alloc_failed", "status_not_initialized", "captur", "no space left", "too many open")
+_PASSING_WORDS = (
+    "out of memory",
+    "alloc_failed",
+    "status_not_initialized",
+    "captur",
+    "no graph can hold",
+    "no space left",
+    "too many open",
+)
 
 
 def may_pass(error: BaseException | None) -> bool:
