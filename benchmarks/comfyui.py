@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from benchmarks.common import ROOT
+from benchmarks.common import GB, ROOT
 
 FILES = {
     "diffusion_models": "8B-random.safetensors",
@@ -108,6 +108,15 @@ def start_comfyui(folder: Path, comfyui: Path, kind: str = "static"):
         return await extension.get_node_list()
 
     return {node.__name__: node for node in asyncio.run(listed())}
+
+
+def ballast(limit: float):
+    """A tensor that leaves so many GB of the GPU free; None where there is no GPU, or no limit."""
+    import torch
+
+    if not (limit and torch.cuda.is_available()):
+        return None
+    return torch.empty(int(torch.cuda.mem_get_info()[0] - limit * GB), dtype=torch.uint8, device="cuda")
 
 
 class Graph:

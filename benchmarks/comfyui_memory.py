@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.comfyui import FILES, KINDS, start_comfyui, write
+from benchmarks.comfyui import FILES, KINDS, ballast, start_comfyui, write
 from benchmarks.common import GB, device_name, finish, fresh, parsed, parser
 
 
@@ -74,9 +74,7 @@ def one_case(options: argparse.Namespace, limit: float, kind: str) -> dict:
 
     torch.backends.cudnn.deterministic = kind == "deterministic"
     cuda = torch.cuda.is_available()
-    ballast = None
-    if cuda and limit:
-        ballast = torch.empty(int(torch.cuda.mem_get_info()[0] - limit * GB), dtype=torch.uint8, device="cuda")
+    taken = ballast(limit)
     before = torch.cuda.mem_get_info()[0] if cuda else 0
     torch.manual_seed(2)
     images = [torch.rand(1, 700, 1000, 3) for _ in range(runs)]
@@ -129,7 +127,7 @@ def one_case(options: argparse.Namespace, limit: float, kind: str) -> dict:
         if cuda:
             facts["peak_gb"] = round((before - peak.stop()) / GB, 2)
             facts["weights_gb"] = round(model.model_size() / GB, 2)
-            facts["ballast_gb"] = round(ballast.nbytes / GB, 2) if ballast is not None else 0
+            facts["ballast_gb"] = round(taken.nbytes / GB, 2) if taken is not None else 0
         work = model.model.keeper(model.load_device).work
         facts["recorded"] = len(work.recordings)
         if work.shape is not None:

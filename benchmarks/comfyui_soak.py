@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.comfyui import ALLOCATOR, Graph, start_comfyui
+from benchmarks.comfyui import ALLOCATOR, Graph, ballast, start_comfyui
 from benchmarks.comfyui_speed import WAYS, prepared, prompt
 from benchmarks.common import GB, device_name, finish, parsed, parser
 
@@ -133,9 +133,7 @@ def main() -> None:
     importlib.import_module("folder_paths").add_model_folder_path("loras", str(args.folder / args.model / "loras"))
     import torch
 
-    taken = None
-    if args.limit and torch.cuda.is_available():
-        taken = torch.empty(int(torch.cuda.mem_get_info()[0] - args.limit * GB), dtype=torch.uint8, device="cuda")
+    taken = ballast(args.limit)
     found = Soak(args, Graph({node.GET_SCHEMA().node_id: node for node in nodes.values()})).run()
     about = {"benchmark": "many edits inside ComfyUI", "device": device_name(), "torch": torch.__version__}
     settings = {"model": args.model, "size": args.size, "way": args.way, "limit_gb": args.limit}

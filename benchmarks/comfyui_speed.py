@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.comfyui import ALLOCATOR, FILES, Graph, start_comfyui, write
+from benchmarks.comfyui import ALLOCATOR, FILES, Graph, ballast, start_comfyui, write
 from benchmarks.common import GB, ROOT, device_name, finish, fresh, parsed, parser
 
 WAYS = {"default": ("dynamic", "cudaMallocAsync"), "static": ("static", "native")}
@@ -114,9 +114,7 @@ def one_case(options: argparse.Namespace, model: str, size: str, way: str, edit:
 
     folder_paths.add_model_folder_path("loras", str(folder / "loras"))
     cuda = torch.cuda.is_available()
-    ballast = None
-    if cuda and limit:
-        ballast = torch.empty(int(torch.cuda.mem_get_info()[0] - limit * GB), dtype=torch.uint8, device="cuda")
+    taken = ballast(limit)
     before = torch.cuda.mem_get_info()[0] if cuda else 0
     graph = Graph({n.GET_SCHEMA().node_id: n for n in nodes.values()})
     reading, read = timed_reading(), 0.0
@@ -137,7 +135,7 @@ def one_case(options: argparse.Namespace, model: str, size: str, way: str, edit:
     facts["spread"] = [min(run["all"] for run in runs), max(run["all"] for run in runs)]
     facts["other_seed"] = round(statistics.median(run["all"] for run in seeds[more:]), 4)
     if cuda:
-        facts["ballast_gb"] = round(ballast.nbytes / GB, 2) if ballast is not None else 0
+        facts["ballast_gb"] = round(taken.nbytes / GB, 2) if taken is not None else 0
         facts["allocator"] = torch.cuda.get_allocator_backend()
         facts["taken_gb"] = round((before - torch.cuda.mem_get_info()[0]) / GB, 2)
     loaded = [m for m in mm.loaded_models() if hasattr(m.model, "keeper")]

@@ -146,8 +146,10 @@ class OnGPU(torch.Tensor):
 @pytest.fixture
 def no_triton(monkeypatch):
     monkeypatch.setattr(kernels, "has_triton", lambda device: False)
-    monkeypatch.setattr(kernels, "_runs_cuda_c", lambda device: True)
-    monkeypatch.setattr(kernels, "_FAILED", set())
+    monkeypatch.setattr(cuda_c, "right", lambda device: True)
+    kernels._runs_cuda_c.cache_clear()
+    yield
+    kernels._runs_cuda_c.cache_clear()
 
 
 def normed(kind=kernels.add_norm, **changes):
@@ -160,7 +162,7 @@ def normed(kind=kernels.add_norm, **changes):
 
 @pytest.mark.parametrize("works", [True, False])
 def test_it_runs_where_triton_is_missing(on_cpu, no_triton, monkeypatch, works):
-    monkeypatch.setattr(kernels, "_runs_cuda_c", lambda device: works)
+    monkeypatch.setattr(cuda_c, "right", lambda device: works)
     with torch.no_grad():
         torch.testing.assert_close(normed(), normed(fewer.add_norm), atol=5e-6, rtol=0)
     assert on_cpu == ["add_norm"] * works
@@ -178,6 +180,7 @@ def test_a_launch_that_fails_is_the_last(no_triton, monkeypatch, caplog):
         for _ in range(3):
             torch.testing.assert_close(normed(), normed(fewer.add_norm))
     assert tried == ["add_norm"] and "cuLaunchKernel says 701" in caplog.text and len(caplog.records) == 1
+    assert not kernels._runs_cuda_c(torch.device("cpu"))
 
 
 def test_missing_memory_is_what_the_next_plan_is_for(no_triton, monkeypatch):
@@ -187,24 +190,56 @@ def test_missing_memory_is_what_the_next_plan_is_for(no_triton, monkeypatch):
     monkeypatch.setattr(nvrtc.Kernel, "__call__", lambda self, *about: nvrtc._checked("cuModuleLoadData"))
     with torch.no_grad(), pytest.raises(torch.cuda.OutOfMemoryError):
         normed()
-    assert not kernels._FAILED
+    assert kernels._runs_cuda_c(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("tracked", ["x", "y", "gate", "scale", "shift"])
-def test_what_needs_gradients_is_left_to_plain_pytorch(tracked, monkeypatch):
+@pytest.mark.parametrize("known", [False, True])
+def test_while_a_graph_is_captured_nothing_new_is_tried(on_cpu, no_triton, monkeypatch, known):
+    if known:
+        assert kernels._runs_cuda_c(torch.device("cpu"))
+    monkeypatch.setattr(kernels, "_capturing", lambda: True)
+    with torch.no_grad():
+        normed()
+    assert on_cpu == ["add_norm"] * known
+    monkeypatch.setattr(kernels, "_capturing", lambda: False)
+    with torch.no_grad():
+        normed()
+    assert on_cpu[known:] == ["add_norm"], "and tried afterwards"
+
+
+PICTURE = torch.zeros(1, 32, 2, 2).to(memory_format=torch.channels_last)
+FUSED = {
+    "add_norm": (
+        dict(x=torch.zeros(1, 3, 64), y=torch.zeros(1, 3, 64), gate=torch.zeros(1, 64), scale=torch.zeros(1, 64),
+             shift=torch.zeros(1, 64)),
+        lambda x, y, gate, scale, shift: kernels.add_norm(x, y, gate, scale, shift, 1e-6, torch.float32),
+    ),
+    "group_norm_silu": (
+        dict(x=PICTURE, weight=torch.ones(32), bias=torch.zeros(32), offset=torch.zeros(32)),
+        lambda x, weight, bias, offset: kernels.group_norm_silu(x, 8, weight, bias, 1e-6, offset),
+    ),
+    "add_pictures": (
+        dict(x=PICTURE, y=PICTURE, offset=torch.zeros(32)),
+        lambda x, y, offset: kernels.add_pictures(x.clone(), y, offset),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, tracked", [(name, one) for name, (given, _) in FUSED.items() for one in given])
+def test_what_needs_gradients_is_left_to_plain_pytorch(name, tracked, monkeypatch):
     """Also where only the blocks' weights are trained, as those of a LoRA, and the stream itself needs none."""
     monkeypatch.setattr(kernels, "has_triton", lambda device: True)
     monkeypatch.setattr(kernels, "_triton", lambda name: 1 / 0)
-    given = dict(x=torch.randn(1, 3, 64), y=torch.randn(1, 3, 64), gate=torch.randn(1, 64))
-    given |= dict(scale=torch.randn(1, 64), shift=torch.randn(1, 64))
-    given[tracked].requires_grad_()
-    given["x"] = given["x"].as_subclass(OnGPU)
-    assert kernels.add_norm(*given.values(), 1e-6, torch.float32) is None
+    given, function = FUSED[name]
+    given = {key: x.clone().requires_grad_(key == tracked) for key, x in given.items()}
+    found = function(**{key: x.as_subclass(OnGPU) if key in "xy" else x for key, x in given.items()})
+    assert found is None if name == "add_norm" else found.requires_grad
+    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+        function(**{key: x.as_subclass(OnGPU) if key in "xy" else x for key, x in given.items()})
 
 
 def test_a_failed_compiler_is_one_line_and_then_torch(monkeypatch, caplog):
     kernels._runs_cuda_c.cache_clear()
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(nvrtc, "cubin", lambda *about: 1 / 0)
     assert not kernels._runs_cuda_c(torch.device("cpu"))
     assert len(caplog.records) == 1 and "PyTorch's compiler" in caplog.text

@@ -1,6 +1,6 @@
 """A workspace that stays between runs of a graph, in ComfyUI's hands.
 
-It is listed among the loaded models: as large as its KV cache, and gone when ComfyUI wants their memory.
+It is listed among the loaded models: as large as what it holds, and gone when ComfyUI wants its memory.
 """
 
 from __future__ import annotations

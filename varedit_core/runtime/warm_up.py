@@ -22,7 +22,7 @@ from ..sampling.batch import EditBatch
 from ..sampling.loop import sample
 from ..tokenizer.schedule import schedule_for
 from ..tokenizer.vae import Autoencoder
-from .fp8 import prepare
+from .fp8 import LINEARS, prepare
 from .kernels import compile_only, has_triton
 from .layers import Operations
 from .session import Session
@@ -40,7 +40,7 @@ _begun: set[tuple] = set()
 _asking = threading.Lock()
 
 
-def warm_up(network: Transformer | Autoencoder, device: torch.device | str, linears: str = "exact") -> None:
+def warm_up(network: Transformer | Autoencoder, device: torch.device | str, linears: str = LINEARS[0]) -> None:
     """Begin, for networks like this one on a CUDA device with Triton; once a process for each kind. Returns at once.
 
     linears: "8-bit" where a transformer's layers multiply in 8 bits.
@@ -118,10 +118,8 @@ def _pictures(config: AutoencoderConfig, dtype: torch.dtype, device: torch.devic
 
 def hollow(network: nn.Module, device: torch.device) -> nn.Module:
     """A network without weights, in place: all of them are the same piece of zeros on a device."""
-    own = [
-        (part, name, x) for m in network.modules() for part in (m._parameters, m._buffers) for name, x in part.items()
-    ]
-    own = [(part, name, x) for part, name, x in own if x is not None]
+    parts = [part for m in network.modules() for part in (m._parameters, m._buffers)]
+    own = [(part, name, x) for part in parts for name, x in part.items() if x is not None]
     memory = torch.zeros(max((x.nbytes for _, _, x in own), default=0), dtype=torch.uint8, device=device)
     for part, name, x in own:
         part[name] = _laid(memory[: x.nbytes].view(x.dtype), x)

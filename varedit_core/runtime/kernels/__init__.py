@@ -9,7 +9,6 @@ passes (`fewer`), elsewhere the plain one.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, lru_cache
@@ -25,10 +24,7 @@ from . import cuda_c, fewer, plain
 from .plain import Rounded
 from .probes import tried_once
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
-_FAILED: set[torch.device] = set()
-"""Where a kernel in CUDA C has failed."""
 FEW_QUERIES = 64
 """So many queries do not keep a GPU busy with one program a head."""
 _LEAST_SEEN = 512  # fewer keys are not worth two kernels
@@ -63,9 +59,15 @@ def _runs_triton(device: torch.device) -> bool:
 @tried_once("PyTorch's compiler for CUDA does not work here, so edits without Triton take longer: %s")
 def _runs_cuda_c(device: torch.device) -> bool:
     """Whether kernels in CUDA C run on a device, and are right."""
-    if torch.version.hip is not None or torch.cuda.is_current_stream_capturing():
+    if torch.version.hip is not None:
         return False
+    if _capturing():
+        raise RuntimeError("they cannot be tried while a graph is captured")
     return cuda_c.right(device)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def fusable(x: Tensor) -> bool:
@@ -75,22 +77,26 @@ def fusable(x: Tensor) -> bool:
 
 def _on_gpu(x: Tensor) -> bool:
     """Whether a tensor is worth fewer passes over memory, where Triton is missing."""
-    return x.is_cuda and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad)
+    return x.is_cuda and not torch.compiler.is_compiling() and not _tracked(x)
+
+
+def _tracked(*tensors: Tensor | None) -> bool:
+    """Whether gradients of tensors are wanted, of which kernels know nothing."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _in_cuda_c(function: Callable[..., T], x: Tensor, *arguments) -> T | None:
     """The result of one of `cuda_c`'s functions, where it runs for x. Where a launch fails, no more are tried."""
-    if not (_on_gpu(x) and x.device not in _FAILED and _runs_cuda_c(x.device)):
+    if not (_on_gpu(x) and _runs_cuda_c(x.device)):
         return None
     try:
         return function(x, *arguments)
     except torch.cuda.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if _capturing():
             raise
-        _FAILED.add(x.device)
-        logger.warning("a kernel in CUDA C does not run, so edits without Triton take longer: %s", error)
+        _runs_cuda_c.failed(error, x.device)
         return None
 
 
@@ -104,7 +110,7 @@ def add_norm(
     reader: nn.Module | None = None,
 ) -> tuple[Tensor, Tensor | Rounded] | None:  # fmt: skip
     """`functional.add_norm`; for a reader that reads them, the second in 8 bits."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (x_RnC, y, gate, scale, shift)):
+    if _tracked(x_RnC, y, gate, scale, shift):
         return None
     rounded = getattr(reader, "reads_rounded", False)
     if fusable(x_RnC) and (not rounded or multiplies_eight_bit(x_RnC.device)):
@@ -239,10 +245,10 @@ def group_norm_silu(
 
     weight, bias: [C], of x's type unless the kernel runs. The kernel rounds once, the plain form after the norm too.
     """
-    trained = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
-    if not trained and fuses_pictures(x_BCHW):
+    tracked = _tracked(weight, bias, offset)
+    if not tracked and fuses_pictures(x_BCHW):
         return _triton("convolution").group_norm_silu(x_BCHW, groups, weight, bias, eps, offset)
-    norm = fewer.group_norm if not trained and _on_gpu(x_BCHW) else F.group_norm
+    norm = fewer.group_norm if not tracked and _on_gpu(x_BCHW) else F.group_norm
     normed = norm(_offset(x_BCHW, offset), groups, weight, bias, eps)
     return F.silu(normed, inplace=not torch.is_grad_enabled())
 
@@ -250,7 +256,8 @@ def group_norm_silu(
 def add_pictures(x_BCHW: Tensor, y_BCHW: Tensor, offset: Tensor | None) -> Tensor:
     """x + y + offset [C], in the memory of x [B, C, H, W]."""
     alike = y_BCHW.shape == x_BCHW.shape and y_BCHW.dtype == x_BCHW.dtype
-    if offset is not None and alike and fuses_pictures(x_BCHW) and fuses_pictures(y_BCHW):
+    fused = alike and not _tracked(offset) and fuses_pictures(x_BCHW) and fuses_pictures(y_BCHW)
+    if offset is not None and fused:
         return _triton("convolution").add_pictures(x_BCHW, y_BCHW, offset)
     return _offset(x_BCHW.add_(y_BCHW), offset)
 

@@ -12,7 +12,7 @@ from ...model import functional
 from . import plain
 from .nvrtc import Kernel
 
-_TYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
+_TYPES, _WIDE = {torch.float32: "float", torch.bfloat16: "bf16"}, (torch.float32,)
 _THREADS, _WARP = 256, 32
 _WIDEST = 16 * 4 * _THREADS  # channels whose numbers a block's registers hold
 
@@ -179,9 +179,6 @@ def takes(*tensors: Tensor | None, types=_TYPES) -> bool:
     return all(x.dtype in types and x.data_ptr() % 16 == 0 and x.stride(-1) == 1 for x in given) and all(
         step % 8 == 0 for step in steps
     )
-
-
-_WIDE = (torch.float32,)
 
 
 def right(device: torch.device) -> bool:

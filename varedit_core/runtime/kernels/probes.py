@@ -40,31 +40,33 @@ def may_pass(error: BaseException | None) -> bool:
 def tried_once(message: str) -> Callable[[Callable[..., bool]], Callable[..., bool]]:
     """Makes a function remember what it answers to each set of arguments.
 
-    An error is a no, with a warning: for good, unless it may pass, when the next call tries again. message: the
-    warning; %s in it becomes the first line of the error.
+    An error is a no, with a warning: for good, unless it may pass, when the next call tries again. `failed` says no
+    after a yes, with the error of what was tried since. message: the warning; %s in it becomes the first line of the
+    error.
     """
 
     def decorate(trial: Callable[..., bool]) -> Callable[..., bool]:
         answers: dict[tuple, bool] = {}
         told: set[str] = set()  # a passing failure may come again at every call
 
+        def failed(error: Exception, *about) -> None:
+            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if line not in told:
+                told.add(line)
+                logger.warning(message, line)
+            if not may_pass(error):
+                answers[about] = False
+
         @wraps(trial)
         def asked(*about) -> bool:
-            if about in answers:
-                return answers[about]
-            try:
-                answers[about] = trial(*about)
-            except Exception as error:  # whatever a broken installation raises
-                line = (str(error).strip() or type(error).__name__).splitlines()[0]
-                if line not in told:
-                    told.add(line)
-                    logger.warning(message, line)
-                if may_pass(error):
-                    return False
-                answers[about] = False
-            return answers[about]
+            if about not in answers:
+                try:
+                    answers[about] = trial(*about)
+                except Exception as error:  # whatever a broken installation raises
+                    failed(error, *about)
+            return answers.get(about, False)
 
-        asked.cache_clear = answers.clear
+        asked.cache_clear, asked.failed = answers.clear, failed
         return asked
 
     return decorate
