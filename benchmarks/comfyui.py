@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,6 +157,7 @@ class Graph:
 
         NODE_CLASS_MAPPINGS.update(nodes, BenchPicture=BenchPicture, BenchResult=BenchResult)
         self.moments: list[tuple[str | None, float]] = []
+        self.spans: dict[str, tuple[float, float]] = {}
         self.server = SimpleNamespace(client_id="bench", last_node_id=None, last_prompt_id=None, send_sync=self._told)
         kind = execution.CacheType.CLASSIC
         memory = {"lru": 0, "ram": 0, "ram_inactive": 0}
@@ -176,5 +178,13 @@ class Graph:
             event, facts = self.executor.status_messages[-1]
             raise RuntimeError(f"{event} at {facts['node_type']}: {facts.get('exception_message', '')}")
         moments = [*self.moments, (None, end)]
-        spans = {node: later - at for (node, at), (_, later) in zip(moments, moments[1:]) if node is not None}
-        return {**{node: round(seconds, 4) for node, seconds in spans.items()}, "all": round(end - begin, 4)}
+        self.spans = {node: (at, later) for (node, at), (_, later) in zip(moments, moments[1:]) if node is not None}
+        seconds = {node: round(later - at, 4) for node, (at, later) in self.spans.items()}
+        return {**seconds, "all": round(end - begin, 4)}
+
+    def within(self, events: Sequence[tuple[float, float]]) -> dict[str, float]:
+        """Seconds of events (when each began, and how long it took) within the nodes of the last run."""
+        return {
+            node: sum(seconds for began, seconds in events if at <= began < later)
+            for node, (at, later) in self.spans.items()
+        }

@@ -18,7 +18,7 @@ class Streaming:
         self.layers = list(self.network)
         for number, layer in enumerate(linears):
             layer._v, layer._v_signature, layer.seed_key = (self, 100 * number, 100), None, str(number)
-        self.serial, self.pins, self.filled, self.full, self.moved = 0, 0, [], False, 0
+        self.serial, self.pins, self.filled, self.full, self.moved, self.lacking = 0, 0, [], False, 0, None
         self.patches_uuid, self.injections, self.forced_hooks, self.load_device = "a", {}, None, torch.device("cpu")
         self.model = type("Model", (), {"current_weight_patches_uuid": "a"})()
         self.dynamic, self.callbacks, self.loaded = True, [], True
@@ -37,7 +37,7 @@ class Streaming:
         self.moved += 1
 
     def vbar_fault(self, span):
-        if self.full:
+        if self.full or span[1] == self.lacking:
             return None
         self.pins += 1
         return bytearray([self.serial, span[2] % 251])
@@ -48,7 +48,10 @@ class Streaming:
     def fill(self, layer, **more):
         """ComfyUI's way to bring weights into their pages."""
         self.filled.append(layer.seed_key)
-        layer._v_weight, layer._v_bias = layer.weight.detach() * 1, layer.bias.detach() * 1
+        if not hasattr(layer, "_v_weight"):
+            layer._v_weight, layer._v_bias = (self.torch.empty_like(x) for x in (layer.weight, layer.bias))
+        for page, own in ((layer._v_weight, layer.weight), (layer._v_bias, layer.bias)):
+            page.copy_(own.detach())
         layer._v_signature = layer._v_signature or object()
         return layer._v_weight, layer._v_bias, None
 
@@ -88,14 +91,14 @@ class Streaming:
         found = {}
         with self.hold() as self.first:
             equal = self.torch.equal(self.network(self.x), self.expected)
-            found["first"] = [*self.state(self.first), equal, len(self.first.places[1])]
+            found["first"] = [*self.state(self.first), equal, len(self.first.places)]
         found["released"] = self.state(self.first)
         found["again"] = [self.again(), self.moved]
         self.serial += 1
         found["pages lost"] = [self.again(), self.pins]
         self.filled.clear()
         with self.hold() as second:
-            found["filled anew"] = [*self.state(second), second.places != self.first.places]
+            found["filled anew"] = [*self.state(second), second.places == self.first.places]
         self.first = second
         place = self.holder.kept[id(self.layers[3]), "weight"].data_ptr()
         ones = self.torch.nn.Parameter(self.torch.ones(4), requires_grad=False)
@@ -135,6 +138,14 @@ class Streaming:
         self.full = False
         with self.hold(299) as hold:
             found["too little room"] = self.state(hold)
+        whole, self.holding.STEP = self.holding.STEP, 120
+        with self.hold() as hold:
+            found["in steps"] = [hold.whole, hold.pinned == [(self, 0, 120), (self, 120, 120), (self, 240, 60)]]
+        found["in steps, again"] = self.again()
+        self.lacking = 240
+        with self.hold() as hold:
+            found["no room for the last step"] = self.state(hold)
+        self.lacking, self.holding.STEP = None, whole
         layer.weight_function = [lambda weight: weight]
         with self.hold() as hold:
             found["a function on a weight"] = [*self.state(hold), hasattr(layer, "_prefetch")]

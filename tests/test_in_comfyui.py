@@ -404,6 +404,8 @@ def test_only_what_is_as_it_was_stands_still_without_loading(found):
 def test_weights_that_cannot_all_stand_still_are_fetched_as_ever(found):
     result = facts(found, "streaming")
     assert result["no room"][:3] == result["too little room"][:3] == [False, 0, 0]
+    assert result["in steps"] == [True, True] and result["in steps, again"][:3] == [True, 4, 3]
+    assert result["no room for the last step"][:3] == [False, 0, 0], "steps that had room are given back"
     assert result["a function on a weight"][:3] == [False, 3, 1] and result["a function on a weight"][4] is True
     assert result["taken back"] == [0, False]
     assert result["failed: interrupt"] == result["failed: memory"] == [True, 0, False, False]

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 SMALL = 1 << 20
 """Bytes up to which weights that ComfyUI brings to another place at every load are copied to one of their own."""
+STEP = 128 << 20
+"""Bytes of pages that are asked for at once: as much again must be free beside them, or others lose theirs."""
 _UNKNOWN = (AttributeError, ImportError, KeyError, TypeError, ValueError)
 """What another ComfyUI than the ones known would raise."""
 
@@ -122,6 +124,7 @@ class Hold:
         self.holder, self.device = holder, holder.device
         self.whole, self.places = False, ()
         self.span: tuple | None = None
+        self.pinned: list[tuple] = []
         self.lent: list[nn.Module] = []
         holder.busy = True
 
@@ -138,9 +141,8 @@ class Hold:
         for layer in self.lent:
             layer.__dict__.pop("_prefetch", None)
         self.holder.busy = False
-        span, self.span, self.lent, self.whole = self.span, None, [], False
-        if span is not None:
-            _pages().vbar_unpin(span)
+        self.lent, self.whole = [], False
+        self._unpin()
 
     def as_they_lie(self) -> None:
         """Of a model that ComfyUI has moved as a whole, or in part: the layers that lie on the device."""
@@ -156,11 +158,7 @@ class Hold:
     def repeat(self, last: _Last) -> None:
         """Of streamed weights that stand as they stood, where their pages are the same ones."""
         last.span[0].prioritize()  # as loading would
-        signature = _pages().vbar_fault(last.span)
-        if signature is None:
-            return
-        self.span = last.span
-        if bytes(signature) == self.holder.signature:
+        if self._pin(last.span) == self.holder.signature:
             for layer, pair in last.held:
                 layer.held = pair
             self.whole, self.places = True, last.places
@@ -174,7 +172,7 @@ class Hold:
         self._lend(streamed)
         self._copy(small)
         self.whole = all("held" in layer.__dict__ for layer in layers) and not self.holder.bare
-        self.places = self.holder.signature, tuple(x.data_ptr() for x in self._weights())
+        self.places = tuple(x.data_ptr() for x in self._weights())
 
     def _weights(self) -> Iterator[Tensor]:
         """All that layers hold."""
@@ -183,23 +181,40 @@ class Hold:
     def _pinned(self, layers: Sequence[nn.Module]) -> bool:
         """Ask for the pages of layers and pin them; fill those that are not. False where there is no memory for
         them."""
-        pages, first = _pages(), layers[0]._v
-        span = (first[0], first[1], _end(layers[-1]) - first[1])
-        signature = pages.vbar_fault(span)
-        if signature is None:
+        first, holder = layers[0]._v, self.holder
+        found = self._pin((first[0], first[1], _end(layers[-1]) - first[1]))
+        if found is None:
             return False
-        self.span = span
-        found, holder = bytes(signature), self.holder
         if found != holder.signature or not _filled([layer._v_signature for layer in layers], holder.marks):
             for layer in layers:
                 mm.throw_exception_if_processing_interrupted()
                 self._fill(layer)
         holder.signature, holder.marks = found, [layer._v_signature for layer in layers]
         if any(mark is None for mark in holder.marks):  # others want memory: pages were given away meanwhile
-            pages.vbar_unpin(span)
-            self.span = None
+            self._unpin()
             return False
         return True
+
+    def _pin(self, span: tuple) -> bytes | None:
+        """Ask for pages and pin them; their signature, by which it shows whether any were lost since. None where there
+        is no memory for them."""
+        pages, (of, begin, size) = _pages(), span
+        self.span, found = span, b""
+        for at in range(begin, begin + size, STEP):
+            part = (of, at, min(STEP, begin + size - at))
+            signature = pages.vbar_fault(part)
+            if signature is None:
+                self._unpin()
+                return None
+            self.pinned.append(part)
+            found += bytes(signature)
+        return found
+
+    def _unpin(self) -> None:
+        """Give the pages back."""
+        pinned, self.pinned, self.span = self.pinned, [], None
+        for part in pinned:
+            _pages().vbar_unpin(part)
 
     def _fill(self, layer: nn.Module) -> None:
         """Have ComfyUI bring a layer's weights, with their patches, into its pages where they are not there."""
