@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_workspace import edit
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from varedit_core.controls.registry import Shortcuts
 from varedit_core.model import functional
@@ -237,6 +238,29 @@ def test_tensors_of_a_recording_that_fails_stay(fails):
                 recorded()
     assert immortal(made[0]) == (fails != "nothing")
     assert not kept._present.get()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[1:], lambda x: x.view(2, 2).transpose(0, 1), lambda x: x.split(2)[1], lambda x: x.copy_(x * 2),
+        lambda x: torch.add(x, 1, out=x), lambda x: (torch._foreach_add_([x], 1), x[:1])[1], lambda x: x.unbind()[0],
+    ],
+)  # fmt: skip
+def test_what_was_there_before_a_recording_that_fails_goes(view):
+    """Only memory of the recording stays, not that of which it made views."""
+    made = []
+
+    def recorded(x):
+        with pytest.raises(KeyError), Kept():
+            seen, own = view(x), torch.randn(3)[1:]
+            made.extend(StorageWeakRef(y.untyped_storage()) for y in (x, own))
+            raise KeyError(f"{seen.shape} and {own.shape} are alive")
+
+    with torch.inference_mode():
+        recorded(torch.randn(4))
+    gc.collect()
+    assert [x.expired() for x in made] == [True, False]
 
 
 SHORTCUTS = {"plain": {}, "inside": {"inside": 2}, "window": {"window": 0.2}, "unguided": {"unguided": 1}}

@@ -8,6 +8,7 @@ more than addresses, as nothing of the recording was run.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from functools import lru_cache
 from weakref import ref
@@ -34,6 +35,8 @@ class Kept(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.made: list[ref] = []
+        self.own: set[int] = set()
+        """Memory that was made within. Views of other memory do not stay: they would hold it for ever, a KV cache say."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -65,9 +68,33 @@ class Kept(TorchDispatchMode):
         except BaseException:
             self.fail()
             raise
-        results = result if isinstance(result, (tuple, list)) else (result,)
-        self.made += [ref(x) for x in results if isinstance(x, Tensor)]
+        given = {_memory(x) for x in _tensors([*args, *kwargs.values()])} if _returns_views(function) else ()
+        for x in _tensors(result if isinstance(result, (tuple, list)) else (result,)):
+            memory = _memory(x)
+            if memory not in given:
+                self.own.add(memory)
+            if memory in self.own:
+                self.made.append(ref(x))
         return result
+
+
+def _tensors(values: Iterable) -> Iterator[Tensor]:
+    for x in values:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (tuple, list)):
+            yield from _tensors(x)
+
+
+@lru_cache(maxsize=1024)
+def _returns_views(function) -> bool:
+    """Whether an operation may return what it was given, or a part of it."""
+    return any(result.alias_info is not None for result in function._schema.returns)
+
+
+def _memory(x: Tensor) -> int:
+    """What names the memory of a tensor and its views, while it lives."""
+    return x.untyped_storage()._cdata
 
 
 def _waits(function, args: tuple, kwargs: dict) -> bool:
