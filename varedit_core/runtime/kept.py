@@ -36,7 +36,7 @@ class Kept(TorchDispatchMode):
         super().__init__()
         self.made: list[ref] = []
         self.own: set[int] = set()
-        """Memory that was made within. Views of other memory do not stay: they would hold it for ever, a KV cache say."""
+        """Memory that was made within. Views of other memory do not stay: they would hold a KV cache for ever."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
