@@ -1,34 +1,47 @@
 """Files of tokens: safetensors with a bit a bit, and in their metadata what the bits are of.
 
 A file may come from anywhere, so nothing in it is believed: its sizes must be those of the scale tables and of its own
-tensors, and may not come to more than the limits below. What would not be read again is not written.
+tensors, and may not come to more than the limits below, before anything is made of it. What would not be read again is
+not written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from ..fitting import MAX_CANVAS_PIXELS, Fitting, canvas_size
 from ..sampling.tokens import Tokens
 from ..tokenizer.schedule import TABLES, TOKEN_PIXELS, Grid, Schedule
-from .safe_write import check_free, make_folder, write_tensors
+from .reading import check_file
+from .safe_write import check_target as check_file_target
+from .safe_write import write_bytes
 
 FORMAT = "varedit.tokens"
 SUFFIX = ".safetensors"
 AUTO_MASK = "auto_mask"
 """Metadata of files that VAREdit Save Tokens wrote before tokens knew their auto mask."""
-MAX_NUMBERS = 2**28
-"""Numbers of the running sum of all edits of a file: 1 GiB."""
+DIGEST = "digest"
+"""In the facts: of all the rest of the file, so that a changed bit or a swapped tensor is seen. Older files have none."""
+MAX_NUMBERS = 2**26
+"""Numbers of the running sum of all edits of a file: 256 MiB, which a draft of one scale asks for with few bits."""
+MAX_BYTES = 128 << 20
+"""Of a file: its bits take eight times as much in memory."""
+MAX_HEADER = 4 << 20
+"""Bytes of names, sizes and metadata: the longest chain has less than a tenth."""
 MAX_EDITS = 4096
+MAX_BITS = 256
+"""Bits a position: published models have at most 64 a token."""
 MAX_CHAIN = 100
 """Edits of edits that a file remembers."""
 
@@ -37,12 +50,14 @@ def check_target(path: Path, overwrite: bool = False) -> None:
     """Raise what `save_tokens` would for this path, and make missing folders, before there are tokens."""
     if path.suffix != SUFFIX:
         raise ValueError(f"cannot write tokens to {path.name}; its suffix must be {SUFFIX}")
-    check_free(path, overwrite)
-    make_folder(path.parent)
+    check_file_target(path, overwrite)
 
 
-def save_tokens(tokens: Tokens, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Write a safetensors file, a bit a bit. FileExistsError where there is one and overwrite is False, ValueError for
+def save_tokens(
+    tokens: Tokens, path: str | os.PathLike[str], overwrite: bool = False,
+    write: Callable[[Path, bytes, bool], None] = write_bytes,
+) -> None:  # fmt: skip
+    """Write a safetensors file, a bit a bit. write: see `safe_write.together`. FileExistsError where there is one and overwrite is False, ValueError for
     another suffix and for tokens that `load_tokens` would not read."""
     path = Path(path)
     check_target(path, overwrite)
@@ -50,18 +65,20 @@ def save_tokens(tokens: Tokens, path: str | os.PathLike[str], overwrite: bool = 
     facts = _put(tokens, tensors, "")
     try:
         _check(facts)
+        if (size := sum(tensor.numel() for tensor in tensors.values())) > MAX_BYTES:
+            raise ValueError(f"they have {size} bytes where at most {MAX_BYTES} are read")
     except ValueError as error:
         raise ValueError(f"these tokens cannot be saved ({error}); save fewer edits in a file") from None
-    write_tensors(path, tensors, {"format": FORMAT, "tokens": json.dumps(facts)}, overwrite)
+    facts[DIGEST] = _digest(facts, {name: tensor.numpy() for name, tensor in tensors.items()})
+    write(path, save(tensors, {"format": FORMAT, "tokens": json.dumps(facts)}), overwrite)
 
 
 def load_tokens(path: str | os.PathLike[str]) -> Tokens:
-    """Read what `save_tokens` wrote. FileNotFoundError where there is nothing, ValueError where it is no file of tokens
-    or one that asks for more than the limits."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there are no tokens at {path}; check the path")
+    """Read what `save_tokens` wrote. FileNotFoundError where there is nothing, ValueError where it is no file of tokens,
+    a damaged one, or one that asks for more than the limits."""
+    path = check_file(path, "file of tokens")
     try:
+        _check_bytes(path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
@@ -70,10 +87,14 @@ def load_tokens(path: str | os.PathLike[str]) -> Tokens:
             if isinstance(facts, dict) and AUTO_MASK in metadata:
                 facts.setdefault(AUTO_MASK, float(metadata[AUTO_MASK]))
             _check(facts)
-            return _take(file, facts, "")
+            packed = _packed_bits(file, facts)
+            if facts.get(DIGEST, digest := _digest(facts, packed)) != digest:
+                raise ValueError("it was damaged or changed after it was saved")
+            return _take(packed, facts, "")
     except (SafetensorError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{path} is not a file of tokens ({error}); save one with VAREdit Save Tokens or varedit edit --save-tokens"
+            f"{path} is not a file of tokens ({reason}); save one with VAREdit Save Tokens or varedit edit --save-tokens"
         ) from None
 
 
@@ -91,13 +112,61 @@ def _put(tokens: Tokens, tensors: dict[str, Tensor], prefix: str) -> dict:
     return facts
 
 
-def _take(file, facts: dict, prefix: str) -> Tokens:
-    """The tokens of facts that are checked."""
+def _check_bytes(path: Path) -> None:
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ValueError(f"it has {size} bytes where at most {MAX_BYTES} are read")
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > MAX_HEADER:
+        raise ValueError(f"its header has {header} bytes where at most {MAX_HEADER} are read")
+
+
+def _counts(facts: Mapping, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """The tensors that checked facts tell of: names, and how many bits each packs."""
+    for k, shape in enumerate(facts["shapes"]):
+        yield f"{prefix}scale.{k:02d}", math.prod(shape)
+    if "free" in facts:
+        yield f"{prefix}free", math.prod(facts["free"])
+        yield from _counts(facts["under"], f"{prefix}under.")
+
+
+def _packed_bits(file, facts: Mapping) -> dict[str, np.ndarray]:
+    """The tensors that checked facts tell of, read when all have been found to be as they say."""
+    counts = dict(_counts(facts))
+    for name, count in counts.items():
+        part = file.get_slice(name)
+        if part.get_dtype() != "U8" or part.get_shape() != [-(-count // 8)]:
+            raise ValueError(f"{name} has {part.get_shape()} numbers of {part.get_dtype()} where {count} bits belong")
+    if others := sorted(set(file.keys()) - counts.keys()):
+        raise ValueError(f"it does not say what {_short(others[0])} in it is of")
+    packed = {name: file.get_tensor(name).numpy() for name in counts}
+    for name, count in counts.items():
+        if count % 8 and packed[name][-1] & (0xFF >> count % 8):
+            raise ValueError(f"{name} goes on behind its {count} bits")
+    return packed
+
+
+def _digest(facts: Mapping, packed: Mapping[str, np.ndarray]) -> str:
+    """Of all that a file says, but for an older file's note of its auto mask."""
+    rest = {name: value for name, value in facts.items() if name != DIGEST}
+    found = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name in sorted(packed):
+        found.update(f"{name} {len(packed[name])} ".encode())
+        found.update(packed[name].tobytes())
+    return found.hexdigest()
+
+
+def _take(packed: Mapping[str, np.ndarray], facts: dict, prefix: str) -> Tokens:
+    """The tokens of facts and bits that are checked."""
     schedule, own, free, under = _schedule(facts), facts["fitting"], None, None
-    bits = tuple(_unpacked(file, f"{prefix}scale.{k:02d}", shape) for k, shape in enumerate(facts["shapes"]))
+    bits = tuple(_unpacked(packed[f"{prefix}scale.{k:02d}"], shape) for k, shape in enumerate(facts["shapes"]))
     fitting = own and Fitting(schedule, tuple(own["padded_size"]), tuple(own["size"]))
     if "free" in facts:
-        free, under = _unpacked(file, f"{prefix}free", facts["free"]), _take(file, facts["under"], f"{prefix}under.")
+        free, under = (
+            _unpacked(packed[f"{prefix}free"], facts["free"]),
+            _take(packed, facts["under"], f"{prefix}under."),
+        )
     return Tokens(schedule, bits, tuple(facts["grid"]), fitting, free, under, float(facts.get(AUTO_MASK, 0.0)))
 
 
@@ -115,7 +184,7 @@ def _check(facts: object, depth: int = 1) -> None:
         _check_fitting(facts["fitting"], schedule)
     amount = facts.get(AUTO_MASK, 0.0)
     if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount <= 1:
-        raise ValueError(f"its auto mask is {amount!r}, not a number from 0 to 1")
+        raise ValueError(f"its auto mask is {_short(amount)}, not a number from 0 to 1")
     if "free" in facts or "under" in facts:
         _check_under(facts, schedule, (images, channels, *grid), depth)
 
@@ -123,9 +192,9 @@ def _check(facts: object, depth: int = 1) -> None:
 def _schedule(facts: Mapping) -> Schedule:
     ratio, scales = facts["ratio"], facts["scales"]
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or ratio not in TABLES:
-        raise ValueError(f"there is no scale table for the ratio {ratio!r}")
+        raise ValueError(f"there is no scale table for the ratio {_short(ratio)}")
     if not _whole(scales) or not 1 <= scales <= len(TABLES[ratio]):
-        raise ValueError(f"its scales are {scales!r} where the table has {len(TABLES[ratio])}")
+        raise ValueError(f"its scales are {_short(scales)} where the table has {len(TABLES[ratio])}")
     return Schedule(ratio, TABLES[ratio][:scales])
 
 
@@ -147,7 +216,9 @@ def _check_shapes(shapes: object, schedule: Schedule, grid: Grid) -> tuple[int, 
         if not _sizes(shape, 4) or shape != [images, channels, h * patch, w * patch]:
             raise ValueError(f"scale {k} has the shape {_short(shape)} where its grid is {h * patch}x{w * patch}")
     if images > MAX_EDITS:
-        raise ValueError(f"it has {images} edits where at most {MAX_EDITS} are read")
+        raise ValueError(f"it has {_short(images)} edits where at most {MAX_EDITS} are read")
+    if channels > MAX_BITS:
+        raise ValueError(f"it has {_short(channels)} bits a position where at most {MAX_BITS} are read")
     numbers = images * channels * math.prod(grid)
     if numbers > MAX_NUMBERS:
         raise ValueError(f"its sum has {numbers} numbers where at most {MAX_NUMBERS} are read")
@@ -190,6 +261,7 @@ def _sizes(value: object, count: int) -> bool:
 
 
 def _short(value: object) -> str:
+    """A value of a file, however long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -198,8 +270,5 @@ def _packed(bits: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(bits.flatten().cpu().numpy()))
 
 
-def _unpacked(file, name: str, shape: Sequence[int]) -> Tensor:
-    count, part = math.prod(shape), file.get_slice(name)
-    if part.get_dtype() != "U8" or part.get_shape() != [-(-count // 8)]:
-        raise ValueError(f"{name} has {part.get_shape()} numbers of {part.get_dtype()} where {count} bits belong")
-    return torch.from_numpy(np.unpackbits(file.get_tensor(name).numpy(), count=count)).bool().view(*shape)
+def _unpacked(packed: np.ndarray, shape: Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.unpackbits(packed, count=math.prod(shape))).bool().view(*shape)

@@ -58,11 +58,19 @@ class Tokens:
 
     def total(self) -> Tensor:
         """The running sum [B, d, H, W] after the last scale that is there: bit for bit that of the edit."""
+        chain = [self]
+        while chain[-1].free is not None and chain[-1].complete:
+            chain.append(chain[-1].under)
+        total = chain.pop()._own_total()
+        for tokens in reversed(chain):  # from the first edit on: two sums at a time, however long the chain is
+            total = torch.where(tokens.free, tokens._own_total(), total)
+        return total
+
+    def _own_total(self) -> Tensor:
+        """The sum without what it is held to."""
         total = torch.zeros(self.images, self.bits[0].shape[1], *self.grid, device=self.bits[0].device)
         for bits in self.bits:
-            total = total + linear_resize(codes(bits), self.grid)
-        if self.free is not None and self.complete:
-            total = torch.where(self.free, total, self.under.total())
+            total += linear_resize(codes(bits), self.grid)
         return total
 
     def first(self, count: int) -> Tokens:
