@@ -32,7 +32,7 @@ SUFFIX = ".safetensors"
 AUTO_MASK = "auto_mask"
 """Metadata of files that VAREdit Save Tokens wrote before tokens knew their auto mask."""
 DIGEST = "digest"
-"""In the facts: of all the rest of the file, so that a changed bit or a swapped tensor is seen. Older files have none."""
+"""In the facts: of all the rest of the file, so that a changed bit or a swapped tensor is seen. Older files lack it."""
 MAX_NUMBERS = 2**26
 """Numbers of the running sum of all edits of a file: 256 MiB, which a draft of one scale asks for with few bits."""
 MAX_BYTES = 128 << 20
@@ -74,8 +74,8 @@ def save_tokens(
 
 
 def load_tokens(path: str | os.PathLike[str]) -> Tokens:
-    """Read what `save_tokens` wrote. FileNotFoundError where there is nothing, ValueError where it is no file of tokens,
-    a damaged one, or one that asks for more than the limits."""
+    """Read what `save_tokens` wrote. FileNotFoundError where there is nothing, ValueError where it is no file of
+    tokens, a damaged one, or one that asks for more than the limits."""
     path = check_file(path, "file of tokens")
     try:
         _check_bytes(path)
@@ -94,7 +94,8 @@ def load_tokens(path: str | os.PathLike[str]) -> Tokens:
     except (SafetensorError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{path} is not a file of tokens ({reason}); save one with VAREdit Save Tokens or varedit edit --save-tokens"
+            f"{path} is not a file of tokens ({reason}); save one with VAREdit Save Tokens or varedit edit "
+            "--save-tokens"
         ) from None
 
 
