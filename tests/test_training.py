@@ -28,7 +28,7 @@ from varedit_core.sampling.settings import SamplingSettings  # noqa: E402
 from varedit_core.tokenizer.quantizer import encode, latent_grids, to_tokens  # noqa: E402
 from varedit_core.tokenizer.schedule import schedule_for  # noqa: E402
 from varedit_core.tokenizer.vae import Autoencoder  # noqa: E402
-from varedit_core.training import engine, pairs, tasks  # noqa: E402
+from varedit_core.training import engine, pairs, states, tasks  # noqa: E402
 from varedit_core.training.data import Pair, PairError  # noqa: E402
 from varedit_core.training.objective import draw_flips, teach, token_weights  # noqa: E402
 from varedit_core.training.parallel import BlockCausal, parallel_logits  # noqa: E402
@@ -538,36 +538,40 @@ def test_undefined_weights_stop_before_they_are_written(parts, tmp_path, monkeyp
     assert not files_of(tmp_path / "out" / "a")
 
 
-class Folders:
-    """What saving asks of an accelerator: a checkpoint of several files, in a folder of its own."""
+class Alone:
+    """What saving asks of an accelerator: one process."""
 
-    is_main_process = True
-    FILES = ("model.safetensors", "optimizer.bin", "random_states_0.pkl")
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def save_state(self, folder: str) -> None:
-        Path(folder).mkdir(parents=True)
-        for name in self.FILES:
-            (Path(folder) / name).write_text(f"step {self.step}")
+    is_main_process, num_processes, process_index = True, 1, 0
 
     def wait_for_everyone(self) -> None:
         pass
 
-    @classmethod
-    def step_of(cls, folder: Path) -> int:
-        """The step of a checkpoint, which must be whole."""
-        (step,) = {(folder / name).read_text() for name in cls.FILES}
-        assert step == folder.name.replace("state-", "step ")
-        return int(step.split()[1])
+
+def trained_at(step: int) -> states.Trained:
+    """A network, its optimiser and its average, all of whose numbers are the step."""
+    model = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(step)
+    return states.Trained(
+        model, [torch.optim.AdamW(model.parameters())], engine.Average(model, 0.9), states.Progress(step)
+    )
+
+
+def step_of(folder: Path) -> int:
+    """The step of the newest checkpoint, which must be whole."""
+    state = states.newest(folder, trained_at(0))
+    values = load_file(state / "model.safetensors") | load_file(state / "average.safetensors")
+    (step,) = {value for tensor in values.values() for value in tensor.flatten().tolist()}
+    assert state.name == f"state-{step:.0f}"
+    return int(step)
 
 
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.unlink", "shutil.rmtree")
 
 
 def save(folder: Path, step: int) -> None:
-    engine._save_state(folder, step, Folders(step))
+    states.save_state(folder, trained_at(step), Alone())
 
 
 def killed_at(moment: int, work, *arguments) -> bool:
@@ -597,9 +601,9 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path):
         folder.mkdir()
         save(folder, 5)
         died = killed_at(moment, save, folder, 10)
-        found.append(Folders.step_of(engine._last_state(folder)))
+        found.append(step_of(folder))
         killed_at(moment, save, folder, found[-1] + 5)  # a training that goes on is killed again
-        assert Folders.step_of(engine._last_state(folder)) in (found[-1], found[-1] + 5)
+        assert step_of(folder) in (found[-1], found[-1] + 5)
         save(folder, 20)
         assert [path.name for path in folder.iterdir()] == ["state-20"], "nothing of the killed ones is left"
         if not died:
@@ -607,17 +611,14 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path):
     assert found == sorted(found) and found[0] == 5 and found[-1] == 10 and found.count(5) > 4 < found.count(10)
 
 
-def test_a_failed_checkpoint_leaves_nothing_behind(tmp_path):
+def test_a_failed_checkpoint_leaves_nothing_behind(tmp_path, monkeypatch):
     save(tmp_path, 5)
 
-    class Full(Folders):
-        def save_state(self, folder: str) -> None:
-            super().save_state(folder)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        engine._save_state(tmp_path, 10, Full(10))
-    assert [path.name for path in tmp_path.iterdir()] == ["state-5"] and engine._last_state(tmp_path).name == "state-5"
+    with monkeypatch.context() as patch:
+        patch.setattr(states, "random_state", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 10)
+    assert [path.name for path in tmp_path.iterdir()] == ["state-5"] and step_of(tmp_path) == 5
 
 
 @pytest.mark.parametrize("published", [False, True])
@@ -630,14 +631,14 @@ def test_a_training_killed_while_it_saves_goes_on(parts, tmp_path, monkeypatch, 
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.shutil, "rmtree", kill if published else lambda *a, **more: None)  # nothing is cleaned up
+        patch.setattr(states.shutil, "rmtree", kill if published else lambda *a, **more: None)  # nothing is cleaned up
         if not published:
             patch.setattr(Path, "rename", kill)
         with pytest.raises(Killed):
             run([stage], tmp_path / "broken")
     folder = tmp_path / "broken" / "a"
     names = {path.name for path in folder.glob("state-*")}
-    assert names == ({"state-1", "state-2"} if published else {"state-1.partial"})
+    assert names == ({"state-1.old.partial", "state-2"} if published else {"state-1.partial"})
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "lo')  # a line that the kill cut off
     assert run([stage], tmp_path / "broken", resume=True)
@@ -714,13 +715,16 @@ if __name__ == "__main__":
         fully_shard(model, mesh=mesh)
         return model, *engine.optimizers(model, stage.optimisation)
 
-    accelerator.prepare, accelerator.save_state = sharded, lambda folder: Path(folder).mkdir(exist_ok=True)
-    engine.train(TASKS[stage.task](stage, accelerator), stage, output / stage.name, accelerator, False)
+    accelerator.prepare, folder = sharded, output / stage.name
+    if engine.train(TASKS[stage.task](stage, accelerator), stage, folder, accelerator, False, 0.0):
+        raise SystemExit("it was to stop after its first step")
+    engine.train(TASKS[stage.task](stage, accelerator), stage, folder, accelerator, True)
 """
 
 
 def test_sharded_training_is_the_same(parts, tmp_path):
-    """Every weight is read by calling its layer, as FSDP needs, and results are gathered from all processes."""
+    """Every weight is read by calling its layer, as FSDP needs, and results are gathered from all processes. It stops
+    after one step and goes on from a checkpoint of which each process wrote its part."""
     changes = ("a.train_text=true", "a.optimisation.average=0.0")
     edits(parts, batch=1, steps=2, more=NEW + OWN)
     (tmp_path / "sharded.py").write_text(_SHARDED)

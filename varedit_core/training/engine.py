@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +20,8 @@ from ..files.safe_write import write_json
 from .muon import Muon
 from .report import Report
 from .settings import Optimisation, Stage
+from .sharded import local
+from .states import Progress, Trained, load_state, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +74,9 @@ class Average:
     def __exit__(self, *error) -> None:
         self.swap()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Tensor]:
+        """The average's own tensors, by number."""
         return {str(i): value for i, value in enumerate(self.values)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for i, value in enumerate(self.values):
-            value.copy_(state[str(i)])
 
 
 class Sound:
@@ -100,7 +97,7 @@ class Sound:
         self._stop("loss", bad[:1], accelerator)
         self.losses.clear()
         if weights:
-            found = all(bool(_local(p).isfinite().all()) for p in self.trained)
+            found = all(bool(local(p).isfinite().all()) for p in self.trained)
             self._stop("weights", [] if found else steps[-1:], accelerator)
 
     def _stop(self, what: str, steps: Sequence[int], accelerator) -> None:
@@ -108,19 +105,6 @@ class Sound:
         first = int(accelerator.gather(here).min())  # all stop, or none: the others would wait for ever
         if first < 2**62:
             raise ValueError(f"stage {self.name}: the {what} became undefined at step {first}; lower the learning rate")
-
-
-class Progress:
-    """How far a training is; saved with its state."""
-
-    def __init__(self) -> None:
-        self.step, self.seconds = 0, 0.0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "seconds": self.seconds}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.seconds = int(state["step"]), float(state["seconds"])
 
 
 def optimizers(model: nn.Module, settings: Optimisation) -> list[torch.optim.Optimizer]:
@@ -172,11 +156,12 @@ def train(task: Task, stage: Stage, folder: Path, accelerator, resume: bool, unt
     if accelerator.distributed_type == "FSDP":
         _check_sharded(stage)
     model, *prepared = accelerator.prepare(task.model, *optimizers(task.model, stage.optimisation))
-    average, progress = Average(accelerator.unwrap_model(model), stage.optimisation.average), Progress()
-    accelerator.register_for_checkpointing(average, progress)
-    if resume and (last := _last_state(folder)):
-        accelerator.load_state(str(last))
-        logger.info("%s: going on from step %d", stage.name, progress.step)
+    bare, progress = accelerator.unwrap_model(model), Progress()
+    average = Average(bare, stage.optimisation.average)
+    place = accelerator.process_index, accelerator.num_processes
+    trained = Trained(bare, prepared, average, progress, *place)
+    if resume:
+        load_state(folder, trained, accelerator)
     report = Report(folder, stage, progress.step, accelerator.is_main_process)
     generator = torch.Generator(accelerator.device)
     begun, first = time.monotonic() - progress.seconds, progress.step
@@ -199,7 +184,7 @@ def train(task: Task, stage: Stage, folder: Path, accelerator, resume: bool, unt
                 sound.check(accelerator, weights=saved)
             report.note(step, loss, figures, stage.batch * accelerator.num_processes, progress.seconds)
             if saved:
-                _save_state(folder, progress.step, accelerator)
+                save_state(folder, trained, accelerator)
                 with average:  # the result so far can be used at any time
                     written = task.export(folder)
             if stage.sample_every and (last or progress.step % stage.sample_every == 0):
@@ -226,18 +211,6 @@ def _check_sharded(stage: Stage) -> None:
         raise ValueError(f"stage {stage.name}: a moving average of sharded weights cannot be kept; set average = 0")
     if stage.optimisation.optimizer == "muon":
         raise ValueError(f'stage {stage.name}: muon needs whole matrices, not sharded ones; set optimizer = "adamw"')
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A parameter's values, gathered from all processes where it is sharded: then all of them must ask."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a parameter."""
-    tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _set_rates(prepared: Sequence[torch.optim.Optimizer], factor: float) -> None:
@@ -270,34 +243,6 @@ def _agreed(stop: bool, accelerator, step: int) -> bool:
     from accelerate.utils import broadcast
 
     return bool(broadcast(torch.tensor(int(stop), device=accelerator.device)))
-
-
-def _last_state(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: only those have their name."""
-    steps = [int(match[1]) for path in folder.glob("state-*") if (match := re.fullmatch(r"state-(\d+)", path.name))]
-    return folder / f"state-{max(steps)}" if steps else None
-
-
-def _save_state(folder: Path, step: int, accelerator) -> None:
-    """A checkpoint, which takes its name when it is whole. Only then the others go, and parts of killed trainings."""
-    partial, final = folder / f"state-{step}.partial", folder / f"state-{step}"
-    main = accelerator.is_main_process
-    try:
-        if main and partial.exists():
-            shutil.rmtree(partial)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-        if main:
-            partial.rename(final)
-    except BaseException:
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    for old in folder.glob("state-*") if main else ():
-        if old != final:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
 
 
 def finished(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from ..files.lora import PREFIX, linear_layers, read_lora
 from ..files.safe_write import make_folder, write_tensors
 from ..files.weights import WeightError
 from ..model.transformer import Transformer
-from .engine import whole
+from .sharded import whole
 
 ATTENTION = r"blocks\.\d+\.(sa\.(mat_qkv|proj)|ca\.(mat_q|mat_kv|proj))"
 MLP = r"blocks\.\d+\.ffn\.fc[12]"

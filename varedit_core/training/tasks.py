@@ -36,13 +36,13 @@ from ..text.t5 import T5Encoder
 from ..tokenizer.quantizer import encode, latent_grids, to_tokens
 from ..tokenizer.schedule import TOKEN_PIXELS, Schedule, schedule_for
 from ..tokenizer.vae import Autoencoder, ResidualBlock
-from .engine import whole
 from .lora import add_lora, lora_state, save_lora
 from .objective import bit_loss, draw_flips, teach, token_weights, tokenizer_loss
 from .pairs import first_pairs, pair_batches, picture_batches
 from .parallel import BlockCausal, TeacherForced, parallel_logits
 from .settings import SHAPEEDIT, NewTokenizer, NewTransformer, Reconstruction, Stage
 from .shapes import PairBlocks, scene_batches
+from .sharded import whole
 from .words import make_vocabulary, new_text_encoder, pad
 
 logger = logging.getLogger(__name__)
