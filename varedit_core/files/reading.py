@@ -10,6 +10,8 @@ import os
 import stat
 from pathlib import Path
 
+MAX_SHOWN = 1000
+"""Letters of a message."""
 MAX_JSON = 64 << 20
 """Bytes of a JSON file: the largest index of a published checkpoint has less than one megabyte."""
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
@@ -36,16 +38,28 @@ def check_file(path: str | os.PathLike[str], what: str = "file", error: type[Val
     return path
 
 
-def read_json(path: str | os.PathLike[str], what: str, error: type[ValueError] = ValueError) -> object:
+def read_json(
+    path: str | os.PathLike[str], what: str, error: type[ValueError] = ValueError, cure: str = "download it again"
+) -> object:
     """What a JSON file in UTF-8 says. what: see `check_file`, whose errors it raises; `error`, too, where it is no JSON,
-    larger than MAX_JSON, or nested deeper than Python reads."""
+    larger than MAX_JSON, or nested deeper than Python reads; cure: what helps then."""
     path = check_file(path, what, error)
     if path.stat().st_size > MAX_JSON:
         raise error(f"{path} is too large for a {what} ({path.stat().st_size >> 20} MB); check the path")
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError, OSError) as reason:
-        raise error(f"{path} is not a readable {what} ({_said(reason)}); download it again") from None
+        raise error(f"{path} is not a readable {what} ({_said(reason)}); {cure}") from None
+
+
+def printable(text: str) -> str:
+    """A text that may hold names out of a file, as one line that a terminal only shows: what is no letter is escaped,
+    and the middle of a long one left out."""
+    if len(text) > MAX_SHOWN:
+        text = f"{text[: MAX_SHOWN // 2]} ... {text[-MAX_SHOWN // 2 :]}"
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode() for letter in text
+    )
 
 
 def _said(reason: Exception) -> str:
