@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
-from varedit_core.pictures import images
+from varedit_core.pictures import images, reading
 from varedit_core.pictures.images import FITS, SourceImage, fit, load_image, restore, save_image, to_uint8
 from varedit_core.tokenizer.schedule import schedule_for
 
@@ -384,11 +384,15 @@ def test_missing_file_floats_and_empty_images_are_refused(tmp_path):
     assert one_sentence(missing) and one_sentence(floats) and one_sentence(empty)
 
 
-def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
-    Image.new("L", (100, 100)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
-    with pytest.raises(ValueError, match="bomb"):
-        load_image(tmp_path / "bomb.png")
+@pytest.mark.filterwarnings("error")
+def test_pillows_bound_of_pixels_is_not_ours(tmp_path, monkeypatch):
+    Image.new("L", (100, 100)).save(tmp_path / "large.png")
+    for bound in (9000, 4000):  # Pillow warns above it, and refuses above twice of it
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", bound)
+        assert load_image(tmp_path / "large.png").size == (100, 100)
+    monkeypatch.setattr(reading, "MAX_CANVAS_PIXELS", 9999)
+    with pytest.raises(ValueError, match="has 100x100 pixels where at most 9999 are read; make it smaller"):
+        load_image(tmp_path / "large.png")
 
 
 def test_fit_refuses_what_it_does_not_know(monkeypatch):

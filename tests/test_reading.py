@@ -40,8 +40,8 @@ def made(kind, folder):
 KINDS = {
     "nothing": "there is no weight file at", "below a file": "there is no weight file at", "folder": "is a folder",
     "pipe": "is a pipe", "link to a pipe": "is a pipe", "link to a device": "is a device", "socket": "is a socket",
-    "loop of links": "cannot be the name", "name too long": "cannot be the name", "null in the name": "cannot be the name",
-    "no permission": "may not be read",
+    "loop of links": "cannot be the name", "name too long": "cannot be the name",
+    "null in the name": "cannot be the name", "no permission": "may not be read",
 }  # fmt: skip
 
 

@@ -6,7 +6,6 @@ Shape suffixes: P pictures, d bits a latent position, (H, W) latent grid, L text
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from threading import RLock
 
 import torch
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from .defaults import FIT, SIZE
-from .pictures.images import FittedImage, SourceImage, fit, load_image, restore
+from .pictures.images import FittedImage, Readable, SourceImage, fit, load_image, restore
 from .runtime.graphs import Recorder
 from .text.encoder import TextEncoder
 from .tokenizer.vae import Autoencoder
@@ -22,7 +21,7 @@ from .tokenizer.vae import Autoencoder
 RECORDED_SIDE = 640
 """Squares of up to so many pixels a side are encoded and decoded by recorded graphs: smaller ones wait for launches."""
 
-Picture = str | Path | Image.Image | SourceImage
+Picture = Readable | SourceImage
 
 
 class Coder:

@@ -20,6 +20,7 @@ from .model.transformer import Transformer
 from .pictures.composite import check_rest
 from .pictures.edited import Edited
 from .pictures.images import FittedImage, SourceImage, empty
+from .pictures.reading import is_picture
 from .request import Options, Request, sources
 from .runtime.devices import device_of
 from .runtime.fp8 import LINEARS
@@ -155,7 +156,7 @@ class Editor(Coder):
     ) -> Edited:
         """Edit pictures, each by its own instruction, in one batch.
 
-        images: pictures, or edits to go on from: their tokens are read, nothing is decoded and encoded in between; what
+        images: pictures of any kind (see `reading.opened`), or edits to go on from: their tokens are read, nothing is decoded and encoded in between; what
         a mask leaves is that of the edit's pictures, for tokens alone what they decode to. instructions: prompts, or
         their text features [L_i, channels]; one serves every picture. negatives: the same, "" for none. on_scale:
         called with every `Scale` before its bits are drawn, and the fitted pictures of its results; raise in it to
@@ -167,10 +168,8 @@ class Editor(Coder):
                 "this transformer makes pictures of text alone; use `generate`, or load it as the kind edit if it "
                 "learned to edit"
             )
-        single = (str, Path, Image.Image, SourceImage, Tokens, Edited)
-        if not isinstance(images, single) and not hasattr(images, "__iter__"):
-            raise ValueError(f"a picture is a path or a PIL image, got {type(images).__name__}")
-        pictures = [images] if isinstance(images, single) else list(images)
+        single = isinstance(images, (SourceImage, Tokens, Edited)) or is_picture(images)
+        pictures = [images] if single or not hasattr(images, "__iter__") else list(images)
         if not pictures:
             raise ValueError("there is no picture to edit; pass at least one")
         if wanted.features is not None and any(isinstance(picture, (Tokens, Edited)) for picture in pictures):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -13,9 +12,10 @@ from torch import Tensor
 from .coder import Coder, Picture
 from .controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts, problems
 from .defaults import FIT, SIZE
-from .pictures.composite import Region, areas, check_regions, drawn_masks
+from .pictures.composite import Region, areas, check_masks, check_regions, drawn_masks
 from .pictures.edited import Decoded, Edited
-from .pictures.images import FittedImage, fitting_for, load_image, to_uint8, unfit
+from .pictures.images import FittedImage, fitting_for, load_image, load_mask, to_uint8, unfit
+from .pictures.reading import is_picture
 from .sampling.batch import EditBatch
 from .sampling.checks import facts, right_kinds, whole_number
 from .sampling.driver import Result
@@ -30,8 +30,8 @@ class Options:
     """What `Editor.run` and `make` take by name beside pictures, instructions and settings.
 
     variations: results of each picture, one behind the other, of as many seeds. mask: where the pictures may change
-    (white), one for all or one each; elsewhere they stay as they are. regions: in place of instructions, several of
-    them with masks. given: the first scales of this edit, or of the edit this one branches off from. steer: functions
+    (white; see `images.load_mask`), one for all or one each; elsewhere they stay as they are. regions: in place of
+    instructions, several of them with masks. given: the first scales of this edit, or of the edit this one branches off from. steer: functions
     of a `Scale`, called behind the controls at every scale that runs, so also at those of the candidates of `best_of`
     (`on_scale` sees the results' own scales alone, of which the first are drawn already then). seam: the feather,
     pixels from a mask's edge inwards over which the edit fades in. explain: whether to find out, too, what changed and
@@ -70,10 +70,11 @@ class Options:
         for region in self.regions:
             _words(region.instruction, "the instruction of a region")
         if self.mask is not None:
-            self._set("mask", [self.mask] if isinstance(self.mask, str | Path | Image.Image) else list(self.mask))
-        for mask in (*(self.mask or ()), *(region.mask for region in self.regions if region.mask is not None)):
-            if not isinstance(mask, Image.Image):
-                raise ValueError(f"a mask must be a PIL image, got {type(mask).__name__}; open it with PIL.Image.open")
+            one = is_picture(self.mask) or not hasattr(self.mask, "__iter__")
+            masks = [self.mask] if one else list(self.mask)
+            self._set("mask", [load_mask(mask) for mask in masks])
+        given = [(region, region.mask) for region in self.regions]
+        self._set("regions", tuple(r if mask is None else replace(r, mask=load_mask(mask)) for r, mask in given))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -109,6 +110,7 @@ class Request:
         if source is not None and isinstance(prompts, list) and len(prompts) == 1:
             (prompts,) = prompts  # an edit of several results is one thing to go on from
         check_regions(options.regions, len(prompts) > 0)
+        check_masks(options.mask or (), options.regions, [image.source.size for image in fitted])
         if not (options.regions or len(prompts)):
             raise ValueError("there is no instruction; say what to change in the picture, or give regions")
         rows = [region.instruction for _ in fitted for region in options.regions]

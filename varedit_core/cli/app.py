@@ -47,6 +47,9 @@ def main() -> None:
         format="%(message)s",
         handlers=[RichHandler(console=console, show_time=False, show_path=False)],
     )
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold letters that a console cannot print
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except (ValueError, OSError) as error:

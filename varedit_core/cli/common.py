@@ -7,6 +7,7 @@ dataclass as one parameter (`command`). Knows no command, so that every module o
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
@@ -28,10 +29,14 @@ from ..demo import GUIDANCE as DEMO_GUIDANCE
 from ..demo import SIZE as DEMO_SIZE
 from ..demo import demo_files
 from ..editor import Editor
+from ..files.checkpoints import TRANSFORMER, canonical
 from ..files.lora import apply_lora, check_lora
+from ..files.weights import open_weights
 from ..pictures.composite import Region
-from ..pictures.images import load_mask
+from ..pictures.images import SourceImage, load_mask
+from ..pictures.reading import NO_DETAILS, SUFFIXES, Details
 from ..runtime.fp8 import LINEARS, check_linears, eight_bit
+from ..sampling import checks
 from ..sampling.settings import DEFAULT_SETTINGS, Curve, SamplingSettings
 from ..sampling.tokens import Tokens
 from ..tokenizer.schedule import AREAS
@@ -72,6 +77,9 @@ Mask = Annotated[
         help="Picture that is white (or, with alpha, opaque) where the edit may change something; elsewhere nothing "
         "changes. Of any size: it is stretched over the picture."
     ),
+]
+Strip = Annotated[
+    bool, typer.Option(help="Leave out what the picture carries (EXIF, dpi, texts); its colour profile is kept.")
 ]
 JsonReport = Annotated[bool, typer.Option("--json", help="Print a JSON report on standard output.")]
 NEGATIVE = "Negative prompt, in place of the learned unconditional features."
@@ -234,8 +242,17 @@ class Canvas:
     ] = None
 
     def area(self, model: Path | None) -> str:
-        """The size as one of AREAS. model: None for the demo model, which has a default of its own."""
-        return choice(self.size or (SIZE if model else DEMO_SIZE), SIZES, "size")
+        """The size as one of AREAS; by default the one that a model's file is named for. Another than that is told.
+        model: None for the demo model, which has a default of its own."""
+        own = re.search(rf"(?<!\d)({'|'.join(SIDES)})(?!\d)", model.stem) if model else None
+        area = choice(self.size or (own and own[1]) or (SIZE if model else DEMO_SIZE), SIZES, "size")
+        if own and area != SIZES[own[1]]:
+            console.print(
+                f"{model.name} is named for {own[1]} pixels, and this edit runs at another size; --size {own[1]} is "
+                "what it was trained at",
+                soft_wrap=True,
+            )
+        return area
 
     @property
     def method(self) -> str:
@@ -252,6 +269,11 @@ def per_scale(text: str) -> list[float] | Curve:
         raise typer.BadParameter(
             f"{text!r} is neither a number, nor one a scale (3,3,2,1), nor the first and the last scale's (3:1)"
         ) from None
+
+
+def carried(source: SourceImage | None, strip: bool) -> tuple[bytes | None, Details]:
+    """What results carry of their picture: its colour profile and, unless stripped, its details."""
+    return source and source.icc_profile, NO_DETAILS if source is None or strip else source.details
 
 
 def numbered(path: Path, count: int) -> list[Path]:
@@ -327,13 +349,44 @@ def choice(text: str, table: dict[str, Any], name: str) -> Any:
 
 
 def region_of(text: str) -> Region:
-    """INSTRUCTION@MASK of --region."""
-    words, at, file = text.rpartition("@")
-    if not at:
-        return Region(text)
+    """INSTRUCTION@MASK of --region. Either may have an @: the longest file that exists behind one is the mask.
+    ValueError where there is none, but what is behind the last @ looks like the name of one."""
+    places = [place for place, letter in enumerate(text) if letter == "@"]
+    cut = next((place for place in places if _exists(text[place + 1 :])), None)
+    last = text[places[-1] + 1 :] if places else ""
+    if cut is None and Path(last).suffix.lower() in SUFFIXES:
+        raise ValueError(
+            f"there is no mask at {last}; write INSTRUCTION@MASK, what to change and the file that says where"
+        )
+    words = text if cut is None else text[:cut]
     if not words.strip():
         raise ValueError(f"the region {text!r} has no instruction; write INSTRUCTION@MASK, what to change and where")
-    return Region(words.strip(), load_mask(file))
+    return Region(words.strip(), None if cut is None else load_mask(text[cut + 1 :]))
+
+
+def _exists(name: str) -> bool:
+    """Whether there is something of a name; not where it can be no name."""
+    try:
+        return bool(name) and Path(name).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def check_words(text: str, what: str = "instruction") -> None:
+    """Raise ValueError for words that are blank, or the name of a file: a second picture that was taken for one."""
+    if not text.strip():
+        raise ValueError(f"the {what} is empty; say what to change in the picture")
+    if _exists(text) and Path(text).is_file():
+        raise ValueError(
+            f"the {what} {text!r} is the name of a file; give one picture, then what to change, in words (in quotes)"
+        )
+
+
+def check_scales(model: Path, scales: int) -> None:
+    """Raise ValueError, before anything is loaded, for a file that is no transformer, or not for so many scales."""
+    levels = canonical(open_weights(model), TRANSFORMER).shapes.get("lvl_embed.weight")
+    if levels:
+        checks.check_scales(scales, levels[0])
 
 
 def checked_loras(model: Path, texts: list[str] | None) -> list[tuple[Path, float]]:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ..demo import demo_files
 from ..files.checkpoints import load_autoencoder
+from ..files.safe_write import together
 from ..pictures.composite import found_mask, masked
 from ..pictures.images import FittedImage, SourceImage, check_target, load_image, save_image, to_uint8, unfit
 from ..runtime.devices import device_of
 from ..sampling.tokens import Tokens
 from . import common as options
-from .common import console, numbered
+from .common import carried, console, numbered
 
 
 def decode(
@@ -37,6 +38,7 @@ def decode(
             help="Picture that was edited: what an auto mask left out stays exactly as it is there, and its alpha."
         ),
     ] = None,
+    strip: options.Strip = False,
 ) -> None:
     """Decode the tokens of edits to pictures again, or of their first scales to drafts."""
     target, found = output or tokens.with_suffix(".png"), Tokens.load(tokens)
@@ -59,14 +61,18 @@ def decode(
     def levels(total: Tensor) -> Tensor:
         return to_uint8(network.decode(total[None])[0])
 
-    for number, path in enumerate(targets):
+    pictures = []
+    for number in range(found.images):
         one = found.of([number]).to(place)
         shown = levels(one.total()[0])
         picture = unfit(shown, one.shown)
         if source is not None:
             mask = found_mask(one, shown, levels) if one.auto_mask else Image.new("L", picture.size, 255)
             picture = masked(picture, FittedImage(torch.empty(0), one.shown, source), mask)
-        save_image(picture, path, overwrite, source and source.icc_profile)
+        pictures.append(picture)
+    with together() as write:
+        for picture, path in zip(pictures, targets):
+            save_image(picture, path, overwrite, *carried(source, strip), write)
     size = "{}x{}".format(*found.shown.size)
     console.print(f"{', '.join(map(str, targets))} ({size})", soft_wrap=True, highlight=False)
 

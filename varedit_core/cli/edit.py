@@ -17,11 +17,12 @@ from ..controls.base import Known
 from ..defaults import FILL, FILLS, FIT, SIZE
 from ..demo import NOTICE
 from ..files.checkpoints import load_transformer
-from ..files.tokens import SUFFIX
+from ..files.safe_write import together
+from ..files.tokens import SUFFIX, save_tokens
 from ..files.tokens import check_target as check_tokens
 from ..files.weights import open_weights
 from ..pictures.canvas import Crop, crop, crop_around, extend, sides_from, stitch
-from ..pictures.composite import Region, check_regions
+from ..pictures.composite import Region, check_masks, check_regions
 from ..pictures.contact_sheet import contact_sheet
 from ..pictures.edited import Edited
 from ..pictures.images import Fitting, SourceImage, check_target, fitting_for, load_image, load_mask, save_image
@@ -35,6 +36,9 @@ from .common import (
     Files,
     ShortcutOptions,
     Words,
+    carried,
+    check_scales,
+    check_words,
     checked_loras,
     command,
     complain,
@@ -115,6 +119,8 @@ class Asked(Words):
         """Raise ValueError where nothing is asked for, or twice."""
         if not (self.instruction or self.features or regions):
             raise ValueError("say what to change: give an instruction, --region, or --features FILE:KEY")
+        if self.instruction:
+            check_words(self.instruction)
         if self.features and (self.instruction or regions):
             raise ValueError("give an instruction or --features, not both")
 
@@ -143,6 +149,7 @@ class Outputs:
     sheet: Annotated[
         Optional[Path], typer.Option("--contact-sheet", help="Write source, every scale and result as one picture.")
     ] = None
+    strip: options.Strip = False
     report: options.JsonReport = False
 
     def targets(self, image: Path) -> list[Path]:
@@ -174,19 +181,25 @@ class Outputs:
             else:
                 check_target(path, False, self.overwrite)
 
-    def write(self, results: Sequence[Image.Image], edited: Edited, image: Path, profile: bytes | None) -> list[Path]:
-        """Write pictures, maps and tokens; the files."""
+    def write(
+        self, results: Sequence[Image.Image], edited: Edited, image: Path, source: SourceImage | None,
+        sheet: Image.Image | None,
+    ) -> list[Path]:  # fmt: skip
+        """Write pictures, maps, tokens and the contact sheet, all or none; the files but the sheet."""
         targets = self.targets(image)
-        for result, path in zip(results, targets):
-            save_image(result, path, self.overwrite, profile)
         beside = self.beside(targets)
         # Of changes only what counts as one, so that the picture serves as a mask.
         changed = [change.point(lambda level: 255 * (level == 255)) for change in edited.changes or ()]
         maps = [picture for pair in zip(changed, edited.certainty or ()) for picture in pair]
-        for picture, path in zip(maps, beside):
-            save_image(picture, path, self.overwrite)
-        if self.save_tokens:
-            edited.tokens.save(self.save_tokens, self.overwrite)
+        with together() as write:
+            for result, path in zip(results, targets):
+                save_image(result, path, self.overwrite, *carried(source, self.strip), write)
+            for picture, path in zip(maps, beside):
+                save_image(picture, path, self.overwrite, write=write)
+            if sheet:
+                save_image(sheet, self.sheet, self.overwrite, write=write)
+            if self.save_tokens:
+                save_tokens(edited.tokens, self.save_tokens, self.overwrite, write)
         return [*targets, *beside]
 
 
@@ -224,6 +237,7 @@ def edit(
         bool(asked.negative),
     ))  # fmt: skip
     outputs.check(image, not task.opaque)
+    check_scales(paths[0], len(schedule))
     prompt, loras = () if place.region else asked.prompt(), checked_loras(paths[0], files.lora)
 
     if files.model is None:
@@ -243,10 +257,11 @@ def edit(
         watcher.take(edited.pictures[0])
     seconds = time.perf_counter() - loaded
     results = [task.whole(picture, place.seam) for picture in edited.pictures]
-    written = outputs.write(results, edited, image, task.source and task.source.icc_profile)
+    sheet = None
     if outputs.sheet:
         row = watcher.row(asked.instruction or asked.features or "; ".join(place.region or ()), task.shown(edited))
-        save_image(contact_sheet([row], watcher.columns), outputs.sheet, outputs.overwrite)
+        sheet = contact_sheet([row], watcher.columns)
+    written = outputs.write(results, edited, image, task.source, sheet)
     report_edit(written, results[0].size, seconds, loaded - begin)
     if outputs.report:
         targets = written[: outputs.variations]
@@ -279,7 +294,8 @@ class Task:
     def read(cls, image: Path, canvas: Canvas, place: Place, model: Path | None) -> Task:
         """The files that options name, put together. model: None for the demo model. ValueError for options that do not
         go with what the files hold."""
-        shown = load_mask(place.mask or place.protect) if place.mask or place.protect else None
+        drawn = place.mask or place.protect
+        shown = load_mask(drawn, erased=place.protect is not None) if drawn else None
         shown = ImageOps.invert(shown) if place.protect else shown
         parts = [region_of(text) for text in place.region or ()]
         check_regions(parts)
@@ -289,9 +305,11 @@ class Task:
             if canvas.size or canvas.fit:
                 raise ValueError("tokens have the size and fit they were made with; leave out --size and --fit")
             tokens = Tokens.load(image)
+            check_masks([shown] if shown else [], parts, [tokens.shown.size])
             return cls(tokens, None, tokens.shown, shown, parts)
         area, fit = canvas.area(model), canvas.method
         source = load_image(image)
+        check_masks([shown] if shown else [], parts, [source.size])
         if place.extend:
             source, shown = extend(source, sides_from(place.extend), fill=place.fill or FILL)
         if place.crop is None:

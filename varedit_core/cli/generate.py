@@ -13,9 +13,11 @@ import typer
 from ..controls.base import Known
 from ..controls.registry import Controls, Shortcuts
 from ..defaults import FITS, RATIO, RATIOS, SIZE
+from ..files.safe_write import together
 from ..files.tokens import check_target as check_tokens
+from ..files.tokens import save_tokens
 from ..fitting import nearest_ratio
-from ..pictures.composite import Region, check_regions, check_rest
+from ..pictures.composite import Region, check_masks, check_regions, check_rest
 from ..pictures.images import check_target, fitting_for, load_image, load_mask, save_image
 from ..sampling.settings import TEXT_SETTINGS
 from ..tokenizer.schedule import schedule_for
@@ -26,6 +28,9 @@ from .common import (
     Draw,
     Files,
     Words,
+    carried,
+    check_scales,
+    check_words,
     checked_loras,
     choice,
     command,
@@ -78,6 +83,8 @@ class Shape:
         """Raise ValueError for options that do not go together."""
         if not (prompt or self.region):
             raise ValueError("say what the picture shows: give a prompt, or --region")
+        if prompt:
+            check_words(prompt, "prompt")
         if prompt and self.region:
             raise ValueError("give a prompt or --region, not both; a --region without a mask is for everywhere")
         if bool(self.image) != bool(self.mask):
@@ -105,6 +112,7 @@ class Outputs:
     variations: options.Variations = 1
     save_tokens: options.SaveTokens = None
     seam: options.Seam = 0
+    strip: options.Strip = False
     report: options.JsonReport = False
 
 
@@ -130,7 +138,9 @@ def generate(
     named, saved = controls.values(), shortcuts.values()
     shape.check(prompt, named)
     area, ratio, regions = choice(shape.size, SIZES, "size"), _ratio(shape.ratio), shape.regions()
-    source = load_image(shape.image) if shape.image else None
+    source, mask = (read(file) if file else None for read, file in ((load_image, shape.image), (load_mask, shape.mask)))
+    if source:
+        check_masks([mask], regions, [source.size])
     schedule, settings = schedule_for(area, nearest_ratio(ratio)), draw.settings(files.model)
     if source:
         schedule = fitting_for(source.size, area, FITS[1]).schedule
@@ -146,6 +156,7 @@ def generate(
     if outputs.save_tokens:
         check_tokens(outputs.save_tokens, outputs.overwrite)
     paths = files.paths()
+    check_scales(paths[0], len(schedule))
     loras = checked_loras(paths[0], files.lora)
 
     begin = time.perf_counter()
@@ -156,15 +167,16 @@ def generate(
         bar.update(watcher.task, description="reading the text")
         made = editor.make(
             [prompt] if prompt else (), area, ratio, settings, words.negative, source, watcher,
-            variations=outputs.variations, shortcuts=saved, mask=load_mask(shape.mask) if shape.mask else None,
+            variations=outputs.variations, shortcuts=saved, mask=mask,
             controls=named, regions=regions, given=given, seam=outputs.seam,
         )  # fmt: skip
     done = time.perf_counter()
-    for result, path in zip(made.pictures, targets):
-        save_image(result, path, outputs.overwrite, source.icc_profile if source else None)
+    with together() as write:
+        for result, path in zip(made.pictures, targets):
+            save_image(result, path, outputs.overwrite, *carried(source, outputs.strip), write)
+        if outputs.save_tokens:
+            save_tokens(made.tokens, outputs.save_tokens, outputs.overwrite, write)
     written = [*targets, *([outputs.save_tokens] if outputs.save_tokens else [])]
-    if outputs.save_tokens:
-        made.tokens.save(outputs.save_tokens, outputs.overwrite)
     size = made.pictures[0].size
     report_edit(written, size, done - loaded, loaded - begin)
     if outputs.report:

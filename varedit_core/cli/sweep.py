@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,25 @@ import typer
 from ..controls.registry import SWEPT
 from ..defaults import NEGATIVE_PROMPT
 from ..demo import NOTICE
+from ..files.safe_write import together
+from ..pictures.composite import check_masks
 from ..pictures.images import check_target, fitting_for, load_image, load_mask, save_image
 from ..sweep import CELL, Axis, Cell, Swept, check, grid, planned
 from ..sweep import sweep as swept
 from . import common as options
-from .common import NEGATIVE, Canvas, Draw, Files, checked_loras, command, console, progress
+from .common import (
+    NEGATIVE,
+    Canvas,
+    Draw,
+    Files,
+    carried,
+    check_scales,
+    check_words,
+    checked_loras,
+    command,
+    console,
+    progress,
+)  # fmt: skip
 
 _AXIS = f"NAME=VALUE,VALUE,... of one of {', '.join(SWEPT)}"
 
@@ -36,6 +51,7 @@ class Outputs:
     cell: Annotated[int, typer.Option(min=32, max=2048, help="Largest side of a picture on the grid, in pixels.")] = (
         CELL
     )
+    strip: options.Strip = False
     report: options.JsonReport = False
 
 
@@ -54,8 +70,7 @@ def sweep(
 ) -> None:
     """Edit a picture at several values of one or two settings, and lay the results out as a labelled grid."""
     files.check()
-    if not instruction:
-        raise ValueError("say what to change: give an instruction")
+    check_words(instruction)
     paths, area, overwrite = files.paths(), canvas.area(files.model), outputs.overwrite
     axes = [Axis.parse(text) for text in (x, y) if text]
     cells = planned(*axes, settings=draw.settings(files.model))
@@ -68,26 +83,31 @@ def sweep(
     check_target(target, False, overwrite)
     folder = outputs.folder
     apart = {one: folder / f"{image.stem}-{_named(one)}.png" for row in cells for one in row} if folder else {}
+    if same := next((path for path, count in Counter(apart.values()).items() if count > 1), None):
+        raise ValueError(f"two edits of the sweep would both be {same}; leave one of these values out, or --folder")
     for path in apart.values():
         check_target(path, not source.opaque, overwrite)
-    drawn, loras = load_mask(mask) if mask else None, checked_loras(paths[0], files.lora)
+    drawn = load_mask(mask) if mask else None
+    check_masks([drawn] if drawn else [], (), [source.size])
+    check_scales(paths[0], len(schedule))
+    loras = checked_loras(paths[0], files.lora)
 
     if files.model is None:
         console.print(NOTICE, soft_wrap=True)
     begin = time.perf_counter()
     editor = files.load(paths, loras)
     loaded = time.perf_counter()
-    with progress() as bar:
+    with together() as write, progress() as bar:
         task = bar.add_task("editing", total=sum(map(len, cells)))
 
         def done(one: Cell, picture) -> None:
             if folder:
-                save_image(picture, apart[one], overwrite, source.icc_profile)
+                save_image(picture, apart[one], overwrite, *carried(source, outputs.strip), write)
             bar.advance(task)
 
         asked = Swept(source, instruction, negative, area, canvas.method, drawn)
         pictures = swept(editor, asked, cells, done)
-    save_image(grid(cells, pictures, outputs.cell), target, overwrite, source.icc_profile)
+        save_image(grid(cells, pictures, outputs.cell), target, overwrite, source.icc_profile, write=write)
     seconds = time.perf_counter() - loaded
     console.print(
         f"{target}: {sum(map(len, cells))} edits in {seconds:.1f} s after {loaded - begin:.1f} s of loading",

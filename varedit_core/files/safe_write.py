@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -91,6 +91,37 @@ def write_tensors(
             save_file(dict(tensors), temporary, dict(metadata))
         except SafetensorError as error:
             raise OSError(f"cannot write {path} ({error}); make room, or choose another place") from error
+
+
+@contextmanager
+def together() -> Iterator[Callable[[str | os.PathLike[str], bytes, bool], None]]:
+    """Files that appear all or none: a function like `write_bytes`, whose files take their names when the `with` block
+    ends well. Where it does not, or one cannot be written, none of them is there."""
+    with ExitStack() as files:
+
+        def write(path: str | os.PathLike[str], data: bytes, overwrite: bool = True) -> None:
+            temporary = files.enter_context(safe_write(path, overwrite))
+            with open(temporary, "wb") as file:
+                file.write(data)
+
+        yield write
+
+
+def check_target(path: str | os.PathLike[str], overwrite: bool = True) -> None:
+    """Raise what `safe_write` would for this path, and make missing folders, before there is anything to write.
+    ValueError where nothing can be written there; one sentence."""
+    path = Path(path)
+    check_free(path, overwrite)
+    make_folder(path.parent)
+    if path.exists() and not path.is_file():
+        return
+    temporary = Path(os.path.realpath(path)).with_name(f".{uuid4().hex}.tmp")
+    try:
+        _made(temporary, path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path} ({error.strerror}); choose another place") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_free(path: Path, overwrite: bool) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -199,7 +199,7 @@ def crop(source: SourceImage, region: Crop) -> tuple[SourceImage, Image.Image]:
     _check_whole(_empty(source), region)
     alpha = source.alpha if source.alpha is None else source.alpha.crop(region.boxes[0])
     mask = _part(region.mask[0], region.boxes[0]) > 0
-    part = SourceImage(source.rgb.crop(region.boxes[0]), alpha, source.icc_profile)
+    part = replace(source, rgb=source.rgb.crop(region.boxes[0]), alpha=alpha)
     return part, Image.fromarray(mask.numpy().astype(np.uint8) * 255)
 
 
@@ -223,7 +223,7 @@ def extend(
         alpha = Image.new("L", rgb.size, 255)
         alpha.paste(source.alpha, (left, top))
     levels = (mask[0] * 255).ceil()  # the faintest still counts
-    return SourceImage(rgb, alpha, source.icc_profile), Image.fromarray(levels.to(torch.uint8).numpy())
+    return replace(source, rgb=rgb, alpha=alpha), Image.fromarray(levels.to(torch.uint8).numpy())
 
 
 def sides_from(text: str) -> tuple[int | float, ...]:

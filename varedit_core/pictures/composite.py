@@ -15,9 +15,10 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from ..controls.auto_mask import differing
+from ..fitting import Size
 from ..sampling.tokens import Tokens
 from .canvas import faded
-from .images import FittedImage, fit_mask, unfit_mask
+from .images import FittedImage, check_mask_shape, fit_mask, unfit_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,18 @@ def check_regions(regions: Sequence[Region], instructed: bool = False) -> None:
             raise ValueError(f"the mask of region {number} is empty; paint where its instruction is to count")
         if isinstance(region.instruction, str) and not region.instruction.strip():
             raise ValueError(f"region {number} has no instruction; say what to change in it, or leave it out")
+
+
+def check_masks(masks: Sequence[Image.Image], regions: Sequence[Region], sizes: Sequence[Size]) -> None:
+    """ValueError for a mask of the pictures that is empty, and for one of them, or of a region, that has another shape
+    than a picture. sizes: theirs; masks: one for all, or one each."""
+    if any(mask.getbbox() is None for mask in masks):
+        raise ValueError("the mask is empty, so nothing could change; paint white where the picture may change")
+    for mask, size in zip(masks if len(masks) == len(sizes) else [*masks] * len(sizes), sizes):
+        check_mask_shape(mask, size)
+    for number, region in enumerate(regions, start=1):
+        for size in sizes if region.mask is not None else ():
+            check_mask_shape(region.mask, size, f"mask of region {number}")
 
 
 def check_rest(regions: Sequence[Region]) -> None:

@@ -6,20 +6,28 @@ are (width, height), those of tensors and schedules (height, width). Pixels are 
 
 from __future__ import annotations
 
+import logging
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from ..defaults import FITS
-from ..files.safe_write import check_free, make_folder, write_bytes
+from ..files.safe_write import check_target as check_file_target
+from ..files.safe_write import write_bytes
 from ..fitting import MAX_CANVAS_PIXELS, Fitting, Size, canvas_size, nearest_ratio
 from ..tokenizer.schedule import Schedule, schedule_for
+from .colours import straight, transparent
+from .reading import NO_DETAILS, Details, opened
+
+logger = logging.getLogger(__name__)
 
 # The published code truncates: half a level darker on average, but the pack must equal its output.
 PUBLISHED_ROUNDING = "truncate"
@@ -28,17 +36,24 @@ ROUNDINGS = (PUBLISHED_ROUNDING, "nearest")
 # Lossy only where the format is, so that repeated edits lose as little as they can.
 _JPEG = ("JPEG", {"quality": 95, "subsampling": 0})
 _FORMATS = {".png": ("PNG", {}), ".webp": ("WEBP", {"lossless": True, "exact": True}), ".jpg": _JPEG, ".jpeg": _JPEG}
-# Modes whose numbers an RGB profile still describes after conversion to straight RGB.
-_PROFILED_MODES = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA")
+Readable = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
+"""What `reading.opened` takes; open files, too."""
+SHAPE_ERROR = 0.05
+"""By how much the shapes of a mask and its picture may differ, as a share: other programs round sizes."""
+_SAME, _GREY, _COLOURED = 2, 24, 0.02
+"""Of masks: levels that count as one brightness, levels between channels that count as grey, and the share of seen
+pixels that makes a picture one in colours."""
 
 
 @dataclass(frozen=True)
 class SourceImage:
-    """An upright 8-bit picture: straight RGB, its alpha (mode L) or None, its RGB profile or None."""
+    """An upright 8-bit picture: straight RGB, its alpha (mode L) or None, its RGB profile or None, and what else it
+    carries."""
 
     rgb: Image.Image
     alpha: Image.Image | None = None
     icc_profile: bytes | None = None
+    details: Details = NO_DETAILS
 
     @property
     def size(self) -> Size:
@@ -64,29 +79,60 @@ class FittedImage:
         return self.fitting.schedule
 
 
-def load_image(image: str | os.PathLike[str] | Image.Image) -> SourceImage:
-    """Read a file (its first frame) or take a Pillow image (its current frame), upright by its EXIF.
+def load_image(picture: Readable) -> SourceImage:
+    """A picture of any kind that `reading.opened` takes, upright by its EXIF, in straight 8-bit RGB.
 
-    Colours under fully transparent pixels become white. Raises FileNotFoundError for a missing file and
-    ValueError for one that cannot be read, an empty picture, or values that do not fit 8 or 16 bits.
+    Colours go through a profile that is not of RGB; one of RGB is kept with the picture, as are its details. Colours
+    under fully transparent pixels become white. Raises as `opened`, and ValueError for an empty picture and for values
+    that do not fit 8 or 16 bits.
     """
-    upright = _upright(image)
+    upright, details = opened(picture)
     if 0 in upright.size:
         raise ValueError(f"the image is empty ({upright.width}x{upright.height}); pass one of at least 1x1 pixel")
-    profile = upright.info.get("icc_profile") or b""
-    kept = upright.mode in _PROFILED_MODES and profile[16:20] == b"RGB "
-    red, green, blue, *alpha = _straight(upright).split()
+    image, profile = straight(upright)
+    red, green, blue, *alpha = image.split()
     rgb = Image.merge("RGB", (red, green, blue))
     for band in alpha:
         rgb.paste("white", mask=band.point([255] + [0] * 255))
-    return SourceImage(rgb, alpha[0] if alpha else None, profile if kept else None)
+    return SourceImage(rgb, alpha[0] if alpha else None, profile, details)
 
 
-def load_mask(image: str | os.PathLike[str] | Image.Image) -> Image.Image:
-    """A mask [mode L] from a picture: its alpha where anything shines through, else how bright it is. Raises as
-    `load_image`."""
-    source = load_image(image)
-    return source.rgb.convert("L") if source.opaque else source.alpha
+def load_mask(picture: Readable, erased: bool = False) -> Image.Image:
+    """A mask [mode L] from a picture: how bright it is, times how opaque.
+
+    Where all that is seen has one brightness, its transparency alone is the mask (opaque is white), which is told.
+    erased: the picture may be a photograph with a part erased, of which the transparency counts, too; else that is a
+    ValueError, as elsewhere such files mean the opposite. Raises as `load_image`.
+    """
+    source = load_image(picture)
+    grey = source.rgb.convert("L")
+    if source.opaque:
+        return grey
+    seen = np.array(source.alpha) > 0
+    levels = np.array(source.rgb)[seen].astype(int)
+    if not seen.any() or np.ptp(np.array(grey)[seen]) <= _SAME or erased:
+        logger.warning("the mask's transparency counts, not how bright it is: what is opaque is white")
+        return source.alpha
+    if (np.ptp(levels, axis=1) > _GREY).mean() > _COLOURED:
+        raise ValueError(
+            "this is a picture with a transparent part, not a mask: to edit what was erased, give it with --protect "
+            "(in Python load_mask(picture, erased=True), inverted); else save the mask in black and white"
+        )
+    return ImageChops.multiply(grey, source.alpha)
+
+
+def check_mask_shape(mask: Image.Image, size: Size, name: str = "mask") -> None:
+    """ValueError for a mask of another shape than its picture of `size` (width, height): stretched over it, it would
+    mark another place. One that is the same everywhere may have any."""
+    (width, height), (own_width, own_height) = size, mask.size
+    if abs(math.log(own_width * height / (own_height * width))) <= SHAPE_ERROR:
+        return
+    low, high = mask.convert("L").getextrema()
+    if low != high:
+        raise ValueError(
+            f"the {name} is {own_width}x{own_height} but the picture is {width}x{height} (upright), another shape; "
+            "make it of the picture's shape"
+        )
 
 
 def fitting_for(size: Size, area: str, method: str) -> Fitting:
@@ -180,12 +226,14 @@ def to_uint8(pixels: Tensor, rounding: str = PUBLISHED_ROUNDING) -> Tensor:
 
 
 def save_image(
-    image: Image.Image, path: str | os.PathLike[str], overwrite: bool = False, icc_profile: bytes | None = None
-) -> None:
+    image: Image.Image, path: str | os.PathLike[str], overwrite: bool = False, icc_profile: bytes | None = None,
+    details: Details = NO_DETAILS, write: Callable[[Path, bytes, bool], None] = write_bytes,
+) -> None:  # fmt: skip
     """Write an L, RGB or RGBA image in the format of the path's suffix; the file appears whole or not at all.
 
-    Makes missing folders. Raises FileExistsError where a file exists and overwrite is False, ValueError for
-    another mode or suffix and for transparency that the format cannot hold.
+    Makes missing folders. details: what the picture carries; what the format cannot hold is told. write: see
+    `safe_write.together`. Raises FileExistsError where a file exists and overwrite is False, ValueError for another
+    mode or suffix and for transparency that the format cannot hold.
     """
     path = Path(path)
     if image.mode not in ("L", "RGB", "RGBA"):
@@ -194,8 +242,8 @@ def save_image(
     image = image.convert("RGB") if image.mode == "RGBA" and _is_jpeg(path) else image
     format_name, options = _FORMATS[path.suffix.lower()]
     encoded = BytesIO()  # Pillow's encoders do not notice where a disk takes a part of what they write
-    image.save(encoded, format_name, icc_profile=icc_profile, **options)
-    write_bytes(path, encoded.getvalue(), overwrite)
+    image.save(encoded, format_name, icc_profile=icc_profile, **details.options(format_name), **options)
+    write(path, encoded.getvalue(), overwrite)
 
 
 def check_target(path: str | os.PathLike[str], transparent: bool, overwrite: bool = False) -> None:
@@ -205,13 +253,12 @@ def check_target(path: str | os.PathLike[str], transparent: bool, overwrite: boo
         raise ValueError(f"cannot write {path.name}: its suffix must be one of {', '.join(_FORMATS)}")
     if transparent and _is_jpeg(path):
         raise ValueError(f"JPEG cannot hold the transparency of {path.name}; save it as PNG or WebP")
-    check_free(path, overwrite)
-    make_folder(path.parent)
+    check_file_target(path, overwrite)
 
 
 def _transparent(image: Image.Image) -> bool:
     """Whether anything shines through an L, RGB or RGBA image."""
-    return not _is_full(image.getchannel("A")) if image.mode == "RGBA" else image.has_transparency_data
+    return not _is_full(image.getchannel("A")) if image.mode == "RGBA" else transparent(image)
 
 
 def _is_full(alpha: Image.Image) -> bool:
@@ -220,41 +267,3 @@ def _is_full(alpha: Image.Image) -> bool:
 
 def _is_jpeg(path: Path) -> bool:
     return _FORMATS[path.suffix.lower()][0] == "JPEG"
-
-
-def _upright(image: str | os.PathLike[str] | Image.Image) -> Image.Image:
-    """A decoded copy, turned by its EXIF orientation."""
-    try:
-        if isinstance(image, Image.Image):
-            return ImageOps.exif_transpose(image)
-        # Given a path, Pillow 11 to 13 map uncompressed TIFFs and scramble those that EXIF turns on their side.
-        with open(image, "rb") as file, Image.open(file) as opened:
-            return ImageOps.exif_transpose(opened)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image at {image}; check the path") from None
-    except Exception as error:  # broken files raise struct.error, SyntaxError, EOFError and more
-        if not isinstance(image, (str, os.PathLike, Image.Image)):
-            raise ValueError(f"a picture is a path or a PIL image, got {type(image).__name__}") from None
-        raise ValueError(f"cannot read {image} ({error}); save it again as PNG or JPEG") from error
-
-
-def _straight(image: Image.Image) -> Image.Image:
-    """The image as RGB, or as RGBA where it has any transparency."""
-    if image.mode == "F":
-        raise ValueError("the image holds floating-point values (mode F); convert it to 8 or 16 bits")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = _eight_bits(image)
-    if image.mode == "La":
-        image = image.convert("LA")
-    return image.convert("RGBA" if image.has_transparency_data else "RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey as L, or as LA where one grey is marked transparent (before two greys become one)."""
-    values = np.array(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"the image's values run from {values.min()} to {values.max()}; scale them to 0..65535")
-    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    if "transparency" in image.info:
-        grey.putalpha(Image.fromarray((values != image.info["transparency"]).astype(np.uint8) * 255))
-    return grey

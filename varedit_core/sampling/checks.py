@@ -88,12 +88,7 @@ def _fits(batch: EditBatch, config: TransformerConfig) -> None:
             f"{config.token_bits} bits; encode the image at {schedule.pixels[1]}x{schedule.pixels[0]} with the model's "
             "VAE"
         )
-    if len(schedule) > config.levels:
-        fitting = [side for side, area in SIZES.items() if AREAS[area] <= config.levels]
-        raise ValueError(
-            f"this size has {len(schedule)} scales but the model was made for {config.levels}; use one of at most "
-            f"{config.levels}" + (f", such as {fitting[-1]}" if fitting else "")
-        )
+    check_scales(len(schedule), config.levels)
     texts = [text for of_picture in batch.texts for text in of_picture]
     for text in (*texts, *(batch.negatives if batch.guided_scales else ())):
         if text is not None and (text.ndim != 2 or text.shape[1] != config.text_width or not len(text)):
@@ -103,6 +98,16 @@ def _fits(batch: EditBatch, config: TransformerConfig) -> None:
             )
     for control in batch.active:
         control.check(config)
+
+
+def check_scales(count: int, levels: int) -> None:
+    """Raise ValueError for a size of more scales than a transformer was made for."""
+    if count > levels:
+        fitting = [side for side, area in SIZES.items() if AREAS[area] <= levels]
+        raise ValueError(
+            f"this size has {count} scales but the model was made for {levels}; use one of at most {levels}"
+            + (f", such as {fitting[-1]}" if fitting else "")
+        )
 
 
 def patch_size(transformer: TransformerConfig, autoencoder: AutoencoderConfig) -> int:

@@ -1,0 +1,212 @@
+"""Pictures as users have them (files, bytes, open files, Pillow images, arrays, tensors) to one upright Pillow image.
+
+Knows files, formats and what else a picture carries (`Details`); knows nothing of the model. What cannot be used is
+said in one sentence, and so is what is left out (as a warning of `logging`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from ..files.reading import check_file
+from ..fitting import MAX_CANVAS_PIXELS
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF", "HEIF", "JPEG2000")
+"""What is opened. Not all that Pillow knows: EPS starts another program, and others have no bounds."""
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm"}
+"""Of files that look like pictures by their names."""
+_STILL = ("MPO",)  # its further pictures are previews of the first
+_PIXELS_A_BYTE = 16384  # more than PNG (8,256) and GIF (2,700) can pack
+_PACKED = ("PNG", "GIF", "BMP", "PPM", "JPEG")
+_ORIENTATION = 0x0112
+_XMP = "XML:com.adobe.xmp"
+_BROKEN = (SyntaxError, IndexError, TypeError, KeyError, struct.error)
+"""What Pillow raises of a file that only begins like one of a format."""
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a picture carries beside pixels and colour profile: EXIF without its thumbnail and of an upright picture,
+    dots per inch, XMP, a comment, and the texts of a PNG."""
+
+    exif: bytes = b""
+    dpi: tuple[float, float] | None = None
+    xmp: bytes = b""
+    comment: bytes = b""
+    texts: tuple[tuple[str, str], ...] = ()
+
+    def options(self, kind: str) -> dict[str, Any]:
+        """Options of Pillow's `save` for a format; what it cannot hold is told."""
+        found = {"exif": self.exif or None, "dpi": self.dpi, "xmp": self.xmp or None}
+        if kind == "PNG":
+            found["pnginfo"] = self._chunks()
+        if kind == "JPEG":
+            found["comment"] = self.comment or None
+            if len(self.exif) > 65_000:
+                logger.warning("the EXIF data is too large for JPEG and is left out; save as PNG to keep it")
+                found["exif"] = None
+        if self.texts and kind != "PNG":
+            names = ", ".join(name for name, _ in self.texts)
+            logger.warning("%s cannot hold the texts of a PNG (%s), so they are left out", kind, names)
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _chunks(self) -> PngInfo:
+        made = PngInfo()
+        for name, text in self.texts:
+            made.add_itxt(name, text) if not text.isascii() else made.add_text(name, text)
+        if self.comment and "Comment" not in dict(self.texts):
+            made.add_itxt("Comment", self.comment.decode("utf-8", "replace"))
+        if self.xmp:
+            made.add_itxt(_XMP, self.xmp.decode("utf-8", "replace"))
+        return made
+
+
+NO_DETAILS = Details()
+
+
+def is_picture(value: object) -> bool:
+    """Whether a value is one picture, rather than several: of arrays, those of up to three dimensions."""
+    if isinstance(value, (np.ndarray, Tensor)):
+        return value.ndim < 4
+    return isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)) or hasattr(value, "read")
+
+
+def opened(picture: object) -> tuple[Image.Image, Details]:
+    """A decoded copy, turned by its EXIF orientation, and what it carries.
+
+    picture: a path, bytes, an open file, a Pillow image (its current frame), or an array or tensor of one picture:
+    levels in uint8 or numbers from 0 to 1, [H, W], [H, W, C], and for tensors [C, H, W], C in 1, 3, 4. Of files with
+    several frames the first is read, which is told. FileNotFoundError for a missing file; ValueError for one that
+    cannot be read, for other formats than FORMATS, for more than MAX_CANVAS_PIXELS, and for anything else.
+    """
+    if isinstance(picture, Image.Image):
+        try:
+            return _upright(picture, "the picture")
+        except (OSError, *_BROKEN) as error:
+            raise ValueError(f"the picture cannot be decoded ({error}); open another file") from error
+    if isinstance(picture, (np.ndarray, Tensor)):
+        return of_array(picture), NO_DETAILS
+    if isinstance(picture, (bytes, bytearray, memoryview)):
+        return _read(BytesIO(picture), "the picture", len(picture))
+    if hasattr(picture, "read"):
+        name = getattr(picture, "name", None)
+        data = picture.read()
+        if not isinstance(data, bytes):
+            raise ValueError("the open file gives text; open it with mode 'rb'")
+        return _read(BytesIO(data), str(name) if isinstance(name, (str, os.PathLike)) else "the picture", len(data))
+    if not isinstance(picture, (str, os.PathLike)):
+        raise ValueError(
+            f"a picture is a path, bytes, an open file, a PIL image, or an array or tensor of one, got "
+            f"{type(picture).__name__}"
+        )
+    path = check_file(picture, "image")
+    # Given a path, Pillow 11 to 13 map uncompressed TIFFs and scramble those that EXIF turns on their side.
+    with open(path, "rb") as file:
+        return _read(file, str(path), path.stat().st_size)
+
+
+def of_array(values: np.ndarray | Tensor) -> Image.Image:
+    """A picture of an array or a tensor (see `opened`). ValueError for other shapes, types and values."""
+    tensor = isinstance(values, Tensor)
+    array = values.detach().cpu().float().numpy() if tensor and values.is_floating_point() else np.asarray(values)
+    shape, channels = tuple(array.shape), (1, 3, 4)
+    if array.ndim == 3 and shape[0] in channels and (tensor or shape[2] not in channels):
+        array = np.moveaxis(array, 0, 2)
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in channels):
+        raise ValueError(f"an array of one picture is [height, width] or has 1, 3 or 4 channels, got {list(shape)}")
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    if np.issubdtype(array.dtype, np.floating):
+        least, most = (float(array.min()), float(array.max())) if array.size else (0, 0)
+        if not (least >= 0 and most <= 1):  # nor a number that is none
+            raise ValueError(f"an array of floating-point numbers must be from 0 to 1, got {least:g} to {most:g}")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"an array must be of uint8 or of numbers from 0 to 1, got {array.dtype}")
+    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array))
+
+
+def _read(file, name: str, size: int) -> tuple[Image.Image, Details]:
+    """`opened` of an open file that holds so many bytes."""
+    try:
+        with _open(file) as image:
+            width, height = image.size
+            if width * height > MAX_CANVAS_PIXELS:
+                raise ValueError(f"{name} has {width}x{height} pixels where at most {MAX_CANVAS_PIXELS} are read; "
+                                 "make it smaller")  # fmt: skip
+            if image.format in _PACKED and width * height > _PIXELS_A_BYTE * size:
+                raise ValueError(f"{name} claims {width}x{height} pixels but has only {size} bytes; it is damaged")
+            frames = 1 if image.format in _STILL else getattr(image, "n_frames", 1)
+            found = _upright(image, name)
+    except (ValueError, FileNotFoundError) as error:
+        if name in str(error):
+            raise
+        raise ValueError(f"cannot read {name} ({error}); save it again as PNG or JPEG") from error
+    except Exception as error:  # broken files raise struct.error, SyntaxError, EOFError and more
+        cut = "truncated" in str(error)
+        advice = "it is cut short, so copy or download it again" if cut else "save it again as PNG or JPEG"
+        raise ValueError(f"cannot read {name} ({error}); {advice}") from error
+    if frames > 1:
+        logger.warning("%s has %d frames; the first is read", name, frames)
+    return found
+
+
+def _open(file) -> Image.Image:
+    """As `PIL.Image.open`, for FORMATS and without its own bounds: it warns of pictures that are none too large for
+    the model, and refuses some."""
+    prefix = file.read(16)
+    for known in (Image.preinit, Image.init):
+        known()
+        for kind in FORMATS:
+            factory, accepts = Image.OPEN.get(kind, (None, None))
+            if factory is None or (accepts and accepts(prefix) is not True):
+                continue
+            file.seek(0)
+            try:
+                return factory(file, "")
+            except _BROKEN as error:
+                raise ValueError(f"it begins like {kind} but is damaged: {error}") from error
+    raise ValueError(f"it is none of {', '.join(FORMATS)}")
+
+
+def _upright(image: Image.Image, name: str) -> tuple[Image.Image, Details]:
+    image.load()
+    try:
+        turned = ImageOps.exif_transpose(image)
+    except _BROKEN as error:
+        logger.warning("the EXIF data of %s cannot be read (%s): it is taken as upright", name, error)
+        turned = image.copy()
+    return turned, _details(image, turned, name)
+
+
+def _details(image: Image.Image, turned: Image.Image, name: str) -> Details:
+    """What an image carries; turned: the same, upright."""
+    try:
+        exif = turned.getexif()
+        if image.getexif().get(_ORIENTATION):
+            exif[_ORIENTATION] = 1
+        data = exif.tobytes() if len(exif) else b""
+    except Exception as error:  # broken data raise struct.error, KeyError and more
+        logger.warning("the EXIF data of %s cannot be read (%s) and is left out", name, error)
+        data = b""
+    texts = getattr(image, "text", None)
+    texts = {key: str(text) for key, text in texts.items()} if isinstance(texts, dict) else {}
+    xmp = turned.info.get("xmp") or turned.info.get(_XMP) or texts.get(_XMP) or b""
+    comment = turned.info.get("comment") or b""
+    texts.pop(_XMP, None)
+    return Details(
+        data, turned.info.get("dpi"), xmp.encode() if isinstance(xmp, str) else xmp,
+        comment.encode() if isinstance(comment, str) else comment, tuple(texts.items()),
+    )  # fmt: skip
