@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .defaults import FIT, SIZE
+from .defaults import FIT, SIZE, TEXT_TOKENS
 from .pictures.images import FittedImage, Readable, SourceImage, fit, load_image, restore
 from .runtime.graphs import Recorder
 from .text.encoder import TextEncoder
@@ -30,6 +30,8 @@ class Coder:
     def __init__(self, autoencoder: Autoencoder, text: TextEncoder | None, device: torch.device | str) -> None:
         self.autoencoder, self.text = autoencoder, text
         self.device, self._lock = torch.device(device), RLock()
+        self.text_length = TEXT_TOKENS
+        """Tokens of a text that the transformer takes."""
         self._last: tuple[list[Tensor], list[str | Tensor]] = [], []
         self._beside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         most, stride = RECORDED_SIDE**2, autoencoder.config.stride
@@ -58,7 +60,7 @@ class Coder:
         with self._lock:
             if self._beside is not None:  # where it may be at work
                 torch.cuda.current_stream(self.device).wait_stream(self._beside)
-            return self.text.encode(prompts)
+            return self.text.encode(prompts, self.text_length)
 
     def features_of(self, prompts: Sequence[str | Tensor]) -> list[Tensor]:
         """`encode_text` of those prompts that are not text features already."""

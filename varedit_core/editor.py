@@ -51,6 +51,7 @@ class Editor(Coder):
         self, transformer: Transformer, autoencoder: Autoencoder, text: TextEncoder | None = None, device="cpu"
     ) -> None:
         super().__init__(autoencoder, text, device)
+        self.text_length = transformer.config.text_length
         self.patch, self.transformer = patch_size(transformer.config, autoencoder.config), transformer
         self.memory = TorchMemory(transformer, self.device)
         self.memory.recordings = self.recordings
