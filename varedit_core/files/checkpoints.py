@@ -25,7 +25,7 @@ from ..runtime.unfilled import Unfilled
 from ..runtime.warm_up import warm_up
 from ..tokenizer.vae import Autoencoder
 from .shapes import autoencoder_config, transformer_config
-from .weights import WeightError, Weights, open_weights, under
+from .weights import WeightError, Weights, check_finite, open_weights, under
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,10 @@ _IGNORED_IN_TOKENIZER = re.compile(
 KIND = "varedit.kind"
 """Where a transformer's file says what it was trained for."""
 _SCALED = ".weight_scale"
+_NUMBERS = {
+    "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz",
+}  # fmt: skip
+"""The types of weights. Others are read as numbers of another meaning, if at all."""
 # Buffers of older Infinity checkpoints, which its own loader leaves out too.
 _IGNORED_IN_TRANSFORMER = {"lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen"}
 # What stands beside a quantised matrix, in our 8-bit files and in those of ComfyUI's formats.
@@ -127,19 +131,30 @@ def checked_kind(kind: str) -> str | None:
 
 def transformer_recipes(weights: Weights) -> dict[str, Recipe]:
     """Canonical key -> recipe for a transformer, published or canonical."""
-    chunks = {int(m[1]) for m in map(re.compile(r"block_chunks\.(\d+)\.").match, weights) if m}
+    chunks = {int(m[1]) for m in map(re.compile(r"block_chunks\.([0-9]{1,9})\.").match, weights) if m}
     per_chunk = 1 + max(
-        (int(m[1]) for m in map(re.compile(r"block_chunks\.0\.module\.(\d+)\.").match, weights) if m), default=0
+        (int(m[1]) for m in map(re.compile(r"block_chunks\.0\.module\.([0-9]{1,9})\.").match, weights) if m), default=0
     )
     if chunks and chunks != set(range(len(chunks))):
         raise WeightError(f"{weights.path} is incomplete: its block chunks are {sorted(chunks)}; download it again")
     recipes: dict[str, Recipe] = {}
     for key in (key for key in weights if key not in _IGNORED_IN_TRANSFORMER):
         name = re.sub(
-            r"^block_chunks\.(\d+)\.module\.(\d+)\.", lambda m: f"blocks.{int(m[1]) * per_chunk + int(m[2])}.", key
+            r"^block_chunks\.([0-9]{1,9})\.module\.([0-9]{1,9})\.",
+            lambda m: f"blocks.{int(m[1]) * per_chunk + int(m[2])}.",
+            key,
         )
-        recipes.update(_transformer_recipe(weights, key, name))
+        for new, recipe in _transformer_recipe(weights, key, name).items():
+            _add(recipes, new, recipe, weights)
     return recipes
+
+
+def _add(recipes: dict[str, Recipe], key: str, recipe: Recipe, weights: Weights) -> None:
+    if key in recipes:
+        raise WeightError(
+            f"{weights.path} has {key} twice, as {recipes[key].sources[0]} and {recipe.sources[0]}; download it again"
+        )
+    recipes[key] = recipe
 
 
 def _transformer_recipe(weights: Weights, key: str, name: str) -> dict[str, Recipe]:
@@ -161,6 +176,8 @@ def _transformer_recipe(weights: Weights, key: str, name: str) -> dict[str, Reci
 
 def _joined_bias(parts: dict[str, Tensor]) -> Tensor:
     """The bias of a fused projection: query (in self-attention), key (zeros where the file has none), value."""
+    if not all(part.is_floating_point() for part in parts.values()):
+        raise TypeError("a bias of another type")
     value = parts["v_bias"].float()
     query = [parts["q_bias"].float()] if "q_bias" in parts else []
     return torch.cat([*query, parts.get("zero_k_bias", torch.zeros_like(value)).float(), value])
@@ -171,7 +188,11 @@ def tokenizer_recipes(weights: Weights) -> dict[str, Recipe]:
     wrapped = "encoder.conv_in.conv.weight" in weights
     kept = [key for key in weights if not _IGNORED_IN_TOKENIZER.match(key)]
     logger.debug("%s: %d tensors beside the networks ignored", weights.path, len(weights) - len(kept))
-    return {(re.sub(r"\.(conv|norm)\.(weight|bias)$", r".\2", key) if wrapped else key): Recipe((key,)) for key in kept}
+    recipes: dict[str, Recipe] = {}
+    for key in kept:
+        name = re.sub(r"\.(conv|norm)\.(weight|bias)$", r".\2", key) if wrapped else key
+        _add(recipes, name, Recipe((key,)), weights)
+    return recipes
 
 
 _RECIPES = {TRANSFORMER: transformer_recipes, TOKENIZER: tokenizer_recipes}
@@ -181,7 +202,15 @@ def canonical(weights: Weights, part: str) -> Weights:
     """The tensors of a transformer or VAE under canonical keys, made when they are read."""
     selected = select(weights, part)
     recipes = _RECIPES[part](selected)
-    meta = {key: recipe.make(*(selected.meta[s] for s in recipe.sources)) for key, recipe in recipes.items()}
+    meta = {}
+    for key, recipe in recipes.items():
+        try:
+            meta[key] = recipe.make(*(selected.meta[s] for s in recipe.sources))
+        except (RuntimeError, TypeError) as error:
+            raise WeightError(
+                f"{weights.path} has {' and '.join(recipe.sources)} of shapes or types that no {part} has; download it "
+                "again"
+            ) from error
 
     def read(key: str) -> Tensor:
         return recipes[key].make(*(selected[s] for s in recipes[key].sources))
@@ -278,12 +307,7 @@ def expected(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _filled(network: Transformer | Autoencoder, weights: Weights, device) -> Transformer | Autoencoder:
-    foreign = sorted(key for key in weights if key.endswith(_BESIDE[1:]))
-    if foreign:
-        raise WeightError(
-            f"{weights.path} is quantised in a way that only ComfyUI runs ({foreign[0]}); use the original or convert "
-            "it with `varedit convert`"
-        )
+    check_scales(weights, network)
     rounded = {f"{name}.weight" for name, m in network.named_modules() if isinstance(m, EightBitLinear)}
     network.load_state_dict(dict(_placed(expected(network), weights, device, rounded)), assign=True)
     return network.eval().requires_grad_(False)
@@ -293,12 +317,14 @@ def _placed(wanted: dict[str, Tensor], weights: Weights, device, rounded: Set[st
     for key in weights:
         tensor = weights[key].to(device)
         scaled = key.endswith(_SCALED) or key.removesuffix(".weight") + _SCALED in weights
+        tensor = tensor if scaled or key in rounded else tensor.to(wanted[key].dtype)
+        check_finite(weights, key, tensor)
         if key in rounded and not scaled:
             codes, scales = quantise_weight(tensor)
             yield key, codes
             yield key.removesuffix(".weight") + _SCALED, scales
         else:
-            yield key, tensor if scaled else tensor.to(wanted[key].dtype)
+            yield key, tensor
 
 
 def quantised(weights: Weights) -> set[str]:
@@ -306,8 +332,30 @@ def quantised(weights: Weights) -> set[str]:
     return {f"{key.rpartition('.')[0]}.weight" for key in weights if key.endswith(_BESIDE)}
 
 
+def check_scales(weights: Weights, network: nn.Module) -> None:
+    """Raise WeightError unless what stands beside the weights are 8-bit linear layers' scales, one number each."""
+    for key in sorted(key for key in weights if key.endswith(_BESIDE)):
+        name = key.rpartition(".")[0]
+        scale, matrix = weights.meta[key], weights.meta.get(f"{name}.weight")
+        if not key.endswith(_SCALED) or matrix is None or not _has_numbers(matrix):
+            raise WeightError(
+                f"{weights.path} is quantised in a way that only ComfyUI runs ({key}); use the original or convert it "
+                "with `varedit convert`"
+            )
+        linear = isinstance(network.get_submodule(name), nn.Linear)
+        if not linear or not _has_numbers(scale) or tuple(scale.shape) not in ((), (1,)):
+            raise WeightError(
+                f"{weights.path} has {key} of shape {list(scale.shape)} where one number beside a linear layer was "
+                "expected; use the original or convert it with `varedit convert`"
+            )
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    return str(tensor.dtype).removeprefix("torch.") in _NUMBERS
+
+
 def check(weights: Weights, wanted: dict[str, Sequence[int]]) -> None:
-    """Raise WeightError unless the file has exactly the wanted keys and shapes.
+    """Raise WeightError unless the file has exactly the wanted keys and shapes, and weights for them.
 
     Scales may stand beside quantised matrices, and 4-bit ones hold two numbers a byte.
     """
@@ -333,4 +381,9 @@ def check(weights: Weights, wanted: dict[str, Sequence[int]]) -> None:
             raise WeightError(
                 f"{weights.path} has {key} of shape {list(weights.meta[key].shape)} where {list(shape)} was expected; "
                 "nothing was loaded"
+            )
+        if not packed and not _has_numbers(weights.meta[key]):
+            kind = str(weights.meta[key].dtype).removeprefix("torch.")
+            raise WeightError(
+                f"{weights.path} has {key} as {kind} where floating-point numbers were expected; use the original file"
             )

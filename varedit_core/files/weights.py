@@ -1,34 +1,50 @@
 """Weight files, opened without reading their tensors: safetensors, `.pth`, and sharded folders with an index.
 
-Knows containers and bytes; what the tensors mean is the business of `checkpoints`. Pickled files are only
-ever read with `weights_only=True`.
+Knows containers and bytes; what the tensors mean is the business of `checkpoints`. Pickled files are read, never run
+(see `pickles`). What a file declares is held against its size before anything is made of it.
 """
 
 from __future__ import annotations
 
-import json
-import pickle
+import logging
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .pickles import MAX_NAME, MAX_TENSORS, Unread, find_tensors, map_tensors
+from .reading import check_file, printable, read_json
+
+logger = logging.getLogger(__name__)
+
 REOPEN_AFTER = 2 << 30
+MAX_HEADER = 32 << 20
+"""Bytes of a safetensors file's header: a published checkpoint's has less than one megabyte."""
 SAFETENSORS = {".safetensors", ".sft"}
 PICKLED = {".pth", ".pt", ".bin", ".ckpt"}
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64",
+    "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
 }  # fmt: skip
+DTYPES: Mapping[str, torch.dtype] = {
+    name: getattr(torch, dtype) for name, dtype in _NAMES.items() if hasattr(torch, dtype)
+}
+"""The types of a safetensors file that this version of torch has."""
 
 
 class WeightError(ValueError):
-    """A weight file that cannot be used; the message names the file, what it is and what to do."""
+    """A weight file that cannot be used; the message names the file, what it is and what to do.
+
+    Names out of files stand in it, so it is made `printable`.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class _Mapped:
@@ -86,99 +102,109 @@ class Weights(Mapping[str, Tensor]):
 def open_weights(path: str | Path) -> Weights:
     """Open a weight file or sharded folder. Raises WeightError (missing, truncated, unsafe, unknown format)."""
     path = Path(path)
-    if not path.exists():
-        raise WeightError(f"{path} does not exist; check the path or download the file first")
     if path.is_dir():
         return _open_folder(path)
+    try:
+        check_file(path, "weight file", WeightError)
+    except FileNotFoundError:
+        raise WeightError(f"{path} does not exist; check the path or download the file first") from None
+    return _open_index(path) if path.name.endswith(".index.json") else _open_file(path)
+
+
+def _open_file(path: Path) -> Weights:
+    """A file that holds tensors itself."""
     if path.suffix in SAFETENSORS:
         return _open_safetensors(path)
     if path.suffix in PICKLED:
         return _open_pickled(path)
-    if path.name.endswith(".index.json"):
-        return _open_index(path)
     raise WeightError(
         f"{path} is not a weight file; expected .safetensors, {', '.join(sorted(PICKLED))} or a folder with an index"
     )
 
 
 def _open_safetensors(path: Path) -> Weights:
+    meta = {}
     try:
+        with open(path, "rb") as file:
+            if int.from_bytes(file.read(8), "little") > min(MAX_HEADER, path.stat().st_size):
+                raise WeightError(
+                    f"{path} is truncated or not a safetensors file (its header is too long); download or convert it "
+                    "again"
+                )
         handle = safe_open(path, framework="pt")
-        meta = {}
-        for key in handle.keys():
+        for key in handle.keys()[: MAX_TENSORS + 1]:
             part = handle.get_slice(key)
-            meta[key] = torch.empty(part.get_shape(), dtype=_DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
+            meta[key] = _empty(path, key, part.get_shape(), DTYPES.get(part.get_dtype(), part.get_dtype()))
     except (SafetensorError, OSError) as error:
         raise WeightError(
             f"{path} is truncated or not a safetensors file ({error}); download or convert it again"
         ) from error
+    if len(meta) > MAX_TENSORS:
+        raise WeightError(f"{path} has more than {MAX_TENSORS} tensors; save it with fewer")
     return Weights(path, meta, _Mapped(lambda: safe_open(path, framework="pt").get_tensor), handle.metadata())
 
 
 def _open_pickled(path: Path) -> Weights:
-    tensors, mapped = _unpickle(path)
-    if not tensors:
-        raise WeightError(f"{path} holds no tensors; expected a state dict")
-    meta = {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
-    return Weights(path, meta, _Mapped(lambda: _unpickle(path)[0].__getitem__) if mapped else tensors.__getitem__)
-
-
-def _unpickle(path: Path) -> tuple[dict[str, Tensor], bool]:
-    """Tensors of a torch file, and whether they are mapped (files older than torch 1.6 are no zip archives)."""
-    mapped = zipfile.is_zipfile(path)
     try:
-        return _flat(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)), mapped
-    except pickle.UnpicklingError as error:
-        raise WeightError(
-            f"{path} is damaged or holds more than tensors, so it was not loaded; download it again, or convert it to "
-            "safetensors where you trust it"
-        ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise WeightError(
-            f"{path} is truncated or not a torch file ({type(error).__name__}); download it again"
-        ) from error
+        places = find_tensors(path)
+    except Unread as error:
+        raise WeightError(f"{path} {error}") from error
+    if not places:
+        raise WeightError(f"{path} holds no tensors; expected a state dict")
+    meta = {key: _empty(path, key, place.shape, place.dtype) for key, place in places.items()}
+    return Weights(path, meta, _Mapped(lambda: map_tensors(path, places)))
 
 
-def _flat(tree: object, prefix: str = "") -> dict[str, Tensor]:
-    """Tensors of nested dicts under dotted keys; everything else (counters, settings) is left out."""
-    if isinstance(tree, Tensor):
-        return {prefix[:-1]: tree}
-    if not isinstance(tree, Mapping):
-        return {}
-    return {key: tensor for name, part in tree.items() for key, tensor in _flat(part, f"{prefix}{name}.").items()}
+def _empty(path: Path, key: str, shape, dtype: torch.dtype | str) -> Tensor:
+    """A tensor without numbers. WeightError where torch has no such type or shape, or the name is no name."""
+    if len(key) > MAX_NAME:
+        raise WeightError(f"{path} has {key}, a name of {len(key)} letters; save it with shorter names")
+    if isinstance(dtype, str):
+        raise WeightError(f"{path} has {key} of the type {dtype}, which this PyTorch does not read; convert the file")
+    try:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    except (RuntimeError, TypeError) as error:
+        raise WeightError(
+            f"{path} has {key} of the shape {list(shape)}, which no tensor has; download it again"
+        ) from error
 
 
 def _open_folder(path: Path) -> Weights:
-    indices = sorted(path.glob("*.index.json"))
-    if indices:
-        return _open_index(indices[0])
-    files = sorted(p for p in path.iterdir() if p.suffix in SAFETENSORS) or sorted(
-        p for p in path.iterdir() if p.suffix in PICKLED
-    )
-    if len(files) == 1:
-        return open_weights(files[0])
-    found = ", ".join(p.name for p in files) or "no weight file"
-    raise WeightError(f"{path} holds {found} and no *.index.json; name the file, or put the index beside the shards")
+    try:
+        files = sorted(path.iterdir())
+    except OSError as error:
+        raise WeightError(f"{path} cannot be read ({error.strerror}); change its permissions") from error
+    index = next((file for file in files if file.name.endswith(".index.json")), None)
+    if index:
+        return open_weights(index)
+    found = [file for file in files if file.suffix in SAFETENSORS] or [file for file in files if file.suffix in PICKLED]
+    if len(found) == 1 and not found[0].is_dir():
+        return open_weights(found[0])
+    names = ", ".join(file.name for file in found) or "no weight file"
+    raise WeightError(f"{path} holds {names} and no *.index.json; name the file, or put the index beside the shards")
 
 
 def _open_index(path: Path) -> Weights:
-    try:
-        shard_of = json.loads(path.read_text())["weight_map"]
-        names = {str(shard) for shard in shard_of.values()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise WeightError(f"{path} is not a shard index (no readable weight_map); download it again") from error
-    missing = sorted(name for name in names if not (path.parent / name).is_file())
-    if missing:
-        raise WeightError(
-            f"{path.parent} lacks the shard {missing[0]} that {path.name} names; download it into that folder"
-        )
-    shards = {name: open_weights(path.parent / name) for name in names}
+    listed = read_json(path, "shard index", WeightError)
+    shard_of = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
+        raise WeightError(f"{path} is not a shard index (no readable weight_map); download it again")
+    names = sorted(set(shard_of.values()))
+    for name in names:
+        _check_shard(path, name)
+    shards = {name: _open_file(path.parent / name) for name in names}
     absent = sorted(key for key, name in shard_of.items() if key not in shards[name])
     if absent:
         raise WeightError(
             f"{path.parent / shard_of[absent[0]]} lacks the tensor {absent[0]} that {path.name} lists; download the "
             "shard again"
         )
+    unlisted = sorted(key for shard in shards.values() for key in shard if key not in shard_of)
+    if unlisted:
+        logger.warning(
+            "%s does not list %d tensors of its shards, such as %s; they are left out", path, len(unlisted),
+            printable(unlisted[0]),
+        )  # fmt: skip
     metadata = {key: value for shard in shards.values() for key, value in shard.metadata.items()}
     return Weights(
         path.parent,
@@ -186,6 +212,31 @@ def _open_index(path: Path) -> Weights:
         lambda key: shards[shard_of[key]][key],
         metadata,
     )
+
+
+def _check_shard(index: Path, name: str) -> None:
+    """WeightError unless an index's name of a shard is that of a file beside it: an index comes from anywhere, and its
+    names may lead to any place."""
+    if any(name in ("", ".", "..") or kind(name).name != name for kind in (PurePosixPath, PureWindowsPath)):
+        raise WeightError(
+            f"{index} names the shard {name}, which is not the name of a file beside it; correct the index"
+        )
+    try:
+        check_file(index.parent / name, "shard", WeightError)
+    except FileNotFoundError:
+        raise WeightError(
+            f"{index.parent} lacks the shard {name} that {index.name} names; download it into that folder"
+        ) from None
+
+
+def check_finite(weights: Weights, key: str, tensor: Tensor) -> None:
+    """WeightError where a tensor made of `key` has infinite or undefined numbers."""
+    if not tensor.is_floating_point():
+        return
+    numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    # Sums of finite numbers are nearly always finite, and take no memory.
+    if not (numbers.sum(dtype=torch.float32).isfinite() or numbers.isfinite().all()):
+        raise WeightError(f"{weights.path} has infinite or undefined numbers in {key}; download it again")
 
 
 def under(weights: Weights, marker: str) -> Weights | None:

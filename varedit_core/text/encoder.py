@@ -6,7 +6,6 @@ are its files: a Hugging Face folder, or one file with the tokenizer beside it.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,20 +14,24 @@ import torch
 from torch import Tensor
 
 from ..defaults import TEXT_TOKENS
-from ..files.checkpoints import TEXT_ENCODER, check, expected, select
-from ..files.weights import WeightError, Weights, open_weights
+from ..files.checkpoints import TEXT_ENCODER, check, check_scales, expected, select
+from ..files.reading import read_json
+from ..files.shapes import checked
+from ..files.weights import WeightError, Weights, check_finite, open_weights
 from ..runtime.graphs import Recorder
 from ..runtime.layers import Operations
 from ..runtime.unfilled import Unfilled
-from .t5 import T5Config, T5Encoder
+from .t5 import T5Config, T5Encoder, layers_of
+from .tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-END = 1
-"""T5's end token."""
+UNKNOWN = 2
+"""T5's token for what its vocabulary lacks, such as Chinese."""
 RECORDED_STEP = 16
 """Prompts are recorded in lengths that are multiples of it (CUDA only)."""
 _TABLE = "encoder.embed_tokens.weight"  # where some files have shared.weight
+_BLOCKS = "encoder.block."
 
 
 class TextEncoder:
@@ -40,23 +43,33 @@ class TextEncoder:
         self.model, self.tokenize, self.device = model, tokenize, torch.device(device)
         self._recorded = Recorder(model, lambda ids, real: model(ids, real).float())
 
-    def ids(self, prompt: str) -> list[int]:
-        """Token ids of a prompt, cut to 512 with the end token kept; a cut is logged as a warning."""
+    def ids(self, prompt: str, most: int = TEXT_TOKENS) -> list[int]:
+        """Token ids of a prompt, cut to 512 with the end token kept; a cut, and text that is not understood, are logged
+        as warnings. most: what the transformer takes. ValueError where it takes less."""
         ids, count = cut_ids(self.tokenize(prompt))
-        if count > TEXT_TOKENS:
-            logger.warning("the instruction has %d tokens; only the first %d are used", count, TEXT_TOKENS)
+        if not ids or max(ids) >= self.model.config.vocabulary:
+            raise ValueError(
+                f"the tokenizer makes {max(ids, default='no tokens')} of the text where the text encoder knows the tokens "
+                f"0 to {self.model.config.vocabulary - 1}; choose the tokenizer of this text encoder"
+            )
+        if count > most and most < TEXT_TOKENS:
+            raise ValueError(f"the instruction has {count} text tokens but the model takes {most}; shorten it")
+        for sentence in unread(ids, count):
+            logger.warning(sentence)
         return ids
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[Tensor]:
+    def encode(self, prompts: Sequence[str], most: int = TEXT_TOKENS) -> list[Tensor]:
         """Last hidden state [L_i, channels] (fp32) of every prompt, each run alone on its real tokens.
 
-        ValueError for an empty prompt.
+        ValueError for an empty prompt, one that cannot be a text, and as `ids`.
         """
         for prompt in prompts:
             if not prompt.strip():
                 raise ValueError("the instruction is empty; say what to change in the picture")
-        return [self._encode(self.ids(prompt)) for prompt in prompts]
+            if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+                raise ValueError("the instruction has letters that are no text (half of a pair); type it again")
+        return [self._encode(self.ids(prompt, most)) for prompt in prompts]
 
     def _encode(self, ids: list[int]) -> Tensor:
         if self.device.type != "cuda":
@@ -76,6 +89,17 @@ def cut_ids(ids: list[int]) -> tuple[list[int], int]:
     return (ids if len(ids) <= TEXT_TOKENS else [*ids[: TEXT_TOKENS - 1], ids[-1]]), len(ids)
 
 
+def unread(ids: Sequence[int], count: int) -> list[str]:
+    """Sentences for what is not read of a text: ids behind the most, and where a third or more are unknown. ids: cut;
+    count: how many there were."""
+    found, unknown = [], sum(number == UNKNOWN for number in ids)
+    if count > TEXT_TOKENS:
+        found.append(f"the text has {count} tokens; only the first {TEXT_TOKENS} are used")
+    if unknown and 3 * unknown >= len(ids) - 1:
+        found.append(f"{unknown} of the text's {len(ids) - 1} tokens are unknown to the text encoder; write English")
+    return found
+
+
 def load_text_encoder(
     path: str | Path,
     tokenizer: str | Path | None = None,
@@ -90,11 +114,8 @@ def load_text_encoder(
     """
     weights = encoder_weights(open_weights(path))
     tokenize = load_tokenizer(tokenizer or path)
-    with Unfilled():
-        model = T5Encoder(encoder_config(Path(path), weights), operations, dtype, device="meta")
-    wanted = expected(model)
-    check_encoder(weights, wanted)
-    state = {key: _read(weights, key).to(device, tensor.dtype) for key, tensor in wanted.items()}
+    model = blank_encoder(Path(path), weights, operations, dtype)
+    state = {key: _read(weights, key, device, tensor.dtype) for key, tensor in expected(model).items()}
     model.load_state_dict(state, assign=True)
     return TextEncoder(model.eval().requires_grad_(False), tokenize, device)
 
@@ -109,62 +130,57 @@ def encoder_weights(weights: Weights) -> Weights:
     return weights
 
 
+def blank_encoder(path: Path, weights: Weights, operations=Operations, dtype: torch.dtype = torch.float32) -> T5Encoder:
+    """The encoder that a file's weights belong to, on the meta device. WeightError where they are not those of one."""
+    with Unfilled():
+        model = T5Encoder(encoder_config(path, weights), operations, dtype, device="meta")
+    check_encoder(weights, expected(model))
+    check_scales(weights.renamed({key: key for key in weights if key.startswith(_BLOCKS)}), model)
+    return model
+
+
 def check_encoder(weights: Weights, wanted: dict[str, Tensor]) -> None:
-    """Raise WeightError unless the file has what an encoder wants.
+    """Raise WeightError unless the file has what an encoder wants, and no more layers.
 
     A whole T5 has a decoder too, and the table of its tokens a second time.
     """
-    check(weights.renamed({key: key for key in wanted if key in weights}), {key: t.shape for key, t in wanted.items()})
+    layers = layers_of(wanted)
+    if layers_of(weights) > layers:
+        raise WeightError(
+            f"{weights.path} has {layers_of(weights)} layers where its configuration names {layers}; correct or download "
+            "the configuration again"
+        )
+    own = weights.renamed({key: key for key in weights if key in wanted or key.startswith(_BLOCKS)})
+    check(own, {key: tensor.shape for key, tensor in wanted.items()})
 
 
-def _read(weights: Weights, key: str) -> Tensor:
+def _read(weights: Weights, key: str, device, dtype: torch.dtype) -> Tensor:
     """A tensor, brought back from 8 bits where it has a scale."""
     scale = f"{key}_scale"
-    return weights[key].float() * weights[scale] if scale in weights else weights[key]
-
-
-def load_tokenizer(path: str | Path) -> Callable[[str], list[int]]:
-    """Prompt -> ids from `tokenizer.json` or `spiece.model` (the file itself, its folder, or beside a file)."""
-    path = Path(path)
-    if not path.exists():
-        raise WeightError(f"there is no tokenizer at {path}; check the path")
-    folder = path if path.is_dir() else path.parent
-    for file in (path, folder / "tokenizer.json", folder / "spiece.model"):
-        if file.is_file() and file.name.endswith("tokenizer.json"):
-            from tokenizers import Tokenizer
-
-            try:
-                tokenizer = Tokenizer.from_file(str(file))
-            except Exception as error:  # tokenizers raises nothing narrower
-                raise WeightError(f"{file} is not a readable tokenizer; download it again") from error
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            return lambda prompt: tokenizer.encode(prompt).ids
-        if file.is_file() and file.suffix == ".model":
-            from sentencepiece import SentencePieceProcessor
-
-            try:
-                pieces = SentencePieceProcessor(model_file=str(file))
-            except RuntimeError as error:
-                raise WeightError(f"{file} is not a readable tokenizer; download it again") from error
-            return lambda prompt: [*pieces.encode(prompt), END]
-    raise WeightError(
-        f"no tokenizer.json or spiece.model in {folder}; copy one from the text encoder's repository or name it with "
-        "the tokenizer option"
-    )
+    tensor = weights[key].float() * weights[scale].float() if scale in weights else weights[key]
+    tensor = tensor.to(device, dtype)
+    check_finite(weights, key, tensor)
+    return tensor
 
 
 def encoder_config(path: Path, weights: Weights) -> T5Config:
     """The configuration of a folder of one model, else what the shapes say."""
     file = path / "config.json"
-    if file.is_file():
+    if file.exists():
+        values = read_json(file, "T5 configuration", WeightError)
         try:
-            return T5Config.from_json(json.loads(file.read_text()))
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            if not isinstance(values, dict):
+                raise ValueError("it is no list of settings")
+            config = T5Config.from_json(values)
+            checked(vars(config))
+            return config
+        except (KeyError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise WeightError(f"{file} is not a readable T5 configuration: {reason}; download it again") from error
     try:
-        return T5Config.from_shapes(weights.shapes)
+        config = T5Config.from_shapes(weights.shapes)
+        checked(vars(config))
+        return config
     except (KeyError, ValueError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"is not usable: {error}"
         raise WeightError(f"{weights.path} {reason}; it is incomplete, so nothing was loaded") from error

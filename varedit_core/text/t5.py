@@ -12,7 +12,8 @@ feed-forward output and with it the residual stream overflow, so both are fp32 t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,17 +54,22 @@ class T5Config:
     def __post_init__(self) -> None:
         if self.buckets < 4 or self.max_distance <= self.buckets // 4:
             raise ValueError(f"{self.buckets} position buckets do not reach a distance of {self.max_distance}")
+        if not 0 < self.eps < 1:
+            raise ValueError(f"an epsilon of {self.eps} is not between 0 and 1")
 
     @classmethod
     def from_json(cls, values: Mapping) -> T5Config:
         """Read the content of config.json. KeyError for a size that is not there, ValueError for one that is none."""
         kind = values.get("feed_forward_proj", "relu")
-        if kind not in _KINDS:
-            raise ValueError(f"feed_forward_proj is {kind!r} where {' or '.join(_KINDS)} was expected")
+        if not isinstance(kind, str) or kind not in _KINDS:
+            raise ValueError(f"feed_forward_proj is {kind!r:.40} where {' or '.join(_KINDS)} was expected")
         defaults = {_NAMES[name]: getattr(cls, name) for name in ("buckets", "max_distance", "eps")}
         known = {name: (defaults | dict(values))[theirs] for name, theirs in _NAMES.items()}
-        sizes = {name: float(value) if name == "eps" else int(value) for name, value in known.items()}
-        return cls(gated=_KINDS[kind], **sizes)
+        for name, value in known.items():
+            wanted, kinds = ("number", (int, float)) if name == "eps" else ("whole number", int)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ValueError(f"{_NAMES[name]} is {value!r:.40} where a {wanted} was expected")
+        return cls(gated=_KINDS[kind], **known)
 
     def to_json(self) -> dict:
         """The content of config.json, by which transformers builds the same encoder."""
@@ -77,19 +83,31 @@ class T5Config:
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> T5Config:
         """Read the sizes off the weights' shapes. KeyError for a weight that is not there."""
-        buckets, heads = shapes[f"{_ATTENTION}.relative_attention_bias.weight"]
-        inner, width = shapes[f"{_ATTENTION}.q.weight"]
+        buckets, heads = _matrix(shapes, f"{_ATTENTION}.relative_attention_bias.weight")
+        inner, width = _matrix(shapes, f"{_ATTENTION}.q.weight")
         gated = f"{_FEED}.wi_0.weight" in shapes
         return cls(
-            vocabulary=shapes["shared.weight"][0],
+            vocabulary=_matrix(shapes, "shared.weight")[0],
             width=width,
             head_size=inner // heads,
-            hidden=shapes[f"{_FEED}.{'wi_0' if gated else 'wi'}.weight"][0],
-            layers=1 + max(int(key.split(".")[2]) for key in shapes if key.startswith("encoder.block.")),
+            hidden=_matrix(shapes, f"{_FEED}.{'wi_0' if gated else 'wi'}.weight")[0],
+            layers=layers_of(shapes),
             heads=heads,
             gated=gated,
             buckets=buckets,
         )
+
+
+def _matrix(shapes: Mapping[str, tuple[int, ...]], key: str) -> tuple[int, int]:
+    if len(shapes[key]) != 2 or not all(shapes[key]):
+        raise ValueError(f"{key} has the shape {list(shapes[key])} where that of a matrix was expected")
+    return shapes[key]
+
+
+def layers_of(keys: Iterable[str]) -> int:
+    """How many layers an encoder's weights are of, by the highest number among their keys; 0 for none."""
+    found = map(re.compile(r"encoder\.block\.([0-9]{1,9})\.").match, keys)
+    return max((1 + int(match[1]) for match in found if match), default=0)
 
 
 def position_buckets(offsets: Tensor, buckets: int, max_distance: int) -> Tensor:

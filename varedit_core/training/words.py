@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..files.safe_write import make_folder, write_text
 from ..shapeedit.edits import draw_sample, words
-from ..text.encoder import END
 from ..text.t5 import T5Config, T5Encoder
+from ..text.tokenizers import END
 from .settings import NewText
 
 PAD = 0
