@@ -13,9 +13,9 @@ SIZE = "0.06M"
 WORDS = "make it sepia"
 PICTURE = Image.new("RGB", (64, 64), (90, 140, 40))
 WRONG = [
-    *((dict(variations=n), rf"variations must be a whole number of at least 1, got {n!r}") for n in (0, -1, 1.5, "2")),
-    (dict(variations=True), "variations must be a whole number of at least 1, got True"),
-    *((dict(seam=n), rf"seam must be a whole number of at least 0, got {n!r}") for n in (-1, 0.5, None)),
+    *((dict(variations=n), rf"variations must be a whole number from 1 to 4096, got {n!r}") for n in (0, -1, 1.5, "2")),
+    (dict(variations=True), "variations must be a whole number from 1 to 4096, got True"),
+    *((dict(seam=n), rf"seam must be a whole number from 0 to 4096, got {n!r}") for n in (-1, 0.5, None)),
     (dict(controls={"strength": 0.5}), "controls must be Controls, got dict"),
     (dict(controls=Shortcuts()), "controls must be Controls, got Shortcuts"),
     (dict(shortcuts=4), "shortcuts must be Shortcuts, got int"),
@@ -35,7 +35,7 @@ WRONG = [
     (dict(negatives=3), "negative prompt must be words, or text features of encode_text, got int"),
     (dict(negatives=[None]), "negative prompt must be words, or text features of encode_text, got NoneType"),
     (dict(regions=Region(None)), "the instruction of a region must be words, or text features of encode_text, got .*"),
-    (dict(variations=torch.tensor(1.0)), r"variations must be a whole number of at least 1, got tensor\(1.\)"),
+    (dict(variations=torch.tensor(1.0)), r"variations must be a whole number from 1 to 4096, got tensor\(1.\)"),
     (dict(settings={"guidance": 2}), "settings must be SamplingSettings, got dict"),
 ]
 
@@ -88,7 +88,7 @@ def test_a_size_has_two_names(editor):
 @pytest.mark.parametrize("count", [0, 1.5])
 def test_so_it_is_in_the_loop(editor, count):
     features, texts = editor.encode([editor.fit(PICTURE, SIZE)], [WORDS])
-    with pytest.raises(ValueError, match="variations must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match="variations must be a whole number from 1 to 4096"):
         next(editor.sample(features, texts, editor.fit(PICTURE, SIZE).schedule, variations=count))
 
 

@@ -33,6 +33,10 @@ LEAST_MARGIN = 32
 """The same in pixels, at least."""
 FEATHER = 0
 """Pixels inside a mask's edge over which a stitched edit appears."""
+MOST_FEATHER = 4096
+"""Pixels of it, at most: what it takes grows with them."""
+MOST_VARIATIONS = 4096
+"""Results of one edit, at most: as many as a file of tokens holds."""
 FILLS = ("blur", "mirror", "white")
 """What a model sees where a picture was extended: its edges' colours, itself, or what published code pads with."""
 FILL = "blur"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .coder import Coder, Picture
 from .controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts, problems
-from .defaults import FIT, SIZE
+from .defaults import FIT, MOST_FEATHER, MOST_VARIATIONS, SIZE
 from .pictures.composite import Region, areas, check_masks, check_regions, drawn_masks
 from .pictures.edited import Decoded, Edited
 from .pictures.images import FittedImage, fitting_for, load_image, load_mask, to_uint8, unfit
@@ -52,8 +52,8 @@ class Options:
     idle: bool = False
 
     def __post_init__(self) -> None:
-        self._set("variations", whole_number("variations", self.variations, 1))
-        self._set("seam", whole_number("seam", self.seam, 0))
+        self._set("variations", whole_number("variations", self.variations, 1, MOST_VARIATIONS))
+        self._set("seam", whole_number("seam", self.seam, 0, MOST_FEATHER))
         self._set("given", self.given.tokens if isinstance(self.given, Edited) else self.given)
         for name, neutral in (("controls", NEUTRAL), ("shortcuts", NO_SHORTCUTS)):
             self._set(name, neutral if getattr(self, name) is None else getattr(self, name))

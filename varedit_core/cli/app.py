@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +48,7 @@ def main() -> None:
         format="%(message)s",
         handlers=[RichHandler(console=console, show_time=False, show_path=False)],
     )
+    warnings.filterwarnings("ignore", module="PIL")  # of EXIF data that are told by a sentence of our own
     for stream in (sys.stdout, sys.stderr):  # names of files may hold letters that a console cannot print
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ..controls.base import Knob, Known
 from ..controls.curves import PRESET
 from ..controls.registry import Controls, Shortcuts, check, knob, knobs, problems
-from ..defaults import FIT, FITS, KINDS, NEGATIVE_PROMPT, SIZE
+from ..defaults import FIT, FITS, KINDS, MOST_FEATHER, MOST_VARIATIONS, NEGATIVE_PROMPT, SIZE
 from ..defaults import SIZES as SIDES
 from ..demo import GUIDANCE as DEMO_GUIDANCE
 from ..demo import SIZE as DEMO_SIZE
@@ -56,9 +56,14 @@ Regions = Annotated[
         show_default=False,
     ),
 ]
-Variations = Annotated[int, typer.Option(min=1, help="Results of so many seeds, from one pass over the picture.")]
+Variations = Annotated[
+    int, typer.Option(min=1, max=MOST_VARIATIONS, help="Results of so many seeds, from one pass over the picture.")
+]
 Seam = Annotated[
-    int, typer.Option(min=0, help="The feather: pixels from a mask's edge inwards over which the edit fades in.")
+    int,
+    typer.Option(
+        min=0, max=MOST_FEATHER, help="The feather: pixels from a mask's edge inwards over which the edit fades in."
+    ),
 ]
 SaveTokens = Annotated[
     Optional[Path],

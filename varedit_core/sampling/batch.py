@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..controls.base import Control, Plan
 from ..controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts, active
+from ..defaults import MOST_VARIATIONS
 from ..model.kv_cache import Pass
 from ..tokenizer.quantizer import latent_grids
 from ..tokenizer.schedule import Grid, Schedule
@@ -60,19 +61,27 @@ class EditBatch:
     def of(
         cls, features: Tensor, texts: Sequence[Tensor | Sequence[Tensor]], schedule: Schedule,
         settings: SamplingSettings = DEFAULT_SETTINGS, negatives: Sequence[Tensor | None] | None = None,
-        variations: int = 1, **more,
+        variations: int = 1, numbers: Sequence[int] | None = None, **more,
     ) -> EditBatch:  # fmt: skip
         """The batch whose results draw with the seeds `settings.seed`, the next one, and so on, modulo 2^64.
 
         features: [P, d, H, W]. texts: features [L, T] of one instruction a picture, or a list of R of them, which then
         need `areas`. negatives: features [L, T] of each picture's negative prompt, or None. variations: results of each
-        picture. more: further fields. ValueError as for these.
+        picture. numbers: of the pictures, by which they count their seeds; from 0 on by default. more: further fields.
+        ValueError as for these.
         """
         rows = [[text] if isinstance(text, Tensor) else list(text) for text in texts]
         right_kinds({"settings": settings, **more})
-        copies, trials = whole_number("variations", variations, 1), more.get("controls", NEUTRAL).best_of
+        copies, trials = (
+            whole_number("variations", variations, 1, MOST_VARIATIONS),
+            more.get("controls", NEUTRAL).best_of,
+        )
         seeds, trial_seeds = (
-            tuple((settings.seed + n) % 2**64 for n in range(len(features) * count))
+            tuple(
+                (settings.seed + count * n + copy) % 2**64
+                for n in numbers or range(len(features))
+                for copy in range(count)
+            )
             for count in (copies, trials if trials > 1 else 0)
         )
         return cls(features, rows, schedule, seeds, settings, list(negatives or ()), trial_seeds=trial_seeds, **more)

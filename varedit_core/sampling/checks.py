@@ -125,14 +125,14 @@ def patch_size(transformer: TransformerConfig, autoencoder: AutoencoderConfig) -
     )
 
 
-def whole_number(name: str, value: object, low: int) -> int:
-    """A number of something. ValueError for one that is not whole or smaller than `low`."""
+def whole_number(name: str, value: object, low: int, high: int) -> int:
+    """A number of something. ValueError for one that is not whole, smaller than `low` or larger than `high`."""
     try:
         number = low - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = low - 1
-    if number < low:
-        raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, got {value!r}")
     return number
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,8 @@ class Curve:
         return tuple(self.start + (self.end - self.start) * k / steps for k in range(count))
 
 
+RANGES = {"guidance": (-1000.0, 1000.0), "temperature": (0.0, 1000.0), "top_p": (0.5, 1.0)}
+"""What each setting may be: beyond, logits are no numbers any more."""
 PerScale = float | Sequence[float] | Curve
 
 
@@ -45,12 +46,10 @@ class SamplingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("guidance", -math.inf), ("temperature", 0.0), ("top_p", 0.5)):
+        for name, (low, high) in RANGES.items():
             values = _values(name, getattr(self, name))
-            high = 1.0 if name == "top_p" else math.inf
-            if not all(low <= value <= high and math.isfinite(value) for value in values):
-                bounds = {"guidance": "", "temperature": " of at least 0", "top_p": " from 0.5 to 1"}[name]
-                raise ValueError(f"{name} must be a finite number{bounds}, got {getattr(self, name)}")
+            if not all(low <= value <= high for value in values):  # nor a number that is none
+                raise ValueError(f"{name} must be from {low:g} to {high:g}, got {getattr(self, name)}")
             if isinstance(getattr(self, name), Curve):
                 values = Curve(*values)
             object.__setattr__(self, name, values if len(values) > 1 else values[0])
