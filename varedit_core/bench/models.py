@@ -21,8 +21,9 @@ from ..runtime.fp8 import LINEARS, eight_bit
 from ..runtime.kernels import has_triton
 from ..runtime.layers import Operations
 from ..runtime.unfilled import Unfilled
-from ..text.encoder import END, TextEncoder
+from ..text.encoder import TextEncoder
 from ..text.t5 import T5Config, T5Encoder
+from ..text.tokenizers import END
 from ..tokenizer.vae import Autoencoder
 
 TOKENS = 20
