@@ -52,7 +52,7 @@ ALLOWED = {
     "cli": ANYTHING,
 }
 """What the modules of every folder of `varedit_core` (or a module beside them) may import of it, beside their own."""
-ALSO = {"sampling/driver.py": {"runtime"}, "sampling/tokens.py": {"files"}}
+ALSO = {"sampling/driver.py": {"runtime"}, "sampling/tokens.py": {"files"}, "files/convert.py": {"text"}}
 """What single modules may, too: the driver brings loop and memory together, tokens are saved and loaded by methods."""
 
 

@@ -20,6 +20,7 @@ from ..files.checkpoints import TRANSFORMER, describe, part_of
 from ..files.convert import PRECISIONS, convert
 from ..files.info import inspect
 from ..files.lora import merge_lora
+from ..files.reading import printable
 from ..files.weights import open_weights
 from ..parity import Parity, compare
 from ..shapeedit.cli import app as shapeedit
@@ -55,7 +56,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        console.print(f"error: {error}", soft_wrap=True)
+        console.print(f"error: {printable(str(error))}", soft_wrap=True)
         sys.exit(1)
 
 
@@ -71,7 +72,7 @@ def info(
         return
     table = Table(show_header=False)
     for key, value in facts.items():
-        table.add_row(key, json.dumps(value) if isinstance(value, (dict, list)) else str(value))
+        table.add_row(key, json.dumps(value) if isinstance(value, (dict, list)) else printable(str(value)))
     Console(markup=False).print(table)
 
 
@@ -127,7 +128,8 @@ def merge(
             lambda done, total: bar.update(task, completed=done, total=total),
         )
     console.print(
-        f"{output}: {metadata['varedit.merged_lora']} merged, {output.stat().st_size / 1e9:.2f} GB", soft_wrap=True
+        f"{output}: {printable(metadata['varedit.merged_lora'])} merged, {output.stat().st_size / 1e9:.2f} GB",
+        soft_wrap=True,
     )
 
 

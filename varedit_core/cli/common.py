@@ -143,7 +143,8 @@ class Files:
         linears = LINEARS[0] if loras else self.linears
         editor = Editor.load(*paths, self.tokenizer, self.device, number, linears, self.kind)
         for file, strength in loras:
-            apply_lora(editor.transformer, file, strength)
+            changed = apply_lora(editor.transformer, file, strength)
+            console.print(f"{file}: {changed} layers changed at a strength of {strength:g}", soft_wrap=True)
         if self.linears == "8-bit":
             eight_bit(editor.transformer)
         return editor
@@ -397,8 +398,8 @@ def check_scales(model: Path, scales: int) -> None:
 def checked_loras(model: Path, texts: list[str] | None) -> list[tuple[Path, float]]:
     """The LoRAs of --lora with their strengths, known to fit the transformer's file."""
     loras = [lora_and_strength(text) for text in texts or []]
-    for file, _ in loras:
-        check_lora(model, file)
+    for file, strength in loras:
+        check_lora(model, file, strength)
     return loras
 
 

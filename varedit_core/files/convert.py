@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..defaults import KINDS
+from ..text.encoder import blank_encoder, encoder_weights
 from .checkpoints import (
     KIND,
     TEXT_ENCODER,
@@ -31,25 +32,17 @@ from .checkpoints import (
     describe,
     holds,
     part_of,
-    select,
     told_kind,
 )  # fmt: skip
+from .reading import printable
 from .safe_write import check_free, make_folder, safe_write
-from .weights import WeightError, Weights, open_weights
+from .weights import DTYPES, WeightError, Weights, check_finite, open_weights
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "bf16", "fp8")
 ARCHITECTURES = {TRANSFORMER: "varedit", TOKENIZER: "varedit-tokenizer", TEXT_ENCODER: "t5-encoder"}
-
-_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.uint8: "U8",
-    torch.int64: "I64",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,7 @@ def convert(
         raise WeightError(f"{source} is {describe(opened)}; expected a VAREdit transformer, a VAE or a T5 encoder")
     if part == TRANSFORMER and holds(opened, TOKENIZER):
         logger.warning("%s holds a VAE too, which is left out; keep the file for it", source)
-    weights = _checked(opened, part)
+    weights = _checked(opened, part, source)
     plan = _plan(weights, part, precision)
     metadata = _metadata(plan, part, precision, source)
     kind = (chosen or told_kind(opened)) if part == TRANSFORMER else None
@@ -103,11 +96,12 @@ def convert(
     return metadata
 
 
-def _checked(weights: Weights, part: str) -> Weights:
+def _checked(weights: Weights, part: str, source: Path) -> Weights:
     """The part's tensors under canonical keys, known to be whole."""
     if part == TEXT_ENCODER:  # a whole T5 has a decoder too
-        selected = select(weights, part)
-        return selected.renamed({key: key for key in selected if not key.startswith(("decoder.", "lm_head."))})
+        weights = encoder_weights(weights)
+        own = blank_encoder(source, weights).state_dict()
+        return weights.renamed({key: key for key in weights if key in own or key.removesuffix("_scale") in own})
     weights = canonical(weights, part)
     blank(weights, part)
     return weights
@@ -132,8 +126,6 @@ def _dtype(part: str, key: str, meta: Tensor, precision: str) -> torch.dtype:
         if part == TEXT_ENCODER
         else re.match(r"blocks\.\d+\.(sa\.mat|sa\.proj|ca\.mat|ca\.proj|ffn)", key)
     )
-    if not meta.is_floating_point():
-        return meta.dtype
     if part == TOKENIZER or precision == "fp32" or not (block or part == TEXT_ENCODER):
         return torch.float32
     matrix = key.endswith(".weight") and meta.ndim == 2 and "relative_attention_bias" not in key
@@ -146,7 +138,7 @@ def _metadata(plan: Mapping[str, Entry], part: str, precision: str, source: Path
         "varedit.architecture": ARCHITECTURES[part],
         "varedit.precision": "fp32" if part == TOKENIZER else precision,
     }
-    metadata["varedit.converted_from"] = source.name
+    metadata["varedit.converted_from"] = printable(source.name)
     layers = {
         key.removesuffix(".weight"): {"format": "float8_e4m3fn"} for key, entry in plan.items() if entry.role == "8-bit"
     }
@@ -180,13 +172,14 @@ def _tensors(weights: Weights, plan: Mapping[str, Entry]) -> Iterator[Tensor]:
             yield scale
             continue
         tensor = weights[entry.source]
-        if not tensor.float().isfinite().all():
-            raise WeightError(f"{weights.path} has infinite or undefined numbers in {entry.source}; download it again")
+        check_finite(weights, entry.source, tensor)
         if entry.role == "8-bit":
             tensor = tensor.float()
             scale = (tensor.abs().amax() / torch.finfo(entry.dtype).max).clamp_min(1e-12)
             tensor = tensor / scale
-        yield tensor.to(entry.dtype)
+        tensor = tensor.to(entry.dtype)
+        check_finite(weights, entry.source, tensor)  # what is too large for its type
+        yield tensor
 
 
 def write(

@@ -23,7 +23,8 @@ from ..model.transformer import Transformer
 from ..runtime.fp8 import EightBitLinear
 from .checkpoints import KIND, TOKENIZER, TRANSFORMER, blank, canonical, describe, holds, told_kind
 from .convert import ARCHITECTURES, Entry, check_result, check_space, write
-from .weights import WeightError, Weights, open_weights
+from .reading import printable
+from .weights import WeightError, Weights, check_finite, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +57,11 @@ class Lora:
     weights: Weights
     updates: dict[str, Update]
 
-    def matched(self, transformer: Transformer) -> dict[str, Update]:
+    def matched(self, transformer: Transformer, strength: float = 1.0) -> dict[str, Update]:
         """The updates by the transformer's names of its layers.
 
-        Raises WeightError unless every update belongs to a linear layer of that shape and has defined numbers.
+        Raises WeightError unless every update belongs to a linear layer of that shape, and has defined numbers that a
+        weight can hold at this strength.
         """
         path, layers = self.weights.path, linear_layers(transformer)
         names = {prefix: name for name in layers for prefix in (PREFIX + name, FLAT_PREFIX + name.replace(".", "_"))}
@@ -78,13 +80,22 @@ class Lora:
                 )
             if name in found:
                 raise WeightError(f"{path} has both {found[name].down} and {update.down}; remove one of them")
-            if not all(self.weights[key].float().isfinite().all() for key in (update.down, update.up)):
-                raise WeightError(
-                    f"{path} has infinite or undefined numbers in {update.down} or {update.up}; train or download it "
-                    "again"
-                )
+            self._check_numbers(update, strength, name, _kept_as(layers[name], transformer))
             found[name] = update
         return found
+
+    def _check_numbers(self, update: Update, strength: float, name: str, dtype: torch.dtype) -> None:
+        path, (up, down) = self.weights.path, (_largest(self.weights[key]) for key in (update.up, update.down))
+        if not math.isfinite(up + down):
+            raise WeightError(
+                f"{path} has infinite or undefined numbers in {update.down} or {update.up}; train or download it again"
+            )
+        most = up * down * max(update.rank, abs(strength * update.alpha))
+        if most > torch.finfo(dtype).max / 2:
+            raise WeightError(
+                f"{path} may add {most:.0e} to {name} at the strength {strength:g}, which is more than its type holds; "
+                "lower the strength, or choose another LoRA"
+            )
 
     def difference(self, update: Update, strength: float, device) -> Tensor:
         """What is added to a layer's weight [outputs, inputs], in fp32."""
@@ -100,6 +111,17 @@ class Lora:
             "alpha": sorted({update.alpha for update in self.updates.values()}),
             "targets": dict(kinds),
         }
+
+
+def _largest(tensor: Tensor) -> float:
+    """The largest absolute value; infinite or NaN where there is such a number, or none that fp32 holds."""
+    low, high = tensor.float().aminmax()
+    return float(torch.maximum(-low, high)) if tensor.numel() else 0.0
+
+
+def _kept_as(layer: nn.Linear, transformer: Transformer) -> torch.dtype:
+    """The type of a layer's weight after an update."""
+    return transformer.dtype if layer.weight.dtype.itemsize == 1 else layer.weight.dtype
 
 
 def linear_layers(transformer: Transformer) -> dict[str, nn.Linear]:
@@ -140,20 +162,35 @@ def _update(weights: Weights, stem: str, keys: Mapping[str, str]) -> Update:
             f"{weights.path} has {keys['down']} of shape {list(down)} and {keys['up']} of shape {list(up)} where "
             "[rank, inputs] and [outputs, rank] were expected; choose a LoRA trained for VAREdit"
         )
-    alpha = weights[keys["alpha"]].flatten().tolist() if "alpha" in keys else [down[0]]
-    if len(alpha) != 1 or not math.isfinite(alpha[0]):
-        raise WeightError(f"{weights.path} has {keys['alpha']}, which is not one number; save it again with one")
-    return Update(keys["down"], keys["up"], (up[0], down[1]), down[0], float(alpha[0]))
+    for part in ("down", "up"):
+        if not weights.meta[keys[part]].is_floating_point():
+            kind = str(weights.meta[keys[part]].dtype).removeprefix("torch.")
+            raise WeightError(
+                f"{weights.path} has {keys[part]} as {kind} where floating-point numbers were expected; save it again"
+            )
+    return Update(keys["down"], keys["up"], (up[0], down[1]), down[0], _alpha(weights, keys.get("alpha"), down[0]))
 
 
-def check_lora(checkpoint: str | Path, lora: str | Path) -> None:
-    """Raise WeightError where a LoRA does not belong to a transformer's file; reads no weights of the transformer."""
-    read_lora(lora).matched(blank(canonical(open_weights(checkpoint), TRANSFORMER), TRANSFORMER))
+def _alpha(weights: Weights, key: str | None, rank: int) -> float:
+    if key is None:
+        return float(rank)
+    meta = weights.meta[key]
+    single = meta.numel() == 1 and not meta.dtype.is_complex and meta.dtype != torch.bool
+    alpha = float(weights[key].double()) if single else math.nan
+    if not math.isfinite(alpha):
+        raise WeightError(f"{weights.path} has {key}, which is not one number; save it again with one")
+    return alpha
+
+
+def check_lora(checkpoint: str | Path, lora: str | Path, strength: float = 1.0) -> None:
+    """Raise what `apply_lora` would for a transformer's file; reads no weights of the transformer."""
+    _check_strength(strength)
+    read_lora(lora).matched(blank(canonical(open_weights(checkpoint), TRANSFORMER), TRANSFORMER), strength)
 
 
 @torch.no_grad()
-def apply_lora(transformer: Transformer, lora: str | Path, strength: float = 1.0) -> None:
-    """Merge a LoRA file into a loaded transformer's weights; several may follow each other.
+def apply_lora(transformer: Transformer, lora: str | Path, strength: float = 1.0) -> int:
+    """Merge a LoRA file into a loaded transformer's weights; several may follow each other. How many layers it changed.
 
     Computed in fp32 and rounded to the weight's own type. Updated 8-bit layers become layers of the transformer's
     `dtype`, at its cost in memory, rather than being rounded to 8 bits again. Raises WeightError, before anything has
@@ -162,12 +199,12 @@ def apply_lora(transformer: Transformer, lora: str | Path, strength: float = 1.0
     """
     _check_strength(strength)
     file = read_lora(lora)
-    updates = file.matched(transformer)
+    updates = file.matched(transformer, strength)
     if any(isinstance(transformer.get_submodule(name), EightBitLinear) for name in updates):
         # Rounded again, most of an update would vanish: it is smaller than the steps between 8-bit numbers.
         raise ValueError("a LoRA cannot be merged into linear layers in 8 bits; apply it first, then call `eight_bit`")
     if strength == 0:
-        return
+        return 0
     for name, update in updates.items():
         layer = transformer.get_submodule(name)
         merged = file.difference(update, strength, layer.weight.device)
@@ -178,6 +215,7 @@ def apply_lora(transformer: Transformer, lora: str | Path, strength: float = 1.0
             merged += layer.weight.float() * scale.float()
             layer.weight = nn.Parameter(merged.to(transformer.dtype), requires_grad=False)
             layer.weight_scale = None
+    return len(updates)
 
 
 def merge_lora(
@@ -207,15 +245,15 @@ def merge_lora(
             f"{checkpoint} has {eight_bit[0]} in 8-bit; merge into the original or a bf16 file, then convert the result"
         )
     file = read_lora(lora)
-    updates = file.matched(blank(weights, TRANSFORMER))
+    updates = file.matched(blank(weights, TRANSFORMER), strength)
     plan = {key: Entry(key, meta.dtype, tuple(meta.shape)) for key, meta in weights.meta.items()}
     earlier = weights.metadata.get("varedit.merged_lora")
-    merged = f"{lora.name}:{strength:g}"
+    merged = f"{printable(lora.name)}:{strength:g}"
     told = told_kind(weights)  # by its name, perhaps, which the result has not
     metadata = {
         "format": "pt",
         "varedit.architecture": ARCHITECTURES[TRANSFORMER],
-        "varedit.converted_from": checkpoint.name,
+        "varedit.converted_from": printable(checkpoint.name),
         **({KIND: told} if told else {}),
         **weights.metadata,
         "varedit.merged_lora": f"{earlier}, {merged}" if earlier else merged,
@@ -231,6 +269,7 @@ def _merged(weights: Weights, file: Lora, updates: Mapping[str, Update], strengt
         tensor, update = weights[key], updates.get(key.removesuffix(".weight"))
         if update is not None and strength != 0:
             tensor = file.difference(update, strength, tensor.device).add_(tensor).to(tensor.dtype)
+        check_finite(weights, key, tensor)
         yield tensor
 
 
