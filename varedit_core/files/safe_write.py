@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextmanager
 def safe_write(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Path]:
@@ -24,7 +27,7 @@ def safe_write(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator
     The temporary name is of this call alone, so that writers of one name never meet: the last one wins, and without
     overwrite the first. After any error, KeyboardInterrupt too, the temporary file is gone and an old file as it was.
     The file has the mode of any new one here. Links are followed; a pipe or device is written to, never replaced.
-    Raises as `check_free`, and OSError where the folder cannot be written to.
+    Raises as `check_free`, and OSError where the folder cannot be written to or has no room (see `on_disk`).
     """
     path = Path(path)
     check_free(path, overwrite)
@@ -35,12 +38,24 @@ def safe_write(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator
     temporary = target.with_name(f".{uuid4().hex}.tmp")
     try:
         mode = _made(temporary, path)
-        yield temporary
+        with on_disk(path):
+            yield temporary
         if temporary.stat().st_mode != mode:  # a writer put a file of its own there: safetensors' is the owner's only
             temporary.chmod(mode)
         _publish(temporary, target, overwrite)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def on_disk(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around writing to a file: a full disk, which names none, is one sentence with the name that the user knows."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise OSError(f"cannot write {path} ({error.strerror}); make room, or choose another place") from error
 
 
 def _made(temporary: Path, path: Path) -> int:
@@ -110,18 +125,20 @@ def together() -> Iterator[Callable[[str | os.PathLike[str], bytes, bool], None]
 def check_target(path: str | os.PathLike[str], overwrite: bool = True) -> None:
     """Raise what `safe_write` would for this path, and make missing folders, before there is anything to write.
     ValueError where nothing can be written there; one sentence."""
-    path = Path(path)
-    check_free(path, overwrite)
-    make_folder(path.parent)
-    if path.exists() and not path.is_file():
-        return
-    temporary = Path(os.path.realpath(path)).with_name(f".{uuid4().hex}.tmp")
+    path, temporary = Path(path), None
     try:
-        _made(temporary, path)
+        check_free(path, overwrite)
+        make_folder(path.parent)
+        if not path.exists() or path.is_file():
+            temporary = Path(os.path.realpath(path)).with_name(f".{uuid4().hex}.tmp")
+            _made(temporary, path)
+    except FileExistsError:
+        raise
     except OSError as error:
         raise ValueError(f"cannot write {path} ({error.strerror}); choose another place") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def check_free(path: Path, overwrite: bool) -> None:

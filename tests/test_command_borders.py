@@ -1,0 +1,206 @@
+"""What the command line is given and cannot do: said in one sentence before anything is loaded, and nothing is left."""
+
+import json
+import sys
+
+import pytest
+from PIL import Image, ImageDraw
+from support import ROOT
+
+from varedit_core.cli import common, edit
+from varedit_core.cli.app import main
+from varedit_core.cli.common import region_of
+from varedit_core.editor import Editor
+
+WORDS = "make the background cyan"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Pictures and masks, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    scene = Image.open(ROOT / "samples" / "scene.png").convert("RGB").resize((96, 64))
+    scene.save("a.png")
+    scene.save("b.png")
+    mask = Image.new("L", (96, 64))
+    ImageDraw.Draw(mask).rectangle((0, 0, 47, 63), 255)
+    mask.save("mask.png")
+    mask.save("mask@2x.png")
+    mask.resize((64, 96)).save("turned.png")
+    Image.new("L", (96, 64)).save("black.png")
+    erased = scene.copy()
+    erased.putalpha(mask)
+    erased.save("erased.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    scene.save("lying.jpg", exif=exif)
+    (tmp_path / "file").touch()
+    return tmp_path
+
+
+@pytest.fixture
+def said(monkeypatch, capsys, folder):
+    """What a command says, which must fail before anything is loaded and leave no file behind."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["varedit", *map(str, arguments)])
+        monkeypatch.setattr(Editor, "load", lambda *_, **__: pytest.fail("it was loaded"))
+        before = sorted(path.name for path in folder.rglob("*"))
+        with pytest.raises(SystemExit) as stop:
+            main()
+        error = capsys.readouterr().err
+        assert stop.value.code in (1, 2) and "Traceback" not in error
+        assert stop.value.code == 2 or error.count("\n") == 1
+        assert sorted(path.name for path in folder.rglob("*")) == before
+        return " ".join(error.replace("│", " ").split())
+
+    return run
+
+
+REFUSED = {
+    "two pictures": (["edit", "a.png", "b.png"], "the instruction 'b.png' is the name of a file; give one picture"),
+    "two pictures, swept": (["sweep", "a.png", "b.png", "--x", "seed=1,2"], "'b.png' is the name of a file"),
+    "a blank": (["edit", "a.png", "  "], "the instruction is empty"),
+    "a blank, swept": (["sweep", "a.png", " ", "--x", "seed=1,2"], "the instruction is empty"),
+    "a folder": (["edit", ".", WORDS], "is a folder; name the image in it"),
+    "a missing picture": (["edit", "c.png", WORDS], "there is no image at c.png"),
+    "an empty mask": (["edit", "a.png", WORDS, "--mask", "black.png"], "the mask is empty"),
+    "a turned mask": (["edit", "a.png", WORDS, "--mask", "turned.png"], "the mask is 64x96 but the picture is 96x64"),
+    "a turned picture": (["edit", "lying.jpg", WORDS, "--mask", "mask.png"], "the picture is 64x96 (upright)"),
+    "a turned region": (["edit", "a.png", "--region", f"{WORDS}@turned.png"], "the mask of region 1 is 64x96"),
+    "a turned mask to sweep": (
+        ["sweep", "a.png", WORDS, "--x", "seed=1,2", "--temperature", "1", "--mask", "turned.png"], "the mask is 64x96",
+    ),
+    "an erased picture": (["edit", "a.png", WORDS, "--mask", "erased.png"], "give it with --protect"),
+    "a size": (["edit", "a.png", WORDS, "--size", "1024"], "the model was made for"),
+    "a size to sweep": (["sweep", "a.png", WORDS, "--x", "guidance=1,2", "--size", "1024"], "the model was made for"),
+    "a region's file": (["edit", "a.png", "--region", f"{WORDS}@user@host/mask.png"], "write INSTRUCTION@MASK"),
+    "too many": (["edit", "a.png", WORDS, "--variations", "1000000000"], "4096"),
+    "a seam": (["edit", "a.png", WORDS, "--mask", "mask.png", "--seam", "100000"], "4096"),
+    "a guidance": (["edit", "a.png", WORDS, "--guidance", "1e38"], "guidance must be from -1000 to 1000"),
+    "names that are one": (
+        ["sweep", "a.png", WORDS, "--x", "guidance=1.50000001,1.50000002", "--folder", "out"], "would both be",
+    ),
+    "no fill": (["edit", "a.png", WORDS, "--fill", "white"], "--fill is for the new part"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_is_said_before_anything_is_loaded(said, case):
+    arguments, sentence = REFUSED[case]
+    assert sentence in said(*arguments)
+
+
+PLACES = {"no folder of files": "/proc/out", "below a file": "file/out", "a long name": "x" * 300}
+WRITTEN = {
+    "edit": (["edit", "a.png", WORDS], {"--output": ".png", "--save-tokens": ".safetensors", "--contact-sheet": ".png"}),
+    "edit, folders": (["edit", "a.png", WORDS], {"--maps": "", "--preview-dir": ""}),
+    "sweep": (["sweep", "a.png", WORDS, "--x", "guidance=1,2"], {"--output": ".png", "--folder": ""}),
+    "demo": (["demo"], {"--output": ""}),
+}  # fmt: skip
+OUTPUTS = [(name, option) for name, (_, options) in WRITTEN.items() for option in options]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("name", "option"), OUTPUTS)
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_loaded(said, name, option, place):
+    arguments, options = WRITTEN[name]
+    found = said(*arguments, option, PLACES[place] + options[option])
+    assert found.startswith(("error: cannot write", "error: cannot make the folder", f"error: '{PLACES[place]}"))
+    assert PLACES[place].split("/out")[0] in found and ".tmp" not in found
+
+
+def test_every_option_that_names_an_output_is_on_the_list():
+    named = {option for _, options in WRITTEN.values() for option in options}
+    for name, command in (("edit", edit.Outputs), ("sweep", sys.modules["varedit_core.cli.sweep"].Outputs)):
+        for field in command.__dataclass_fields__.values():
+            if "Path" in str(field.type) or field.name == "save_tokens":
+                option = {"sheet": "--contact-sheet"}.get(field.name, common.spelled(field.name))
+                assert option in named, f"{option} of {name}"
+
+
+REGIONS = {
+    f"{WORDS}@mask.png": (WORDS, True), f"{WORDS}@mask@2x.png": (WORDS, True), WORDS: (WORDS, False),
+    "write me@home on the sign": ("write me@home on the sign", False), "say hi @ noon@mask.png": ("say hi @ noon", True),
+    "mail me@example.com": ("mail me@example.com", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", REGIONS)
+def test_the_longest_file_behind_an_at_is_the_mask(folder, text):
+    region = region_of(text)
+    assert (region.instruction, region.mask is not None) == REGIONS[text]
+
+
+def ran(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["varedit", *map(str, arguments)])
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    out, error = capsys.readouterr()
+    return code or 0, out, error
+
+
+def test_an_erased_part_is_edited_with_protect(monkeypatch, capsys, caplog, folder):
+    """As other programs take such files; what is opaque stays."""
+    asked = ["edit", "a.png", WORDS, "--protect", "erased.png", "-o", "c.png", "--json"]
+    code, out, _ = ran(monkeypatch, capsys, *asked)
+    assert code == 0 and json.loads(out)["output"] == "c.png" and "transparency counts" in caplog.text
+    before, after = (Image.open(name).convert("RGB") for name in ("a.png", "c.png"))
+    assert before.crop((0, 0, 47, 64)).tobytes() == after.crop((0, 0, 47, 64)).tobytes()
+    assert before.tobytes() != after.tobytes()
+
+
+def test_results_appear_all_or_none(monkeypatch, capsys, folder):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "t.safetensors")
+
+    asked = ["edit", "a.png", WORDS, "-o", "c.png", "--variations", "2", "--temperature", "1", "--save-tokens"]
+    asked += ["t.safetensors", "--maps", "maps", "--contact-sheet", "sheet.png"]
+    save = edit.save_tokens
+    monkeypatch.setattr(edit, "save_tokens", full)
+    code, _, error = ran(monkeypatch, capsys, *asked)
+    begun = ("c-", "t.", "sheet", ".")
+    left = [path for path in folder.rglob("*") if path.name.startswith(begun) or path.parent.name == "maps"]
+    assert code == 1 and "No space left" in error and not left
+    monkeypatch.setattr(edit, "save_tokens", save)
+    assert ran(monkeypatch, capsys, *asked)[0] == 0, "the same command again finds nothing in its way"
+    assert {"c-1.png", "c-2.png", "t.safetensors", "sheet.png"} <= {path.name for path in folder.iterdir()}
+
+
+def test_what_a_picture_carries_is_kept_and_stripped(monkeypatch, capsys, folder):
+    exif = Image.Exif()
+    exif[0x013B] = "A. Painter"
+    Image.open("a.png").save("e.jpg", exif=exif, dpi=(300, 300), quality=95)
+    assert ran(monkeypatch, capsys, "edit", "e.jpg", WORDS, "-o", "kept.jpg")[0] == 0
+    assert ran(monkeypatch, capsys, "edit", "e.jpg", WORDS, "-o", "bare.jpg", "--strip")[0] == 0
+    kept, bare = (Image.open(name) for name in ("kept.jpg", "bare.jpg"))
+    assert kept.getexif()[0x013B] == "A. Painter" and kept.info["dpi"] == (300, 300)
+    assert not bare.getexif() and kept.tobytes() == bare.tobytes()
+
+
+@pytest.mark.parametrize("words", ["把背景变成青色", "сделай фон голубым", "🙂🙂🙂"])
+def test_text_that_is_not_understood_is_told(monkeypatch, capsys, caplog, folder, words):
+    for arguments in (["edit", "a.png", words, "-o", "c.png", "--overwrite"],
+                      ["sweep", "a.png", words, "--x", "guidance=1,2", "-o", "d.png", "--overwrite"]):  # fmt: skip
+        caplog.clear()
+        assert ran(monkeypatch, capsys, *arguments)[0] == 0
+        assert "unknown to the text encoder; write English" in caplog.text
+
+
+def test_a_long_text_is_one_sentence(monkeypatch, capsys, folder):
+    code, _, error = ran(monkeypatch, capsys, "edit", "a.png", "make the sky very blue " * 150, "-o", "c.png")
+    assert code == 1 and " ".join(error.split()).count("tokens") == 1 and "but the model takes 64" in error
+
+
+def test_a_console_that_cannot_print_a_name(folder):
+    import subprocess
+
+    (folder / "bild-\udce4.png").write_bytes((folder / "a.png").read_bytes())
+    command = [sys.executable, "-m", "varedit_core", "edit", "bild-\udce4.png", WORDS, "--json"]
+    more = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, capture_output=True, cwd=folder, env=more)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "bild-\udce4-edited.png").is_file() and json.loads(done.stdout)["size"] == [96, 64]
