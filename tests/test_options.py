@@ -267,6 +267,7 @@ ALWAYS = {
     "where something may change": {"mask", "protect", "extend"},
     "what is written": {"output", "save_tokens", "maps", "preview_dir", "sheet", "report", "save", "pictures"},
     "leave to do something": {"overwrite", "resume"},
+    "what is to be gone is gone where it never was": {"strip"},
     "refused beside other families than its own": {"style"},
     "needs nothing but samples, which all have regions": {"masked"},
     "of a decoding": {"vae"},
