@@ -41,7 +41,7 @@ def contact_sheet(rows: Sequence[Row], columns: Sequence[str], cell: int = CELL,
     heights = [max(picture.height for picture in pictures) for pictures in shrunk]
     line, width = letters + _LEADING, _GAP + len(columns) * (cell + _GAP)
     sheet = Image.new("RGB", (width, _GAP + line + sum(line + height + _GAP for height in heights)), "white")
-    font = ImageFont.load_default(size=letters)
+    font = _font(letters)
     draw = ImageDraw.Draw(sheet)
     for column, label in enumerate(columns):
         draw.text((_left(column, cell), _GAP), _cut(label, cell, font), "grey", font)
@@ -66,6 +66,14 @@ def _shrunk(picture: Image.Image, cell: int) -> Image.Image:
     scale = cell / max(picture.size)
     size = tuple(max(1, round(side * scale)) for side in picture.size)
     return opaque.resize(size, Image.Resampling.LANCZOS)
+
+
+def _font(letters: int):
+    """Pillow's own, of a size; its only size before Pillow 10.1."""
+    try:
+        return ImageFont.load_default(size=letters)
+    except TypeError:
+        return ImageFont.load_default()
 
 
 def _cut(text: str, width: int, font) -> str:

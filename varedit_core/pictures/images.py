@@ -19,11 +19,12 @@ import torch
 from PIL import Image, ImageChops
 from torch import Tensor
 
-from ..defaults import FITS
+from ..defaults import ASPECT, FITS, PUBLISHED
 from ..files.safe_write import check_target as check_file_target
 from ..files.safe_write import write_bytes
 from ..fitting import MAX_CANVAS_PIXELS, Fitting, Size, canvas_size, nearest_ratio
 from ..tokenizer.schedule import Schedule, schedule_for
+from .borders import BAND, padded, resized, without_rim
 from .colours import straight, transparent
 from .reading import NO_DETAILS, Details, opened
 
@@ -124,15 +125,21 @@ def load_mask(picture: Readable, erased: bool = False) -> Image.Image:
 def check_mask_shape(mask: Image.Image, size: Size, name: str = "mask") -> None:
     """ValueError for a mask of another shape than its picture of `size` (width, height): stretched over it, it would
     mark another place. One that is the same everywhere may have any."""
-    (width, height), (own_width, own_height) = size, mask.size
-    if abs(math.log(own_width * height / (own_height * width))) <= SHAPE_ERROR:
-        return
+    sentence = shape_complaint(mask.size, size, name)
     low, high = mask.convert("L").getextrema()
-    if low != high:
-        raise ValueError(
-            f"the {name} is {own_width}x{own_height} but the picture is {width}x{height} (upright), another shape; "
-            "make it of the picture's shape"
-        )
+    if sentence and low != high:
+        raise ValueError(sentence)
+
+
+def shape_complaint(own: Size, size: Size, name: str = "mask") -> str:
+    """A sentence where a mask of one size has another shape than its picture of the other; else an empty text."""
+    (width, height), (own_width, own_height) = size, own
+    if abs(math.log(own_width * height / (own_height * width))) <= SHAPE_ERROR:
+        return ""
+    return (
+        f"the {name} is {own_width}x{own_height} but the picture is {width}x{height} (upright), another shape; make it "
+        "of the picture's shape"
+    )
 
 
 def fitting_for(size: Size, area: str, method: str) -> Fitting:
@@ -140,7 +147,7 @@ def fitting_for(size: Size, area: str, method: str) -> Fitting:
     if method not in FITS:
         raise ValueError(f"unknown fit {method!r}; choose one of {', '.join(FITS)}")
     width, height = size
-    schedule = schedule_for(area, 1.0 if method == "square" else nearest_ratio(height / width))
+    schedule = schedule_for(area, nearest_ratio(height / width) if method == ASPECT else 1.0)
     padded_size = canvas_size(size, schedule.pixels)
     if padded_size[0] * padded_size[1] > MAX_CANVAS_PIXELS:
         raise ValueError(
@@ -152,8 +159,10 @@ def fitting_for(size: Size, area: str, method: str) -> Fitting:
 def fit(source: SourceImage, area: str, method: str) -> FittedImage:
     """Pad the source with white at the right and bottom, then resize it (Lanczos) to the model's size.
 
-    area: a key of schedule.AREAS. method: one of FITS. Raises ValueError for another area or method and
-    for a canvas of more than MAX_CANVAS_PIXELS.
+    Before the white begins, and under its alpha, the picture goes on for a few tokens (see `borders`).
+    area: a key of schedule.AREAS. method: one of FITS; with "published" white begins at the border, as in the
+    published code, and shows in the result's last rows. Raises ValueError for another area or method and for a canvas
+    of more than MAX_CANVAS_PIXELS.
     """
     levels, fitting = fitted_levels(source, area, method)
     return FittedImage(levels[None].float() / 127.5 - 1, fitting, source)
@@ -162,10 +171,10 @@ def fit(source: SourceImage, area: str, method: str) -> FittedImage:
 def fitted_levels(source: SourceImage, area: str, method: str) -> tuple[Tensor, Fitting]:
     """`fit` in 8-bit levels [3, H, W]."""
     fitting = fitting_for(source.size, area, method)
-    canvas = Image.new("RGB", fitting.padded_size, "white")
-    canvas.paste(source.rgb)
-    resized = canvas.resize(fitting.schedule.pixels[::-1], Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1), fitting
+    if method != PUBLISHED and not source.opaque:
+        return without_rim(source.rgb, source.alpha, fitting), fitting
+    canvas = padded(source.rgb, fitting, "white", 0 if method == PUBLISHED else BAND)
+    return resized(canvas, fitting, Image.Resampling.LANCZOS), fitting
 
 
 def empty(schedule: Schedule) -> FittedImage:
@@ -175,11 +184,10 @@ def empty(schedule: Schedule) -> FittedImage:
 
 
 def fit_mask(mask: Image.Image, fitting: Fitting) -> Tensor:
-    """A mask of a picture, of any size and stretched over it, as [1, H, W] from 0 to 1 beside the fitted picture."""
-    canvas = Image.new("L", fitting.padded_size)
-    canvas.paste(mask.convert("L").resize(fitting.size, Image.Resampling.BILINEAR))
-    resized = canvas.resize(fitting.schedule.pixels[::-1], Image.Resampling.BOX)
-    return torch.from_numpy(np.array(resized))[None].float() / 255
+    """A mask of a picture, of any size and stretched over it, as [1, H, W] from 0 to 1 beside the fitted picture. It
+    goes on as the picture does, so that what changes at a border changes beyond it, too."""
+    canvas = padded(mask.convert("L").resize(fitting.size, Image.Resampling.BILINEAR), fitting, 0)
+    return resized(canvas, fitting, Image.Resampling.BOX).float() / 255
 
 
 def restore(pixels: Tensor, fitted: FittedImage, rounding: str = PUBLISHED_ROUNDING) -> Image.Image:
