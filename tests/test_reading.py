@@ -55,6 +55,13 @@ def test_what_is_no_file_is_refused(tmp_path, kind, read):
     assert KINDS[kind] in str(raised.value) and len(str(raised.value).splitlines()) == 1
 
 
+def test_a_path_with_the_other_slashes_is_named(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "8B.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=f"; write {tmp_path}/models/8B.safetensors$"):
+        check_file(f"{tmp_path}\\models\\8B.safetensors")
+
+
 JSON = {
     "cut": b'{"a": [1, 2', "deep": b"[" * 100_000, "no UTF-8": b'{"a": "\xff"}', "empty": b"", "a null": b"\0" * 20,
     "numbers": b'{"a": ' + b"9" * 5000 + b"}",

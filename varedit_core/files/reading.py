@@ -25,7 +25,9 @@ def check_file(path: str | os.PathLike[str], what: str = "file", error: type[Val
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"there is no {what} at {path}; check the path") from None
+        turned = str(path).replace("\\", "/")
+        advice = f"write {turned}" if turned != str(path) and Path(turned).exists() else "check the path"
+        raise FileNotFoundError(f"there is no {what} at {path}; {advice}") from None
     except (OSError, ValueError) as reason:  # loops of links, names that are too long or hold a null
         raise error(f"{str(path)!r} cannot be the name of a file ({_said(reason)}); check the path") from None
     if stat.S_ISDIR(mode):
