@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import folder_paths
 
 from ..varedit_core.defaults import MOST_SCALES
+from ..varedit_core.files.token_header import SUFFIX
 from ._api import io, ui
-from .files import NO_FILE, stamp
+from .files import stamp
+from .token_files import find, missing, token_files
 
-SUFFIX = ".safetensors"
 PREFIX = "varedit/tokens"
 FIRST = 4
 """Scales that are kept at first."""
-OUTPUT = " [output]"
-"""What ComfyUI writes behind the name of a file in its output folder."""
-
-
-def token_files() -> list[str]:
-    """Files that may hold tokens, those of the input folder first; never empty (see `files.listed`)."""
-    kept = _names(folder_paths.get_input_directory())
-    return [*kept, *(name + OUTPUT for name in _names(folder_paths.get_output_directory()))] or [NO_FILE]
-
-
-def _names(folder: str) -> list[str]:
-    found = ((where, name) for where, _, names in os.walk(folder) for name in names)
-    return sorted(os.path.relpath(os.path.join(*one), folder) for one in found if one[1].endswith(SUFFIX))
-
-
-def missing(name: str) -> str:
-    """What to say of a file that is not there, "" for one that is."""
-    if name != NO_FILE and folder_paths.exists_annotated_filepath(name):
-        return ""
-    lack = f"{name} is not" if name != NO_FILE else "there are no tokens"
-    return (
-        f"{lack} in ComfyUI's folders input and output; save some with VAREdit Save Tokens, or put a file into input, "
-        "press R and choose it"
-    )
 
 
 class VAREditSaveTokens(io.ComfyNode):
@@ -114,15 +90,15 @@ class VAREditLoadTokens(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str | None, vae=None):
-        return stamp(folder_paths.get_annotated_filepath(file)) if file else None
+        return stamp(find(file)) if file else None
 
     @classmethod
     def execute(cls, file: str, vae=None) -> io.NodeOutput:
-        from .adapters.token_latents import load_tokens
-
         if lack := missing(file):
             raise ValueError(lack)
-        return io.NodeOutput(load_tokens(Path(folder_paths.get_annotated_filepath(file)), vae))
+        from .adapters.token_latents import load_tokens
+
+        return io.NodeOutput(load_tokens(find(file), vae))
 
 
 class VAREditFirstScales(io.ComfyNode):

@@ -732,6 +732,7 @@ print(json.dumps([sorted(brought), sorted(set(sys.modules) - known)]))
     controls = [path.stem for path in (ROOT / "varedit_core" / "controls").glob("*.py") if path.stem != "__init__"]
     assert {name.removeprefix("varedit_core.") for name in own if name.startswith("varedit_core")} == {
         "varedit_core", "defaults", "controls", *(f"controls.{name}" for name in controls),
+        "files", "files.token_header",
         "sampling", "sampling.settings", "tokenizer", "tokenizer.quantizer", "tokenizer.schedule",
     }  # fmt: skip
     assert {name for name in own if name.startswith("nodes.")} == {
@@ -750,6 +751,7 @@ print(json.dumps([sorted(brought), sorted(set(sys.modules) - known)]))
             "sampler",
             "shortcuts",
             "sweep",
+            "token_files",
             "tokens",
             "widgets",
         )  # fmt: skip

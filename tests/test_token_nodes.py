@@ -2,15 +2,21 @@
 
 import copy
 import json
+import math
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from support import GOLDEN, ROOT
 from test_nodes import comfy, models, nodes, pack  # noqa: F401
+from test_tokens import drawn
 from typer.testing import CliRunner
 
 from varedit_core.cli.app import app
@@ -21,17 +27,31 @@ TOKENS = json.loads((ROOT / "workflows" / "api" / "tokens.json").read_text())
 VAE, PICTURE, SAMPLER = ["4", 0], ["5", 0], "8"
 
 
-def test_the_list_has_files_of_both_folders(nodes, models):  # noqa: F811
-    def choices():
-        return nodes["VAREditLoadTokens"].define_schema().inputs[0].options
+@pytest.fixture
+def tokens(models) -> Path:  # noqa: F811
+    """A file of tokens outside of ComfyUI's folders for pictures, which lie beside it."""
+    for folder in ("input", "output"):
+        (models / folder).mkdir()
+    drawn().save(models / "outside.safetensors")
+    return models / "outside.safetensors"
 
-    assert choices() == ["no file found"]
-    for name in ("input/b.safetensors", "input/sub/a.safetensors", "input/picture.png", "output/varedit/c.safetensors"):
-        (models / name).parent.mkdir(parents=True, exist_ok=True)
-        (models / name).touch()
-    assert choices() == ["b.safetensors", "sub/a.safetensors", "varedit/c.safetensors [output]"]
+
+def put(tokens: Path, *names: str) -> None:
+    for name in names:
+        (tokens.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(tokens, tokens.parent / name)
+
+
+def choices(nodes) -> list[str]:  # noqa: F811
+    return nodes["VAREditLoadTokens"].define_schema().inputs[0].options
+
+
+def test_the_list_has_files_of_both_folders(nodes, models, tokens):  # noqa: F811
+    assert choices(nodes) == ["no file found"]
+    put(tokens, "input/b.safetensors", "input/sub/a.safetensors", "input/a.png", "output/varedit/c.safetensors")
+    assert choices(nodes) == ["b.safetensors", "sub/a.safetensors", "varedit/c.safetensors [output]"]
     check = nodes["VAREditLoadTokens"].validate_inputs
-    assert all(check(name) is True for name in (*choices(), None))
+    assert all(check(name) is True for name in (*choices(nodes), None))
     assert check("gone.safetensors") == (
         "gone.safetensors is not in ComfyUI's folders input and output; save some with VAREdit Save Tokens, or put a "
         "file into input, press R and choose it"
@@ -39,10 +59,95 @@ def test_the_list_has_files_of_both_folders(nodes, models):  # noqa: F811
     assert check("no file found").startswith("there are no tokens in ")
 
 
-def test_a_loaded_files_fingerprint_changes_with_the_file(nodes, models):  # noqa: F811
+def test_the_list_has_files_of_tokens_alone_and_follows_what_happens(nodes, models, tokens):  # noqa: F811
+    save_file({"a": torch.zeros(3)}, models / "input" / "weights.safetensors")
+    os.mkfifo(models / "input" / "pipe.safetensors")
+    (models / "input" / "empty.safetensors").touch()
+    (models / "input" / "device.safetensors").symlink_to("/dev/zero")
+    (models / "input" / "gone.safetensors").symlink_to(models / "nowhere")
+    (models / "input" / "folder.safetensors").mkdir()
+    with open(models / "output" / "large.safetensors", "wb") as large:
+        large.write(tokens.read_bytes())
+        large.truncate(1 << 40)
+    assert choices(nodes) == ["no file found"]
+    put(tokens, "input/a.safetensors")
+    assert choices(nodes) == ["a.safetensors"]
+    put(tokens, "input/empty.safetensors")  # in its place: its folder's time stamp stays
+    assert choices(nodes) == ["a.safetensors", "empty.safetensors"]
+    (models / "input" / "a.safetensors").unlink()
+    put(tokens, "input/new/b.safetensors")
+    assert choices(nodes) == ["empty.safetensors", "new/b.safetensors"]
+    shutil.rmtree(models / "input" / "new")
+    assert choices(nodes) == ["empty.safetensors"]
+
+
+def test_a_folder_is_read_when_it_changes_and_a_file_once(nodes, models, tokens, monkeypatch):  # noqa: F811
+    listing = sys.modules["pack_x_varedit.nodes.token_files"]
+    put(tokens, *(f"output/{n % 7}/{n}.safetensors" for n in range(70)))
+    for path in (models / "input", *(models / "output").rglob("*"), models / "output"):
+        os.utime(path, (1, 1))
+    found = choices(nodes)
+    assert len(found) == 70
+    counted = {"_read": 0, "holds_tokens": 0}
+    for name in counted:
+        true = getattr(listing, name)
+
+        def count(*arguments, name=name, true=true):
+            counted[name] += 1
+            return true(*arguments)
+
+        monkeypatch.setattr(listing, name, count)
+    assert [choices(nodes) for _ in range(5)] == [found] * 5 and counted == {"_read": 0, "holds_tokens": 0}
+    put(tokens, "output/3/new.safetensors")
+    assert len(choices(nodes)) == 71 and counted == {"_read": 1, "holds_tokens": 1}
+    (models / "output" / "3" / "x.png").touch()
+    monkeypatch.setattr(listing.LISTING.folders[str(models / "output" / "3")], "until", float("inf"))
+    assert len(choices(nodes)) == 71 and counted["_read"] == 1, "a folder that takes long is not read again at once"
+
+
+def test_files_are_looked_into_for_a_time_and_the_newest_first(nodes, models, tokens, monkeypatch):  # noqa: F811
+    listing = sys.modules["pack_x_varedit.nodes.token_files"]
+    for n, name in enumerate("bca"):
+        put(tokens, f"output/{name}.safetensors")
+        os.utime(models / "output" / f"{name}.safetensors", (n, n))
+    looked, clock = [], [0.0]
+
+    def look(path) -> bool:
+        looked.append(Path(path).stem)
+        clock[0] += listing.READS / 2
+        return True
+
+    monkeypatch.setattr(listing, "holds_tokens", look)
+    monkeypatch.setattr(listing.time, "monotonic", lambda: clock[0])
+    assert [len(choices(nodes)) for _ in range(3)] == [2, 3, 3] and looked == ["a", "c", "b"]
+
+
+OUT = ["../outside.safetensors", "../outside.safetensors [output]", "sub/../../outside.safetensors", "..", ".", "",
+       "{}/outside.safetensors", "{}/outside.safetensors [output]", "/etc/passwd", "link/../../outside.safetensors",
+       "../input/../outside.safetensors", "\0", "../gone.safetensors"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUT)
+def test_names_that_lead_out_of_the_folders_are_none_whatever_lies_there(name, nodes, models, tokens):  # noqa: F811
+    """Also where ComfyUI does not ask, and in words that do not tell whether there is such a file."""
+    (models / "input" / "sub").mkdir()
+    name, load = name.format(models), nodes["VAREditLoadTokens"]
+    words = (
+        f"{name} is not in ComfyUI's folders input and output; save some with VAREdit Save Tokens, or put a file into "
+        "input, press R and choose it"
+    )
+    assert load.validate_inputs(name) == words
+    with pytest.raises(ValueError) as error:
+        load.execute(name)
+    assert str(error.value) == words
+    assert math.isnan(load.fingerprint_inputs(name) or float("nan")), "nor by its time stamp"
+    put(tokens, "input/in.safetensors")
+    assert load.validate_inputs("sub/../in.safetensors") is True
+
+
+def test_a_loaded_files_fingerprint_changes_with_the_file(nodes, models, tokens):  # noqa: F811
     fingerprint = nodes["VAREditLoadTokens"].fingerprint_inputs
-    (models / "output").mkdir()
-    (models / "output" / "a.safetensors").write_bytes(b"1")
+    put(tokens, "output/a.safetensors")
     first = fingerprint("a.safetensors [output]")
     assert first == fingerprint("a.safetensors [output]") and fingerprint(None) is None
     (models / "output" / "a.safetensors").write_bytes(b"12")

@@ -26,19 +26,14 @@ from ..tokenizer.schedule import TABLES, TOKEN_PIXELS, Grid, Schedule
 from .reading import check_file
 from .safe_write import check_target as check_file_target
 from .safe_write import write_bytes
+from .token_header import FORMAT, MAX_BYTES, MAX_HEADER, SUFFIX
 
-FORMAT = "varedit.tokens"
-SUFFIX = ".safetensors"
 AUTO_MASK = "auto_mask"
 """Metadata of files that VAREdit Save Tokens wrote before tokens knew their auto mask."""
 DIGEST = "digest"
 """In the facts: of all the rest of the file, so that a changed bit or a swapped tensor is seen. Older files lack it."""
 MAX_NUMBERS = 2**26
 """Numbers of the running sum of all edits of a file: 256 MiB, which a draft of one scale asks for with few bits."""
-MAX_BYTES = 128 << 20
-"""Of a file: its bits take eight times as much in memory."""
-MAX_HEADER = 4 << 20
-"""Bytes of names, sizes and metadata: the longest chain has less than a tenth."""
 MAX_EDITS = 4096
 MAX_BITS = 256
 """Bits a position: published models have at most 64 a token."""
