@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import pickle
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support import ROOT
 
 pytest.importorskip("accelerate")
 
-from test_training import TOKENIZER, Alone, losses, stages_of, trained_at  # noqa: E402
+from test_training import ENVIRONMENT, TOKENIZER, Alone, losses, stages_of, trained_at  # noqa: E402
 
-from varedit_core.training import states  # noqa: E402
+from varedit_core.training import engine, report, settings, states  # noqa: E402
 from varedit_core.training.run import run  # noqa: E402
 
 SMALL = "\n[stage.data]\n".join((TOKENIZER.split("[stage.data]")[0], 'source = "pictures"\nworkers = 0\n'))
@@ -247,3 +256,335 @@ def test_other_numbers_of_processes_are_told(tmp_path, caplog):
     assert "was written by 1 processes and 2 go on with it" in caplog.text
     with pytest.raises(ValueError, match=r"was trained sharded \(FSDP\); go on the same way"):
         states._check_processes(tmp_path / "state-5", facts | {"sharded": True}, trained_at(0))
+
+
+# Settings
+
+
+TABLES = {
+    "": settings.Stage, "data": settings.Data, "optimisation": settings.Optimisation, "objective": settings.Objective,
+    "reconstruction": settings.Reconstruction, "lora": settings.Lora, "new_transformer": settings.NewTransformer,
+    "new_tokenizer": settings.NewTokenizer, "new_text": settings.NewText,
+}  # fmt: skip
+NUMBERS = [
+    (f"{table}.{each.name}".lstrip("."), each)
+    for table, kind in TABLES.items()
+    for each in dataclasses.fields(kind)
+    if any(word in str(each.type) for word in ("int", "float"))
+]
+
+
+def put(name: str, value) -> settings.Stage:
+    """A stage with one setting, as a file would give it."""
+    *table, name = name.split(".")
+    kind = next(each for path, each in NUMBERS if path == ".".join([*table, name])).type
+    if "dict" in kind:
+        value = {"keep" if name == "families" else "sepia": value}
+    inner = {name: [value] if "tuple" in kind else value}
+    whole = {"name": "a", "task": "tokenizer", "steps": 1, "batch": 1} | ({table[0]: inner} if table else inner)
+    return settings.build(settings.Stage, whole, "x.toml")
+
+
+def test_every_table_of_settings_is_known():
+    nested = {each.name for each in dataclasses.fields(settings.Stage) if each.name in TABLES or "New" in each.type}
+    assert nested == set(TABLES) - {""} and len(NUMBERS) == 50
+    kinds = {value for value in vars(settings).values() if dataclasses.is_dataclass(value)}
+    assert kinds == set(TABLES.values())
+
+
+@pytest.mark.parametrize(("name", "each"), NUMBERS, ids=[name for name, _ in NUMBERS])
+def test_every_number_of_the_settings_has_a_range(name, each):
+    """Beside its field; what lies outside is refused before anything is loaded, and its ends are taken."""
+    bounds = each.metadata["range"]
+    whole = "float" not in each.type
+    outside = [bounds.low - 1, bounds.high + 1, -bounds.high - 11, 10**40, *([bounds.high] * bounds.below)]
+    outside += [] if whole else [float("nan"), float("inf"), float("-inf"), 1e38, -1e-3 + bounds.low]
+    for value in outside:
+        with pytest.raises(ValueError, match=rf"^stage a: {name} must be {bounds}, got ") as raised:
+            put(name, int(value) if whole else value)
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 200
+    default = each.default
+    if isinstance(default, int | float):
+        assert bounds.holds(default)
+    kind = int if whole else float
+    for value in (bounds.low, *([] if bounds.below else [bounds.high])):
+        if "families" not in name and "styles" not in name:
+            assert put(name, kind(value))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("a.data.families.recolor=1", r"data.families must be one of add, .*, got 'recolor' \(did you mean recolour"),
+        ("a.data.styles.sepiaa=1", r"data.styles must be one of .*, got 'sepiaa' \(did you mean sepia\?\)"),
+        ("a.optimisation.rat=1", r"unknown setting 'rat' \(did you mean rate\?\)"),
+        ("a.optimisation.optimizer=adam", r"optimizer must be one of adamw, muon, got 'adam' \(did you mean adamw"),
+        ("a.steps.more=1", "'a.steps.more=1' is no setting: steps holds no others"),
+        ("a.new_tokenizer.encoder_widths=[]", "new_tokenizer.encoder_widths must hold a number"),
+        ("a.steps=" + "9" * 5000, r"steps: expected int, got '9{79}\.\.\.$"),
+        ("a.steps=0x" + "f" * 9000, "steps must be from 1 to 1000000000, got a very long int$"),
+        ("a.optimisation.rate=" + "9" * 400, "optimisation, rate: expected float"),
+        ("a.steps=" + "[" * 5000 + "]" * 5000, "steps: expected int"),
+        ("a.name=" + "x" * 101, "must be letters, digits, _ and -, at most 100"),
+    ],
+)
+def test_impossible_settings_are_named(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        small_stage(tmp_path, change)
+    assert len(str(raised.value)) < 400
+
+
+def test_shares_that_leave_nothing_are_refused(tmp_path):
+    from varedit_core.shapeedit.edits import FAMILIES
+
+    none = ", ".join(f"{name} = 0" for name in FAMILIES)
+    with pytest.raises(ValueError, match="data.families leaves nothing to draw"):
+        small_stage(tmp_path, f"a.data.families={{{none}}}")
+
+
+@pytest.mark.parametrize("text", ["", "stage = 1", "stage = [1]", "[[stage]]\nname=1", "x = " + "[" * 10_000, "\x00"])
+def test_files_that_hold_no_settings(tmp_path, text):
+    (tmp_path / "x.toml").write_text(text)
+    with pytest.raises(ValueError) as raised:
+        settings.load_stages(tmp_path / "x.toml")
+    assert str(raised.value).startswith(str(tmp_path)) and "\n" not in str(raised.value)
+
+
+def test_a_pipe_or_a_huge_file_of_settings(tmp_path):
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(ValueError, match="pipe.toml is a pipe, not a file of settings"):
+        settings.load_stages(tmp_path / "pipe.toml")
+    with open(tmp_path / "huge.toml", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match="huge.toml is too large for a file of settings"):
+        settings.load_stages(tmp_path / "huge.toml")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=9,
+)
+NAMES = st.sampled_from([*TABLES, *(f.name for kind in TABLES.values() for f in dataclasses.fields(kind))])
+
+
+@given(st.dictionaries(NAMES, VALUES | st.dictionaries(NAMES, VALUES, max_size=3), max_size=4))
+def test_any_table_is_a_stage_or_refused_in_one_sentence(table):
+    try:
+        settings.build(settings.Stage, {"name": "a", "task": "tokenizer", "steps": 1, "batch": 1} | table, "x.toml")
+    except ValueError as error:
+        assert str(error).startswith(("x.toml", "stage ", "the name ")) and len(str(error)) < 500
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0])
+def test_impossible_times_to_stop_after(unfinished, tmp_path, seconds):
+    with pytest.raises(ValueError, match="seconds to stop after must be 0 or more"):
+        run([unfinished[0]], tmp_path / "out", stop_after=seconds)
+
+
+# Damaged folders
+
+
+TEXTS = ("", "{", "null", "[]", "3", '"x"', "[" * 100_000, "\x00" * 9)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("name", ["settings.json", "finished.json"])
+def test_damaged_files_of_a_training_are_told(stopped, name, text):
+    stage, output, _ = stopped
+    (output / "a" / name).write_text(text)
+    with pytest.raises(
+        ValueError, match=f"{name} .*(put it back, or choose another|remove it, and --resume)"
+    ) as raised:
+        run([stage], output, resume=True)
+    assert "\n" not in str(raised.value) and (output / "a" / "state-1" / states.STATE).is_file()
+
+
+@pytest.mark.parametrize("name", ["settings.json", "finished.json", "metrics.jsonl"])
+def test_pipes_in_the_place_of_files_of_a_training(stopped, name):
+    stage, output, _ = stopped
+    (output / "a" / name).unlink(missing_ok=True)
+    os.mkfifo(output / "a" / name)
+    with pytest.raises(ValueError, match=f"{name} is a pipe"):
+        run([stage], output, resume=True)
+
+
+def test_a_missing_file_of_settings_is_told(stopped):
+    stage, output, _ = stopped
+    (output / "a" / "settings.json").unlink()
+    with pytest.raises(ValueError, match="out/a lacks its settings.json; put it back, or choose another --output"):
+        run([stage], output, resume=True)
+
+
+def test_a_lost_result_is_told_and_written_again(stopped):
+    stage, output, _ = stopped
+    assert run([stage], output, resume=True)
+    result = output / "a" / "tokenizer.safetensors"
+    before = load_file(result)
+    result.unlink()
+    with pytest.raises(ValueError, match="finished.json lists tokenizer.safetensors, which is gone; remove it, and"):
+        run([stage], output, resume=True)
+    (output / "a" / "finished.json").unlink()
+    result.write_bytes(b"")
+    assert run([stage], output, resume=True)
+    after = load_file(result)
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+
+
+LINES = ('{"step": 1, "lo', "3", "null", "[1]", '{"loss": 1}', '{"step": "x"}', "[" * 100_000, "\udcff\x00")
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_damaged_figures_are_left_out_and_counted(stopped, caplog, line):
+    stage, output, expected = stopped
+    path = output / "a" / report.METRICS
+    path.write_bytes(path.read_bytes() + line.encode("utf-8", "surrogateescape"))
+    with caplog.at_level(logging.INFO, "varedit_core"):
+        assert run([stage], output, resume=True)
+    assert f"{path}: 1 lines that were no figures are left out" in caplog.messages
+    assert losses(output / "a") == expected
+
+
+@pytest.mark.parametrize("broken", ["gradient", "average"])
+def test_an_undefined_gradient_or_average_stops_and_keeps_the_last_state(stopped, monkeypatch, broken):
+    stage, output, expected = stopped
+    kept = {path: path.read_bytes() for path in (output / "a" / "state-1").iterdir()}
+    with monkeypatch.context() as patch:
+        if broken == "gradient":
+            true = engine._step
+
+            def step(task, model, *more):
+                handles = [p.register_hook(lambda g: g * torch.nan) for p in model.parameters() if p.requires_grad]
+                try:
+                    return true(task, model, *more)
+                finally:
+                    [handle.remove() for handle in handles]
+
+            patch.setattr(engine, "_step", step)
+        else:
+            patch.setattr(engine.Average, "update", lambda self, step: self.values[0].fill_(torch.inf))
+        what = broken if broken == "gradient" else "weights"
+        with pytest.raises(ValueError, match=f"^stage a: the {what} became undefined at step 2; lower the learning"):
+            run([stage], output, resume=True)
+    assert {path: path.read_bytes() for path in (output / "a" / "state-1").iterdir()} == kept
+    assert [path.name for path in (output / "a").glob("state-*")] == ["state-1"]
+    assert run([stage], output, resume=True) and losses(output / "a") == expected
+
+
+# Full disks
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "random-0.safetensors", "state.json", "metrics.jsonl", "loss.png"]
+)
+def test_a_full_disk_is_one_sentence_with_the_name_and_keeps_the_last_state(stopped, monkeypatch, name):
+    """No file grows beyond a few bytes from the moment that one is written, as on a full disk."""
+    import resource
+
+    from varedit_core.files import safe_write
+
+    stage, output, expected = stopped
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    true = safe_write.on_disk
+
+    def filled(path):
+        if Path(path).name == name:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
+        return true(path)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(safe_write, "on_disk", filled)
+            patch.setattr(report, "on_disk", filled)
+            with pytest.raises(OSError, match=r"cannot write .*/a/\S+ \(.*File too large.*\); make room") as raised:
+                run([stage], output, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert "\n" not in str(raised.value) and not list((output / "a").glob("*.partial"))
+    assert run([stage], output, resume=True) and losses(output / "a") == expected
+
+
+# Processes
+
+
+def children(pid: int) -> set[int]:
+    """Processes whose parent, or its parent, is this one."""
+    found, parents = set(), {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            pass
+    new = {pid}
+    while new:
+        new = {child for child, parent in parents.items() if parent in new} - found
+        found |= new
+    return found
+
+
+def alive(pids: set[int]) -> set[int]:
+    """Those that still run: a zombie does not."""
+    return {pid for pid in pids if (stat := Path(f"/proc/{pid}/stat")).exists() and ") Z " not in stat.read_text()}
+
+
+def until(condition, seconds: float = 120.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return bool(condition())
+
+
+SOURCES = {"pairs": 'source = "pictures"\nworkers = 2\n', "ShapeEdit": "pictures = 0.2\n"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_process_outlives_a_training(tmp_path, source, ending):
+    """The workers that read pictures, and those that draw scenes. SIGTERM: its checkpoint is written first."""
+    small_stage(tmp_path)
+    text = SMALL.split("[stage.data]")[0] + f"\n[stage.data]\n{SOURCES[source]}"
+    (tmp_path / "training.toml").write_text(text)
+    command = [sys.executable, "-m", "varedit_core", "train", tmp_path / "training.toml", "--output", tmp_path / "out"]
+    command += ["--set", "a.steps=100000", "--set", "a.batch=1"]
+    training = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "out" / "a" / report.METRICS
+    try:
+        assert until(lambda: training.poll() is not None or (metrics.exists() and metrics.read_text()))
+        assert training.poll() is None, training.stderr.read()
+        helpers = children(training.pid)
+        assert len(helpers) >= 1 + (source == "pairs")
+        training.send_signal(ending)
+        _, said = training.communicate(timeout=120)
+    finally:
+        training.kill()
+    assert until(lambda: not alive(helpers), 10), "left behind"
+    assert training.returncode == {signal.SIGTERM: 143, signal.SIGKILL: -9, signal.SIGINT: 130}[ending]
+    assert "Traceback" not in said
+    if ending == signal.SIGTERM:
+        assert "stopped before the end; go on with --resume" in " ".join(said.split())
+        (state,) = (tmp_path / "out" / "a").glob("state-*")
+        assert json.loads((state / states.STATE).read_text())["step"] >= 1
+
+
+@pytest.mark.parametrize("delay", [0.15, 0.4, 0.8, 1.5, 2.5])
+def test_ctrl_c_is_quiet_from_the_first_moment(delay):
+    """Also while torch is imported."""
+    begin = subprocess.Popen(
+        [sys.executable, "-m", "varedit_core", "train", "--help"], cwd=ROOT, env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    maps = Path(f"/proc/{begin.pid}/maps")
+    assert until(lambda: begin.poll() is not None or "libpython" in maps.read_text() or "_json" in maps.read_text(), 20)
+    time.sleep(delay)
+    begin.send_signal(signal.SIGINT)
+    _, said = begin.communicate(timeout=60)
+    assert begin.returncode in (0, 130, -signal.SIGINT) and said == ""  # the last: Python had ended already
+
+
+def test_the_entry_points_are_light():
+    """Nothing is imported before Ctrl-C is answered."""
+    code = "import sys, varedit_core.__main__; print({'torch', 'numpy', 'typer', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "set()", done.stderr
+    assert re.search(r'^varedit = "varedit_core.__main__:main"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)

@@ -145,13 +145,13 @@ def test_settings_on_the_command_line(parts):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("a.stepps=3", "stage 1: unknown setting 'stepps'; known are name, task, steps"),
+        ("a.stepps=3", "stage 1: unknown setting 'stepps' (did you mean steps?); known are name, task, steps"),
         ("a.data.sorce=x", "stage 1, data: unknown setting 'sorce'"),
         ("a.steps=many", "stage 1, steps: expected int, got 'many'"),
         ("a.steps=true", "stage 1, steps: expected int, got True"),
-        ("a.steps=0", "steps must be at least 1"),
-        ("a.log_every=0", "log_every must be at least 1"),
-        ("a.optimisation.accumulate=0", "optimisation.accumulate must be at least 1"),
+        ("a.steps=0", "stage a: steps must be from 1 to 1000000000, got 0"),
+        ("a.log_every=0", "log_every must be from 1 to 1000000000, got 0"),
+        ("a.optimisation.accumulate=0", "optimisation.accumulate must be from 1 to 65536, got 0"),
         ("a.task=paint", "task must be one of tokenizer, transformer, lora, got 'paint'"),
         ("a.data.size=3M", "data.size must be one of 0.06M"),
         ("a.data.columns.source=3", "columns, source: expected str, got 3"),
@@ -174,7 +174,7 @@ def test_mistakes_in_settings_are_named(parts, change, message):
         ('[[stage]]\nname = "a"\n', "stage 1: missing .* 'task'"),
         (TOKENIZER + TOKENIZER, "names two stages alike"),
         (TOKENIZER + "encoder_widths = [32]\n", "unknown setting 'encoder_widths'"),
-        (TOKENIZER.replace("encoder_blocks = 1", "encoder_widths = [32]"), "fewer than 64 channels cannot learn"),
+        (TOKENIZER.replace("encoder_blocks = 1", "encoder_widths = [32]"), "new_tokenizer.encoder_widths must be from 64 to 65536, got 32"),
         (HEAD + EDITS.format(task="lora", steps=1, batch=1), "name the transformer that the LoRA is for"),
     ],
 )
@@ -184,7 +184,7 @@ def test_files_that_are_no_training_are_named(tmp_path, text, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="there is no .*none.toml; check the path"):
+    with pytest.raises(FileNotFoundError, match="there is no file of settings at .*none.toml; check the path"):
         load_stages(tmp_path / "none.toml")
 
 
@@ -716,7 +716,7 @@ if __name__ == "__main__":
         return model, *engine.optimizers(model, stage.optimisation)
 
     accelerator.prepare, folder = sharded, output / stage.name
-    if engine.train(TASKS[stage.task](stage, accelerator), stage, folder, accelerator, False, 0.0):
+    if engine.train(TASKS[stage.task](stage, accelerator), stage, folder, accelerator, False, lambda: True):
         raise SystemExit("it was to stop after its first step")
     engine.train(TASKS[stage.task](stage, accelerator), stage, folder, accelerator, True)
 """

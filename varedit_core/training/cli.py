@@ -39,10 +39,14 @@ def train(
     if output is None:
         raise ValueError("say where the results go: give --output FOLDER")
     _listen()
+    from .ending import asked_to_stop
     from .run import run
 
-    if not run(stages, output, resume, stop_after):
+    asked = asked_to_stop()
+    if not run(stages, output, resume, stop_after, asked):
         logger.info("stopped before the end; go on with --resume")
+        if asked():
+            raise typer.Exit(143)
 
 
 def _listen() -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..files.reading import read_json
 from ..files.safe_write import write_json
 from .muon import Muon
 from .report import Report
@@ -82,20 +84,23 @@ class Average:
 class Sound:
     """Watches that a training computes with numbers: nothing that is undefined or infinite may be written."""
 
-    def __init__(self, stage: Stage, model: nn.Module) -> None:
-        self.name, self.trained = stage.name, [p for p in model.parameters() if p.requires_grad]
-        self.losses: list[tuple[int, Tensor]] = []
+    def __init__(self, stage: Stage, model: nn.Module, average: Average) -> None:
+        self.name = stage.name
+        self.trained = [*(p for p in model.parameters() if p.requires_grad), *average.values]
+        self.steps: list[tuple[int, Tensor, Tensor]] = []
 
-    def note(self, step: int, loss: Tensor) -> None:
-        self.losses.append((step, loss.isfinite()))
+    def note(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """A step's loss, and the norm of its gradient."""
+        self.steps.append((step, loss.isfinite(), local(norm).isfinite()))
 
     def check(self, accelerator, weights: bool) -> None:
-        """ValueError where a loss since the last check is no number, in any process, or, where asked for, a trained
-        weight. Makes the device wait."""
-        steps, fine = zip(*self.losses)
-        bad = [step for step, one in zip(steps, torch.stack(fine).tolist()) if not one]
-        self._stop("loss", bad[:1], accelerator)
-        self.losses.clear()
+        """ValueError where a loss or gradient since the last check is no number, in any process, or, where asked for, a
+        trained weight or its average. Makes the device wait."""
+        steps, *figures = zip(*self.steps)
+        for what, fine in zip(("loss", "gradient"), figures):
+            bad = [step for step, one in zip(steps, torch.stack(fine).tolist()) if not one]
+            self._stop(what, bad[:1], accelerator)
+        self.steps.clear()
         if weights:
             found = all(bool(local(p).isfinite().all()) for p in self.trained)
             self._stop("weights", [] if found else steps[-1:], accelerator)
@@ -148,8 +153,15 @@ def rate_factor(step: int, steps: int, settings: Optimisation) -> float:
     return settings.final + (1 - settings.final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(task: Task, stage: Stage, folder: Path, accelerator, resume: bool, until: float | None = None) -> bool:
-    """Run a stage to its end, or to the time `until` (of time.monotonic); whether it is finished.
+def never() -> bool:
+    """No reason to stop."""
+    return False
+
+
+def train(
+    task: Task, stage: Stage, folder: Path, accelerator, resume: bool, enough: Callable[[], bool] = never
+) -> bool:
+    """Run a stage to its end, or until `enough` says that the step made was the last one; whether it is finished.
 
     Writes checkpoints, logs and the result into `folder`. With `resume` it goes on from the last checkpoint.
     """
@@ -166,19 +178,18 @@ def train(task: Task, stage: Stage, folder: Path, accelerator, resume: bool, unt
     generator = torch.Generator(accelerator.device)
     begun, first = time.monotonic() - progress.seconds, progress.step
     batches = task.batches(progress.step)
-    sound, stopped, written = Sound(stage, model), False, []
+    sound, stopped, written = Sound(stage, model, average), False, []
     try:
         while progress.step < stage.steps and not stopped:
             step = progress.step
             _set_rates(prepared, rate_factor(step, stage.steps, stage.optimisation))
             generator.manual_seed(((stage.seed * 1_000_003 + step) * 1009 + accelerator.process_index) % 2**63)
-            loss, figures = _step(task, model, prepared, batches, generator, accelerator, stage)
+            loss, norm, figures = _step(task, model, prepared, batches, generator, accelerator, stage)
             average.update(step)
             progress.step, progress.seconds = step + 1, time.monotonic() - begun
-            sound.note(progress.step, loss)
+            sound.note(progress.step, loss, norm)
             last = progress.step == stage.steps
-            stopped = until is not None and accelerator.process_index == 0 and time.monotonic() > until
-            stopped = _agreed(stopped, accelerator, step)
+            stopped = _agreed(enough(), accelerator, step)
             saved = last or stopped or progress.step % stage.save_every == 0
             if saved or report.due(step):
                 sound.check(accelerator, weights=saved)
@@ -219,7 +230,10 @@ def _set_rates(prepared: Sequence[torch.optim.Optimizer], factor: float) -> None
             group["lr"] = group["peak"] * factor
 
 
-def _step(task, model, prepared, batches, generator, accelerator, stage: Stage) -> tuple[Tensor, dict[str, Tensor]]:
+def _step(
+    task, model, prepared, batches, generator, accelerator, stage: Stage
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """One step: its loss, the norm of its gradient before it is clipped, and figures."""
     total, figures = 0.0, {}
     for _ in range(stage.optimisation.accumulate):
         batch = next(batches)  # outside the mixed precision: pictures and features are exact
@@ -227,11 +241,12 @@ def _step(task, model, prepared, batches, generator, accelerator, stage: Stage) 
             loss, figures = task.loss(model, batch, generator)
         accelerator.backward(loss / stage.optimisation.accumulate)
         total = total + loss.detach() / stage.optimisation.accumulate
-    accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], stage.optimisation.clip)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    norm = accelerator.clip_grad_norm_(trained, stage.optimisation.clip)
     for optimizer in prepared:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return total, figures
+    return total, norm, figures
 
 
 def _agreed(stop: bool, accelerator, step: int) -> bool:
@@ -246,5 +261,16 @@ def _agreed(stop: bool, accelerator, step: int) -> bool:
 
 
 def finished(folder: Path) -> bool:
-    """Whether a stage's folder holds its result."""
-    return (folder / DONE).is_file()
+    """Whether a stage's folder holds its result. ValueError where the list of its files is damaged or one is gone."""
+    path = folder / DONE
+    if not os.path.lexists(path):
+        return False
+    cure = "remove it, and --resume writes the result again from the last checkpoint"
+    facts = read_json(path, "list of a stage's results", cure=cure)
+    files = facts.get("files") if isinstance(facts, dict) else None
+    if not isinstance(files, list) or not files or not all(isinstance(name, str) for name in files):
+        raise ValueError(f"{path} does not list a stage's results; {cure}")
+    gone = [name for name in files if not (folder / Path(name).name).exists()]
+    if gone:
+        raise ValueError(f"{path} lists {gone[0]}, which is gone; {cure}")
+    return True

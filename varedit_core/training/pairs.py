@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from ..pictures.images import SourceImage, fit
 from ..shapeedit.metrics import changed
 from .data import Pair, PairStream, open_pairs
+from .ending import follow_parent
 from .settings import SHAPEEDIT, Stage
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def _samples(stage: Stage, start: int, accelerator) -> Iterator[Sample]:
     """This process's samples from step `start` on."""
     first, share = _first(stage, start, accelerator), (accelerator.process_index, accelerator.num_processes)
     stream = PairStream(_open(stage), first, *share, partial(fitted, size=stage.data.size))
-    yield from DataLoader(stream, batch_size=None, num_workers=stage.data.workers)
+    yield from DataLoader(stream, batch_size=None, num_workers=stage.data.workers, worker_init_fn=follow_parent)
 
 
 def _encoded(task: TransformerTask, pictures: Sequence[Tensor]) -> Tensor:

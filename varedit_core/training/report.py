@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from io import BytesIO
 from pathlib import Path
 
 from torch import Tensor
 
-from ..files.safe_write import make_folder, write_bytes, write_text
+from ..files.reading import check_file
+from ..files.safe_write import make_folder, on_disk, write_bytes, write_text
 from .settings import Stage
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
+METRICS, EVENTS = "metrics.jsonl", "events.*"
 
 
 class Report:
@@ -60,27 +60,32 @@ class Report:
         """Write named figures of a step."""
         if not values or not self.main:
             return
-        self.file.write(json.dumps({"step": step} | values) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            for i, one in enumerate(value if isinstance(value, list) else [value]):
-                if self.board:
+        with on_disk(self.folder / METRICS):
+            self.file.write(json.dumps({"step": step} | values) + "\n")
+            self.file.flush()
+        for name, value in values.items() if self.board else ():
+            with on_disk(self.folder / EVENTS):
+                for i, one in enumerate(value if isinstance(value, list) else [value]):
                     self.board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, one, step)
 
     def close(self) -> None:
         if self.main:
-            self.file.close()
+            with on_disk(self.folder / METRICS):
+                self.file.close()
             self._draw()
             if self.board:
-                self._show_samples()
-                self.board.close()
+                with on_disk(self.folder / EVENTS):
+                    self._show_samples()
+                    self.board.close()
 
     def _keep_before(self, start: int) -> None:
         """Drop lines of steps that the resumed training will run again."""
         path = self.folder / METRICS
-        if path.is_file():
-            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= start]
-            write_text(path, "".join(line + "\n" for line in lines))
+        if path.exists():
+            lines, damaged = whole_lines(path)
+            if damaged:
+                logger.info("%s: %d lines that were no figures are left out", path, damaged)
+            write_text(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start))
 
     def _show_samples(self) -> None:
         import numpy as np
@@ -91,8 +96,8 @@ class Report:
             self.board.add_image("samples", np.asarray(Image.open(newest)), self.since, dataformats="HWC")
 
     def _draw(self) -> None:
-        lines = [json.loads(line) for line in (self.folder / METRICS).read_text().splitlines()]
-        points = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+        lines, _ = whole_lines(self.folder / METRICS)
+        points = [(line["step"], line["loss"]) for line in lines if isinstance(line.get("loss"), int | float)]
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -109,9 +114,17 @@ class Report:
             write_bytes(self.folder / "loss.png", drawn.getvalue())
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of figures; later than any for half a line, which a killed training may leave."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
+def whole_lines(path: Path) -> tuple[list[dict], int]:
+    """Figures of a file by step, and how many lines hold none: half of one, say, which a killed training may leave."""
+    lines, damaged = [], 0
+    with open(check_file(path, "file of figures"), "rb") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+                whole = isinstance(line, dict) and isinstance(line.get("step"), int)
+            except (ValueError, RecursionError):
+                whole = False
+            if whole:
+                lines.append(line)
+            damaged += not whole
+    return lines, damaged

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from ..files.reading import read_json
 from ..files.safe_write import make_folder, write_json
-from .engine import finished, train
+from .engine import finished, never, train
 from .pairs import check_source
-from .settings import EARLIER, Stage
+from .settings import EARLIER, Stage, shown
 from .tasks import LORA_FILE, TASKS, TEXT_FOLDER, TOKENIZER_FILE, TRANSFORMER_FILE
 
 logger = logging.getLogger(__name__)
@@ -25,12 +27,18 @@ CHANGEABLE = ("log_every", "save_every", "sample_every", "checkpointing", "data.
 RESULTS = {"autoencoder": TOKENIZER_FILE, "transformer": TRANSFORMER_FILE, "text_encoder": TEXT_FOLDER}
 
 
-def run(stages: Sequence[Stage], output: Path, resume: bool = False, stop_after: float | None = None) -> bool:
+def run(
+    stages: Sequence[Stage],
+    output: Path,
+    resume: bool = False,
+    stop_after: float | None = None,
+    asked: Callable[[], bool] = never,
+) -> bool:
     """Train every stage that has no result yet; whether all are finished.
 
     output: a folder a stage is made in it. resume: go on with what is there; without it, ValueError where the folder
     of an unfinished or finished stage exists, and with it, where a stage had other settings. stop_after: seconds after
-    which a checkpoint is written and the run ends; at least one step is made. Runs alike in every process of
+    which a checkpoint is written and the run ends; at least one step is made. asked: whether to end so now. Runs alike in every process of
     `accelerate launch` or torchrun.
     """
     try:
@@ -41,7 +49,13 @@ def run(stages: Sequence[Stage], output: Path, resume: bool = False, stop_after:
         raise ValueError(
             'training needs accelerate; install it: pip install -e ".[train]" in the folder of the project'
         ) from None
-    until = None if stop_after is None else time.monotonic() + stop_after
+    if stop_after is not None and not 0 <= stop_after < math.inf:
+        raise ValueError(f"the seconds to stop after must be 0 or more, got {stop_after}")
+    until = time.monotonic() + (math.inf if stop_after is None else stop_after)
+
+    def enough() -> bool:
+        return asked() or time.monotonic() > until
+
     # Told of no device, accelerate takes each of several processes without a GPU for the only one.
     on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     state = PartialState(cpu=on_cpu)
@@ -59,7 +73,7 @@ def run(stages: Sequence[Stage], output: Path, resume: bool = False, stop_after:
         if finished(folder):
             logger.info("%s is finished; nothing to do", stage.name)
             continue
-        if trained and until is not None and broadcast_object_list([time.monotonic() > until])[0]:
+        if trained and broadcast_object_list([enough()])[0]:
             return False
         if torch.cuda.is_available():
             torch.backends.cudnn.benchmark = True
@@ -71,7 +85,7 @@ def run(stages: Sequence[Stage], output: Path, resume: bool = False, stop_after:
         )
         torch.manual_seed(stage.seed)  # new weights, a LoRA's for instance
         task = TASKS[stage.task](resolved, accelerator)
-        if not train(task, stage, folder, accelerator, resume, until):
+        if not train(task, stage, folder, accelerator, resume, enough):
             return False
         trained = True
         accelerator.free_memory()
@@ -97,16 +111,22 @@ def _check(folder: Path, stage: Stage, resume: bool) -> None:
     if folder.exists() and not resume:
         raise ValueError(f"{folder} exists; go on with it by --resume, or choose another --output")
     path = folder / SETTINGS
-    if path.is_file():
-        before, now = _leaves(json.loads(path.read_text())), _leaves(json.loads(json.dumps(dataclasses.asdict(stage))))
-        # Compiled blocks attend by another kernel where they are not recomputed.
-        free = set(CHANGEABLE) - ({"checkpointing"} if stage.compile else set())
-        other = [name for name in now | before if now.get(name) != before.get(name) and name not in free]
-        if other:
-            raise ValueError(
-                f"{path} has {other[0]} = {before.get(other[0])!r}, not {now.get(other[0])!r}; restore it or choose "
-                "another --output"
-            )
+    if not os.path.lexists(path):
+        if any(folder.glob("state-*")):
+            raise ValueError(f"{folder} lacks its {SETTINGS}; put it back, or choose another --output")
+        return
+    held = read_json(path, "file of a stage's settings", cure="put it back, or choose another --output")
+    if not isinstance(held, dict):
+        raise ValueError(f"{path} does not hold a stage's settings; put it back, or choose another --output")
+    before, now = _leaves(held), _leaves(json.loads(json.dumps(dataclasses.asdict(stage))))
+    # Compiled blocks attend by another kernel where they are not recomputed.
+    free = set(CHANGEABLE) - ({"checkpointing"} if stage.compile else set())
+    other = [name for name in now | before if now.get(name) != before.get(name) and name not in free]
+    if other:
+        raise ValueError(
+            f"{path} has {other[0]} = {shown(before.get(other[0]))}, not {shown(now.get(other[0]))}; restore it or "
+            "choose another --output"
+        )
 
 
 def _leaves(table: dict, prefix: str = "") -> dict:

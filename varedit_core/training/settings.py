@@ -1,20 +1,24 @@
 """What a training is, as frozen dataclasses read from a TOML file of stages.
 
-One table of training defaults: what a file does not say stands here. Unknown names are refused, so that a
-misspelt setting is never silently ignored.
+One table of training defaults, and of what numbers may be: what a file does not say stands here. Unknown names are
+refused, so that a misspelt setting is never silently ignored.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 import types
 import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..files.reading import check_file
+from ..shapeedit.edits import FAMILIES
+from ..shapeedit.scenes import STYLES
 from ..tokenizer.schedule import AREAS
 
 TASKS = ("tokenizer", "transformer", "lora")
@@ -25,6 +29,30 @@ SHAPEEDIT = "shapeedit"
 HUB = "hf:"
 EARLIER = "@"
 PATHS = ("transformer", "autoencoder", "text_encoder")
+MAX_TOML, MANY, FAR = 1 << 20, 10**9, 1e6
+MAX_SEED = 2**32 - 1
+
+
+class Range(NamedTuple):
+    """What a number may be, both ends included; below: the upper one is not."""
+
+    low: float
+    high: float
+    below: bool = False
+
+    def holds(self, number: float) -> bool:
+        return self.low <= number < self.high if self.below else self.low <= number <= self.high
+
+    def __str__(self) -> str:
+        if self.below:
+            return f"at least {self.low:.10g} and below {self.high:.10g}"
+        return f"from {self.low:.10g} to {self.high:.10g}"
+
+
+def number(default: Any, *bounds: float, below: bool = False) -> Any:
+    """A field that holds a number, or several in a tuple or a table, within a range."""
+    kind = {"default_factory": default} if default is dict else {"default": default}
+    return field(**kind, metadata={"range": Range(*bounds, below)})
 
 
 @dataclass(frozen=True)
@@ -35,16 +63,16 @@ class Optimisation:
     accumulate: batches a step."""
 
     optimizer: str = "adamw"
-    rate: float = 1e-3
-    muon_rate: float = 2e-3
-    beta1: float = 0.9
-    beta2: float = 0.95
-    decay: float = 0.05
-    clip: float = 1.0
-    warmup: float = 0.03
-    final: float = 0.0
-    average: float = 0.999
-    accumulate: int = 1
+    rate: float = number(1e-3, 0, 10)
+    muon_rate: float = number(2e-3, 0, 10)
+    beta1: float = number(0.9, 0, 1, below=True)
+    beta2: float = number(0.95, 0, 1, below=True)
+    decay: float = number(0.05, 0, 10)
+    clip: float = number(1.0, 1e-9, 1e9)
+    warmup: float = number(0.03, 0, 1)
+    final: float = number(0.0, 0, 1)
+    average: float = number(0.999, 0, 1)
+    accumulate: int = number(1, 1, 65536)
 
 
 @dataclass(frozen=True)
@@ -63,62 +91,56 @@ class Data:
     size: str = "0.06M"
     on_error: str = "stop"
     columns: dict[str, str] = field(default_factory=dict)
-    workers: int = 2
-    block: int = 8192
-    reuse: int = 4
-    pictures: float = 0.5
-    families: dict[str, float] = field(default_factory=dict)
-    styles: dict[str, float] = field(default_factory=dict)
+    workers: int = number(2, 0, 256)
+    block: int = number(8192, 1, 1 << 20)
+    reuse: int = number(4, 1, MANY)
+    pictures: float = number(0.5, 0, 1)
+    families: dict[str, float] = number(dict, 0, FAR)
+    styles: dict[str, float] = number(dict, 0, FAR)
 
 
 @dataclass(frozen=True)
 class NewTransformer:
     """Sizes of a transformer that starts from random weights."""
 
-    depth: int = 8
-    width: int = 192
-    heads: int = 3
-    hidden: int = 768
-    levels: int = 7
+    depth: int = number(8, 1, 1000)
+    width: int = number(192, 4, 65536)
+    heads: int = number(3, 1, 1024)
+    hidden: int = number(768, 1, 1 << 18)
+    levels: int = number(7, 1, 1000)
 
 
 @dataclass(frozen=True)
 class NewTokenizer:
-    """Sizes of a VAE that starts from random weights; widths are finest first and at least 64."""
+    """Sizes of a VAE that starts from random weights; widths are finest first and at least 64: normalising 32 groups of
+    fewer channels removes every channel's mean, and with it the colours."""
 
-    bits: int = 14
-    encoder_widths: tuple[int, ...] = (64, 64, 64, 64)
-    decoder_widths: tuple[int, ...] = (64, 64, 64, 64)
-    encoder_blocks: int = 2
-    decoder_blocks: int = 3
-    stride: int = 8
-
-    def __post_init__(self) -> None:
-        if min(self.encoder_widths + self.decoder_widths) < 64:
-            raise ValueError(
-                "a VAE of fewer than 64 channels cannot learn colours: normalising 32 groups removes every "
-                "channel's mean; raise its widths to 64 or more"
-            )
+    bits: int = number(14, 1, 64)
+    encoder_widths: tuple[int, ...] = number((64, 64, 64, 64), 64, 65536)
+    decoder_widths: tuple[int, ...] = number((64, 64, 64, 64), 64, 65536)
+    encoder_blocks: int = number(2, 1, 1000)
+    decoder_blocks: int = number(3, 1, 1000)
+    stride: int = number(8, 1, 16)
 
 
 @dataclass(frozen=True)
 class NewText:
     """Sizes of a T5 encoder that starts from random weights, with a vocabulary made for ShapeEdit."""
 
-    width: int = 128
-    layers: int = 2
-    heads: int = 4
-    hidden: int = 256
-    vocabulary: int = 512
-    length: int = 64
+    width: int = number(128, 1, 65536)
+    layers: int = number(2, 1, 1000)
+    heads: int = number(4, 1, 1024)
+    hidden: int = number(256, 1, 1 << 18)
+    vocabulary: int = number(512, 1, FAR)
+    length: int = number(64, 1, 65536)
 
 
 @dataclass(frozen=True)
 class Lora:
     """rank and targets of the adapters (see `lora`); alpha: defaults to the rank."""
 
-    rank: int = 16
-    alpha: float | None = None
+    rank: int = number(16, 1, 65536)
+    alpha: float | None = number(None, 1e-9, FAR)
     targets: str = "all"
 
 
@@ -128,11 +150,11 @@ class Objective:
     unconditional text. inside: weight of tokens in the edited region. power: a token of a scale of n tokens weighs
     n^power. sums: share of rows whose source is read as the sum of its tokens, as edits of edits read it."""
 
-    flips: float = 0.25
-    text_dropout: float = 0.1
-    inside: float = 4.0
-    power: float = -0.5
-    sums: float = 0.0
+    flips: float = number(0.25, 0, 1)
+    text_dropout: float = number(0.1, 0, 1)
+    inside: float = number(4.0, 0, FAR)
+    power: float = number(-0.5, -10, 10)
+    sums: float = number(0.0, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -140,10 +162,10 @@ class Reconstruction:
     """Weights of the parts of the VAE's loss: absolute and squared error of pixels in [-1, 1], absolute error of
     neighbours' differences, and the commitment of the features to their codes."""
 
-    absolute: float = 0.5
-    squared: float = 8.0
-    gradient: float = 0.1
-    commitment: float = 0.25
+    absolute: float = number(0.5, 0, FAR)
+    squared: float = number(8.0, 0, FAR)
+    gradient: float = number(0.1, 0, FAR)
+    commitment: float = number(0.25, 0, FAR)
 
 
 @dataclass(frozen=True)
@@ -155,15 +177,15 @@ class Stage:
 
     name: str
     task: str
-    steps: int
-    batch: int
-    seed: int = 0
+    steps: int = number(MISSING, 1, MANY)
+    batch: int = number(MISSING, 1, 65536)
+    seed: int = number(0, 0, MAX_SEED)
     precision: str = "bf16"
     compile: bool = False
     checkpointing: bool = False
-    log_every: int = 50
-    save_every: int = 1000
-    sample_every: int = 1000
+    log_every: int = number(50, 1, MANY)
+    save_every: int = number(1000, 1, MANY)
+    sample_every: int = number(1000, 0, MANY)
     transformer: str = ""
     autoencoder: str = ""
     text_encoder: str = ""
@@ -178,27 +200,43 @@ class Stage:
     new_text: NewText | None = None
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w-]+", self.name):
-            raise ValueError(f"the name {self.name!r} of a stage must be letters, digits, _ and -; rename it")
-        for name, value, known in (
-            ("task", self.task, TASKS),
-            ("precision", self.precision, PRECISIONS),
-            ("optimizer", self.optimisation.optimizer, OPTIMIZERS),
-            ("data.size", self.data.size, tuple(AREAS)),
-            ("data.on_error", self.data.on_error, ON_ERROR),
+        if not re.fullmatch(r"[\w-]{1,100}", self.name):
+            raise ValueError(
+                f"the name {shown(self.name)} of a stage must be letters, digits, _ and -, at most 100; rename it"
+            )
+        where = f"stage {self.name}"
+        for name, values, known in (
+            ("task", [self.task], TASKS),
+            ("precision", [self.precision], PRECISIONS),
+            ("optimizer", [self.optimisation.optimizer], OPTIMIZERS),
+            ("data.size", [self.data.size], tuple(AREAS)),
+            ("data.on_error", [self.data.on_error], ON_ERROR),
+            ("data.families", self.data.families, tuple(FAMILIES)),
+            ("data.styles", self.data.styles, STYLES[1:]),
         ):
-            if value not in known:
-                raise ValueError(f"stage {self.name}: {name} must be one of {', '.join(known)}, got {value!r}")
-        for name in ("steps", "batch", "log_every", "save_every", "optimisation.accumulate"):
-            owner = self.optimisation if "." in name else self
-            if getattr(owner, name.split(".")[-1]) < 1:
-                raise ValueError(f"stage {self.name}: {name} must be at least 1")
+            for value in values:
+                if value not in known:
+                    near = _near(value, known)
+                    raise ValueError(f"{where}: {name} must be one of {', '.join(known)}, got {shown(value)}{near}")
+        check_ranges(self, where)
+        self._check_shares(where)
         if self.task != "tokenizer" and not self.autoencoder:
             raise ValueError(f"stage {self.name}: name the VAE's file with autoencoder")
         if self.task != "tokenizer" and not (self.text_encoder or self.new_text):
             raise ValueError(f"stage {self.name}: name the text encoder with text_encoder, or give [stage.new_text]")
         if self.task == "lora" and not self.transformer:
             raise ValueError(f"stage {self.name}: name the transformer that the LoRA is for with transformer")
+
+    def _check_shares(self, where: str) -> None:
+        """ValueError where ShapeEdit's pairs cannot be drawn as `data` says."""
+        data = self.data
+        for name, table, every in (("families", data.families, FAMILIES), ("styles", data.styles, STYLES[1:])):
+            if not any(table.get(one, float(one != "duotone")) for one in every):
+                raise ValueError(f"{where}: data.{name} leaves nothing to draw; give one of them more than 0")
+        if data.source == SHAPEEDIT and self.task != "tokenizer" and data.block % self.batch:
+            raise ValueError(
+                f"{where}: a block of {data.block} pairs is no multiple of the batch {self.batch}; change data.block"
+            )
 
 
 def load_stages(path: str | Path, changes: Sequence[str] = ()) -> list[Stage]:
@@ -207,16 +245,16 @@ def load_stages(path: str | Path, changes: Sequence[str] = ()) -> list[Stage]:
     changes: settings in place of the file's, "STAGE.NAME=VALUE" each, such as "tokenizer.data.source=pairs"; VALUE is
     TOML, or else a text as it stands. ValueError for unknown names and wrong values.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no {path}; check the path")
+    path = check_file(path, "file of settings")
+    if path.stat().st_size > MAX_TOML:
+        raise ValueError(f"{path} is too large for a file of settings; check the path")
     toml = _toml()
     try:
         table = toml.loads(path.read_text(encoding="utf-8"))
-    except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, too
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     stages = table.pop("stage", [])
-    if table or not isinstance(stages, list) or not stages:
+    if table or not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
         raise ValueError(f"{path} must hold tables named [[stage]] and nothing else")
     for change in changes:
         _change(stages, change)
@@ -250,10 +288,11 @@ def _change(stages: list[dict[str, Any]], change: str) -> None:
         raise ValueError(f"there is no stage {stage!r}; choose one of {', '.join(str(t.get('name')) for t in stages)}")
     for name in inner[:-1]:
         table = table.setdefault(name, {})
-    toml = _toml()
+        if not isinstance(table, dict):
+            raise ValueError(f"{change!r} is no setting: {name} holds no others; see docs/TRAINING.md")
     try:
-        table[inner[-1]] = toml.loads(f"value = {text.strip()}")["value"]
-    except toml.TOMLDecodeError:
+        table[inner[-1]] = _toml().loads(f"value = {text.strip()}")["value"]
+    except (ValueError, RecursionError):
         table[inner[-1]] = text.strip()
 
 
@@ -272,7 +311,8 @@ def build(cls: type, table: dict[str, Any], where: str):
     kinds = typing.get_type_hints(cls)
     unknown = sorted(set(table) - set(kinds))
     if unknown:
-        raise ValueError(f"{where}: unknown setting {unknown[0]!r}; known are {', '.join(kinds)}")
+        name = unknown[0]
+        raise ValueError(f"{where}: unknown setting {shown(name)}{_near(name, kinds)}; known are {', '.join(kinds)}")
     values = {name: _value(kinds[name], value, f"{where}, {name}") for name, value in table.items()}
     try:
         return cls(**values)
@@ -290,8 +330,40 @@ def _value(kind, value, where: str):
             return tuple(_value(inner[0], one, where) for one in value)
         if origin is dict and isinstance(value, dict):
             return {name: _value(inner[1], one, f"{where}, {name}") for name, one in value.items()}
-        if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        if origin is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**300:
             return float(value)
         if isinstance(origin, type) and isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
             return value
-    raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+    raise ValueError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {shown(value)}")
+
+
+def check_ranges(settings: Any, where: str, prefix: str = "") -> None:
+    """ValueError where a number of the settings, or of a table in them, is outside the range beside its field."""
+    for each in dataclasses.fields(settings):
+        value, name = getattr(settings, each.name), prefix + each.name
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, where, f"{name}.")
+        bounds = each.metadata.get("range")
+        if bounds is None or value is None:
+            continue
+        several = value.values() if isinstance(value, dict) else value
+        if several == ():
+            raise ValueError(f"{where}: {name} must hold a number")
+        for one in [value] if isinstance(value, int | float) else several:
+            if not bounds.holds(one):
+                raise ValueError(f"{where}: {name} must be {bounds}, got {shown(one)}")
+
+
+def shown(value: object) -> str:
+    """A value for a message: the beginning of a long one."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # whole numbers of thousands of digits, say
+        return f"a very long {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """The known names that look like one, for a message."""
+    near = difflib.get_close_matches(str(name), list(known))
+    return f" (did you mean {' or '.join(near)}?)" if near else ""

@@ -22,6 +22,7 @@ from ..shapeedit.edits import FAMILIES, PICTURE_FAMILIES, Sample, draw_sample
 from ..shapeedit.metrics import changed
 from ..shapeedit.render import Drawing, draw, draw_leaves, leaf_noise, pack, render
 from ..shapeedit.scenes import SIDE, STYLES, Scene, draw_scene
+from .ending import follow_parent
 from .settings import Data
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,8 @@ def scene_batches(data: Data, seed: int, batch: int, start: int, rank: int, devi
 
 def workers() -> Executor:
     """Processes that draw samples while the device trains."""
-    return ProcessPoolExecutor(max(1, min(8, (os.cpu_count() or 2) - 1)), mp_context=get_context("spawn"))
+    count = max(1, min(8, (os.cpu_count() or 2) - 1))
+    return ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=follow_parent)
 
 
 class PairBlocks:
@@ -149,8 +151,6 @@ class PairBlocks:
     """
 
     def __init__(self, data: Data, seed: int, batch: int, rank: int, world: int, device, encode, tokenise) -> None:
-        if data.block % batch:
-            raise ValueError(f"a block of {data.block} pairs is no multiple of the batch {batch}; change data.block")
         self.data, self.seed, self.batch, self.device = data, seed * world + rank, batch, device
         self.encode, self.tokenise = encode, tokenise
         self.steps = data.block * data.reuse // batch

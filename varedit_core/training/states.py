@@ -1,4 +1,4 @@
-"""Checkpoints of a training: `state-N` folders of safetensors and JSON. Reading one never runs code, wherever it is from.
+"""Checkpoints of a training: `state-N` folders of safetensors and JSON. Reading one never runs code.
 
 Weights, optimisers' state and moving average are written once, by each process its own part where they are sharded;
 states of random numbers by every process. `state.json` lists the files with their sizes and checksums: a folder that

@@ -1,0 +1,36 @@
+"""How the processes of a training end: its helpers with it, whatever ends it, and itself at a signal."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+
+def follow_parent(worker: int = 0) -> None:
+    """In a process that helps a training (worker: its number, unused): end it as soon as the training's is gone, also
+    after a kill, which leaves the training no time to end it. Signals are the training's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process has the training's own answer
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end with the training").start()
+
+
+def asked_to_stop() -> Callable[[], bool]:
+    """Answer SIGTERM from now on: the function says whether one came. The second ends the process at once, code 143."""
+    came = threading.Event()
+
+    def answer(number: int, frame) -> None:
+        if came.is_set():
+            raise SystemExit(128 + number)
+        came.set()
+
+    signal.signal(signal.SIGTERM, answer)
+    return came.is_set
