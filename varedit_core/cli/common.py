@@ -79,8 +79,9 @@ Kind = Annotated[
 Mask = Annotated[
     Optional[Path],
     typer.Option(
-        help="Picture that is white (or, with alpha, opaque) where the edit may change something; elsewhere nothing "
-        "changes. Of any size: it is stretched over the picture."
+        help="Picture that is white where the edit may change something; elsewhere nothing changes. Of any size, but "
+        "of the picture's shape. Transparent parts count as black; where all that is opaque has one colour, it is the "
+        "mask."
     ),
 ]
 Strip = Annotated[
@@ -244,7 +245,8 @@ class Canvas:
         typer.Option(help=f"Working size: {', '.join(SIZES)}.", show_default=f"{SIZE}; {DEMO_SIZE} for the demo model"),
     ] = None
     fit: Annotated[
-        Optional[str], typer.Option(help="square (as published) or aspect (experimental).", show_default=FIT)
+        Optional[str],
+        typer.Option(help="square, aspect (experimental) or published (white right at the border).", show_default=FIT),
     ] = None
 
     def area(self, model: Path | None) -> str:

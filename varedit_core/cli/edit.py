@@ -57,7 +57,10 @@ class Place:
     mask: options.Mask = None
     protect: Annotated[
         Optional[Path],
-        typer.Option(help="The opposite of --mask: a picture that is white where nothing may change."),
+        typer.Option(
+            help="The opposite of --mask: a picture that is white where nothing may change; or the picture itself with "
+            "the part to edit erased."
+        ),
     ] = None
     region: options.Regions = None
     crop: Annotated[
