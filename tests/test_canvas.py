@@ -84,7 +84,7 @@ def test_a_crop_has_its_shape_where_the_picture_is_large_enough(case, shape):
     (width, height), box = case
     size, box = (width + 6000, height + 6000), tuple(edge + 3000 for edge in box)
     wide, high = canvas._crop_size((box[2] - box[0], box[3] - box[1]), size, CROP_MARGIN, shape)
-    if shape == "square":
+    if shape != "aspect":
         assert wide == high
     else:
         assert min(abs(high - ratio * wide) / max(ratio, 1) for ratio in TABLES) <= 1
@@ -96,7 +96,7 @@ def test_a_crop_has_its_shape_where_the_picture_is_large_enough(case, shape):
 @pytest.mark.parametrize("box", [(100, 100, 400, 180), (100, 100, 160, 420), (100, 100, 200, 190)])
 def test_the_model_pads_nothing_where_the_shape_is_its_own(box):
     size = (1000, 1000)
-    for shape in FITS:
+    for shape in sorted(FITS, key="aspect".__eq__):
         region = crop_around(size, mask_of(size, box), shape=shape)
         fitted = fit(SourceImage(Image.new("RGB", region.crop_size)), "0.06M", shape)
         padded, own = fitted.fitting.padded_size, region.crop_size
@@ -406,7 +406,7 @@ SOURCE = SourceImage(Image.new("RGB", SIZE))
         (lambda: crop_around(SIZE, torch.zeros(0, 4, 4)), "the mask has no pixels"),
         (lambda: crop_around(SIZE, EMPTY + 1, -0.1), "the margin must be at least 0, got -0.1"),
         (lambda: crop_around(SIZE, EMPTY + 1, float("nan")), "the margin must be at least 0, got nan"),
-        (lambda: crop_around(SIZE, EMPTY + 1, 0, "round"), "unknown shape 'round'; choose one of square, aspect"),
+        (lambda: crop_around(SIZE, EMPTY + 1, 0, "round"), "unknown shape 'round'; choose one of square, aspect, pub"),
         (
             lambda: canvas.crop_pixels(PICTURES, crop_around(SIZE, torch.ones(3, 4, 4))),
             "there are 3 masks for 2 pictures",
@@ -429,9 +429,7 @@ SOURCE = SourceImage(Image.new("RGB", SIZE))
         (lambda: extend(SOURCE, (1, 2)), "left, top, right and bottom must be"),
         (lambda: extend(SOURCE, (64.0, 0, 0, 0)), "a share of 64.0 is too much"),
         (lambda: extend(SOURCE, (MAX_CANVAS_PIXELS, 0, 0, 0)), "the extended picture would be of 268435516x40"),
-        (lambda: extend(SOURCE, (1, 0, 0, 0), 60), "an overlap of 60 does not fit a 60x40 picture"),
-        (lambda: extend(SOURCE, (0, 1, 0, 1), 20), "an overlap of 20 does not fit a 60x40 picture"),
-        (lambda: extend(SOURCE, (1, 0, 0, 0), -1), "an overlap of -1 does not fit"),
+        (lambda: extend(SOURCE, (1, 0, 0, 0), -1), "the overlap must be at least 0 pixels, got -1"),
         (lambda: extend(SOURCE, (1, 0, 0, 0), fill="grey"), "unknown fill 'grey'; choose one of blur, mirror, white"),
         (lambda: canvas.extend_pixels(PICTURES[:0], (1, 0, 0, 0)), "there is no picture to extend"),
     ],
@@ -484,7 +482,6 @@ def test_the_node_extends_by_pixels_and_percent(nodes):  # noqa: F811
         ("Stitch", (PICTURES, PICTURES, REGION), "the edited crop is 60x40 but the region is 30x30"),
         ("ExtendCanvas", (PICTURES, 0, 0, 0, 0, "pixels", "blur", 16), "nothing is added"),
         ("ExtendCanvas", (PICTURES, 500, 0, 0, 0, "percent", "blur", 16), "a share of 5.0 is too much"),
-        ("ExtendCanvas", (PICTURES, 5, 0, 5, 0, "pixels", "blur", 30), "an overlap of 30 does not fit a 60x40 picture"),
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(nodes, name, arguments, message):  # noqa: F811

@@ -93,7 +93,7 @@ def test_square_pads_to_the_longer_side_and_aspect_to_the_nearest_table():
 )
 def test_padding_is_white_and_at_the_right_or_bottom(size, white):
     rows, columns = white
-    pixels = fit(load_image(Image.new("RGB", size)), "0.06M", "square").pixels[0]
+    pixels = fit(load_image(Image.new("RGB", size)), "0.06M", "published").pixels[0]
     assert (pixels[:, rows, columns] == 1).all()
     assert (pixels[:, :116, :116] == -1).all()
 

@@ -9,8 +9,9 @@ MOST_SCALES = 13
 """Scales of the largest size."""
 SIDE = "512"
 SIZE = SIZES[SIDE]
-FITS = ("square", "aspect")  # padded as published, or to the nearest table's shape (experimental)
-FIT = "square"
+FITS = FIT, ASPECT, PUBLISHED = "square", "aspect", "published"
+"""Padded to a square; to the nearest table's shape (experimental); to a square with white from the border on, as
+published."""
 TEXT_TOKENS = 512
 NEGATIVE_PROMPT = ""
 PRECISIONS = ("auto", "bf16", "fp32")

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..defaults import CROP_MARGIN, FEATHER, FILL, FILLS, FIT, FITS, LEAST_MARGIN, OVERLAP, SIZE
+from ..defaults import ASPECT, CROP_MARGIN, FEATHER, FILL, FILLS, FIT, FITS, LEAST_MARGIN, OVERLAP, SIZE
 from ..fitting import MAX_CANVAS_PIXELS, Size, canvas_size, nearest_ratio
 from ..tokenizer.schedule import schedule_for
+from .borders import spread
 from .images import SourceImage
 
 Box = tuple[int, int, int, int]
@@ -171,7 +172,7 @@ def extend_pixels(images_BHWC: Tensor, sides: Sides, fill: str = FILL) -> Tensor
     if fill == "white":
         result = torch.where(known[0, 0, :, :, None] > 0, result, white)
     elif fill == "blur":
-        result = _spread(result.movedim(-1, 1), known).movedim(1, -1)
+        result = spread(result.movedim(-1, 1), known).movedim(1, -1)
     if result.shape[3] == 4:
         result[..., 3:] = torch.where(known[0, 0, :, :, None] > 0, result[..., 3:], white)
     return result
@@ -180,16 +181,12 @@ def extend_pixels(images_BHWC: Tensor, sides: Sides, fill: str = FILL) -> Tensor
 def extension_mask(size: Size, sides: Sides, overlap: int = OVERLAP) -> Tensor:
     """[1, H, W] beside a picture of this size once it is extended: 1 where it is new, falling to 0 within the overlap.
 
-    overlap: pixels of the old picture that may be repainted, beside every extended side. ValueError for sides as
-    `extend_pixels`, and for an overlap that is negative or leaves nothing of the picture.
+    overlap: pixels of the old picture that may be repainted, beside every extended side; less where that would leave
+    nothing of the picture as it is. ValueError for sides as `extend_pixels`, and for a negative overlap.
     """
+    if overlap < 0:
+        raise ValueError(f"the overlap must be at least 0 pixels, got {overlap}; it lies inside the picture")
     left, top, right, bottom = sides_in_pixels(sides, size)
-    for side, length in (((left, right), size[0]), ((top, bottom), size[1])):
-        if overlap < 0 or overlap * sum(map(bool, side)) >= length:
-            raise ValueError(
-                f"an overlap of {overlap} does not fit a {size[0]}x{size[1]} picture; give at least 0 pixels, and "
-                "leave some of the picture as it is"
-            )
     across, down = _falling(size[0], left, right, overlap), _falling(size[1], top, bottom, overlap)
     return torch.maximum(across[None], down[:, None])[None]
 
@@ -284,7 +281,7 @@ def _crop_size(marked: Size, size: Size, margin: float, shape: str) -> Size:
     """Of the crop around a marked part of this size: in the shape wanted, or as near to it as the picture allows."""
     around = 2 * max(math.ceil(margin * max(marked)), LEAST_MARGIN)
     seen = min(marked[0] + around, size[0]), min(marked[1] + around, size[1])
-    ratio = 1.0 if shape == "square" else nearest_ratio(seen[1] / seen[0])
+    ratio = nearest_ratio(seen[1] / seen[0]) if shape == ASPECT else 1.0
     grid = schedule_for(SIZE, ratio).pixels
     wide, high = canvas_size(seen, grid)
     if wide <= size[0] and high <= size[1]:
@@ -368,19 +365,10 @@ def _mirrored(places: Tensor, length: int) -> Tensor:
     return torch.minimum(places, 2 * length - 1 - places)
 
 
-def _spread(pixels_BCHW: Tensor, known_11HW: Tensor) -> Tensor:
-    """Unknown pixels out of means of known ones, of the nearest that there are: coarser and coarser, then back."""
-    if known_11HW.all():
-        return pixels_BCHW
-    halves = dict(kernel_size=2, ceil_mode=True, count_include_pad=False)
-    share = F.avg_pool2d(known_11HW, **halves)
-    means = F.avg_pool2d(pixels_BCHW * known_11HW, **halves) / share.clamp(min=0.25)
-    rough = F.interpolate(_spread(means, (share > 0).float()), pixels_BCHW.shape[-2:], mode="bilinear")
-    return torch.where(known_11HW > 0, pixels_BCHW, rough)
-
-
 def _falling(length: int, before: int, after: int, overlap: int) -> Tensor:
-    """1 before and after a picture's side of this length, and within it from its extended ends falling to 0."""
+    """1 before and after a picture's side of this length, and within it from its extended ends falling to 0, so that a
+    pixel at least stays 0."""
+    overlap = min(overlap, (length - 1) // max(1, bool(before) + bool(after)))
     inside = torch.arange(length)
     levels = torch.zeros(length)
     for added, distance in ((before, inside + 1), (after, length - inside)):

@@ -91,12 +91,12 @@ def first_pairs(stage: Stage, count: int) -> tuple[Tensor, Tensor, list[str]]:
 def fitted(pair: Pair, size: str) -> Sample:
     """A pair as the model sees it: pixels [3, Y, X] of both sides, boolean region [Y, X], the instruction.
 
-    Pictures are fitted as for editing: white at the right and bottom up to a square, then resized.
+    Pictures are fitted as for editing: padded at the right and bottom to a square, then resized.
     """
     source, target = (fit(SourceImage(picture), size, "square").pixels[0] for picture in (pair.source, pair.target))
     if pair.mask is None:
         return source, target, changed(source[None], target[None])[0], pair.instruction
-    # Inverted, because what is padded is white.
+    # Inverted, because white is padded.
     kept = fit(SourceImage(ImageOps.invert(pair.mask).convert("RGB")), size, "square").pixels[0, 0]
     return source, target, kept < 0, pair.instruction
 
