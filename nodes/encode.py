@@ -67,8 +67,8 @@ class VAREditSourceEncode(io.ComfyNode):
                     "fit",
                     options=list(FITS),
                     default=FIT,
-                    tooltip="square pads with white as published; aspect takes the nearest of 15 shapes "
-                    "(experimental).",
+                    tooltip="square pads to a square; aspect takes the nearest of 15 shapes (experimental); published "
+                    "has white right at the border.",
                     advanced=True,
                 ),
             ],
