@@ -41,9 +41,13 @@ def main(command: str = "", *args: str) -> int:
 
 
 def run(module: str, args, folder: Path | None = None) -> int:
-    """Run a module with .venv's Python, in the current folder unless one is named; its exit code."""
+    """Run a module with .venv's Python, in the current folder unless one is named; its exit code.
+
+    The current folder is anybody's: its modules are not imported (-I).
+    """
+    apart = ["-I"] if folder is None else []
     try:
-        code = subprocess.call([str(PYTHON), "-m", module, *args], cwd=folder)
+        code = subprocess.call([str(PYTHON), *apart, "-m", module, *args], cwd=folder)
     except KeyboardInterrupt:
         return 130
     return code if code >= 0 else 128 - code
@@ -86,7 +90,7 @@ def fingerprint() -> str:
 
 
 def check_pip(python: str) -> int:
-    answer = subprocess.run([python, "-m", "pip", "--version"], capture_output=True, text=True).stdout
+    answer = subprocess.run([python, "-m", "pip", "--version"], cwd=ROOT, capture_output=True, text=True).stdout
     found = re.match(r"pip (\d+)\.(\d+)", answer)
     if not found:
         return complain(f"{python} has no pip; install it (on Debian and Ubuntu: apt install python3-pip).")

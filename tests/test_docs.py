@@ -5,6 +5,7 @@ import io
 import json
 import pkgutil
 import re
+import sys
 import tokenize
 
 import pytest
@@ -308,8 +309,20 @@ def test_the_two_commands(monkeypatch):
     assert dev.MAIN_JOB[0] == "demo" and all((SAMPLES / name).is_file() for name in EDITS)
     calls.clear()
     assert dev.main("edit", "a.png", "make it sepia") == 0
-    assert calls == ["cli", ["-m", "varedit_core", "edit", "a.png", "make it sepia"]]
+    assert calls == ["cli", ["-I", "-m", "varedit_core", "edit", "a.png", "make it sepia"]]
     assert "dev.py test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_nothing_of_the_current_folder_runs(tmp_path, monkeypatch, capfd):
+    """Pictures may lie in a folder of anybody's; what is imported is .venv's and ours."""
+    for name in ("typer", "torch", "json", "pip", "varedit_core"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dev, "PYTHON", sys.executable)
+    assert dev.run("varedit_core", ["info", "nowhere.pth"]) == 1
+    assert "nowhere.pth does not exist" in capfd.readouterr().err
+    assert dev.check_pip(getattr(sys, "_base_executable", sys.executable)) in (0, 1)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.fixture
