@@ -10,7 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageCms
+from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import GOLDEN
@@ -22,7 +23,7 @@ from varedit_core.demo import SAMPLES, demo_files
 from varedit_core.files.tokens import DIGEST, MAX_CHAIN, MAX_EDITS, load_tokens, save_tokens
 from varedit_core.pictures.images import Fitting
 from varedit_core.sampling.results import joined
-from varedit_core.sampling.tokens import Tokens
+from varedit_core.sampling.tokens import LOST, Tokens
 from varedit_core.tokenizer.schedule import TABLES, Schedule, schedule_for
 
 SCENE = SAMPLES / "scene.png"
@@ -52,7 +53,7 @@ def same(a: Tokens | None, b: Tokens | None) -> bool:
     if a is None or b is None:
         return a is b
     masks = (a.free is b.free is None) or torch.equal(a.free, b.free)
-    facts = [(x.schedule, x.grid, x.fitting, x.auto_mask, len(x)) for x in (a, b)]
+    facts = [(x.schedule, x.grid, x.fitting, x.auto_mask, x.lost, len(x)) for x in (a, b)]
     return facts[0] == facts[1] and all(map(torch.equal, a.bits, b.bits)) and masks and same(a.under, b.under)
 
 
@@ -62,6 +63,7 @@ KINDS = {
     "draft": drawn(scales=3),
     "a patch of one": drawn(patch=1),
     "held of a draft": replace(held(), under=drawn(1, scales=4)),
+    "of a picture with more": replace(drawn(), lost=("transparency", "details")),
     "one mask for all": replace(held(), free=torch.ones(1, 3, 32, 32, dtype=torch.bool)),
     **{f"ratio {ratio}": drawn(schedule=Schedule(ratio, TABLES[ratio][:9])) for ratio in TABLES},
 }
@@ -192,6 +194,12 @@ LIES = {
     "a long chain": (lambda f: chain(f, MAX_CHAIN), "it is a chain of more than 100 edits"),
     "too much of an auto mask": (lambda f: told(f, auto_mask=1.5), "its auto mask is 1.5, not a number from 0 to 1"),
     "an auto mask that is none": (lambda f: told(f, auto_mask=float("nan")), "its auto mask is nan"),
+    "something lost that is none": (
+        lambda f: told(f, lost=["weight"]),
+        "what its picture had is ['weight'], not some of",
+    ),
+    "something lost in words": (lambda f: told(f, lost="details"), "what its picture had is 'details'"),
+    "something lost twice": (lambda f: told(f, lost=["details", "details"]), "what its picture had is"),
     "an auto mask in words": (lambda f: told(f, auto_mask="half"), "its auto mask is 'half'"),
     **{
         f"no {name}": (lambda f, name=name: without(f, name), f"it has no {name}")
@@ -384,6 +392,40 @@ def test_tokens_of_another_model_are_one_sentence_that_names_the_vae(edited, tmp
         monkeypatch, capsys, "decode", edited / "t.safetensors", "--vae", GOLDEN / "patchify_256.safetensors"
     )
     assert said.endswith("the VAE takes 14 channels on 32x32; name the VAE of the model that made them with --vae")
+
+
+def test_a_batch_of_edits_of_a_rich_picture_goes_on_and_what_is_lost_is_told(tmp_path):
+    """Two variations of a picture with alpha, a profile and a text: each is edited on, told of, and has all again when
+    the picture is named."""
+    rich, profile, text = (
+        Image.open(SCENE).convert("RGB"),
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")),
+        PngInfo(),
+    )
+    rich.putalpha(Image.linear_gradient("L"))
+    text.add_text("Author", "A")
+    rich.save(tmp_path / "a.png", icc_profile=profile.tobytes(), pnginfo=text)
+    tokens, words = ("--save-tokens", tmp_path / "t.safetensors"), "the picture had more than its tokens hold ("
+    assert words not in varedit(
+        "edit", tmp_path / "a.png", SQUARE, "-o", tmp_path / "e.png", "--variations", 2, *tokens
+    )
+    assert Tokens.load(tmp_path / "t.safetensors").lost == LOST
+    further = ("--save-tokens", tmp_path / "u.safetensors")
+    said = varedit("edit", tmp_path / "t.safetensors", "make it sepia", "-o", tmp_path / "f.png", *further)
+    assert said.count(words + ", ".join(LOST)) == 1 and "varedit decode --image" in said
+    assert Tokens.load(tmp_path / "u.safetensors").lost == LOST and Tokens.load(tmp_path / "u.safetensors").images == 2
+    first, second = (Image.open(tmp_path / f"f-{n}.png") for n in (1, 2))
+    assert first.mode == second.mode == "RGB" and not (tmp_path / "f.png").exists()
+    said = varedit("decode", tmp_path / "u.safetensors", "-o", tmp_path / "g.png")
+    assert (
+        said.count(words) == 1 and "name it with --image" in said and pixels(tmp_path / "g-2.png") == second.tobytes()
+    )
+    said = varedit("decode", tmp_path / "u.safetensors", "-o", tmp_path / "h.png", "--image", tmp_path / "a.png")
+    whole = Image.open(tmp_path / "h-2.png")
+    assert words not in said and whole.convert("RGB").tobytes() == second.tobytes()
+    assert whole.getchannel("A").tobytes() == rich.getchannel("A").tobytes()
+    assert whole.info["icc_profile"] == profile.tobytes() and whole.text["Author"] == "A"
+    assert len({(tmp_path / name).stat().st_mode for name in ("a.png", "f-1.png", "h-2.png", "u.safetensors")}) == 1
 
 
 def test_the_library_gives_tokens_their_auto_mask():

@@ -15,14 +15,14 @@ from .defaults import FIT, MOST_FEATHER, MOST_VARIATIONS, SIZE
 from .pictures.composite import Region, areas, check_masks, check_regions, drawn_masks
 from .pictures.edited import Decoded, Edited
 from .pictures.images import FittedImage, fitting_for, load_image, load_mask, to_uint8, unfit
-from .pictures.reading import is_picture
+from .pictures.reading import NO_DETAILS, is_picture
 from .sampling.batch import EditBatch
 from .sampling.checks import facts, right_kinds, whole_number
 from .sampling.driver import Result
 from .sampling.results import joined
 from .sampling.scale import Scale
 from .sampling.settings import SamplingSettings
-from .sampling.tokens import Tokens
+from .sampling.tokens import LOST, Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,13 +153,24 @@ class Request:
         options, fittings = self.options, {image.fitting for image in self.fitted}
         shown = [image for image in self.fitted for _ in range(options.variations)]
         fitting = self.fitted[0].fitting if len(fittings) == 1 else None
-        tokens = replace(result.tokens, fitting=fitting, auto_mask=options.controls.auto_mask)
+        tokens = replace(
+            result.tokens, fitting=fitting, auto_mask=options.controls.auto_mask, lost=_lost(self.fitted, self.source)
+        )
         decoded = Decoded(coder.decode_pixels, result.total, shown, result.before)
         found = decoded.found(tokens) if options.controls.auto_mask else None
         result.check()
         drawn = masks and [mask for mask in masks for _ in range(options.variations)]
         pictures = decoded.composited((drawn, found), options.seam)
         return Edited(pictures, tokens, found, *(decoded.maps(result.confidence) if options.explain else ()))
+
+
+def _lost(fitted: list[FittedImage], source: Tokens | None) -> tuple[str, ...]:
+    """What the pictures had, or those that tokens were made of, that tokens do not hold."""
+    had = set(source.lost if source else ())
+    for one in (image.source for image in fitted):
+        kinds = zip(LOST, (not one.opaque, one.icc_profile, one.details != NO_DETAILS))
+        had.update(name for name, there in kinds if there)
+    return tuple(name for name in LOST if name in had)
 
 
 def sources(

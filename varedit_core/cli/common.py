@@ -284,6 +284,16 @@ def carried(source: SourceImage | None, strip: bool) -> tuple[bytes | None, Deta
     return source and source.icc_profile, NO_DETAILS if source is None or strip else source.details
 
 
+def tell_lost(tokens: Tokens, advice: str) -> None:
+    """Say what tokens do not hold of their picture. advice: how to have it again."""
+    if tokens.lost:
+        console.print(
+            f"the picture had more than its tokens hold ({', '.join(tokens.lost)}), and the result is without it; "
+            f"{advice}",
+            soft_wrap=True,
+        )
+
+
 def numbered(path: Path, count: int) -> list[Path]:
     """Names of so many results: the path itself for one, STEM-1 and so on for several."""
     return [path.with_stem(f"{path.stem}-{n + 1}") for n in range(count)] if count > 1 else [path]

@@ -18,7 +18,7 @@ from ..pictures.images import FittedImage, SourceImage, check_target, load_image
 from ..runtime.devices import device_of
 from ..sampling.tokens import Tokens
 from . import common as options
-from .common import carried, console, numbered
+from .common import carried, console, numbered, tell_lost
 
 
 def decode(
@@ -57,6 +57,9 @@ def decode(
             soft_wrap=True,
         )
 
+    if source is None:
+        tell_lost(found, "name it with --image")
+
     @torch.no_grad()
     def levels(total: Tensor) -> Tensor:
         return to_uint8(network.decode(total[None])[0])
@@ -87,6 +90,6 @@ def _source(image: Path | None, tokens: Tokens) -> SourceImage | None:
         raise ValueError(
             f"{image} is {sizes[0]} but the edit is of a picture of {sizes[1]}; name the one that was edited"
         )
-    if not tokens.auto_mask and source.opaque:
+    if not tokens.auto_mask and not tokens.lost and source.opaque:
         raise ValueError("these tokens tell of no auto mask, so nothing of --image would show; leave it out")
     return source

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -46,6 +46,7 @@ from .common import (
     numbered,
     progress,
     region_of,
+    tell_lost,
 )  # fmt: skip
 from .watcher import Watcher
 
@@ -239,6 +240,7 @@ def edit(
         schedule, settings, named, saved, task.masked, len(given or ()), outputs.variations, place.seam,
         bool(asked.negative),
     ))  # fmt: skip
+    each, outputs = outputs.variations, replace(outputs, variations=outputs.variations * task.pictures)
     outputs.check(image, not task.opaque)
     check_scales(paths[0], len(schedule))
     prompt, loras = () if place.region else asked.prompt(), checked_loras(paths[0], files.lora)
@@ -254,7 +256,7 @@ def edit(
         watcher = Watcher(editor, bar, outputs.sheet is not None, outputs.preview_dir, outputs.targets(image)[0].stem)
         edited = editor.run(
             [task.given], prompt, asked.negative, *task.size, settings, watcher,
-            variations=outputs.variations, shortcuts=saved, mask=task.mask, controls=named, regions=task.regions,
+            variations=each, shortcuts=saved, mask=task.mask, controls=named, regions=task.regions,
             given=given, seam=0 if task.crop else place.seam, explain=outputs.maps is not None,
         )  # fmt: skip
         watcher.take(edited.pictures[0])
@@ -308,6 +310,7 @@ class Task:
             if canvas.size or canvas.fit:
                 raise ValueError("tokens have the size and fit they were made with; leave out --size and --fit")
             tokens = Tokens.load(image)
+            tell_lost(tokens, "give --save-tokens, and decode them with varedit decode --image PICTURE")
             check_masks([shown] if shown else [], parts, [tokens.shown.size])
             return cls(tokens, None, tokens.shown, shown, parts)
         area, fit = canvas.area(model), canvas.method
@@ -325,6 +328,10 @@ class Task:
     def masked(self) -> bool:
         """Whether it can change in a part only."""
         return self.mask is not None or (bool(self.regions) and all(region.mask for region in self.regions))
+
+    @property
+    def pictures(self) -> int:
+        return self.given.images if isinstance(self.given, Tokens) else 1
 
     @property
     def opaque(self) -> bool:

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..fitting import MAX_CANVAS_PIXELS, Fitting, canvas_size
-from ..sampling.tokens import Tokens
+from ..sampling.tokens import LOST, Tokens
 from ..tokenizer.schedule import TABLES, TOKEN_PIXELS, Grid, Schedule
 from .reading import check_file
 from .safe_write import check_target as check_file_target
@@ -52,8 +52,8 @@ def save_tokens(
     tokens: Tokens, path: str | os.PathLike[str], overwrite: bool = False,
     write: Callable[[Path, bytes, bool], None] = write_bytes,
 ) -> None:  # fmt: skip
-    """Write a safetensors file, a bit a bit. write: see `safe_write.together`. FileExistsError where there is one and overwrite is False, ValueError for
-    another suffix and for tokens that `load_tokens` would not read."""
+    """Write a safetensors file, a bit a bit. write: see `safe_write.together`. FileExistsError where there is one and
+    overwrite is False, ValueError for another suffix and for tokens that `load_tokens` would not read."""
     path = Path(path)
     check_target(path, overwrite)
     tensors: dict[str, Tensor] = {}
@@ -100,6 +100,8 @@ def _put(tokens: Tokens, tensors: dict[str, Tensor], prefix: str) -> dict:
         tensors[f"{prefix}scale.{k:02d}"] = _packed(bits)
     facts = {"ratio": tokens.schedule.ratio, "scales": len(tokens.schedule), "grid": list(tokens.grid), "fitting": None}
     facts |= {"shapes": [list(bits.shape) for bits in tokens.bits], AUTO_MASK: float(tokens.auto_mask)}
+    if tokens.lost:
+        facts["lost"] = list(tokens.lost)
     if tokens.fitting is not None:
         facts["fitting"] = {"padded_size": list(tokens.fitting.padded_size), "size": list(tokens.fitting.size)}
     if tokens.free is not None:
@@ -163,7 +165,8 @@ def _take(packed: Mapping[str, np.ndarray], facts: dict, prefix: str) -> Tokens:
             _unpacked(packed[f"{prefix}free"], facts["free"]),
             _take(packed, facts["under"], f"{prefix}under."),
         )
-    return Tokens(schedule, bits, tuple(facts["grid"]), fitting, free, under, float(facts.get(AUTO_MASK, 0.0)))
+    auto_mask, lost = float(facts.get(AUTO_MASK, 0.0)), tuple(facts.get("lost", ()))
+    return Tokens(schedule, bits, tuple(facts["grid"]), fitting, free, under, auto_mask, lost)
 
 
 def _check(facts: object, depth: int = 1) -> None:
@@ -181,6 +184,9 @@ def _check(facts: object, depth: int = 1) -> None:
     amount = facts.get(AUTO_MASK, 0.0)
     if isinstance(amount, bool) or not isinstance(amount, (int, float)) or not 0 <= amount <= 1:
         raise ValueError(f"its auto mask is {_short(amount)}, not a number from 0 to 1")
+    lost = facts.get("lost", [])
+    if not isinstance(lost, list) or lost != [name for name in LOST if name in lost]:
+        raise ValueError(f"what its picture had is {_short(lost)}, not some of {', '.join(LOST)}")
     if "free" in facts or "under" in facts:
         _check_under(facts, schedule, (images, channels, *grid), depth)
 

@@ -15,6 +15,8 @@ from ..fitting import Fitting
 from ..tokenizer.quantizer import codes, linear_resize
 from ..tokenizer.schedule import Grid, Schedule
 
+LOST = ("transparency", "colour profile", "details")
+"""What a picture may have that its tokens do not hold."""
 VAE_ADVICE = "; load the VAE of the model that made them"
 
 
@@ -24,7 +26,7 @@ class Tokens:
 
     fitting: of the pictures, where they are known. free, under: where the edit was locked to its source at the end,
     boolean [B or 1, 1 or d, H, W] and the source's tokens, which stand where it is false. auto_mask: by how much the
-    edit found its own mask (see `Controls`), 0 where it did not.
+    edit found its own mask (see `Controls`), 0 where it did not. lost: which of `LOST` their pictures had.
     """
 
     schedule: Schedule
@@ -34,6 +36,7 @@ class Tokens:
     free: Tensor | None = None
     under: Tokens | None = None
     auto_mask: float = 0.0
+    lost: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.bits or len(self.bits) > len(self.schedule):
