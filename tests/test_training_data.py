@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
+import re
 import sys
 import tarfile
+import tracemalloc
+import zlib
 from io import BytesIO
 from itertools import islice
 from operator import attrgetter
@@ -465,11 +469,17 @@ BROKEN = {
     ),
     "table": (
         broken_table,
-        ["source: cannot be read", "has no target", "5x4", "has no instruction", "empty 'instruction'"],
+        ["source: cannot read the picture", "has no target", "5x4", "has no instruction", "empty 'instruction'"],
     ),
     "shards": (
         broken_shards,
-        ["source: cannot be read", "has no target", "5x4", "has source.png and source.jpg", "not UTF-8 or not JSON"],
+        [
+            "source: cannot read the picture",
+            "has no target",
+            "5x4",
+            "has source.png and source.jpg",
+            "not UTF-8 or not JSON",
+        ],
     ),
 }
 NAMES = {"lines": "line {}", "table": "row {}", "shards": "sample k{}"}
@@ -542,3 +552,126 @@ def test_shards_are_shuffled_within_a_buffer(tmp_path, monkeypatch):
     source = open_pairs(shards_of(tmp_path), seed=1)
     assert sorted(words(source, COUNT)) == [f"edit {index}" for index in range(COUNT)]
     assert words(source, COUNT, 9) == words(source, 9 + COUNT)[9:]
+
+
+# Hostile files
+
+
+HUGE, LARGE = 1 << 40, bytes(65 << 20)
+
+
+def tar_of(path: Path, members: list[tuple[str, bytes | str | int]], mode: str = "w") -> Path:
+    """A shard of members: bytes, a link to a name, or a size that is claimed."""
+    with tarfile.open(path, mode) as shard:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                member.type, member.linkname = tarfile.SYMTYPE, content
+                shard.addfile(member)
+            elif isinstance(content, int):
+                member.size = content
+                shard.fileobj.write(member.tobuf(shard.format))
+                shard.offset += tarfile.BLOCKSIZE
+            else:
+                member.size = len(content)
+                shard.addfile(member, BytesIO(content))
+    return path
+
+
+def good_sample(key: str) -> list[tuple[str, bytes]]:
+    return [(f"{key}.{side}.png", encoded(picture(9))) for side in ("source", "target")] + [(f"{key}.txt", b"edit")]
+
+
+def bomb() -> bytes:
+    """A PNG of a few hundred bytes that claims 60,000 squared pixels."""
+    data = bytearray(encoded(picture(1)))
+    data[16:24] = (60_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    return bytes(data)
+
+
+MEMBERS = {
+    "a member that claims a terabyte": ([("k1.source.png", HUGE)], "cannot be read to its end"),
+    "a member that inflates": ([("k1.source.png", LARGE), *good_sample("k1")[1:]], "source.png of more than 64 MB"),
+    "a link out of the shard": ([("k1.source.png", "/etc/passwd"), *good_sample("k1")[1:]], "has no source"),
+    "a picture that is a bomb": ([("k1.source.png", bomb()), *good_sample("k1")[1:]], "source: .*pixels"),
+    "a member twice": ([*good_sample("k1"), *good_sample("k1")], "cannot be read to its end"),
+    "JSON nested for ever": ([*good_sample("k1")[:2], ("k1.json", b"[" * 10**6)], "not UTF-8 or not JSON"),
+    "an endless instruction": ([*good_sample("k1")[:2], ("k1.txt", b"x" * 10**6)], "of 1000000 letters; write at most"),
+}
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("case", MEMBERS)
+def test_hostile_members_of_shards_are_one_bad_sample_each(tmp_path, case, mode):
+    members, message = MEMBERS[case]
+    path = tar_of(tmp_path / ("a.tar" if mode == "w" else "a.tar.gz"), [*good_sample("k0"), *members], mode)
+    report = check_pairs(path)
+    assert len(report.bad) == 1 and re.search(message, report.bad[0]), report
+    assert report.good >= ("to its end" not in message) and "\n" not in report.bad[0]
+
+
+def test_names_in_shards_are_never_paths(tmp_path):
+    """Nothing is unpacked: a name may climb out of any folder, and only names a sample."""
+    (tmp_path / "inner").mkdir()
+    path = tar_of(tmp_path / "inner" / "a.tar", good_sample("../../escaped"))
+    assert check_pairs(path).good == 1
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.tar", "inner"]
+
+
+LINES = {
+    "longer than any": '{"source": "' + "x" * (3 << 20) + '"}',
+    "nested for ever": "[" * 10**5,
+    "a null in a name": json.dumps(row(0, source="a\0b.png")),
+    "a folder": json.dumps(row(0, source=".")),
+    "a pipe": json.dumps(row(0, source="pipe.png")),
+    "a device": json.dumps(row(0, source="/dev/zero")),
+    "a link to a device": json.dumps(row(0, target="zero.png")),
+    "a name of a megabyte": json.dumps(row(0, source="x" * 10**6)),
+    "a number of thousands of digits": '{"source": ' + "9" * 5000 + "}",
+    "an instruction without end": json.dumps(row(0, instruction="x" * 30_000)),
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_hostile_lines_are_one_bad_sample_each(tmp_path, case):
+    folder_of(tmp_path, [row(0), LINES[case], row(1)])
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    report = check_pairs(tmp_path)
+    assert report.good == 2 and len(report.bad) == 1
+    assert "metadata.jsonl line 2" in report.bad[0] and len(report.bad[0]) < 600 and "\n" not in report.bad[0]
+
+
+def test_a_line_without_end_takes_no_memory(tmp_path):
+    folder_of(tmp_path, [row(0)])
+    with open(tmp_path / "metadata.jsonl", "ab") as file:
+        file.truncate(file.tell() + (64 << 20))
+    tracemalloc.start()
+    report = check_pairs(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 16 << 20 and (report.good, len(report.bad)) == (1, 1)
+    tracemalloc.stop()
+
+
+def test_pipes_and_folders_in_the_place_of_sets(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    os.mkfifo(tmp_path / "a.jsonl")
+    (tmp_path / "b.tar").mkdir()
+    (tmp_path / "c.png").mkdir()
+    os.mkfifo(tmp_path / "c.png" / "d.png")
+    for name, message in (
+        ("a.tar", "a pipe"),
+        ("*.tar", "a pipe"),
+        ("a.jsonl", "no set of pairs"),
+        ("b.tar", "folder"),
+    ):
+        with pytest.raises(PairError, match=message):
+            open_pairs(tmp_path / name)
+    report = check_pairs(tmp_path, pictures=True)
+    assert report.good == 0 and len(report.bad) == 1 and "d.png is a pipe" in report.bad[0]
+
+
+@pytest.mark.parametrize("span", ["{0..9999999}", "{0..99999}-{0..99999}", "{0..99999999999}"])
+def test_too_many_shards_are_refused_before_their_names_are_made(tmp_path, span):
+    with pytest.raises(PairError, match="names more than 1000000 shards; check the range in braces"):
+        open_pairs(tmp_path / f"a-{span}.tar")

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import random
 import re
+import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob
-from io import BytesIO
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
+from ..files.reading import check_file
 from ..pictures.images import SourceImage, load_image
 from .settings import HUB
 
@@ -28,6 +30,9 @@ FIELDS = ("source", "target", "instruction", "mask")
 SHUFFLE_BUFFER = 128  # samples of tar shards held undecoded, a few hundred MB at a megapixel in each worker
 ORDER, WORDING = range(2)  # what random numbers are drawn for
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+MAX_LINE, MAX_TEXT = 1 << 20, 20_000  # bytes of a line, letters of an instruction or name
+MAX_MEMBER, MAX_SHARDS = 64 << 20, 1_000_000
+TOO_LARGE = object()
 _TARS = (".tar", ".tar.gz", ".tgz")
 _SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves in a folder
 
@@ -71,15 +76,15 @@ class Lines:
     def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
         self.where, self._path, self._columns, self.problems = str(path), path, columns, []
         places, place = [], 0
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+        with open(check_file(path, "file of pairs", PairError), "rb") as file:
+            for number, line in enumerate(_lines(file), 1):
                 if line.strip():
                     try:
                         self._parse(line, number)
                         places.append((place, number))
                     except PairError as error:
                         self.problems.append(str(error))
-                place += len(line)
+                place = file.tell()
         self._places = np.array(places, np.int64).reshape(-1, 2)
         if not places and not self.problems:
             raise PairError(f"{path} holds no samples; write one JSON object a line")
@@ -94,13 +99,15 @@ class Lines:
         place, number = self._places[item].tolist()
         with open(self._path, "rb") as file:
             file.seek(place)
-            return self._parse(file.readline(), number)
+            return self._parse(file.readline(MAX_LINE + 1), number)
 
     def _parse(self, line: bytes, number: int) -> Record:
         name = f"{self.where} line {number}"
+        if len(line) > MAX_LINE:
+            raise PairError(f"{name} is longer than {MAX_LINE} bytes; name pictures in it, and write one object a line")
         try:
             row = json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PairError(f"{name} is not JSON in UTF-8 ({_short(error)}); write one object a line") from None
         if not isinstance(row, dict):
             raise PairError(f"{name} is not a JSON object; write {{...}} with {', '.join(FIELDS[:3])}")
@@ -162,10 +169,15 @@ class Shards:
         self.where, self._columns = where, columns
         self._paths: dict[str, None] = {}
         # With forward slashes: the expansion of braces takes a backslash for an escape.
+        spans = [int(end) - int(first) + 1 for first, end in re.findall(r"\{(\d{1,9})\.\.(\d{1,9})\}", where)]
+        if math.prod(spans) > MAX_SHARDS or re.search(r"\.\.\d{10}", where):
+            raise PairError(f"{where} names more than {MAX_SHARDS} shards; check the range in braces")
         for pattern in _library("webdataset").shardlists.expand_urls(Path(where).as_posix()):
-            found = [pattern] if Path(pattern).is_file() else sorted(glob(pattern))
+            found = [pattern] if Path(pattern).exists() else sorted(glob(pattern))
             if not found:
                 raise PairError(f"there is no shard {pattern}; check the path and the range in braces")
+            for path in found:
+                check_file(path, "shard", PairError)
             self._paths.update(dict.fromkeys(str(Path(path)) for path in found))
 
     def items(self, seed: int | None = None, epoch: int = 0) -> Iterator[dict | PairError]:
@@ -184,7 +196,7 @@ class Shards:
         tars = _library("webdataset").tariterators
         try:
             with open(path, "rb") as stream:
-                yield from tars.group_by_keys(tars.tar_file_expander([{"url": path, "stream": stream}]))
+                yield from tars.group_by_keys(_members(path, stream))
         except Exception as error:  # broken tar files raise ReadError, EOFError, zlib.error and more
             reason = _short(error.args[0] if error.args else error).split(" @ ")[0]
             yield PairError(f"{path} cannot be read to its end ({reason}); write or download the shard again")
@@ -193,6 +205,9 @@ class Shards:
         if isinstance(item, PairError):
             raise item
         name = f"{item['__url__']} sample {item['__key__']}"
+        for suffix, value in item.items():
+            if value is TOO_LARGE:
+                raise PairError(f"{name} has a {suffix} of more than {MAX_MEMBER >> 20} MB; make it smaller")
         values: dict[str, Any] = {field: self._picture(item, name, field) for field in ("source", "target", "mask")}
         values["instruction"] = self._instruction(item, name)
         return _record(name, values, self._columns)
@@ -209,7 +224,7 @@ class Shards:
             if "txt" in item or "json" not in item:
                 return item["txt"].decode("utf-8-sig") if "txt" in item else None
             row = json.loads(item["json"].decode("utf-8-sig"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PairError(
                 f"{name} has a text that is not UTF-8 or not JSON ({_short(error)}); write it again"
             ) from None
@@ -253,7 +268,7 @@ def open_data(where: str, columns: Mapping[str, str], pictures: bool = False) ->
     if path.suffix == ".jsonl" and path.is_file():
         return Lines(path, names)
     if pictures and path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES)
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES and not file.is_dir())
         if not found:
             raise PairError(f"{where} holds no pictures; choose a folder with {', '.join(PICTURES)}")
         return Pictures(where, found)
@@ -275,6 +290,31 @@ def _dataset(where: str) -> Any:
     if isinstance(dataset, datasets.DatasetDict):
         raise PairError(f"{where} holds splits; pass one of {', '.join(str(Path(where) / name) for name in dataset)}")
     return dataset
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines of a file; of one longer than MAX_LINE, one byte more than that."""
+    while line := file.readline(MAX_LINE + 1):
+        rest = line
+        while len(rest) > MAX_LINE and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE + 1)
+        yield line
+
+
+def _members(path: str, stream: BinaryIO) -> Iterator[dict[str, Any]]:
+    """Members of a tar shard as webdataset groups them; of one that is too large only that it is. Links, devices and
+    folders are none, and names are only compared: nothing is unpacked."""
+    with tarfile.open(fileobj=stream, mode="r|*") as shard:
+        for member in shard:
+            if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):  # webdataset's own
+                file = shard.extractfile(member)
+                if member.size > MAX_MEMBER:  # read past: tarfile skips what was never written for hours
+                    while file.read(1 << 20):
+                        pass
+                data = TOO_LARGE if member.size > MAX_MEMBER else file.read()
+                yield {"fname": member.name, "data": data, "__url__": path}
+            shard.members = []  # it remembers all of them
+    yield {}
 
 
 def _library(name: str) -> ModuleType:
@@ -304,6 +344,8 @@ def _text(name: str, field: str, value: Any) -> str:
         raise PairError(f"{name} has {field!r} of type {type(value).__name__}; it must be a string")
     if not value.strip():
         raise PairError(f"{name} has an empty {field!r}; write something there or remove the sample")
+    if len(value) > MAX_TEXT:
+        raise PairError(f"{name} has a {field!r} of {len(value)} letters; write at most {MAX_TEXT}")
     return value.strip()
 
 
@@ -325,12 +367,8 @@ def decode(record: Record, wording: int) -> Pair:
 
 def _load(record: Record, field: str, picture: Path | bytes) -> SourceImage:
     try:
-        if isinstance(picture, Path):
-            return load_image(picture)
-        with Image.open(BytesIO(picture)) as opened:
-            opened.load()
-            return load_image(opened)
-    except Exception as error:  # a sentence of load_image, or what Pillow says of broken bytes
+        return load_image(picture)
+    except (ValueError, OSError) as error:
         reason = _short(error)
         if ";" not in reason:
             reason = f"cannot be read ({reason}); save it again as PNG or JPEG"
