@@ -90,7 +90,8 @@ class Lora:
             raise WeightError(
                 f"{path} has infinite or undefined numbers in {update.down} or {update.up}; train or download it again"
             )
-        most = up * down * max(update.rank, abs(strength * update.alpha))
+        scale = abs(strength * update.alpha / update.rank)
+        most = max(scale, up * down * update.rank * max(scale, 1))
         if most > torch.finfo(dtype).max / 2:
             raise WeightError(
                 f"{path} may add {most:.0e} to {name} at the strength {strength:g}, which is more than its type holds; "

@@ -135,6 +135,8 @@ def _open_safetensors(path: Path) -> Weights:
         for key in handle.keys()[: MAX_TENSORS + 1]:
             part = handle.get_slice(key)
             meta[key] = _empty(path, key, part.get_shape(), DTYPES.get(part.get_dtype(), part.get_dtype()))
+    except MemoryError as error:
+        raise _unmapped(path) from error
     except (SafetensorError, OSError) as error:
         raise WeightError(
             f"{path} is truncated or not a safetensors file ({error}); download or convert it again"
@@ -152,7 +154,14 @@ def _open_pickled(path: Path) -> Weights:
     if not places:
         raise WeightError(f"{path} holds no tensors; expected a state dict")
     meta = {key: _empty(path, key, place.shape, place.dtype) for key, place in places.items()}
-    return Weights(path, meta, _Mapped(lambda: map_tensors(path, places)))
+    try:
+        return Weights(path, meta, _Mapped(lambda: map_tensors(path, places)))
+    except RuntimeError as error:
+        raise _unmapped(path) from error
+
+
+def _unmapped(path: Path) -> WeightError:
+    return WeightError(f"{path} does not fit into the memory that this process may map; raise that limit (ulimit -v)")
 
 
 def _empty(path: Path, key: str, shape, dtype: torch.dtype | str) -> Tensor:
