@@ -33,7 +33,9 @@ def test_what_is_installed_to_publish_is_pinned_by_hash():
     installs = [
         step["run"] for step in steps(ROOT / ".github/workflows/publish.yml") if "install" in step.get("run", "")
     ]
-    assert installs == ["pip install --require-hashes --no-deps --only-binary :all: -r .github/publish.txt"]
+    assert [run.strip() for run in installs] == [
+        "pip install --require-hashes --no-deps --only-binary :all: -r .github/publish.txt"
+    ]
     lines = [x for x in (ROOT / ".github/publish.txt").read_text().splitlines() if not x.startswith("#")]
     assert len(lines) > 20 and any(line.startswith("comfy-cli==") for line in lines)
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+ --hash=sha256:[0-9a-f]{64}", line) for line in lines)
