@@ -676,7 +676,7 @@ class Probe:
         hidden = {**self.source, "noise_mask": mask[None, None]}
         found["noise mask"] = [
             torch.equal(self.sample(source=hidden, shortcuts=inside), self.sample(mask=mask, shortcuts=inside)),
-            torch.equal(self.sample(source=hidden), self.sepia),
+            torch.equal(self.sample(source=hidden), self.sample(mask=mask)),
         ]
         found["empty mask"] = torch.equal(self.sample(mask=torch.zeros(1, 64, 64)), self.sepia)
         latent, scales, *_ = self._edit(self.source, shortcuts=stop)
@@ -821,8 +821,7 @@ class Probe:
 
         first = library(SCENE, words[1])
         begun = edit(flat, texts[1])
-        tokens = begun["varedit"].tokens.first(3)
-        begun = {"samples": tokens.total(), "varedit": replace(begun["varedit"], tokens=tokens)}
+        begun = self.run("FirstScales", begun, 3)
         latent = execute(self.model, flat, texts[1], 9, 2.0, 1.0, variations=2, begun=begun).result[0]
         more = dict(settings=SamplingSettings(2.0, 1.0, seed=9), variations=2, given=first.tokens.first(3))
         wanted = library(SCENE, words[1], **more)
@@ -1340,8 +1339,7 @@ class Probe:
         mask = torch.from_numpy(np.array(drawn, dtype=np.float32) / 255)[None]
         whole = editor.run(pictures[0], words[0], size="0.06M", settings=settings)
         begun = self.nodes["VAREditSampler"].execute(self.model, source, ones[0], 11, 2.0, 0.7).result[0]
-        tokens = begun["varedit"].tokens.first(3)
-        begun = {"samples": tokens.total(), "varedit": replace(begun["varedit"], tokens=tokens)}
+        begun = self.run("FirstScales", begun, 3)
         above = self.run("Region", ones[1], mask)
         held, best = dict(auto_mask=0.5), dict(best_of=3, best_at=2)
         layers = dict(regions=[Region(words[0]), Region(words[1], drawn)])

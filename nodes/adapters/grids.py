@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...varedit_core.sampling.settings import SamplingSettings
 from ...varedit_core.sweep import Axis, grid, planned, refuse
-from .pictures import KEY, decode_edit, to_image, to_pillow
+from .latents import KEY
+from .pictures import decode_edit, to_image, to_pillow
 from .running import Edit, sample_latent
 from .text_encoder import Texts
 

@@ -6,7 +6,7 @@ Shapes are ComfyUI's: images [B, H, W, C] in 0..1, masks [B, H, W]. A picture is
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import comfy.model_management as mm
 import numpy as np
@@ -15,43 +15,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ...varedit_core.fitting import schedule_of
 from ...varedit_core.pictures.canvas import blended, faded
 from ...varedit_core.pictures.composite import found_mask
 from ...varedit_core.pictures.contact_sheet import Row, contact_sheet
 from ...varedit_core.pictures.images import Fitting, fit_mask, fitted_levels, load_image, unfit, unfit_mask
 from ...varedit_core.pictures.preview import LEAST_DECODED, SIDE, at_own_size, enlarged
-from ...varedit_core.sampling.tokens import Tokens
-from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS, schedule_for
-from .vae import Colours, VAREditVAE, checked_vae
-
-KEY = "varedit"
-"""Where a LATENT keeps its `Origin`."""
-
-
-@dataclass(frozen=True, eq=False)
-class Origin:
-    """What a latent needs to become a picture again.
-
-    colours: None where no VAE was at hand. scales: how many scales' sums of each picture the latent holds, one scale
-    after the other; 0: the result alone. empty: whether the latent is a size alone, for pictures made of text. tokens:
-    whose sum the latent is, where it is one.
-    """
-
-    fitting: Fitting
-    colours: Colours | None = None
-    scales: int = 0
-    empty: bool = False
-    tokens: Tokens | None = None
-
-    @property
-    def auto_mask(self) -> float:
-        """By how much the edit found its own mask (see `Controls`)."""
-        return self.tokens.auto_mask if self.tokens else 0.0
+from ...varedit_core.tokenizer.schedule import schedule_for
+from .latents import Origin, check_shape, exactly, flat, made, origin_in, tokens_in
+from .vae import VAREditVAE, checked_vae
 
 
 def to_pillow(image_HWC: Tensor) -> Image.Image:
     """One picture of an IMAGE, in 8 bits."""
+    if image_HWC.ndim != 3:
+        raise ValueError("the image has no rows, columns and channels; connect one of [count, y, x, 3]")
     if not image_HWC.isfinite().all():
         raise ValueError("the image holds undefined numbers; check the node that made it")
     levels = image_HWC.float().cpu().clamp(0, 1).mul_(255).round_().to(torch.uint8).numpy()
@@ -75,7 +52,7 @@ def encode_source(vae, image: Tensor, area: str, method: str) -> dict:
     # One by one, as the library does: convolutions of a batch round differently.
     features = torch.cat([vae.encode_levels(levels) for levels, _ in fitted])
     _defined(features, "the encoded picture", "the VAE's weights are damaged; load or convert them again")
-    return {"samples": features, KEY: Origin(fitted[0][1], vae.colours)}
+    return made(features, Origin(fitted[0][1], vae.colours))
 
 
 def empty_source(vae, area: str, ratio: float, count: int) -> dict:
@@ -84,7 +61,7 @@ def empty_source(vae, area: str, ratio: float, count: int) -> dict:
     height, width = schedule.pixels
     size = (count, vae.latent_channels, height // vae.stride, width // vae.stride)
     origin = Origin(Fitting.exact(schedule), vae.colours, empty=True)
-    return {"samples": torch.zeros(size, device=mm.intermediate_device()), KEY: origin}
+    return made(torch.zeros(size, device=mm.intermediate_device()), origin)
 
 
 def decode_edit(
@@ -94,7 +71,8 @@ def decode_edit(
     as of `VAREditDecode`."""
     vae, samples = checked_vae(vae), _samples(vae, latent)
     mask = latent.get("noise_mask") if mask is None else mask
-    fitting = origin_of(latent, samples, vae).fitting
+    origin = origin_of(latent, samples, vae)
+    fitting = origin.fitting
     if image is not None and tuple(image.shape[2:0:-1]) != fitting.size:
         raise ValueError(
             f"the image is {image.shape[2]}x{image.shape[1]} but the edit is of one of "
@@ -106,6 +84,8 @@ def decode_edit(
         raise ValueError(
             f"there are {image.shape[0]} images for {len(samples)} edits; connect the same batch, or one image"
         )
+    if origin.doubt and not origin.auto_mask:  # see _found
+        tell(origin.doubt)
     levels = [_levels(vae, one) for one in samples]
     edited = to_image([unfit(one, fitting) for one in levels])
     image = image if image is None else _for_each(image, edited)
@@ -124,7 +104,7 @@ def scale_pictures(vae, scales: dict, method: str) -> tuple[list[Tensor], Tensor
     """A picture (or batch) of every scale, and a contact sheet of the first picture's."""
     vae, samples = checked_vae(vae), _samples(vae, scales)
     origin = origin_of(scales, samples, vae)
-    if not origin.scales or len(samples) % origin.scales:
+    if not origin.scales or origin.changed or len(samples) % origin.scales:
         raise ValueError("these are not the sums of every scale; connect the sampler's scales, unchanged")
     sums = samples.unflatten(0, (origin.scales, -1))
     grids = origin.fitting.schedule.grids[: origin.scales]
@@ -134,17 +114,6 @@ def scale_pictures(vae, scales: dict, method: str) -> tuple[list[Tensor], Tensor
     columns = [f"{height}x{width}" for height, width in grids]
     sheet = contact_sheet([Row("", [batch[0] for batch in pictures])], columns)
     return [to_image(batch) for batch in pictures], to_image([sheet])
-
-
-def tokens_in(latent: dict) -> Tokens | None:
-    """The tokens of a LATENT, None where there are none or another node has changed the latent since."""
-    origin, samples = latent.get(KEY), latent["samples"]
-    tokens = origin.tokens if origin else None
-    if tokens is None or origin.scales or tokens.images != len(samples):
-        return None
-    total = tokens.to(samples.device).total()
-    # Another device may have summed them; a latent that was changed is farther away.
-    return tokens if total.shape == samples.shape and torch.allclose(total, samples.float(), atol=1e-3) else None
 
 
 def region_area(mask: Tensor | None, fitting: Fitting, images: int) -> Tensor:
@@ -182,32 +151,14 @@ def scale_picture(
 
 def origin_of(latent: dict, samples: Tensor, vae: VAREditVAE) -> Origin:
     """A latent's own origin; for one of a stock node or file, that of a picture of exactly the latent's size."""
-    origin = latent.get(KEY) or Origin(fitting_of(samples, vae.stride))
-    if origin.colours is None:
-        origin = replace(origin, colours=vae.colours)
-    wanted = tuple(side // vae.stride for side in origin.fitting.schedule.pixels)
-    if tuple(samples.shape[-2:]) != wanted:
-        raise ValueError(
-            f"the latent is {samples.shape[-1]}x{samples.shape[-2]} but was encoded as {wanted[1]}x{wanted[0]}; "
-            "resize pictures, not latents"
-        )
-    return origin
-
-
-def fitting_of(samples: Tensor, stride: int) -> Fitting:
-    """The fitting of a picture that has exactly a size of the model."""
-    pixels = tuple(side * stride for side in samples.shape[-2:])
-    schedule = schedule_of((pixels[0] / TOKEN_PIXELS, pixels[1] / TOKEN_PIXELS))
-    if schedule is None:
-        raise ValueError(
-            f"a latent of a {pixels[1]}x{pixels[0]} picture fits no size of the model; use VAREdit Source Encode"
-        )
-    return Fitting.exact(schedule)
+    origin = origin_in(latent) or exactly(samples, vae.stride)
+    check_shape(samples, origin, vae.stride)
+    return origin if origin.colours is not None else replace(origin, colours=vae.colours)
 
 
 def _samples(vae: VAREditVAE, latent: dict) -> Tensor:
     samples = latent["samples"]
-    if samples.ndim != 4 or samples.shape[1] != vae.latent_channels:
+    if not flat(samples) or samples.shape[1] != vae.latent_channels:
         raise ValueError(
             f"the latent has the shape {list(samples.shape)} but the VAE takes {vae.latent_channels} channels; connect "
             "a latent of VAREdit, and the VAE that belongs to its model"
@@ -228,7 +179,7 @@ def _levels(vae: VAREditVAE, latent_dHW: Tensor) -> Tensor:
 
 def _drawn(mask: Tensor, edits: int, image: Tensor | None, tell: Callable[[str], None]) -> list[Image.Image] | None:
     """A MASK of any size as one of every edit, in 8 bits; None for an empty one."""
-    masks = mask.reshape(-1, *mask.shape[-2:]).float().cpu().clamp(0, 1)
+    masks = masks_of(mask).clamp(0, 1)
     if not masks.any():
         tell("the mask is empty, so it counts as none; paint where the picture may change")
         return None
@@ -250,7 +201,7 @@ def _found(
 ) -> list[Image.Image] | None:
     """Where edits with an auto mask changed their pictures (see `auto_mask.differing`), None where it cannot be shown.
     levels: of the decoded edits."""
-    origin = latent.get(KEY)
+    origin = origin_in(latent)
     if origin is None or not origin.auto_mask:
         return None
     if image is None:
@@ -281,9 +232,18 @@ def _composited(edited: Tensor, image: Tensor, masks: list[Image.Image], seam: i
     return blended(edited, original, share, eight_bit=True), weight
 
 
+def masks_of(mask: Tensor) -> Tensor:
+    """A MASK or noise_mask as [count, y, x]. ValueError for what is none."""
+    if mask.ndim < 2 or not mask.numel():
+        raise ValueError(f"the mask has the shape {list(mask.shape)}; connect one of [y, x] or [count, y, x]")
+    if not mask.isfinite().all():
+        raise ValueError("the mask holds undefined numbers; check the node that made it")
+    return mask.reshape(-1, *mask.shape[-2:]).float().cpu()
+
+
 def fitted_mask(mask: Tensor, fitting: Fitting, images: int) -> Tensor | None:
     """A MASK or noise_mask of any size, brought to the fitted pictures' size: [1 or B, y, x]; None for an empty one."""
-    masks = mask.reshape(-1, *mask.shape[-2:]).float().cpu()
+    masks = masks_of(mask)
     if not masks.any():
         return None
     if len(masks) not in (1, images):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, TypeVar
 
 import comfy.ldm.modules.attention as attention
@@ -37,8 +38,9 @@ from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS
 from .advice import without_triton
 from .holding import Hold, Holder, holder_of
 from .keeping import Keeper, on_device
+from .latents import KEY, Origin, check_shape, exactly, flat, made, numbers_of, origin_in, tokens_in
 from .model import VAREditModel, checked_model, unchanged
-from .pictures import KEY, Origin, fitted_mask, fitting_of, region_area, scale_picture, tokens_in, unfitted_mask
+from .pictures import fitted_mask, region_area, scale_picture, unfitted_mask
 from .room import free_memory, host_memory, may_stay
 from .text_encoder import Texts
 from .vae import VAREditVAE, checked_vae
@@ -247,7 +249,7 @@ def sample_latent(model, source: dict, edit: Edit, preview: str, vae, tell: Tell
     origin = _origin(network, source, vae)
     method = preview_method(preview, vae, origin)
     batch, known = _batch(edit, source, origin, network.diffusion_model.config.source, tell)
-    for sentence in [*problems(facts(batch)), without_triton(model.load_device)]:
+    for sentence in [origin.doubt, *problems(facts(batch)), without_triton(model.load_device)]:
         if sentence:
             tell(sentence)
     models = [model, *_drafter(edit, model)]
@@ -263,10 +265,11 @@ def sample_latent(model, source: dict, edit: Edit, preview: str, vae, tell: Tell
     device = mm.intermediate_device()
     sums = result.scales.to(device)
     tokens = replace(result.tokens.to(device), fitting=origin.fitting, auto_mask=edit.controls.auto_mask)
-    rest = {key: value for key, value in source.items() if key not in ("samples", "batch_index", KEY)}
-    origin = replace(origin, empty=False, tokens=tokens)
-    latent = {**rest, "samples": sums[-1].clone(), KEY: origin}  # a view would keep all scales
-    scales = {"samples": sums.flatten(0, 1), KEY: replace(origin, scales=len(sums), tokens=None)}
+    origin = replace(origin, empty=False, tokens=tokens, guessed=False)
+    latent = {**_each(source, edit.variations), "samples": sums[-1].clone()}  # a view would keep all scales
+    numbers = [edit.variations * n + copy for n in numbers_of(source) for copy in range(edit.variations)]
+    latent = made(**latent, origin=origin, numbers=numbers)
+    scales = made(sums.flatten(0, 1), replace(origin, scales=len(sums), tokens=None))
     return latent, scales, unfitted_mask(result.confidence, origin.fitting).to(device)
 
 
@@ -275,18 +278,31 @@ def layered(texts: Texts, mask: Tensor | None, above: Sequence[Region]) -> tuple
     return Region(texts, mask if mask is not None and mask.any() else None), *above
 
 
+def _each(source: dict, variations: int) -> dict:
+    """A LATENT's other parts for several results of each row: masks of rows are repeated, that of all is not."""
+    rest = {key: value for key, value in source.items() if key not in ("samples", KEY)}
+    if len(rest.get("noise_mask", ())) > 1:
+        rest["noise_mask"] = rest["noise_mask"].repeat_interleave(variations, 0)
+    return rest
+
+
 def _batch(edit: Edit, source: dict, origin: Origin, reads: bool, tell: Tell) -> tuple[EditBatch, Tokens | None]:
     """The batch of edits, and the sources' tokens, where they are known. reads: whether the model reads a source.
     ValueError where inputs do not belong together."""
     features, images = source["samples"], len(source["samples"])
     areas = [region_area(region.mask, origin.fitting, images) for region in edit.regions]
     areas = torch.stack(areas, dim=1) if areas else None
-    mask = _mask(edit, source, origin, areas, edit.shortcuts.inside or not reads)
+    mask = _mask(edit, source, origin, areas)
     _check_source(reads, origin.empty, mask is not None, edit.controls, tell)
     instructions = [region.instruction for region in edit.regions] or [edit.texts]
     texts = [[own.of(image)[0] for own in instructions] for image in range(images)]
     negatives = [instructions[0].of(image)[1] for image in range(images)]
     known, prefix = tokens_in(source), ()
+    if known is not None and not known.complete:
+        raise ValueError(
+            f"the source is an edit of {len(known)} of {len(known.schedule)} scales, which is no picture yet; connect "
+            "it to begun, and to source what it is an edit of"
+        )
     if edit.begun is not None:
         tokens = tokens_in(edit.begun)
         if tokens is None:
@@ -303,6 +319,7 @@ def _batch(edit: Edit, source: dict, origin: Origin, reads: bool, tell: Tell) ->
     batch = EditBatch.of(
         features, texts, origin.fitting.schedule, edit.settings, negatives, edit.variations, controls=edit.controls,
         shortcuts=edit.shortcuts, mask=mask, areas=areas, prefix=prefix, source_total=features if known else None,
+        numbers=numbers_of(source),
     )  # fmt: skip
     return batch, known
 
@@ -328,12 +345,16 @@ def _check_source(read: bool, empty: bool, masked: bool, controls: Controls, tel
         )
 
 
-def _mask(edit: Edit, source: dict, origin: Origin, areas: Tensor | None, own: bool) -> Tensor | None:
-    """The mask beside the fitted sources, None for an empty one; of regions that have all a mask, what they cover. own:
-    whether the latent's serves where there is none: for the shortcut, and for models that read a picture only outside
-    a mask."""
-    given = source.get("noise_mask") if edit.mask is None and own else edit.mask
-    mask = None if given is None else fitted_mask(given, origin.fitting, len(source["samples"]))
+def _mask(edit: Edit, source: dict, origin: Origin, areas: Tensor | None) -> Tensor | None:
+    """The mask beside the fitted sources, None for an empty one: where both the sampler's and the latent's let the
+    picture change; of regions that have all a mask, what they cover."""
+    given = [one for one in (edit.mask, source.get("noise_mask")) if one is not None]
+    fitted = [fitted_mask(one, origin.fitting, len(source["samples"])) for one in given]
+    mask = reduce(torch.minimum, [one for one in fitted if one is not None] or [None])
+    if mask is not None and not mask.any():
+        raise ValueError(
+            "mask and the mask of the latent leave no place in common, so that nothing may change; disconnect one"
+        )
     if edit.regions and all(region.mask is not None for region in edit.regions):
         covered = areas.amax(1)
         mask = covered if mask is None else covered * (mask > 0)
@@ -380,21 +401,23 @@ def _workspace(way: Plan) -> Workspace:
 
 def _origin(network: VAREditModel, source: dict, vae: VAREditVAE | None) -> Origin:
     """The source's origin; ValueError where its latents are of another VAE than the model's."""
-    config, samples, origin = network.diffusion_model.config, source["samples"], source.get(KEY)
-    if samples.ndim != 4 or config.token_bits not in (samples.shape[1], 4 * samples.shape[1]):
+    config, samples = network.diffusion_model.config, source["samples"]
+    if not flat(samples) or config.token_bits not in (samples.shape[1], 4 * samples.shape[1]):
         raise ValueError(
             f"the source has the shape {list(samples.shape)} but the model predicts tokens of {config.token_bits} "
             "bits; encode it with VAREdit Source Encode and the VAE that belongs to the model"
         )
+    origin = origin_in(source)
     if origin is not None and origin.scales:
         raise ValueError("these are the sums of all scales; connect the sampler's latent, or VAREdit Source Encode")
+    stride = TOKEN_PIXELS // (1 if config.token_bits == samples.shape[1] else 2)  # by latents along a token's edge
     if origin is not None:
+        check_shape(samples, origin, stride)
         return origin
     if vae is None:
-        side = 1 if config.token_bits == samples.shape[1] else 2  # latents along a token's edge
-        return Origin(fitting_of(samples, TOKEN_PIXELS // side))
+        return exactly(samples, stride)
     patch_size(config, vae.first_stage_model.config)
-    return Origin(fitting_of(samples, vae.stride), vae.colours)
+    return exactly(samples, vae.stride, vae.colours)
 
 
 def _inside(models: Sequence, loop: Callable[..., T], *networks) -> T:

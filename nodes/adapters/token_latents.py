@@ -14,7 +14,8 @@ from ...varedit_core.controls.auto_mask import changed
 from ...varedit_core.fitting import Fitting
 from ...varedit_core.sampling.tokens import Tokens
 from ...varedit_core.tokenizer.quantizer import encode, latent_grids
-from .pictures import KEY, Origin, origin_of, tokens_in, unfitted_mask
+from .latents import Origin, made, numbers_of, origin_in, tokens_in
+from .pictures import origin_of, unfitted_mask
 from .vae import VAREditVAE, checked_vae
 
 
@@ -47,13 +48,14 @@ def load_tokens(path: Path, vae=None) -> dict:
     if vae is not None:
         tokens.check_vae(vae.latent_channels, vae.stride, f"the tokens of {path.name}")
     tokens = replace(tokens, fitting=tokens.shown)
-    return {"samples": tokens.total(), KEY: Origin(tokens.shown, vae and vae.colours, tokens=tokens)}
+    return made(tokens.total(), Origin(tokens.shown, vae and vae.colours, tokens=tokens))
 
 
 def first_scales(latent: dict, count: int) -> dict:
     """The LATENT after some of its scales. ValueError where there are not so many, and as `checked_tokens`."""
     tokens = checked_tokens(latent).first(count)
-    return {**latent, "samples": tokens.total(), KEY: replace(latent[KEY], tokens=tokens)}
+    origin = replace(origin_in(latent), tokens=tokens)
+    return made(**{**latent, "samples": tokens.total()}, origin=origin, numbers=numbers_of(latent))
 
 
 def change_map(vae, latent: dict, source: dict, amount: float) -> tuple[Tensor, Tensor]:
@@ -93,7 +95,7 @@ def change_map(vae, latent: dict, source: dict, amount: float) -> tuple[Tensor, 
 
 def _source_total(vae: VAREditVAE, source: dict) -> Tensor:
     """What the VAE makes of sources, as running sums; those of edits are their own."""
-    samples, origin = source["samples"], source.get(KEY)
+    samples, origin = source["samples"], origin_in(source)
     if origin is not None and origin.empty:
         raise ValueError("the source is empty, so that nothing was changed; connect VAREdit Source Encode")
     if tokens_in(source) is not None:
