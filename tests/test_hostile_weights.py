@@ -301,7 +301,8 @@ def test_tokenizers_that_add_a_little(encoder):
 @pytest.mark.parametrize("part", ["normalizer", "post_processor", "model", "added_tokens", "version", "pre_tokenizer"])
 @pytest.mark.parametrize("value", [3, "x", [3], {"type": []}, {"type": "Sequence", "normalizers": 3},
           {"special_tokens": 3},
-                                   {"precompiled_charsmap": "x"}, {"special_tokens": {"a": {"ids": 3}}}], ids=repr)  # fmt: skip
+                                   {"precompiled_charsmap": "x"},
+                                   {"special_tokens": {"a": {"ids": 3}}}], ids=repr)  # fmt: skip
 def test_tokenizers_that_are_none(encoder, part, value):
     (encoder / "tokenizer.json").write_text(json.dumps(TOKENIZER_JSON | {part: value}))
     refused(lambda: load_tokenizer(encoder), "tokenizer.json is not a readable tokenizer")

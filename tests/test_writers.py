@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import re
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -344,6 +346,58 @@ def test_two_processes_write_one_name_and_a_reader_sees_only_whole_files(tmp_pat
     for one in writers:
         one.join()
     assert [one.exitcode for one in writers] == [0, 0] and seen <= {"a", "b"} and names(tmp_path) == {"a.txt"}
+
+
+def _never_done(path: Path, begun) -> None:
+    with safe_write(path) as temporary:
+        temporary.write_bytes(b"half")
+        begun.set()
+        signal.pause()
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGTERM])
+def test_what_a_killed_writer_left_goes_when_the_name_is_written_next(tmp_path, ended_by):
+    path, context = tmp_path / "a.txt", multiprocessing.get_context("fork")
+    events = [context.Event() for _ in range(3)]
+    writers = [
+        context.Process(target=_never_done, args=(one, begun), daemon=True)
+        for one, begun in zip((path, path, tmp_path / "b.txt"), events)
+    ]
+    killed, alive, other = writers
+    for one, begun in zip(writers, events):
+        one.start()
+        assert begun.wait(30)
+    left = {one.name for one in tmp_path.iterdir()}
+    os.kill(killed.pid, ended_by)
+    killed.join()
+    for one in tmp_path.iterdir():  # as if some time had passed
+        os.utime(one, (time.time() - 60,) * 2)
+    write_text(path, "whole")
+    kept = {one.name for one in tmp_path.iterdir()} - {"a.txt"}
+    assert len(left) == 3 and len(kept) == 2 and kept < left and path.read_text() == "whole"
+    for one in (alive, other):
+        one.kill()
+        one.join()
+    write_text(path, "again")
+    write_text(tmp_path / "b.txt", "again")
+    assert {one.name for one in tmp_path.iterdir()} == {"a.txt", "b.txt"}
+
+
+def _convert(source: Path, target: Path) -> None:
+    convert(source, target, overwrite=True)
+
+
+def test_converts_to_one_target_are_whole_and_leave_nothing(folder, wanted):
+    context = multiprocessing.get_context("spawn")
+    target = folder / "c.safetensors"
+    sources = [small_vae(folder, n) for n in (1, 2)]
+    writers = [context.Process(target=_convert, args=(source, target)) for source in sources * 2]
+    for one in writers:
+        one.start()
+    for one in writers:
+        one.join()
+    assert [one.exitcode for one in writers] == [0] * 4 and names(folder) == {"c.safetensors"}
+    assert content(target) in (wanted("convert", 1), wanted("convert", 2))
 
 
 # No writer of another kind.

@@ -1,9 +1,9 @@
 """Tensors in PyTorch's own files (`.pth`), found without running them.
 
-Such a file holds a pickle: a program, which may call anything and make things of any size. Here it is only read. A small
-machine follows the instructions that `torch.save` writes for nested dictionaries of tensors, calls nothing, and keeps
-of each tensor its type, shape and place in the file. Settings and counters beside them are passed over. Nothing takes
-memory that the file's own size does not explain.
+Such a file holds a pickle: a program, which may call anything and make things of any size. Here it is only read. A
+small machine follows the instructions that `torch.save` writes for nested dictionaries of tensors, calls nothing, and
+keeps of each tensor its type, shape and place in the file. Settings and counters beside them are passed over. Nothing
+takes memory that the file's own size does not explain.
 """
 
 from __future__ import annotations

@@ -8,10 +8,17 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from uuid import uuid4
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -25,7 +32,8 @@ def safe_write(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator
     """A temporary path beside `path`, to be written in the `with` block; at its end the file takes its name at once.
 
     The temporary name is of this call alone, so that writers of one name never meet: the last one wins, and without
-    overwrite the first. After any error, KeyboardInterrupt too, the temporary file is gone and an old file as it was.
+    overwrite the first. After any error, KeyboardInterrupt too, the temporary file is gone and an old file as it was;
+    that of a writer that was killed goes when the name is written next.
     The file has the mode of any new one here. Links are followed; a pipe or device is written to, never replaced.
     Raises as `check_free`, and OSError where the folder cannot be written to or has no room (see `on_disk`).
     """
@@ -35,16 +43,66 @@ def safe_write(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator
         yield path
         return
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{uuid4().hex}.tmp")
+    _clean(target)
+    temporary = _temporary(target)
     try:
         mode = _made(temporary, path)
-        with on_disk(path):
-            yield temporary
-        if temporary.stat().st_mode != mode:  # a writer put a file of its own there: safetensors' is the owner's only
-            temporary.chmod(mode)
-        _publish(temporary, target, overwrite)
+        with _locked(temporary):
+            with on_disk(path):
+                yield temporary
+            if temporary.stat().st_mode != mode:  # a writer put a file of its own there: safetensors', the owner's only
+                temporary.chmod(mode)
+            _publish(temporary, target, overwrite)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(target: Path) -> Path:
+    """A name of this call alone beside a file."""
+    return target.with_name(f"{_mark(target)}{uuid4().hex}.tmp")
+
+
+def _mark(target: Path) -> str:
+    """What all temporary names of a file begin with: short, however long its own is."""
+    return f".{sha256(os.fsencode(target.name)).hexdigest()[:16]}-"
+
+
+@contextmanager
+def _locked(temporary: Path) -> Iterator[None]:
+    """Tell other writers that this file is being written: a lock ends with its process, however that ends."""
+    if fcntl is None:
+        yield
+        return
+    file = os.open(temporary, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(file)
+
+
+def _clean(target: Path) -> None:
+    """Remove what killed writers of this file left."""
+    with suppress(OSError), os.scandir(target.parent) as entries:
+        for entry in entries:
+            if entry.name.startswith(_mark(target)) and entry.name.endswith(".tmp") and _abandoned(entry.path):
+                os.unlink(entry.path)
+
+
+def _abandoned(temporary: str) -> bool:
+    """Whether nobody writes a temporary file any more. Its writer makes it before locking it: what is new is left."""
+    age = time.time() - os.stat(temporary).st_mtime
+    if fcntl is None:
+        return age > 24 * 3600
+    file = os.open(temporary, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+    return age > 1
 
 
 @contextmanager
@@ -130,7 +188,7 @@ def check_target(path: str | os.PathLike[str], overwrite: bool = True) -> None:
         check_free(path, overwrite)
         make_folder(path.parent)
         if not path.exists() or path.is_file():
-            temporary = Path(os.path.realpath(path)).with_name(f".{uuid4().hex}.tmp")
+            temporary = _temporary(Path(os.path.realpath(path)))
             _made(temporary, path)
     except FileExistsError:
         raise

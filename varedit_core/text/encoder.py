@@ -49,8 +49,8 @@ class TextEncoder:
         ids, count = cut_ids(self.tokenize(prompt))
         if not ids or max(ids) >= self.model.config.vocabulary:
             raise ValueError(
-                f"the tokenizer makes {max(ids, default='no tokens')} of the text where the text encoder knows the tokens "
-                f"0 to {self.model.config.vocabulary - 1}; choose the tokenizer of this text encoder"
+                f"the tokenizer makes {max(ids, default='no tokens')} of the text where the text encoder knows the "
+                f"tokens 0 to {self.model.config.vocabulary - 1}; choose the tokenizer of this text encoder"
             )
         if count > most and most < TEXT_TOKENS:
             raise ValueError(f"the instruction has {count} text tokens but the model takes {most}; shorten it")
@@ -147,8 +147,8 @@ def check_encoder(weights: Weights, wanted: dict[str, Tensor]) -> None:
     layers = layers_of(wanted)
     if layers_of(weights) > layers:
         raise WeightError(
-            f"{weights.path} has {layers_of(weights)} layers where its configuration names {layers}; correct or download "
-            "the configuration again"
+            f"{weights.path} has {layers_of(weights)} layers where its configuration names {layers}; correct or "
+            "download the configuration again"
         )
     own = weights.renamed({key: key for key in weights if key in wanted or key.startswith(_BLOCKS)})
     check(own, {key: tensor.shape for key, tensor in wanted.items()})

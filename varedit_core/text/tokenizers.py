@@ -18,7 +18,7 @@ END = 1
 """T5's end token."""
 FILES = ("tokenizer.json", "spiece.model")
 MAX_GROWTH = 64
-"""How many letters a tokenizer may make of one before it cuts the text; T5's makes at most 33 (of a rare Arabic one)."""
+"""How many letters a tokenizer may make of one before it cuts the text; T5's makes 33 of a rare Arabic one."""
 _GROWING = {"Replace": "content", "Prepend": "prepend", "Append": "append"}
 _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix", "unk_token")
 
