@@ -12,7 +12,17 @@ import torch
 from PIL import Image, ImageCms, ImageDraw, PngImagePlugin
 
 from varedit_core.pictures import reading
-from varedit_core.pictures.images import check_mask_shape, load_image, load_mask, save_image
+from varedit_core.pictures.canvas import crop, crop_around, extend, stitch
+from varedit_core.pictures.images import (
+    check_mask_shape,
+    fit,
+    fit_mask,
+    load_image,
+    load_mask,
+    restore,
+    save_image,
+    unfit_mask,
+)
 from varedit_core.pictures.reading import FORMATS, Details, is_picture, opened
 
 SCENE = Image.new("RGB", (40, 30), (200, 30, 60))
@@ -350,3 +360,19 @@ def test_a_photograph_that_is_turned_does_not_fit_its_stored_mask(tmp_path):
 def test_names_of_all_kinds(tmp_path, name):
     path = file_of(tmp_path, encoded(SCENE, "PNG"), name)
     assert opened(path)[0].size == SCENE.size
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_step_of_an_edit_has_pillows_bound(monkeypatch):
+    """Its `open`, `crop` and more refuse pictures of so many pixels that are none too many for an edit."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    source = load_image(encoded(Image.effect_noise((90, 60), 50).convert("RGBA"), "PNG"))
+    fitted = fit(source, "0.06M", "square")
+    assert restore(fitted.pixels[0], fitted).size == (90, 60)
+    mask = Image.new("L", (90, 60))
+    mask.paste(255, (20, 10, 60, 50))
+    assert unfit_mask(fit_mask(mask, fitted.fitting)[0], fitted.fitting).size == (90, 60)
+    place = crop_around(source.size, mask, 0.25)
+    part, _ = crop(source, place)
+    assert stitch(source, part.rgb, place).size == (90, 60)
+    assert extend(source, (8, 0, 0, 0))[0].size == (98, 60)

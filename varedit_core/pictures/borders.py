@@ -32,15 +32,23 @@ def padded(picture: Image.Image, fitting: Fitting, colour: str | int, band: int 
     (width, height), (wide, high) = picture.size, _continued(fitting, band)
     while width < wide:
         more = min(width, wide - width)
-        strip = canvas.crop((width - more, 0, width, height))
+        strip = cut(canvas, (width - more, 0, width, height))
         canvas.paste(strip.transpose(Image.Transpose.FLIP_LEFT_RIGHT), (width, 0))
         width += more
     while height < high:
         more = min(height, high - height)
-        strip = canvas.crop((0, height - more, width, height))
+        strip = cut(canvas, (0, height - more, width, height))
         canvas.paste(strip.transpose(Image.Transpose.FLIP_TOP_BOTTOM), (0, height))
         height += more
     return canvas
+
+
+def cut(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """A part of an image, as of its `crop`, which has a bound of pixels that is not ours."""
+    left, top, right, bottom = box
+    part = Image.new(image.mode, (right - left, bottom - top))
+    part.paste(image, (-left, -top))
+    return part
 
 
 def resized(canvas: Image.Image, fitting: Fitting, method: Image.Resampling) -> Tensor:

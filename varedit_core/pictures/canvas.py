@@ -21,7 +21,7 @@ from torch import Tensor
 from ..defaults import ASPECT, CROP_MARGIN, FEATHER, FILL, FILLS, FIT, FITS, LEAST_MARGIN, OVERLAP, SIZE
 from ..fitting import MAX_CANVAS_PIXELS, Size, canvas_size, nearest_ratio
 from ..tokenizer.schedule import schedule_for
-from .borders import spread
+from .borders import cut, spread
 from .images import SourceImage
 
 Box = tuple[int, int, int, int]
@@ -194,9 +194,9 @@ def extension_mask(size: Size, sides: Sides, overlap: int = OVERLAP) -> Tensor:
 def crop(source: SourceImage, region: Crop) -> tuple[SourceImage, Image.Image]:
     """A picture's part in a region of one box, and the mask [mode L] of what may change there, 0 or 255."""
     _check_whole(_empty(source), region)
-    alpha = source.alpha if source.alpha is None else source.alpha.crop(region.boxes[0])
+    alpha = source.alpha if source.alpha is None else cut(source.alpha, region.boxes[0])
     mask = _part(region.mask[0], region.boxes[0]) > 0
-    part = replace(source, rgb=source.rgb.crop(region.boxes[0]), alpha=alpha)
+    part = replace(source, rgb=cut(source.rgb, region.boxes[0]), alpha=alpha)
     return part, Image.fromarray(mask.numpy().astype(np.uint8) * 255)
 
 

@@ -24,7 +24,7 @@ from ..files.safe_write import check_target as check_file_target
 from ..files.safe_write import write_bytes
 from ..fitting import MAX_CANVAS_PIXELS, Fitting, Size, canvas_size, nearest_ratio
 from ..tokenizer.schedule import Schedule, schedule_for
-from .borders import BAND, padded, resized, without_rim
+from .borders import BAND, cut, padded, resized, without_rim
 from .colours import straight, transparent
 from .reading import NO_DETAILS, Details, opened
 
@@ -211,13 +211,13 @@ def unfit(levels_3HW: Tensor, fitting: Fitting) -> Image.Image:
     """The source's part of 8-bit levels [3, H, W] of the whole canvas, at exactly the source's size."""
     array = levels_3HW.permute(1, 2, 0).cpu().numpy()
     padded = Image.fromarray(np.ascontiguousarray(array)).resize(fitting.padded_size, Image.Resampling.LANCZOS)
-    return padded.crop((0, 0, *fitting.size))
+    return cut(padded, (0, 0, *fitting.size))
 
 
 def unfit_mask(mask_HW: Tensor, fitting: Fitting) -> Image.Image:
     """The source's part of a mask [H, W] from 0 to 1 of the whole canvas, mode L, at exactly the source's size."""
     levels = (mask_HW.float() * 255).round().to(torch.uint8).cpu().numpy()
-    return Image.fromarray(levels).resize(fitting.padded_size, Image.Resampling.BILINEAR).crop((0, 0, *fitting.size))
+    return cut(Image.fromarray(levels).resize(fitting.padded_size, Image.Resampling.BILINEAR), (0, 0, *fitting.size))
 
 
 def to_uint8(pixels: Tensor, rounding: str = PUBLISHED_ROUNDING) -> Tensor:
