@@ -1,9 +1,10 @@
 """The nodes. Each is a schema and a short `execute`; the work is done in `varedit_core`.
 
 Adapters between the two: `state` (weight files to ComfyUI's layers), `model`, `text_encoder` and `vae` (ComfyUI's
-native types), `pictures` (IMAGE and MASK), `latents` (LATENTs, whoever hands them on), `token_latents` (those known by
-their tokens), `grids` (sweeps), `keeping` (what stays between runs) and `running` (memory, progress, previews). They are
-imported at first use.
+native types), `conditioning` (instructions and where they count), `foreign` (what nodes for other models expect and
+leave behind), `pictures` (IMAGE and MASK), `latents` (LATENTs, whoever hands them on), `token_latents` (those known by
+their tokens), `grids` (sweeps), `keeping` (what stays between runs) and `running` (memory, progress, previews). They
+are imported at first use.
 """
 
 from ._api import ComfyExtension

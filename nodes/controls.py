@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..varedit_core.controls.curves import OWN, PRESETS
 from ..varedit_core.controls.registry import Controls
 from ..varedit_core.sampling.settings import Curve
-from ._api import io
-from .widgets import takes, widgets
+from ._api import io, tell
+from .widgets import chosen, takes, widgets
 
 ControlsType = io.Custom("VAREDIT_CONTROLS")
 CurvesType = io.Custom("VAREDIT_CURVES")
@@ -50,7 +50,7 @@ class VAREditCurves(io.ComfyNode):
     @classmethod
     def execute(cls, preset, guidance_start, guidance_end, temperature_start, temperature_end) -> io.NodeOutput:
         own = Curve(guidance_start, guidance_end), Curve(temperature_start, temperature_end)
-        return io.NodeOutput(own if preset == OWN else PRESETS[preset])
+        return io.NodeOutput(own if preset == OWN else PRESETS[chosen("preset", preset, PRESETS)])
 
 
 class VAREditRegion(io.ComfyNode):
@@ -83,13 +83,15 @@ class VAREditRegion(io.ComfyNode):
                     tooltip="For the sampler's regions, or for another region on top.",
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, conditioning, mask, regions=None) -> io.NodeOutput:
-        from ..varedit_core.pictures.composite import Region
-        from .adapters.text_encoder import Texts
+        from .adapters.conditioning import regions as places
+        from .adapters.pictures import masks_of
 
-        if not mask.any():
+        if not masks_of(mask).any():
             raise ValueError("the region's mask is empty; paint where its instruction is to count")
-        return io.NodeOutput((*(regions or ()), Region(Texts.read(conditioning, None), mask)))
+        found = places(conditioning, lambda text: tell(cls, text), "region's", mask)
+        return io.NodeOutput((*(regions or ()), *found))

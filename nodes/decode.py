@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..varedit_core.defaults import SCALE_PICTURES
 from ._api import io, tell, ui
+from .widgets import chosen
 
 SEAM, MOST_SEAM = 0, 256
 """Pixels over which an edit fades in at a mask's edge, unless told otherwise and at most."""
@@ -100,5 +101,5 @@ class VAREditScalePreview(io.ComfyNode):
     def execute(cls, vae, scales, pictures: str) -> io.NodeOutput:
         from .adapters.pictures import scale_pictures
 
-        images, sheet = scale_pictures(vae, scales, pictures)
+        images, sheet = scale_pictures(vae, scales, chosen("pictures", pictures, SCALE_PICTURES))
         return io.NodeOutput(images, sheet, ui=ui.PreviewImage(sheet, cls=cls))

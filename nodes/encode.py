@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..varedit_core.defaults import FIT, FITS, RATIO, RATIOS, SIDE, SIZES
 from ._api import io, tell
+from .widgets import chosen
 
 
 class VAREditTextEncode(io.ComfyNode):
@@ -85,7 +86,7 @@ class VAREditSourceEncode(io.ComfyNode):
     def execute(cls, vae, image, size: str, fit: str) -> io.NodeOutput:
         from .adapters.pictures import encode_source
 
-        return io.NodeOutput(encode_source(vae, image, SIZES[size], fit))
+        return io.NodeOutput(encode_source(vae, image, SIZES[chosen("size", size, SIZES)], fit))
 
 
 class VAREditEmptySource(io.ComfyNode):
@@ -123,4 +124,5 @@ class VAREditEmptySource(io.ComfyNode):
     def execute(cls, vae, size: str, ratio: str, batch_size: int) -> io.NodeOutput:
         from .adapters.pictures import empty_source
 
-        return io.NodeOutput(empty_source(vae, SIZES[size], RATIOS[ratio], batch_size))
+        area, shape = SIZES[chosen("size", size, SIZES)], RATIOS[chosen("ratio", ratio, RATIOS)]
+        return io.NodeOutput(empty_source(vae, area, shape, batch_size))

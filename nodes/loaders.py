@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..varedit_core.defaults import KINDS, PRECISIONS
 from ._api import io
 from .files import check, find, fingerprint, listed
+from .widgets import chosen
 
 
 class VAREditModelLoader(io.ComfyNode):
@@ -67,7 +68,8 @@ class VAREditModelLoader(io.ComfyNode):
     def execute(cls, model_name: str, precision: str, kind: str = KINDS[0]) -> io.NodeOutput:
         from .adapters.model import load_model
 
-        return io.NodeOutput(load_model(find("diffusion_models", model_name), precision, kind=kind))
+        path = find("diffusion_models", model_name)
+        return io.NodeOutput(load_model(path, chosen("precision", precision, PRECISIONS), kind=kind))
 
 
 class VAREditTextEncoderLoader(io.ComfyNode):

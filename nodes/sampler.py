@@ -9,6 +9,7 @@ from ..varedit_core.sampling.settings import DEFAULT_SETTINGS
 from ._api import io, tell, ui
 from .controls import ControlsType, CurvesType, RegionsType
 from .shortcuts import ShortcutsType
+from .widgets import chosen
 
 
 class VAREditSampler(io.ComfyNode):
@@ -173,17 +174,20 @@ class VAREditSampler(io.ComfyNode):
         regions=None,
         begun=None,
     ) -> io.NodeOutput:
-        from .adapters.running import Edit, Texts, layered, sample_latent, settings_of
+        from .adapters.conditioning import Instructions
+        from .adapters.running import Edit, sample_latent, settings_of
 
         settings = settings_of(seed, guidance, temperature, top_p)
         settings = bent(settings, *curves) if curves else settings
-        texts = Texts.read(positive, negative)
-        layers, mask = (layered(texts, mask, regions), None) if regions else ((), mask)
-        more = dict(controls=controls or NEUTRAL, regions=layers, begun=begun)
-        edit = Edit(texts, settings, variations, shortcuts or NO_SHORTCUTS, mask, drafter, **more)
-        return io.NodeOutput(
-            *sample_latent(model, source, edit, preview or PREVIEWS[0], vae, lambda text: tell(cls, text))
-        )
+
+        def said(text: str) -> None:
+            tell(cls, text)
+
+        shown = chosen("preview", preview or PREVIEWS[0], PREVIEWS)
+        read = Instructions.read(positive, negative, mask, regions or (), said)
+        more = dict(controls=controls or NEUTRAL, regions=read.regions, begun=begun)
+        edit = Edit(read.texts, settings, variations, shortcuts or NO_SHORTCUTS, read.mask, drafter, **more)
+        return io.NodeOutput(*sample_latent(model, source, edit, shown, vae, said))
 
 
 class VAREditMemoryPlan(io.ComfyNode):
@@ -227,5 +231,5 @@ class VAREditMemoryPlan(io.ComfyNode):
     def execute(cls, model, size: str, images: int, guided: bool) -> io.NodeOutput:
         from .adapters.room import plan_text
 
-        text = plan_text(model, SIZES[size], images, guided)
+        text = plan_text(model, SIZES[chosen("size", size, SIZES)], images, guided)
         return io.NodeOutput(text, ui=ui.PreviewText(text))

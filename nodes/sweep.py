@@ -92,10 +92,15 @@ class VAREditSweep(io.ComfyNode):
         cls, model, source, positive, vae, seed, guidance, temperature, x, x_values, y, y_values,
         negative=None, image=None, mask=None,
     ) -> io.NodeOutput:  # fmt: skip
+        from .adapters.conditioning import Instructions
         from .adapters.grids import Swept, edit_grid
-        from .adapters.running import Texts, settings_of
+        from .adapters.running import settings_of
+
+        def said(text: str) -> None:
+            tell(cls, text)
 
         axes = [(x, x_values), *([(y, y_values)] if y != NONE else [])]
-        swept = Swept(Texts.read(positive, negative), settings_of(seed, guidance, temperature, None), axes, image, mask)
-        grid, cells = edit_grid(model, source, vae, swept, lambda text: tell(cls, text))
+        read = Instructions.read(positive, negative, mask, (), said)
+        swept = Swept(read, settings_of(seed, guidance, temperature, None), axes, image, mask)
+        grid, cells = edit_grid(model, source, vae, swept, said)
         return io.NodeOutput(grid, cells, ui=ui.PreviewImage(grid, cls=cls))

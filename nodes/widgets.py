@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 
 from ..varedit_core.controls.base import Knob
@@ -34,6 +34,13 @@ def widget(knob: Knob, optional: bool = False):
     bounds |= {"advanced": True} if knob.advanced else {}
     bounds |= {"optional": True} if optional else {}
     return kind.Input(knob.name, default=knob.default, **bounds, tooltip=knob.help)
+
+
+def chosen(name: str, value: str, choices: Iterable[str]) -> str:
+    """The value of a choice. ValueError for another: links bring what no widget would."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+    return value
 
 
 def takes(group: str) -> Callable[[Callable], Callable]:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ...varedit_core.sampling.settings import SamplingSettings
 from ...varedit_core.sweep import Axis, grid, planned, refuse
+from .conditioning import Instructions
 from .latents import KEY
 from .pictures import decode_edit, to_image, to_pillow
 from .running import Edit, sample_latent
-from .text_encoder import Texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class Swept:
     """The inputs of a sweep. axes: setting and values, as text, of x and (if used) of y. image, mask: see
     `VAREditDecode`."""
 
-    texts: Texts
+    told: Instructions
     settings: SamplingSettings
     axes: Sequence[tuple[str, str]]
     image: Tensor | None = None
@@ -39,6 +39,7 @@ def edit_grid(model, source: dict, vae, swept: Swept, tell: Callable[[str], None
 
 
 def _edited(model, source: dict, vae, swept: Swept, cell, tell: Callable[[str], None]) -> Tensor:
-    edit = Edit(swept.texts, cell.settings, mask=swept.mask, controls=cell.controls)
+    told = swept.told
+    edit = Edit(told.texts, cell.settings, mask=swept.mask, controls=cell.controls, regions=told.regions)
     latent, *_ = sample_latent(model, source, edit, "off", vae, tell)
     return decode_edit(vae, latent, swept.image, None if swept.image is None else swept.mask, tell)[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import comfy.model_management as mm
 import comfy.patcher_extension
@@ -18,6 +17,7 @@ from ...varedit_core.files.weights import WeightError
 from ...varedit_core.model.transformer import Transformer
 from ...varedit_core.runtime.fp8 import LINEARS
 from ...varedit_core.runtime.warm_up import warm_up
+from .foreign import Absent, Settings, missing
 from .keeping import Keeper
 from .state import Layers, fill, is_quantised, main_dtype, open_file, parameters, patcher_of, plain
 
@@ -26,13 +26,23 @@ DTYPES = [torch.bfloat16, torch.float32]
 _PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+class ModelConfig(Settings):
+    """What ComfyUI reads of a model's configuration."""
+
+    unet_config, quant_config = Settings(), None
+
+
 class VAREditModel(nn.Module):
     """What a MODEL's patcher wraps. LoRA loaders find the transformer under `diffusion_model`."""
+
+    model_type = None
+    model_sampling, latent_format = Absent("sigmas"), Absent("latent format of diffusion models")
+    apply_model = process_latent_in = process_latent_out = Absent("noise prediction")
 
     def __init__(self, transformer: Transformer, stored: torch.dtype) -> None:
         super().__init__()
         self.diffusion_model = transformer
-        self.model_config = SimpleNamespace(unet_config={}, quant_config=None)
+        self.model_config = ModelConfig()
         self.stored, self.manual_cast_dtype = stored, transformer.dtype
         self.device = None
         self._keeper: Keeper | None = None
@@ -40,19 +50,24 @@ class VAREditModel(nn.Module):
     def get_dtype(self) -> torch.dtype:
         return self.stored
 
-    def apply_model(self, *args, **kw):
-        """What diffusion samplers call. They ask for the two properties below first, and are told the same."""
-        raise ValueError(
-            "a VAREdit model predicts scales, not noise; connect it to VAREdit Sampler instead of a diffusion sampler"
-        )
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise (error if name.startswith("_") else missing(name)) from None
 
-    @property
-    def latent_format(self):
-        return self.apply_model()
-
-    @property
-    def model_sampling(self):
-        return self.apply_model()
+    def state_dict_for_saving(
+        self, unet_state_dict: dict, clip_state_dict=None, vae_state_dict=None, clip_vision_state_dict=None
+    ) -> dict:
+        """What the nodes that save models write: a transformer's file, or one with all parts under prefixes."""
+        if clip_vision_state_dict is not None:
+            raise missing("CLIP vision encoder")
+        if clip_state_dict is None and vae_state_dict is None:
+            return unet_state_dict
+        parts = {"model.diffusion_model.": unet_state_dict, "vae.": vae_state_dict or {}}
+        found = {prefix + key: tensor for prefix, part in parts.items() for key, tensor in part.items()}
+        text = {key.removeprefix("transformer."): tensor for key, tensor in (clip_state_dict or {}).items()}
+        return {**found, **{f"text_encoders.t5.{key}": tensor for key, tensor in text.items()}}
 
     def keeper(self, device: torch.device) -> Keeper:
         """What keeps the workspace of edits on a device from one run of a graph to the next."""
@@ -91,7 +106,7 @@ def load_model(path: Path, precision: str = "auto", disable_dynamic: bool = Fals
         raise plain(error) from error
     special = is_quantised(weights)
     stored = mm.unet_dtype(device, parameters(weights), DTYPES, None if special else main_dtype(weights))
-    computed = _PRECISIONS[precision] or mm.unet_manual_cast(None if special else stored, device, DTYPES) or stored
+    computed = _PRECISIONS[precision] or _computed(None if special else stored, stored, device)
     network = Transformer(config, Layers(stored, computed, device, special), computed, device=offload)
     warm_up(network, device, LINEARS[special])
     patcher = patcher_of(VAREditModel(network, stored), device, offload, disable_dynamic)
@@ -99,6 +114,14 @@ def load_model(path: Path, precision: str = "auto", disable_dynamic: bool = Fals
     patcher.size = 0  # counted again: layers may have had no weights before
     patcher.cached_patcher_init = (partial(load_model, kind=kind), (path, precision))
     return patcher
+
+
+def _computed(cast: torch.dtype | None, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the blocks compute in: ComfyUI's choice where they can, whatever type it was told to store weights in."""
+    chosen = mm.unet_manual_cast(cast, device, DTYPES) or stored
+    if chosen in DTYPES:
+        return chosen
+    return torch.bfloat16 if mm.should_use_bf16(device) else torch.float32
 
 
 def checked_model(model) -> VAREditModel:

@@ -24,6 +24,7 @@ from ...varedit_core.model.engine import Engine
 from ...varedit_core.model.layers import sdpa
 from ...varedit_core.model.transformer import Transformer
 from ...varedit_core.pictures.composite import Region
+from ...varedit_core.pictures.images import shape_complaint
 from ...varedit_core.runtime.memory import engine_of, kept_bytes
 from ...varedit_core.runtime.plan import STORES, Job, Plan
 from ...varedit_core.runtime.workspace import Shape, Workspace
@@ -36,13 +37,14 @@ from ...varedit_core.sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from ...varedit_core.sampling.tokens import Tokens
 from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS
 from .advice import without_triton
+from .conditioning import Texts, drawn
+from .foreign import check_patches, unused
 from .holding import Hold, Holder, holder_of
 from .keeping import Keeper, on_device
 from .latents import KEY, Origin, check_shape, exactly, flat, made, numbers_of, origin_in, tokens_in
 from .model import VAREditModel, checked_model, unchanged
 from .pictures import fitted_mask, region_area, scale_picture, unfitted_mask
 from .room import free_memory, host_memory, may_stay
-from .text_encoder import Texts
 from .vae import VAREditVAE, checked_vae
 
 TICKS = 1000
@@ -61,7 +63,8 @@ class Edit:
 
     variations: results of each picture, with one seed after the other. mask: [y, x] or [B, y, x] of any size, above 0
     where the picture may change. drafter: a MODEL for `Shortcuts.drafted`. regions: instead of the texts' instruction,
-    several with their masks: `Texts` and a MASK each. begun: a LATENT whose tokens are the first scales of this edit.
+    several with their places (see `conditioning.Instructions`). begun: a LATENT whose tokens are the first scales of
+    this edit.
     """
 
     texts: Texts | None
@@ -245,14 +248,15 @@ def sample_latent(model, source: dict, edit: Edit, preview: str, vae, tell: Tell
     Takes the next way to run (see `runtime.plan`) where memory runs out, saying so; ValueError where none is left.
     """
     network = checked_model(model)
+    check_patches(model)
     vae = checked_vae(vae) if vae is not None else None
     origin = _origin(network, source, vae)
     method = preview_method(preview, vae, origin)
     batch, known = _batch(edit, source, origin, network.diffusion_model.config.source, tell)
-    for sentence in [origin.doubt, *problems(facts(batch)), without_triton(model.load_device)]:
+    models = [model, *_drafter(edit, model)]
+    for sentence in [origin.doubt, *problems(facts(batch)), without_triton(model.load_device), *map(unused, models)]:
         if sentence:
             tell(sentence)
-    models = [model, *_drafter(edit, model)]
     decoder = vae if method == "own" else None
     beside = vae.memory_used_decode(batch.features.shape, vae.vae_dtype) if decoder else 0
     copies = max(edit.variations, edit.controls.best_of)
@@ -273,11 +277,6 @@ def sample_latent(model, source: dict, edit: Edit, preview: str, vae, tell: Tell
     return latent, scales, unfitted_mask(result.confidence, origin.fitting).to(device)
 
 
-def layered(texts: Texts, mask: Tensor | None, above: Sequence[Region]) -> tuple[Region, ...]:
-    """The sampler's own instruction inside its mask, or everywhere without one, and the regions on top of it."""
-    return Region(texts, mask if mask is not None and mask.any() else None), *above
-
-
 def _each(source: dict, variations: int) -> dict:
     """A LATENT's other parts for several results of each row: masks of rows are repeated, that of all is not."""
     rest = {key: value for key, value in source.items() if key not in ("samples", KEY)}
@@ -290,9 +289,10 @@ def _batch(edit: Edit, source: dict, origin: Origin, reads: bool, tell: Tell) ->
     """The batch of edits, and the sources' tokens, where they are known. reads: whether the model reads a source.
     ValueError where inputs do not belong together."""
     features, images = source["samples"], len(source["samples"])
-    areas = [region_area(region.mask, origin.fitting, images) for region in edit.regions]
+    areas = [region_area(drawn(region.mask, origin.fitting.size), origin.fitting, images) for region in edit.regions]
     areas = torch.stack(areas, dim=1) if areas else None
     mask = _mask(edit, source, origin, areas)
+    _tell_shapes(edit, origin, tell)
     _check_source(reads, origin.empty, mask is not None, edit.controls, tell)
     instructions = [region.instruction for region in edit.regions] or [edit.texts]
     texts = [[own.of(image)[0] for own in instructions] for image in range(images)]
@@ -322,6 +322,16 @@ def _batch(edit: Edit, source: dict, origin: Origin, reads: bool, tell: Tell) ->
         numbers=numbers_of(source),
     )  # fmt: skip
     return batch, known
+
+
+def _tell_shapes(edit: Edit, origin: Origin, tell: Tell) -> None:
+    """Tell of masks that have another shape than the picture, over which they are stretched; ones that are the same
+    everywhere may have any."""
+    for mask, name in ((edit.mask, "mask"), *((region.mask, "mask of a region") for region in edit.regions)):
+        if isinstance(mask, Tensor) and mask.numel() and mask.min() != mask.max():
+            sentence = shape_complaint((mask.shape[-1], mask.shape[-2]), origin.fitting.size, name)
+            if sentence:
+                tell(f"{sentence}; it is stretched over the picture")
 
 
 def _check_source(read: bool, empty: bool, masked: bool, controls: Controls, tell: Callable[[str], None]) -> None:

@@ -5,10 +5,11 @@ ComfyUI's own loader takes flan-t5-xl for another model of that size, with anoth
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import comfy.model_management as mm
 import comfy.sd
@@ -16,36 +17,60 @@ import comfy.text_encoders
 import torch
 from torch import Tensor, nn
 
-from ...varedit_core.defaults import TEXT_TOKENS
 from ...varedit_core.files.weights import PICKLED, SAFETENSORS, WeightError, Weights
 from ...varedit_core.runtime.unfilled import Unfilled
-from ...varedit_core.text.encoder import check_encoder, cut_ids, encoder_config, encoder_weights, load_tokenizer
+from ...varedit_core.text.encoder import check_encoder, cut_ids, encoder_config, encoder_weights, load_tokenizer, unread
 from ...varedit_core.text.t5 import T5Config, T5Encoder
+from .foreign import Missing
 from .state import Layers, fill, is_quantised, open_file, parameters, parts_of, plain
 
 KEY = "varedit_t5"
 MARK = "varedit_text"
-"""In a conditioning's settings: the channels of features that come from here."""
+"""In a conditioning's facts: its features as they came from here, by which a change of them is noticed."""
 FLAN_VOCABULARY = 32128
-UNKNOWN = 2
-"""T5's token for what its vocabulary lacks, such as Chinese."""
+FILES = ("config.json", "tokenizer.json", "spiece.model")
+"""What belongs to an encoder beside its weights."""
+FILE = "file."
+"""Before the names of `FILES` among the tensors of an encoder that a node saved: it has no other place for them."""
+
+
+def of_text(name: str) -> Missing:
+    return Missing(f"VAREdit's text encoder only reads instructions and has no {name}; use VAREdit Text Encode")
+
+
+class Ids(dict):
+    """Tokens by the text encoder that they are for."""
+
+    def __missing__(self, name: str):
+        raise ValueError(
+            f"this node encodes for another text encoder ({name}), and VAREdit's is a T5 alone; use VAREdit Text Encode"
+        )
 
 
 class Tokenizer:
     """What a CLIP asks of its tokenizer: text -> ids of one prompt, without weights or padding."""
 
-    def __init__(self, tokenize: Callable[[str], list[int]], embedding_directory=None, tokenizer_data=None) -> None:
-        self.tokenize = tokenize
+    def __init__(
+        self,
+        tokenize: Callable[[str], list[int]],
+        files: Mapping[str, bytes],
+        embedding_directory=None,
+        tokenizer_data=None,
+    ) -> None:
+        self.tokenize, self.files = tokenize, files
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kw) -> dict:
+        if any(value is not None and len(value) for name, value in kw.items() if name.startswith("image")):
+            raise ValueError("VAREdit's text encoder reads text alone; connect the picture to VAREdit Source Encode")
         ids, _ = cut_ids(self.tokenize(text))
-        return {KEY: [[(number, 1.0, 0) if return_word_ids else (number, 1.0) for number in ids]]}
+        return Ids({KEY: [[(number, 1.0, 0) if return_word_ids else (number, 1.0) for number in ids]]})
 
     def untokenize(self, tokens):
         return [(token, str(token[0])) for token in tokens]
 
     def state_dict(self) -> dict:
-        return {}
+        """What nodes that save text encoders write beside the weights."""
+        return {FILE + name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in self.files.items()}
 
 
 class TextModel(nn.Module):
@@ -64,15 +89,23 @@ class TextModel(nn.Module):
         self.transformer = T5Encoder(config, layers, computed, device)
         self.execution_device = None
 
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise (error if name.startswith("_") else of_text(name)) from None
+
     def set_clip_options(self, options: dict) -> None:
+        if options.get("layer") not in (None, -1):
+            raise ValueError("VAREdit's text encoder is read after its last layer; take out CLIP Set Last Layer")
         self.execution_device = options.get("execution_device", self.execution_device)
 
     def reset_clip_options(self) -> None:
         self.execution_device = None
 
     def memory_estimation_function(self, tokens: dict, device=None) -> int:
-        """Bytes for one prompt: a few copies of its features and scores in fp32."""
-        config, count = self.transformer.config, len(tokens[KEY][0])
+        """Bytes for one prompt, if there is one: a few copies of its features and scores in fp32."""
+        config, count = self.transformer.config, len(tokens[KEY][0]) if tokens else 0
         return 4 * count * (config.heads * count * 3 + config.hidden * 4 + config.width * 8)
 
     def encode_token_weights(self, tokens: dict) -> tuple[Tensor, None, dict]:
@@ -81,7 +114,7 @@ class TextModel(nn.Module):
             raise ValueError("these tokens are not of VAREdit's text encoder; encode the text with the same clip")
         ids = torch.tensor([[token[0] for token in tokens[KEY][0]]], device=self.execution_device)
         features = self.transformer(ids).float().to(mm.intermediate_device())
-        return features, None, {MARK: features.shape[-1]}
+        return features, None, {MARK: features}
 
     def load_sd(self, weights: Weights) -> tuple[list, list]:
         """Called by CLIP, after it has set the flag that says whether ComfyUI streams weights."""
@@ -93,11 +126,13 @@ def load_clip(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """A T5 encoder's file as a CLIP. Raises ValueError for a file that is none or is not whole."""
     try:
         weights = encoder_weights(open_file(path))
-        config = encoder_config(path.parent, weights) if _alone(path) else T5Config.from_shapes(weights.shapes)
-        with Unfilled():
-            kept = T5Encoder(config, device="meta").state_dict()
-        check_encoder(weights, kept)
-        tokenize = _tokenizer(path, config)
+        with _beside(path, weights) as folder:
+            config = encoder_config(folder, weights) if folder else T5Config.from_shapes(weights.shapes)
+            with Unfilled():
+                kept = T5Encoder(config, device="meta").state_dict()
+            check_encoder(weights, kept)
+            tokenize = _tokenizer(path, folder, config)
+            files = {name: (folder / name).read_bytes() for name in FILES if folder and (folder / name).is_file()}
     except (WeightError, KeyError) as error:
         raise plain(error) from error
     beside = {key for key in weights if key not in kept and key.rpartition(".")[0] + ".weight" in kept}
@@ -106,7 +141,7 @@ def load_clip(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     class Target:
         params = {"config": config, "special": is_quantised(weights)}
         clip = TextModel
-        tokenizer = partial(Tokenizer, tokenize)
+        tokenizer = partial(Tokenizer, tokenize, files)
 
     clip = comfy.sd.CLIP(Target, parameters=parameters(weights), state_dict=[weights], disable_dynamic=disable_dynamic)
     clip.patcher.cached_patcher_init = (_patcher, (path,))
@@ -123,10 +158,24 @@ def _alone(path: Path) -> bool:
     return files == {path.name} or files <= parts_of(path)
 
 
-def _tokenizer(path: Path, config: T5Config) -> Callable[[str], list[int]]:
-    """The tokenizer beside the file where the file is alone in its folder, else ComfyUI's T5 tokenizer."""
-    if _alone(path) and any((path.parent / name).is_file() for name in ("tokenizer.json", "spiece.model")):
-        return load_tokenizer(path)
+@contextmanager
+def _beside(path: Path, weights: Weights) -> Iterator[Path | None]:
+    """The folder of an encoder's configuration and tokenizer: of those in a file that a node saved, or its own folder
+    where it is alone there; None where they are not known."""
+    saved = [name for name in FILES if FILE + name in weights]
+    if not saved:
+        yield path.parent if _alone(path) else None
+        return
+    with TemporaryDirectory() as folder:
+        for name in saved:
+            (Path(folder) / name).write_bytes(weights[FILE + name].cpu().numpy().tobytes())
+        yield Path(folder)
+
+
+def _tokenizer(path: Path, folder: Path | None, config: T5Config) -> Callable[[str], list[int]]:
+    """The tokenizer in a folder, else ComfyUI's T5 tokenizer."""
+    if folder and any((folder / name).is_file() for name in FILES[1:]):
+        return load_tokenizer(folder)
     if config.vocabulary != FLAN_VOCABULARY:
         raise WeightError(
             f"{path} has a vocabulary of {config.vocabulary} where flan-t5-xl has {FLAN_VOCABULARY}; put it into a "
@@ -155,61 +204,4 @@ def encode(clip: comfy.sd.CLIP, text: str) -> tuple[list, str | None]:
         )
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     ids = clip.tokenizer.tokenize(text)
-    unknown = ids.count(UNKNOWN)
-    if len(ids) > TEXT_TOKENS:
-        return conditioning, f"the text has {len(ids)} tokens; only the first {TEXT_TOKENS} are used"
-    if unknown and 3 * unknown >= len(ids) - 1:
-        return (
-            conditioning,
-            f"{unknown} of the text's {len(ids) - 1} tokens are unknown to the text encoder; write English",
-        )
-    return conditioning, None
-
-
-@dataclass(frozen=True, eq=False)
-class Texts:
-    """Features [L, T] of the instructions and negative prompts; a negative is None for the model's own."""
-
-    positive: list[Tensor]
-    negative: list[Tensor | None]
-
-    @classmethod
-    def read(cls, positive: list, negative: list | None) -> Texts:
-        """From CONDITIONING. ValueError where it is empty or of another text encoder."""
-        wanted = _features(positive, "positive")
-        if any(_says_nothing(text) for text in wanted):
-            raise ValueError("the instruction is empty; say what to change in the picture")
-        unwanted = _features(negative, "negative") if negative is not None else [None]
-        return cls(wanted, [None if text is None or _says_nothing(text) else text for text in unwanted])
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest text."""
-        return max(len(text) for text in (*self.positive, *self.negative) if text is not None)
-
-    def of(self, image: int) -> tuple[Tensor, Tensor | None]:
-        """The pair of picture `image` of a batch; fewer texts than pictures start over."""
-        return self.positive[image % len(self.positive)], self.negative[image % len(self.negative)]
-
-
-def _says_nothing(text: Tensor) -> bool:
-    """Whether features are those of the end token alone, or what ConditioningZeroOut leaves."""
-    return len(text) < 2 or not text.any()
-
-
-def _features(conditioning: list, name: str) -> list[Tensor]:
-    if not conditioning:
-        raise ValueError(f"the {name} conditioning is empty; connect VAREdit Text Encode")
-    if len(conditioning) > 1:
-        raise ValueError(
-            f"the {name} conditioning combines {len(conditioning)} texts, which this model cannot; write one "
-            "instruction"
-        )
-    features, facts = conditioning[0]
-    if MARK not in facts:
-        raise ValueError(
-            f"the {name} conditioning is not of VAREdit's text encoder; use a clip from VAREdit Text Encoder Loader"
-        )
-    if not features.isfinite().all():
-        raise ValueError(f"the {name} conditioning holds undefined numbers; check the text encoder's weights")
-    return list(features)
+    return conditioning, "; ".join(unread(ids, len(ids))) or None

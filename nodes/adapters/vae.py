@@ -21,6 +21,7 @@ from ...varedit_core.pictures.preview import ColourMap, fit_colours
 from ...varedit_core.runtime.graphs import Recorder
 from ...varedit_core.runtime.warm_up import warm_up
 from ...varedit_core.tokenizer.vae import Autoencoder
+from .foreign import Missing
 from .holding import holder_of
 from .keeping import Listed, on_device
 from .layers import Casting
@@ -38,6 +39,12 @@ class VAREditAutoencoder(Autoencoder):
 
     patcher: Callable[[], object] = staticmethod(lambda: None)
 
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise (error if name.startswith("_") else of_pictures(name)) from None
+
     def encode(self, pixels: Tensor) -> Tensor:
         return self._held(self.encoder, super().encode, pixels)
 
@@ -53,6 +60,12 @@ class VAREditAutoencoder(Autoencoder):
             return function(x)
         with holder.hold(patcher, math.inf):
             return function(x)
+
+
+def of_pictures(name: str) -> Missing:
+    return Missing(
+        f"VAREdit's VAE is one of pictures and has no {name}; connect the VAE of the model that this node is made for"
+    )
 
 
 class Recorded:
@@ -112,6 +125,9 @@ class VAREditVAE(comfy.sd.VAE):
         self.recorded = Recorded(self.first_stage_model)
         self.listed = Listed(self.device, self.recorded)
 
+    def __getattr__(self, name: str):
+        raise AttributeError(name) if name.startswith("_") else of_pictures(name)
+
     @property
     def stride(self) -> int:
         return self.upscale_ratio
@@ -148,11 +164,28 @@ class VAREditVAE(comfy.sd.VAE):
 
     def encode(self, pixel_samples: Tensor) -> Tensor:
         self._adopt()
-        return super().encode(pixel_samples)
+        return super().encode(_pictures(pixel_samples))
 
-    def decode(self, samples_in: Tensor, *more, **options) -> Tensor:
+    def encode_tiled(self, pixel_samples: Tensor, *more, **options) -> Tensor:
+        return super().encode_tiled(_pictures(pixel_samples), *more, **options)
+
+    def decode(self, samples_in: Tensor, vae_options: dict | None = None) -> Tensor:
+        if vae_options:
+            raise of_pictures(", ".join(vae_options))
         self._adopt()
-        return super().decode(samples_in, *more, **options)
+        return super().decode(self._latents(samples_in))
+
+    def decode_tiled(self, samples: Tensor, *more, **options) -> Tensor:
+        return super().decode_tiled(self._latents(samples), *more, **options)
+
+    def _latents(self, samples: Tensor) -> Tensor:
+        """The same latents. ValueError where they are another model's."""
+        if samples.ndim != 4 or samples.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"the latent has the shape {list(samples.shape)} but this VAE takes [pictures, {self.latent_channels}, "
+                "y, x]; connect a latent of VAREdit, and the VAE that belongs to its model"
+            )
+        return samples
 
     def _adopt(self) -> None:
         """Take another network and patcher for its own, as a copy of it has that a node moves to another device."""
@@ -193,12 +226,28 @@ class Colours:
     def __init__(self, vae: VAREditVAE) -> None:
         self._vae, self._map = ref(vae), None
 
+    def __getstate__(self) -> dict:
+        return {"_map": self._map}  # nodes write latents to files
+
+    def __setstate__(self, state: dict) -> None:
+        self._vae, self._map = (lambda: None), state["_map"]
+
     def map(self) -> ColourMap | None:
         """The fitted map; None where the VAE is gone."""
         vae = self._vae()
         if self._map is None and vae is not None:
             self._map = fit_colours(lambda pixels: vae.encode((pixels.movedim(1, -1) + 1) / 2), vae.stride)
         return self._map
+
+
+def _pictures(image: Tensor) -> Tensor:
+    """Pictures with colours alone. ValueError for what are none, such as sound or videos of another model."""
+    if image.ndim != 4 or image.shape[3] not in (1, 3, 4) or not len(image):
+        raise ValueError(
+            f"this VAE encodes pictures [count, y, x, 1, 3 or 4] but got {list(image.shape)}; the node before is made "
+            "for another kind of model, or there is no picture"
+        )
+    return image.expand(*image.shape[:3], 3) if image.shape[3] == 1 else image[..., :3]
 
 
 def load_vae(path: Path) -> VAREditVAE:
