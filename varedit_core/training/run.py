@@ -38,8 +38,8 @@ def run(
 
     output: a folder a stage is made in it. resume: go on with what is there; without it, ValueError where the folder
     of an unfinished or finished stage exists, and with it, where a stage had other settings. stop_after: seconds after
-    which a checkpoint is written and the run ends; at least one step is made. asked: whether to end so now. Runs alike in every process of
-    `accelerate launch` or torchrun.
+    which a checkpoint is written and the run ends; at least one step is made. asked: whether to end so now. Runs alike
+    in every process of `accelerate launch` or torchrun.
     """
     try:
         from accelerate import Accelerator, PartialState
