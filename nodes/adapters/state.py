@@ -5,7 +5,6 @@ The layers cast, offload, patch and dequantise behind their call; the networks o
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ...varedit_core.files import checkpoints
 from ...varedit_core.files.checkpoints import expected
+from ...varedit_core.files.reading import read_json
 from ...varedit_core.files.weights import SAFETENSORS, WeightError, Weights, open_weights
 from .layers import Casting, quantised
 
@@ -45,8 +45,8 @@ def _index_of(path: Path) -> Path | None:
 
 def _listed(index: Path) -> set[str]:
     try:
-        return {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return {str(name) for name in read_json(index, "shard index")["weight_map"].values()}
+    except (ValueError, OSError, KeyError, TypeError, AttributeError):
         return set()
 
 

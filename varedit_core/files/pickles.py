@@ -30,7 +30,7 @@ MAX_SHARED = 4
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # what files begin with that are no zip archives (before torch 1.6)
 _DAMAGED = "is truncated or not a torch file ({}); download it again"
 _MORE = (
-    "is damaged or holds more than tensors ({}), so it was not loaded; download it again, or convert it to safetensors "
+    "is damaged or holds more than tensors, so it was not loaded ({}); download it again, or convert it to safetensors "
     "where you trust it"
 )
 _OLD = "was written by a very old PyTorch; save it again with a newer one"
