@@ -11,7 +11,9 @@ from PIL import Image
 from test_images import noise, one_sentence
 from test_nodes import comfy, models, nodes, pack  # noqa: F401  fixtures
 
+from varedit_core import Editor
 from varedit_core.defaults import FILLS, FITS, OVERLAP, PUBLISHED
+from varedit_core.demo import demo_files
 from varedit_core.fitting import canvas_size
 from varedit_core.pictures import canvas
 from varedit_core.pictures.borders import BAND
@@ -130,6 +132,61 @@ def test_colours_far_from_an_edge_stay_exact_and_far_outside_is_white():
     opaque = levels(picture)[..., 3] == 255
     assert np.array_equal(seen[opaque], texture[opaque])
     assert (seen[:8, :8] == 255).all() and (seen[128 + 89 + 40 :] == 255).all()
+
+
+# With the demo model
+
+
+@pytest.fixture(scope="module")
+def editor() -> Editor:
+    return Editor.load(*demo_files(), device="cpu")
+
+
+def flat(colour: int) -> SourceImage:
+    return SourceImage(Image.new("RGB", (400, 240), (colour,) * 3))
+
+
+def changed(editor: Editor, source: SourceImage, **more) -> np.ndarray:
+    return levels(editor.edit([source], ["make the image black and white"], size="0.06M", **more)[0])
+
+
+def off(line: np.ndarray) -> float:
+    """By how much the last pixels of a line differ from those before."""
+    return abs(line[-4:] - line[-32:-8].mean()).max()
+
+
+@pytest.mark.parametrize("colour", [4, 12, 200])
+def test_no_bright_line_after_an_edit(editor, colour):
+    assert off(changed(editor, flat(colour)).mean((1, 2))) <= 4
+    everywhere = Image.new("L", (1, 1), 255)
+    assert off(changed(editor, flat(colour), mask=everywhere).mean((1, 2))) <= 4
+    assert off(changed(editor, flat(colour), method=PUBLISHED).mean((1, 2))) > 10
+
+
+def test_no_bright_line_in_a_new_part_and_in_a_crop(editor):
+    source = SourceImage(Image.new("RGB", (240, 240), (12,) * 3))
+    larger, mask = canvas.extend(source, (0, 0, 160, 0))
+    new = changed(editor, larger, mask=mask)[:, 256:]
+    assert off(new.mean((1, 2))) <= 4
+    marked = Image.new("L", (400, 240))
+    marked.paste(255, (0, 150, 400, 240))
+    around = canvas.crop_around((400, 240), marked)
+    part, inner = canvas.crop(flat(12), around)
+    edited = changed(editor, part, mask=inner).astype(np.uint8)
+    whole = levels(canvas.stitch(flat(12), Image.fromarray(edited), around))
+    assert off(whole.mean((1, 2))) <= 4
+
+
+@pytest.mark.parametrize("colour", [(12, 12, 12), (200, 30, 30)])
+def test_no_rim_after_an_edit(editor, colour):
+    result = changed(editor, load_image(disc((256, 256), colour, (0, 255, 0), 0)))
+    rows, columns = np.mgrid[-128:128, -128:128]
+    distance, sector = np.hypot(rows, columns), np.digitize(np.arctan2(rows, columns), np.linspace(-np.pi, np.pi, 17))
+    depth = distance[result[..., 3] > 0].max() - distance
+    for one in range(1, 17):
+        rim = (sector == one) & (depth >= 0) & (depth < 2)
+        near = (sector == one) & (depth > 6) & (depth < 20)
+        assert abs(result[rim][:, :3].mean(0) - result[near][:, :3].mean(0)).max() <= 10
 
 
 # Small pictures
