@@ -52,8 +52,14 @@ ALLOWED = {
     "cli": ANYTHING,
 }
 """What the modules of every folder of `varedit_core` (or a module beside them) may import of it, beside their own."""
-ALSO = {"sampling/driver.py": {"runtime"}, "sampling/tokens.py": {"files"}, "files/convert.py": {"text"}}
-"""What single modules may, too: the driver brings loop and memory together, tokens are saved and loaded by methods."""
+ALSO = {
+    "sampling/driver.py": {"runtime"},
+    "sampling/tokens.py": {"files"},
+    "files/convert.py": {"text"},
+    "files/info.py": {"text"},
+}
+"""What single modules may, too: the driver brings loop and memory together, tokens are saved and loaded by methods, and
+whether a text encoder is whole is asked of its network."""
 
 
 def imported(path: Path, package: tuple[str, ...], tree: ast.AST) -> Iterator[tuple[str, ...]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from .checkpoints import TOKENIZER, TRANSFORMER, blank, canonical, describe, part_of, told_kind
+from ..text.encoder import blank_encoder, encoder_weights
+from .checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER, blank, canonical, describe, part_of, told_kind
 from .lora import read_lora
 from .published import TRANSFORMERS
 from .shapes import autoencoder_config, transformer_config
@@ -34,9 +36,12 @@ def inspect(path: str | Path) -> dict:
             + (" with its VAE" if TOKENIZER in facts else "")
             + (f", {told}" if told else "")
         )
-    for part in facts.keys() & _CONFIGS.keys():
+    whole = [partial(blank, canonical(weights, part), part) for part in _CONFIGS if part in facts]
+    if facts["is"] == f"a {TEXT_ENCODER}":
+        whole = [lambda: blank_encoder(Path(path), encoder_weights(weights))]
+    for check in whole:
         try:
-            blank(canonical(weights, part), part)
+            check()
         except ValueError as error:
             facts["is"] += f", but not whole: {error}"
     if facts["is"] == "a LoRA":
