@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
-from in_comfyui import Probe
+from in_comfyui import DEMO, Probe
 
 TYPES = ("MODEL", "CLIP", "VAE", "CONDITIONING")
 SMALL = {"width": 256, "height": 256, "length": 1, "batch_size": 1, "frames_number": 9}
@@ -340,6 +340,8 @@ class Walk(Probe):
         found["model"] = torch.equal(self.draft(model=model), wanted)
         half = read(saved("ModelSave", model=merged))
         found["merged"] = torch.equal(self.draft(model=half), self.draft(model=merged))
+        infinity = read(DEMO / "diffusion_models" / "varedit_demo.safetensors", kind="text-to-image")
+        found["kind"] = not read(saved("ModelSave", model=infinity)).model.diffusion_model.config.source
         path = saved("CheckpointSave", model=duotone, clip=self.clip, vae=self.vae)
         found["checkpoint"] = torch.equal(self.draft(model=read(path)), wanted)
         for clip_path in (saved("CLIPSave", clip=self.clip), path):
@@ -399,6 +401,28 @@ class Walk(Probe):
         unlike = self.node("ModelMergeSimple", self.model, refiner, 0.5)
         return {"unlike": self.error(self.draft, model=unlike), "after": self.torch.equal(self.draft(), self.expected)}
 
+    def caches(self) -> dict:
+        """Edits with each of ComfyUI's caches, one seed after the other: whether the first one's picture comes back."""
+        found, keys = {}, {"model": "MODEL", "source": "LATENT", "positive": "CONDITIONING"}
+        Handed.objects["shortcuts"] = self.short
+        for kind in self.execution.CacheType:
+            cache = {"lru": 2, "ram": 0.1, "ram_inactive": 0.1}
+            executor, edits = self.execution.PromptExecutor(Quiet(), kind, cache), []
+            for seed in (0, 1, 0):
+                given = {key: {"class_type": "Handed", "inputs": {"name": name}} for key, name in keys.items()}
+                given["shortcuts"] = {"class_type": "Handed", "inputs": {"name": "shortcuts"}}
+                inputs = {**{key: [key, 0] for key in given}, "seed": seed, "guidance": 1.0, "temperature": 0.5}
+                sampler = {"class_type": "VAREditSampler", "inputs": inputs}
+                end = {"class_type": "Taken", "inputs": {"value": ["edit", 0], "number": len(edits) + 10 * kind.value}}
+                executor.execute({**given, "edit": sampler, "end": end}, f"{kind} {len(edits)}", {}, ["end"])
+                edits.append(Taken.found.get(end["inputs"]["number"], {}).get("samples"))
+            first, second, again = edits
+            found[kind.name] = (
+                first is not None and self.torch.equal(first, again) and not self.torch.equal(first, second)
+            )
+            found.setdefault("same", []).append(first.double().sum().item())
+        return found
+
     def wrong(self) -> dict:
         """Inputs that no page would let through, and such of other nodes."""
         torch, nan = self.torch, float("nan")
@@ -426,7 +450,7 @@ class Walk(Probe):
         return found
 
 
-PARTS = ("everything", "conditioning", "saves", "loras", "guiders", "models", "wrong")
+PARTS = ("everything", "conditioning", "saves", "loras", "guiders", "models", "caches", "wrong")
 
 
 def walk(scratch: Path, names) -> dict:

@@ -124,7 +124,7 @@ def test_what_a_conditioning_carries_in_vain_is_told_once(found):
 
 def test_saved_models_are_read_by_the_packs_loaders(found):
     result = facts(found, "saves")
-    assert all(result.values()) and len(result) == 9, result
+    assert all(result.values()) and len(result) == 10, result
 
 
 @pytest.mark.parametrize("loader", ["LoraLoaderModelOnly", "LoraLoaderBypassModelOnly"])
@@ -146,6 +146,12 @@ def test_advanced_samplers_say_one_sentence(found, guider):
 def test_merged_models_of_other_sizes_are_one_sentence(found):
     result = facts(found, "models")
     assert "merge models of one size" in result["unlike"] and result["after"]
+
+
+def test_every_cache_gives_the_same_edits(found):
+    result = facts(found, "caches")
+    first, *others = result.pop("same")
+    assert all(result.values()) and len(others) >= 3 and set(others) == {first}
 
 
 def test_inputs_of_wrong_kinds_are_one_sentence(found):
@@ -178,8 +184,7 @@ TOGETHER = [
     ["force_fp32", "use_quad_cross_attention", "novram", "force_upcast_attention", "disable_smart_memory"],
 ]
 ELSEWHERE = {
-    "cache_ram": "test_server", "cache_classic": "test_server", "cache_lru": "test_server", "cache_none": "test_server",
-    "high_ram": "test_server",
+    **dict.fromkeys(["cache_ram", "cache_classic", "cache_lru", "cache_none", "high_ram"], "every cache, above"),
     **dict.fromkeys(
         [
             "cuda_malloc", "disable_cuda_malloc", "use_sage_attention", "use_flash_attention", "use_ck_attention",

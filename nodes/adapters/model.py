@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...varedit_core.defaults import KINDS
-from ...varedit_core.files.checkpoints import TRANSFORMER, blank, canonical, checked_kind
+from ...varedit_core.files.checkpoints import OF_TEXT_ALONE, TRANSFORMER, blank, canonical, checked_kind
 from ...varedit_core.files.weights import WeightError
 from ...varedit_core.model.transformer import Transformer
 from ...varedit_core.runtime.fp8 import LINEARS
@@ -60,6 +60,8 @@ class VAREditModel(nn.Module):
         self, unet_state_dict: dict, clip_state_dict=None, vae_state_dict=None, clip_vision_state_dict=None
     ) -> dict:
         """What the nodes that save models write: a transformer's file, or one with all parts under prefixes."""
+        if not self.diffusion_model.config.source:
+            unet_state_dict = {**unet_state_dict, OF_TEXT_ALONE: torch.ones(1)}
         if clip_vision_state_dict is not None:
             raise missing("CLIP vision encoder")
         if clip_state_dict is None and vae_state_dict is None:

@@ -54,13 +54,17 @@ _IGNORED_IN_TOKENIZER = re.compile(
 )
 KIND = "varedit.kind"
 """Where a transformer's file says what it was trained for."""
+OF_TEXT_ALONE = "varedit.text_to_image"
+"""A tensor that says the same as that metadata, of a program that writes tensors alone."""
 _SCALED = ".weight_scale"
 _NUMBERS = {
     "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz",
 }  # fmt: skip
 """The types of weights. Others are read as numbers of another meaning, if at all."""
 # Buffers of older Infinity checkpoints, which its own loader leaves out too.
-_IGNORED_IN_TRANSFORMER = {"lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen"}
+_IGNORED_IN_TRANSFORMER = {
+    "lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen", OF_TEXT_ALONE,
+}  # fmt: skip
 # What stands beside a quantised matrix, in our 8-bit files and in those of ComfyUI's formats.
 _BESIDE = (
     _SCALED, ".weight_scale_2", ".weight_s_rel", ".weight_s_channel", ".weight_codebook", ".input_scale",
@@ -215,7 +219,8 @@ def canonical(weights: Weights, part: str) -> Weights:
     def read(key: str) -> Tensor:
         return recipes[key].make(*(selected[s] for s in recipes[key].sources))
 
-    return Weights(weights.path, meta, read, weights.metadata)
+    told = {KIND: TEXT_TO_IMAGE} if OF_TEXT_ALONE in selected else {}
+    return Weights(weights.path, meta, read, told | weights.metadata)
 
 
 def load_transformer(
