@@ -43,8 +43,8 @@ def check_file(path: str | os.PathLike[str], what: str = "file", error: type[Val
 def read_json(
     path: str | os.PathLike[str], what: str, error: type[ValueError] = ValueError, cure: str = "download it again"
 ) -> object:
-    """What a JSON file in UTF-8 says. what: see `check_file`, whose errors it raises; `error`, too, where it is no JSON,
-    larger than MAX_JSON, or nested deeper than Python reads; cure: what helps then."""
+    """What a JSON file in UTF-8 says. what: see `check_file`, whose errors it raises; `error`, too, where it is no
+    JSON, larger than MAX_JSON, or nested deeper than Python reads; cure: what helps then."""
     path = check_file(path, what, error)
     if path.stat().st_size > MAX_JSON:
         raise error(f"{path} is too large for a {what} ({path.stat().st_size >> 20} MB); check the path")
