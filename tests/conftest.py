@@ -56,7 +56,7 @@ def published_file(published_state, tmp_path_factory) -> Path:
 
 SLOW = (
     "test_server", "test_in_comfyui", "test_benchmarks", "test_training", "test_workflows", "test_browser", "test_cli",
-    "test_comfyui", "test_lora", "test_parity", "test_demo",
+    "test_comfyui", "test_lora", "test_parity", "test_demo", "test_core_nodes",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ ComfyUI's own loader takes flan-t5-xl for another model of that size, with anoth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,8 @@ class Tokenizer:
         self.tokenize, self.files = tokenize, files
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **kw) -> dict:
-        if any(value is not None and len(value) for name, value in kw.items() if name.startswith("image")):
+        given = [value for name, value in kw.items() if name.startswith("image")]
+        if any(isinstance(value, Sequence | Tensor) and len(value) for value in given):
             raise ValueError("VAREdit's text encoder reads text alone; connect the picture to VAREdit Source Encode")
         ids, _ = cut_ids(self.tokenize(text))
         return Ids({KEY: [[(number, 1.0, 0) if return_word_ids else (number, 1.0) for number in ids]]})
