@@ -471,6 +471,30 @@ def test_an_undefined_gradient_or_average_stops_and_keeps_the_last_state(stopped
     assert run([stage], output, resume=True) and losses(output / "a") == expected
 
 
+def test_a_damaged_vocabulary_is_told(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from varedit_core.training.tasks import TEXT_FOLDER, TransformerTask
+
+    path = tmp_path / TEXT_FOLDER / "tokenizer.json"
+    path.parent.mkdir()
+    path.write_text('{"half')
+    task = SimpleNamespace(stage=SimpleNamespace(new_text=settings.NewText(), seed=0), _vocabulary=lambda: path)
+    task.accelerator = SimpleNamespace(device="cpu")
+    with pytest.raises(ValueError, match=re.escape(str(path))) as raised:
+        TransformerTask._text_encoder(task)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_damaged_picture_of_an_earlier_run_loses_no_training(stopped, caplog):
+    pytest.importorskip("tensorboard")
+    stage, output, _ = stopped
+    (output / "a" / "samples").mkdir()
+    (output / "a" / "samples" / "1.png").write_bytes(b"half a picture")
+    assert run([stage], output, resume=True)
+    assert any(message.startswith("TensorBoard shows no samples: cannot read") for message in caplog.messages)
+
+
 # Full disks
 
 
@@ -565,6 +589,21 @@ def test_no_process_outlives_a_training(tmp_path, source, ending):
         assert "stopped before the end; go on with --resume" in " ".join(said.split())
         (state,) = (tmp_path / "out" / "a").glob("state-*")
         assert json.loads((state / states.STATE).read_text())["step"] >= 1
+
+
+def end_worker(pair, size) -> None:
+    os._exit(9)
+
+
+def test_a_worker_that_is_ended_from_outside_is_told(tmp_path, monkeypatch):
+    from test_training import Share
+
+    from varedit_core.training import pairs
+
+    stage = small_stage(tmp_path, "a.data.workers=1")
+    monkeypatch.setattr(pairs, "fitted", end_worker)
+    with pytest.raises(ValueError, match="^stage a: a process that reads pictures was ended.*; set data.workers lower"):
+        next(pairs._samples(stage, 0, Share()))
 
 
 @pytest.mark.parametrize("delay", [0.15, 0.4, 0.8, 1.5, 2.5])

@@ -189,7 +189,7 @@ def test_draw_takes_families_in_turn_and_explains_mistakes():
         ({"families": ["melt"]}, "unknown family"),
         ({"style": "cubist"}, "unknown style"),
         ({"style": "duotone", "families": ["add"]}, "belongs to the style family"),
-        ({"count": 0}, "at least 1"),
+        ({"count": 0}, "from 1 to 1000000"),
         ({"split": "dev"}, "train or test"),
     ):
         with pytest.raises(ValueError, match=message):

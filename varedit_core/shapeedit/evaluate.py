@@ -31,7 +31,7 @@ from .scenes import STYLES
 
 AREA = "0.06M"
 """The size every picture of ShapeEdit has, 256 x 256 pixels."""
-BATCH = 8
+BATCH, MAX_COUNT = 8, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def draw(
     unknown = [name for name in names if name not in FAMILIES]
     if unknown:
         raise ValueError(f"unknown family {unknown[0]!r}; choose from {', '.join(FAMILIES)}")
-    if count < 1:
-        raise ValueError(f"the number of samples must be at least 1, got {count}")
+    if not 1 <= count <= MAX_COUNT:
+        raise ValueError(f"the number of samples must be from 1 to {MAX_COUNT}, got {count}")
     if style:
         _check_style(style, names)
     return [draw_sample(Random(f"{seed}/{i}"), split, names[i % len(names)], style=style) for i in range(count)]

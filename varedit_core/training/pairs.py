@@ -115,7 +115,15 @@ def _samples(stage: Stage, start: int, accelerator) -> Iterator[Sample]:
     """This process's samples from step `start` on."""
     first, share = _first(stage, start, accelerator), (accelerator.process_index, accelerator.num_processes)
     stream = PairStream(_open(stage), first, *share, partial(fitted, size=stage.data.size))
-    yield from DataLoader(stream, batch_size=None, num_workers=stage.data.workers, worker_init_fn=follow_parent)
+    try:
+        yield from DataLoader(stream, batch_size=None, num_workers=stage.data.workers, worker_init_fn=follow_parent)
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        raise ValueError(
+            f"stage {stage.name}: a process that reads pictures was ended from outside, for want of memory perhaps; set "
+            "data.workers lower, and go on with --resume"
+        ) from error
 
 
 def _encoded(task: TransformerTask, pictures: Sequence[Tensor]) -> Tensor:

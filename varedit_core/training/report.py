@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..files.reading import check_file
 from ..files.safe_write import make_folder, on_disk, write_bytes, write_text
+from ..pictures.images import load_image
 from .settings import Stage
 
 logger = logging.getLogger(__name__)
@@ -89,11 +90,16 @@ class Report:
 
     def _show_samples(self) -> None:
         import numpy as np
-        from PIL import Image
 
         newest = max((self.folder / "samples").glob("*.png"), default=None, key=lambda p: p.stat().st_mtime)
-        if newest:
-            self.board.add_image("samples", np.asarray(Image.open(newest)), self.since, dataformats="HWC")
+        if not newest:
+            return
+        try:
+            picture = load_image(newest).rgb
+        except ValueError as error:  # of an earlier run, damaged since: no reason to lose what was trained
+            logger.warning("TensorBoard shows no samples: %s", error)
+            return
+        self.board.add_image("samples", np.asarray(picture), self.since, dataformats="HWC")
 
     def _draw(self) -> None:
         lines, _ = whole_lines(self.folder / METRICS)

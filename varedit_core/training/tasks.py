@@ -194,17 +194,18 @@ class TransformerTask:
             from tokenizers import Tokenizer
 
             path = self._vocabulary()
+            tokenise = load_tokenizer(path)
             torch.manual_seed(stage.seed)
             text = new_text_encoder(stage.new_text, Tokenizer.from_file(str(path)).get_vocab_size())
             self.vocabulary = path
-            return load_tokenizer(path), text.to(device)
+            return tokenise, text.to(device)
         self.vocabulary = Path(stage.text_encoder)
         encoder = load_text_encoder(stage.text_encoder, device=device)
         return encoder.ids, encoder.model
 
     def _vocabulary(self) -> Path:
         path = Path(self.accelerator.project_dir) / TEXT_FOLDER / "tokenizer.json"
-        if self.accelerator.is_main_process and not path.is_file():
+        if self.accelerator.is_main_process and not path.exists():
             make_vocabulary(path, self.stage.new_text.vocabulary)
         self.accelerator.wait_for_everyone()
         return path
