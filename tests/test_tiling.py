@@ -58,7 +58,7 @@ def psnr(a, b) -> float:
 def cat():
     """The demo tokenizer, the cat at 256 pixels as it is read back from its bits, and the picture of that."""
     network = load_autoencoder(demo_files()[1])
-    fitted = fit(load_image(ROOT / "samples" / "cat.jpg"), "0.06M", "square")
+    fitted = fit(load_image(ROOT / "samples" / "cat.jpg"), "0.06M", "published")
     with torch.no_grad():
         _, latents = encode(network.encode(fitted.pixels), latent_grids(fitted.schedule, 2))
         return network, latents, network.decode(latents)
