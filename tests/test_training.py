@@ -325,7 +325,7 @@ def test_pairs_are_fitted_as_for_editing():
     assert a.shape == b.shape == (3, 256, 256) and text == "redden"
     # A pixel of 48 is more than five of 256, and Lanczos looks three pixels far. The picture goes on for two tokens
     # below its last row before the white begins.
-    assert (a[:, :110] == -1).all() and (a[:, 166:] == 1).all(), "white below"
+    assert (a[:, :110] == -1).all() and (a[:, 176:] == 1).all(), "white below"
     assert region[:110, :46].all() and not region[:, 82:].any() and not region[166:].any()
     mask = Image.new("L", (48, 24))
     mask.paste(255, (36, 0, 48, 24))

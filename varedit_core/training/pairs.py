@@ -121,8 +121,8 @@ def _samples(stage: Stage, start: int, accelerator) -> Iterator[Sample]:
         if "exited unexpectedly" not in str(error):
             raise
         raise ValueError(
-            f"stage {stage.name}: a process that reads pictures was ended from outside, for want of memory perhaps; set "
-            "data.workers lower, and go on with --resume"
+            f"stage {stage.name}: a process that reads pictures was ended from outside, for want of memory perhaps; "
+            "set data.workers lower, and go on with --resume"
         ) from error
 
 
