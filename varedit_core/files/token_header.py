@@ -1,4 +1,4 @@
-"""What a file of tokens is known by, without reading its tokens. Imports nothing large: lists of files are made of it."""
+"""What a file of tokens is known by, without reading its tokens. Imports nothing large: lists of files need it."""
 
 from __future__ import annotations
 

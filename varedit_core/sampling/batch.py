@@ -72,17 +72,11 @@ class EditBatch:
         """
         rows = [[text] if isinstance(text, Tensor) else list(text) for text in texts]
         right_kinds({"settings": settings, **more})
-        copies, trials = (
-            whole_number("variations", variations, 1, MOST_VARIATIONS),
-            more.get("controls", NEUTRAL).best_of,
-        )
+        copies = whole_number("variations", variations, 1, MOST_VARIATIONS)
+        trials = more.get("controls", NEUTRAL).best_of
         seeds, trial_seeds = (
-            tuple(
-                (settings.seed + count * n + copy) % 2**64
-                for n in numbers or range(len(features))
-                for copy in range(count)
-            )
-            for count in (copies, trials if trials > 1 else 0)
+            tuple((settings.seed + k * n + i) % 2**64 for n in numbers or range(len(features)) for i in range(k))
+            for k in (copies, trials if trials > 1 else 0)
         )
         return cls(features, rows, schedule, seeds, settings, list(negatives or ()), trial_seeds=trial_seeds, **more)
 
