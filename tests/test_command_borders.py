@@ -93,7 +93,9 @@ def test_it_is_said_before_anything_is_loaded(said, case):
 
 PLACES = {"no folder of files": "/proc/out", "below a file": "file/out", "a long name": "x" * 300}
 WRITTEN = {
-    "edit": (["edit", "a.png", WORDS], {"--output": ".png", "--save-tokens": ".safetensors", "--contact-sheet": ".png"}),
+    "edit": (
+        ["edit", "a.png", WORDS], {"--output": ".png", "--save-tokens": ".safetensors", "--contact-sheet": ".png"},
+    ),
     "edit, folders": (["edit", "a.png", WORDS], {"--maps": "", "--preview-dir": ""}),
     "sweep": (["sweep", "a.png", WORDS, "--x", "guidance=1,2"], {"--output": ".png", "--folder": ""}),
     "demo": (["demo"], {"--output": ""}),
@@ -121,7 +123,8 @@ def test_every_option_that_names_an_output_is_on_the_list():
 
 REGIONS = {
     f"{WORDS}@mask.png": (WORDS, True), f"{WORDS}@mask@2x.png": (WORDS, True), WORDS: (WORDS, False),
-    "write me@home on the sign": ("write me@home on the sign", False), "say hi @ noon@mask.png": ("say hi @ noon", True),
+    "write me@home on the sign": ("write me@home on the sign", False),
+    "say hi @ noon@mask.png": ("say hi @ noon", True),
     "mail me@example.com": ("mail me@example.com", False),
 }  # fmt: skip
 

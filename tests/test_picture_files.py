@@ -329,7 +329,8 @@ def test_a_photograph_with_an_erased_part_is_asked_about(caplog):
 
 SHAPES = {
     "the same": ((600, 400), True), "another size": ((150, 100), True), "rounded": ((151, 99), True),
-    "turned": ((400, 600), False), "wider": ((700, 400), False), "square": ((64, 64), False), "a line": ((600, 1), False),
+    "turned": ((400, 600), False), "wider": ((700, 400), False), "square": ((64, 64), False),
+    "a line": ((600, 1), False),
 }  # fmt: skip
 
 

@@ -153,6 +153,7 @@ PURE = {
     "varedit_core.controls.registry._named",
     "varedit_core.runtime.graph_memory._loaded",
     "varedit_core.runtime.kept._kind",
+    "varedit_core.runtime.kept._returns_views",
     "varedit_core.runtime.kernels._triton",
     "varedit_core.runtime.kernels.cuda_c.kernel",
     "varedit_core.sampling.batch.EditBatch.active",

@@ -412,6 +412,8 @@ ALLOWED = {
     ("varedit_core/training/states.py", "state.rename"),
     # Lines are added to it while a training runs.
     ("varedit_core/training/report.py", "open(folder / METRICS, 'a')"),
+    # Of files that a tokenizer reads at once.
+    ("nodes/adapters/text_encoder.py", "TemporaryDirectory"),
     # It ends in a writer of the list.
     ("varedit_core/shapeedit/cli.py", "gallery.save"),
 }

@@ -157,11 +157,12 @@ class Editor(Coder):
     ) -> Edited:
         """Edit pictures, each by its own instruction, in one batch.
 
-        images: pictures of any kind (see `reading.opened`), or edits to go on from: their tokens are read, nothing is decoded and encoded in between; what
-        a mask leaves is that of the edit's pictures, for tokens alone what they decode to. instructions: prompts, or
-        their text features [L_i, channels]; one serves every picture. negatives: the same, "" for none. on_scale:
-        called with every `Scale` before its bits are drawn, and the fitted pictures of its results; raise in it to
-        cancel. options: see `Options`. ValueError where pictures, instructions, masks and model do not belong together.
+        images: pictures of any kind (see `reading.opened`), or edits to go on from: their tokens are read, nothing is
+        decoded and encoded in between; what a mask leaves is that of the edit's pictures, for tokens alone what they
+        decode to. instructions: prompts, or their text features [L_i, channels]; one serves every picture. negatives:
+        the same, "" for none. on_scale: called with every `Scale` before its bits are drawn, and the fitted pictures of
+        its results; raise in it to cancel. options: see `Options`. ValueError where pictures, instructions, masks and
+        model do not belong together.
         """
         wanted = Options(**options)
         if not self.transformer.config.source:

@@ -31,12 +31,12 @@ class Options:
 
     variations: results of each picture, one behind the other, of as many seeds. mask: where the pictures may change
     (white; see `images.load_mask`), one for all or one each; elsewhere they stay as they are. regions: in place of
-    instructions, several of them with masks. given: the first scales of this edit, or of the edit this one branches off from. steer: functions
-    of a `Scale`, called behind the controls at every scale that runs, so also at those of the candidates of `best_of`
-    (`on_scale` sees the results' own scales alone, of which the first are drawn already then). seam: the feather,
-    pixels from a mask's edge inwards over which the edit fades in. explain: whether to find out, too, what changed and
-    how sure the model was. features: of the pictures, by `encode_source`, where they are known. idle: whether knobs
-    that would do nothing are allowed. ValueError for what is none of these.
+    instructions, several of them with masks. given: the first scales of this edit, or of the edit this one branches off
+    from. steer: functions of a `Scale`, called behind the controls at every scale that runs, so also at those of the
+    candidates of `best_of` (`on_scale` sees the results' own scales alone, of which the first are drawn already then).
+    seam: the feather, pixels from a mask's edge inwards over which the edit fades in. explain: whether to find out,
+    too, what changed and how sure the model was. features: of the pictures, by `encode_source`, where known. idle:
+    whether knobs that would do nothing are allowed. ValueError for what is none of these.
     """
 
     variations: int = 1

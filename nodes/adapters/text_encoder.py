@@ -17,6 +17,7 @@ import comfy.text_encoders
 import torch
 from torch import Tensor, nn
 
+from ...varedit_core.files.safe_write import write_bytes
 from ...varedit_core.files.weights import PICKLED, SAFETENSORS, WeightError, Weights
 from ...varedit_core.runtime.unfilled import Unfilled
 from ...varedit_core.text.encoder import check_encoder, cut_ids, encoder_config, encoder_weights, load_tokenizer, unread
@@ -169,7 +170,7 @@ def _beside(path: Path, weights: Weights) -> Iterator[Path | None]:
         return
     with TemporaryDirectory() as folder:
         for name in saved:
-            (Path(folder) / name).write_bytes(weights[FILE + name].cpu().numpy().tobytes())
+            write_bytes(Path(folder) / name, weights[FILE + name].cpu().numpy().tobytes())
         yield Path(folder)
 
 

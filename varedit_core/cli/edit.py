@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from ..controls.base import Known
 from ..defaults import FILL, FILLS, FIT, SIZE
 from ..demo import NOTICE
+from ..editor import Editor
 from ..files.checkpoints import load_transformer
 from ..files.safe_write import together
 from ..files.tokens import SUFFIX, save_tokens
@@ -108,6 +109,13 @@ class Networks(Files):
         Optional[Path],
         typer.Option(help="A second, larger transformer of the same VAE, which draws the first --drafted scales."),
     ] = None
+
+    def load(self, paths: Sequence[Path | None], loras: Sequence[tuple[Path, float]]) -> Editor:
+        """The editor, with its drafter."""
+        editor = super().load(paths, loras)
+        if self.drafter:
+            editor.drafter = load_transformer(self.drafter, dtype=editor.transformer.dtype, device=editor.device)
+        return editor
 
 
 @dataclass(frozen=True)
@@ -249,8 +257,6 @@ def edit(
         console.print(NOTICE, soft_wrap=True)
     begin = time.perf_counter()
     editor = files.load(paths, loras)
-    if files.drafter:
-        editor.drafter = load_transformer(files.drafter, dtype=editor.transformer.dtype, device=editor.device)
     loaded = time.perf_counter()
     with progress() as bar:
         watcher = Watcher(editor, bar, outputs.sheet is not None, outputs.preview_dir, outputs.targets(image)[0].stem)
@@ -262,10 +268,8 @@ def edit(
         watcher.take(edited.pictures[0])
     seconds = time.perf_counter() - loaded
     results = [task.whole(picture, place.seam) for picture in edited.pictures]
-    sheet = None
-    if outputs.sheet:
-        row = watcher.row(asked.instruction or asked.features or "; ".join(place.region or ()), task.shown(edited))
-        sheet = contact_sheet([row], watcher.columns)
+    label = asked.instruction or asked.features or "; ".join(place.region or ())
+    sheet = contact_sheet([watcher.row(label, task.shown(edited))], watcher.columns) if outputs.sheet else None
     written = outputs.write(results, edited, image, task.source, sheet)
     report_edit(written, results[0].size, seconds, loaded - begin)
     if outputs.report:
