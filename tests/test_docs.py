@@ -29,7 +29,10 @@ PAGES = [page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.m
 HELP = sorted((ROOT / "web" / "docs").rglob("*.md"))
 HISTORY = {"LOG.md", "CHANGELOG.md"}
 """Pages whose entries keep the names of their day."""
-COMFYUI_OPTIONS = {"--disable-cuda-malloc", "--disable-dynamic-vram", "--fp32-vae", "--lowvram", "--novram"}
+COMFYUI_OPTIONS = {
+    "--bf16-vae", "--disable-cuda-malloc", "--disable-dynamic-vram", "--fp16-intermediates", "--fp32-vae", "--lowvram",
+    "--novram",
+}  # fmt: skip
 TEXT_TOKENIZER = re.compile(
     r"\btext\b|\bT5\b|flan-t5|spiece|sentencepiece|tokenizer\.json|\btokenizers \d", re.IGNORECASE
 )
