@@ -167,7 +167,7 @@ def random_masks(editor: Editor, options) -> dict:
     latents = pixels = checked = 0
     for number in range(options.masks):
         row = number % len(tasks.samples)
-        size = rng.choice([(256, 256), (64, 64), (100, 37), (512, 300)])
+        size = rng.choice([(256, 256), (64, 64), (100, 100), (512, 500)])
         mask = Image.new("L", size)
         for _ in range(rng.randint(1, 4)):
             x, y = (rng.randrange(side) for side in size)

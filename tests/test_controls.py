@@ -151,7 +151,7 @@ def test_no_source_attention_sees_no_source(patchify):
 def test_outside_any_mask_latents_and_pixels_are_the_sources(editor, task, data):
     """Latents of tokens that the mask and its feather do not reach; pixels wherever the mask is black."""
     boxes = data.draw(st.lists(st.tuples(*[st.integers(0, 40)] * 4), min_size=1, max_size=3))
-    mask = Image.new("L", (44, 60))
+    mask = Image.new("L", (60, 60))
     for x, y, width, height in boxes:
         mask.paste(255, (x, y, x + 1 + width, y + 1 + height))
     feather = data.draw(st.integers(0, 2))

@@ -10,6 +10,8 @@ from support import ROOT
 SENTENCE = "builtins.ValueError: "
 MASKS = {"SetLatentNoiseMask"}
 """Nodes that are there to change what an edit gives, and do it in the way of our own inputs."""
+DRAWS = {"RepeatLatentBatch"}
+"""Nodes whose further rows draw by further numbers, as in KSampler."""
 FEWEST = 30
 """Nodes of the oldest ComfyUI that have a LATENT on both sides."""
 
@@ -32,7 +34,7 @@ def faults(name: str, way: str, seen: dict) -> str:
         return ""
     if seen["size"] != list(SIZE) and not seen["said"]:
         return f"a picture of {seen['size']}, not a word"
-    if not seen["same"] and not seen["said"] and name not in MASKS:
+    if not seen["same"] and not seen["said"] and name not in MASKS | DRAWS:
         return "another picture, not a word"
     return ""
 

@@ -402,6 +402,8 @@ def check_words(text: str, what: str = "instruction") -> None:
 
 def check_scales(model: Path, scales: int) -> None:
     """Raise ValueError, before anything is loaded, for a file that is no transformer, or not for so many scales."""
+    if not model.exists():  # which loading says
+        return
     levels = canonical(open_weights(model), TRANSFORMER).shapes.get("lvl_embed.weight")
     if levels:
         checks.check_scales(scales, levels[0])
