@@ -24,7 +24,7 @@ from varedit_core.tokenizer.schedule import Schedule
 
 ROOM = 1 << 30
 """Bytes beyond what the process has when a test begins."""
-FEW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @contextmanager

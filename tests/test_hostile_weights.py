@@ -428,7 +428,7 @@ def test_types_of_files_are_told(tmp_path):
 
 # Files that nobody thought of.
 
-PATIENT = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+PATIENT = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 NUMBERS = st.integers(-3, 20) | st.sampled_from([2**31, 2**62, 2**63, 2**64, 10**30])
 ODD = st.recursive(
     NUMBERS | st.text(max_size=5) | st.none() | st.booleans(),
