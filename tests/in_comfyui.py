@@ -789,13 +789,14 @@ class Probe:
                 masks = torch.cat([as_mask(mask) for mask in wanted.masks])
                 found["auto mask"] = torch.equal(masks, shown)
         said, decoding = [], sys.modules["varedit_pack.nodes.decode"]
-        decoding.tell = lambda node, text: said.append(text)
+        before, decoding.tell = decoding.tell, lambda node, text, said=said: said.append(text)
         whole, ones = decode(self.vae, auto).result
         decode(self.vae, {**auto, "samples": auto["samples"] + 1}, picture)
         own = as_mask(white((0, 0, 150, 230), small.size))
         by_mask, used = decode(self.vae, auto, picture, own).result
         unmasked = replace(auto["varedit"], tokens=replace(auto["varedit"].tokens, auto_mask=0.0))
         ignored = decode(self.vae, {**auto, "varedit": unmasked}, picture, own).result[0]
+        decoding.tell = before
         found["auto told"] = [*said, bool((ones == 1).all()), list(ones.shape)]
         found["own mask"] = [torch.equal(by_mask, ignored), torch.equal(used, own.expand(2, -1, -1))]
 

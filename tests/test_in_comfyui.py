@@ -321,8 +321,8 @@ def test_regions_lie_on_top_of_each_other(found):
 def test_an_edit_goes_on_from_its_first_scales(found):
     result = facts(found, "controls")
     assert result["branches"] == [True, True], "the same beginning, other ends"
-    same, said = result["all begun"]
-    assert same and "nothing is left to draw" in said[0]
+    same, (said,) = result["all begun"]
+    assert same and "nothing is left to draw" in said
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """What ComfyUI's nodes expect of models of another kind, and put onto them: one sentence for either.
 
 Nodes look into models. What only diffusion models have is absent here in a way that says so (`Missing`, `Absent`,
-`Settings`); what they leave on a model for a diffusion sampler is told by the edit (`unused`).
+`Settings`, `Asked`); what they leave on a model for a diffusion sampler is told by the edit (`unused`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import comfy.model_patcher
 import comfy.patcher_extension
@@ -46,6 +48,18 @@ class Absent:
 
     def __call__(self, *arguments, **kw):
         raise missing(self._name)
+
+
+class Asked:
+    """For networks into which nodes look: what they lack is said. lacking: the sentence, by the name of what is."""
+
+    lacking: Callable[[str], Missing] = staticmethod(missing)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise (error if name.startswith("_") else self.lacking(name)) from None
 
 
 class Settings(dict):

@@ -17,7 +17,7 @@ from ...varedit_core.fitting import Fitting, schedule_of
 from ...varedit_core.sampling.results import joined
 from ...varedit_core.sampling.tokens import Tokens
 from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS
-from .vae import Colours
+from .vae import Colours, flat
 
 KEY = "varedit"
 """Where a LATENT keeps its `Origin`."""
@@ -48,6 +48,10 @@ class Origin:
     def auto_mask(self) -> float:
         """By how much the edit found its own mask (see `Controls`)."""
         return self.tokens.auto_mask if self.tokens else 0.0
+
+    def own(self, device: torch.device) -> Tokens | None:
+        """The tokens whose sums the rows are, None where there are none or another node has changed the rows since."""
+        return None if self.tokens is None or self.scales or self.changed else self.tokens.to(device)
 
     @property
     def padded(self) -> bool:
@@ -121,17 +125,10 @@ def origin_in(latent: dict) -> Origin | None:
     return replace(first, rows=rows, empty=empty, tokens=_tokens_of(found))
 
 
-def flat(samples) -> bool:
-    """Whether a LATENT holds rows of two sides, as of pictures; those of videos and of several kinds have more."""
-    return isinstance(samples, Tensor) and samples.ndim == 4
-
-
 def tokens_in(latent: dict) -> Tokens | None:
     """The tokens of a LATENT, None where there are none or another node has changed the latent since."""
     origin = origin_in(latent)
-    if origin is None or origin.tokens is None or origin.scales or origin.changed:
-        return None
-    return origin.tokens.to(latent["samples"].device)
+    return None if origin is None else origin.own(latent["samples"].device)
 
 
 def numbers_of(latent: dict) -> list[int]:

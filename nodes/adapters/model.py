@@ -17,7 +17,7 @@ from ...varedit_core.files.weights import WeightError
 from ...varedit_core.model.transformer import Transformer
 from ...varedit_core.runtime.fp8 import LINEARS
 from ...varedit_core.runtime.warm_up import warm_up
-from .foreign import Absent, Settings, missing
+from .foreign import Absent, Asked, Settings, missing
 from .keeping import Keeper
 from .state import Layers, fill, is_quantised, main_dtype, open_file, parameters, patcher_of, plain
 
@@ -32,7 +32,7 @@ class ModelConfig(Settings):
     unet_config, quant_config = Settings(), None
 
 
-class VAREditModel(nn.Module):
+class VAREditModel(Asked, nn.Module):
     """What a MODEL's patcher wraps. LoRA loaders find the transformer under `diffusion_model`."""
 
     model_type = None
@@ -49,12 +49,6 @@ class VAREditModel(nn.Module):
 
     def get_dtype(self) -> torch.dtype:
         return self.stored
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError as error:
-            raise (error if name.startswith("_") else missing(name)) from None
 
     def state_dict_for_saving(
         self, unet_state_dict: dict, clip_state_dict=None, vae_state_dict=None, clip_vision_state_dict=None

@@ -20,8 +20,9 @@ from ...varedit_core.pictures.composite import found_mask
 from ...varedit_core.pictures.contact_sheet import Row, contact_sheet
 from ...varedit_core.pictures.images import Fitting, fit_mask, fitted_levels, load_image, unfit, unfit_mask
 from ...varedit_core.pictures.preview import LEAST_DECODED, SIDE, at_own_size, enlarged
+from ...varedit_core.sampling.tokens import Tokens
 from ...varedit_core.tokenizer.schedule import schedule_for
-from .latents import Origin, check_shape, exactly, flat, made, origin_in, tokens_in
+from .latents import Origin, check_shape, exactly, made, origin_in
 from .vae import VAREditVAE, checked_vae
 
 
@@ -91,7 +92,7 @@ def decode_edit(
     image = image if image is None else _for_each(image, edited)
     shown = None if mask is None else _drawn(mask, len(edited), image, tell)
     if shown is None:
-        shown = _found(vae, latent, levels, fitting, image, tell)
+        shown = _found(vae, origin, origin.own(samples.device), levels, image, tell)
     weight = torch.ones(edited.shape[:3], device=edited.device)
     if shown is not None:
         edited, weight = _composited(edited, image, shown, seam)
@@ -157,12 +158,7 @@ def origin_of(latent: dict, samples: Tensor, vae: VAREditVAE) -> Origin:
 
 
 def _samples(vae: VAREditVAE, latent: dict) -> Tensor:
-    samples = latent["samples"]
-    if not flat(samples) or samples.shape[1] != vae.latent_channels:
-        raise ValueError(
-            f"the latent has the shape {list(samples.shape)} but the VAE takes {vae.latent_channels} channels; connect "
-            "a latent of VAREdit, and the VAE that belongs to its model"
-        )
+    samples = vae.checked(latent["samples"])
     _defined(samples, "the latent", "check the model's weights")
     return samples
 
@@ -193,16 +189,15 @@ def _drawn(mask: Tensor, edits: int, image: Tensor | None, tell: Callable[[str],
 
 def _found(
     vae: VAREditVAE,
-    latent: dict,
+    origin: Origin,
+    tokens: Tokens | None,
     levels: list[Tensor],
-    fitting: Fitting,
     image: Tensor | None,
     tell: Callable[[str], None],
 ) -> list[Image.Image] | None:
     """Where edits with an auto mask changed their pictures (see `auto_mask.differing`), None where it cannot be shown.
-    levels: of the decoded edits."""
-    origin = origin_in(latent)
-    if origin is None or not origin.auto_mask:
+    origin, tokens: of the edits; levels: of them decoded."""
+    if not origin.auto_mask:
         return None
     if image is None:
         tell(
@@ -210,14 +205,13 @@ def _found(
             "stays as it was"
         )
         return None
-    tokens = tokens_in(latent)
     if tokens is None:
         tell(
             "another node has changed the edit, so its own mask is lost and all of it is shown; connect the sampler's "
             "latent"
         )
         return None
-    tokens = replace(tokens, fitting=fitting)
+    tokens = replace(tokens, fitting=origin.fitting)
     return [found_mask(tokens.of([n]), one, lambda x: _levels(vae, x)) for n, one in enumerate(levels)]
 
 

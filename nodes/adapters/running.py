@@ -41,11 +41,11 @@ from .conditioning import Texts, drawn
 from .foreign import check_patches, unused
 from .holding import Hold, Holder, holder_of
 from .keeping import Keeper, on_device
-from .latents import KEY, Origin, check_shape, exactly, flat, made, numbers_of, origin_in, tokens_in
+from .latents import KEY, Origin, check_shape, exactly, made, numbers_of, origin_in, tokens_in
 from .model import VAREditModel, checked_model, unchanged
 from .pictures import fitted_mask, region_area, scale_picture, unfitted_mask
 from .room import free_memory, host_memory, may_stay
-from .vae import VAREditVAE, checked_vae
+from .vae import VAREditVAE, checked_vae, flat
 
 TICKS = 1000
 """Steps of the progress bar."""
@@ -297,7 +297,7 @@ def _batch(edit: Edit, source: dict, origin: Origin, reads: bool, tell: Tell) ->
     instructions = [region.instruction for region in edit.regions] or [edit.texts]
     texts = [[own.of(image)[0] for own in instructions] for image in range(images)]
     negatives = [instructions[0].of(image)[1] for image in range(images)]
-    known, prefix = tokens_in(source), ()
+    known, prefix = origin.own(features.device), ()
     if known is not None and not known.complete:
         raise ValueError(
             f"the source is an edit of {len(known)} of {len(known.schedule)} scales, which is no picture yet; connect "

@@ -22,7 +22,7 @@ from ...varedit_core.files.weights import PICKLED, SAFETENSORS, WeightError, Wei
 from ...varedit_core.runtime.unfilled import Unfilled
 from ...varedit_core.text.encoder import check_encoder, cut_ids, encoder_config, encoder_weights, load_tokenizer, unread
 from ...varedit_core.text.t5 import T5Config, T5Encoder
-from .foreign import Missing
+from .foreign import Asked, Missing
 from .state import Layers, fill, is_quantised, open_file, parameters, parts_of, plain
 
 KEY = "varedit_t5"
@@ -75,8 +75,10 @@ class Tokenizer:
         return {FILE + name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in self.files.items()}
 
 
-class TextModel(nn.Module):
+class TextModel(Asked, nn.Module):
     """What a CLIP's patcher wraps."""
+
+    lacking = staticmethod(of_text)
 
     def __init__(
         self, config: T5Config, special: bool, dtype: torch.dtype, device, model_options: dict | None = None
@@ -90,12 +92,6 @@ class TextModel(nn.Module):
         layers = Layers(dtype, computed, load_device, special)
         self.transformer = T5Encoder(config, layers, computed, device)
         self.execution_device = None
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError as error:
-            raise (error if name.startswith("_") else of_text(name)) from None
 
     def set_clip_options(self, options: dict) -> None:
         if options.get("layer") not in (None, -1):

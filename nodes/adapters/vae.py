@@ -21,7 +21,7 @@ from ...varedit_core.pictures.preview import ColourMap, fit_colours
 from ...varedit_core.runtime.graphs import Recorder
 from ...varedit_core.runtime.warm_up import warm_up
 from ...varedit_core.tokenizer.vae import Autoencoder
-from .foreign import Missing
+from .foreign import Asked, Missing
 from .holding import holder_of
 from .keeping import Listed, on_device
 from .layers import Casting
@@ -33,17 +33,23 @@ _ENCODE, _DECODE, _STEM = 1767, 2178, 128
 _PIXELS = torch.arange(256).float() / 127.5 - 1  # of 8-bit levels, as `images.fit` has them: GPUs divide otherwise
 
 
-class VAREditAutoencoder(Autoencoder):
+def flat(samples) -> bool:
+    """Whether a LATENT holds rows of two sides, as of pictures; those of videos and of several kinds have more."""
+    return isinstance(samples, Tensor) and samples.ndim == 4
+
+
+def of_pictures(name: str) -> Missing:
+    return Missing(
+        f"VAREdit's VAE is one of pictures and has no {name}; connect the VAE of the model that this node is made for"
+    )
+
+
+class VAREditAutoencoder(Asked, Autoencoder):
     """The VAE where ComfyUI has memory in hand: it makes room beforehand and has tiles of its own. Weights stand still
     within a call. patcher: ComfyUI's, once there is one."""
 
     patcher: Callable[[], object] = staticmethod(lambda: None)
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError as error:
-            raise (error if name.startswith("_") else of_pictures(name)) from None
+    lacking = staticmethod(of_pictures)
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self._held(self.encoder, super().encode, pixels)
@@ -60,12 +66,6 @@ class VAREditAutoencoder(Autoencoder):
             return function(x)
         with holder.hold(patcher, math.inf):
             return function(x)
-
-
-def of_pictures(name: str) -> Missing:
-    return Missing(
-        f"VAREdit's VAE is one of pictures and has no {name}; connect the VAE of the model that this node is made for"
-    )
 
 
 class Recorded:
@@ -173,17 +173,17 @@ class VAREditVAE(comfy.sd.VAE):
         if vae_options:
             raise of_pictures(", ".join(vae_options))
         self._adopt()
-        return super().decode(self._latents(samples_in))
+        return super().decode(self.checked(samples_in))
 
     def decode_tiled(self, samples: Tensor, *more, **options) -> Tensor:
-        return super().decode_tiled(self._latents(samples), *more, **options)
+        return super().decode_tiled(self.checked(samples), *more, **options)
 
-    def _latents(self, samples: Tensor) -> Tensor:
+    def checked(self, samples: Tensor) -> Tensor:
         """The same latents. ValueError where they are another model's."""
-        if samples.ndim != 4 or samples.shape[1] != self.latent_channels:
+        if not flat(samples) or samples.shape[1] != self.latent_channels:
             raise ValueError(
-                f"the latent has the shape {list(samples.shape)} but this VAE takes [pictures, {self.latent_channels}, "
-                "y, x]; connect a latent of VAREdit, and the VAE that belongs to its model"
+                f"the latent has the shape {list(samples.shape)} but the VAE takes {self.latent_channels} channels; "
+                "connect a latent of VAREdit, and the VAE that belongs to its model"
             )
         return samples
 

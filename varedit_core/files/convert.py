@@ -172,13 +172,12 @@ def _tensors(weights: Weights, plan: Mapping[str, Entry]) -> Iterator[Tensor]:
             yield scale
             continue
         tensor = weights[entry.source]
-        check_finite(weights, entry.source, tensor)
         if entry.role == "8-bit":
             tensor = tensor.float()
             scale = (tensor.abs().amax() / torch.finfo(entry.dtype).max).clamp_min(1e-12)
             tensor = tensor / scale
         tensor = tensor.to(entry.dtype)
-        check_finite(weights, entry.source, tensor)  # what is too large for its type
+        check_finite(weights, entry.source, tensor)  # as it came, and what is too large for its type
         yield tensor
 
 

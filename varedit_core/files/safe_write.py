@@ -84,9 +84,10 @@ def _locked(temporary: Path) -> Iterator[None]:
 
 def _clean(target: Path) -> None:
     """Remove what killed writers of this file left."""
+    mark = _mark(target)
     with suppress(OSError), os.scandir(target.parent) as entries:
         for entry in entries:
-            if entry.name.startswith(_mark(target)) and entry.name.endswith(".tmp") and _abandoned(entry.path):
+            if entry.name.startswith(mark) and entry.name.endswith(".tmp") and _abandoned(entry.path):
                 os.unlink(entry.path)
 
 

@@ -105,6 +105,8 @@ def load_mask(picture: Readable, erased: bool = False) -> Image.Image:
     erased: the picture may be a photograph with a part erased, of which the transparency counts, too; else that is a
     ValueError, as elsewhere such files mean the opposite. Raises as `load_image`.
     """
+    if isinstance(picture, Image.Image) and picture.mode == "L" and not picture.info and 0 not in picture.size:
+        return picture  # one already
     source = load_image(picture)
     grey = source.rgb.convert("L")
     if source.opaque:
@@ -126,8 +128,7 @@ def check_mask_shape(mask: Image.Image, size: Size, name: str = "mask") -> None:
     """ValueError for a mask of another shape than its picture of `size` (width, height): stretched over it, it would
     mark another place. One that is the same everywhere may have any."""
     sentence = shape_complaint(mask.size, size, name)
-    low, high = mask.convert("L").getextrema()
-    if sentence and low != high:
+    if sentence and len(set(mask.convert("L").getextrema())) > 1:
         raise ValueError(sentence)
 
 
