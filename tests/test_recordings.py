@@ -344,6 +344,27 @@ def test_a_recording_without_a_result(cuda):
     assert made.failure is None and made(torch.ones(2)) is None
 
 
+@pytest.mark.parametrize("outcome", ["recorded", "failed"])
+@pytest.mark.parametrize("collects", [True, False])
+def test_no_garbage_is_collected_within_a_recording(cuda, collects, outcome):
+    """An older recording that lies there in a cycle would be let go of, which ends this one."""
+    found = []
+
+    def function(x):
+        found.append(gc.isenabled())
+        if outcome == "failed":
+            raise RuntimeError("no")
+        return x * 2
+
+    gc.enable() if collects else gc.disable()
+    try:
+        Captured(function, (torch.ones(2),), LIKE, CPU, POOL)
+        found.append(gc.isenabled())
+    finally:
+        gc.enable()
+    assert found == [False, collects]
+
+
 @pytest.mark.parametrize("when", ["within", "at its end"])
 @pytest.mark.parametrize("error", REASONS, ids=lambda error: type(error).__name__)
 def test_a_recording_that_fails_leaves_nothing(cuda, error, when):
@@ -453,3 +474,16 @@ def test_a_gpu_goes_on_after_a_recording_that_failed(reason):
 def test_a_gpu_multiplies_into_fp32_as_the_copies_do():
     x, y = (torch.randn(2, 32, 32, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     torch.testing.assert_close(matmul_fp32(x, y), torch.bmm(x.float(), y.float()), atol=1e-4, rtol=1e-5)
+
+
+@on_gpu
+def test_a_recording_that_waits_to_be_collected_does_not_end_the_next_one():
+    device, recordings = torch.device("cuda", torch.cuda.current_device()), Recordings()
+    x = torch.ones(4, device=device)
+    for number in range(3):
+        for _ in range(2):
+            assert recordings(number, lambda x: [[] for _ in range(2000)] and x * 2, (x,), device).tolist() == [2] * 4
+        waiting = [recordings.recorded.pop(number)]
+        waiting.append(waiting)
+        del waiting
+    assert not recordings.failed

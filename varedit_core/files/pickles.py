@@ -58,6 +58,12 @@ _OTHER = object()
 """Whatever is no tensor and no dictionary."""
 
 
+_OF_DAMAGE = (
+    struct.error, zipfile.BadZipFile, NotImplementedError, OSError, ValueError, IndexError, KeyError, TypeError,
+)  # fmt: skip
+"""What reading a damaged file raises; the third: an archive that names a newer format."""
+
+
 class Unread(ValueError):
     """A file that cannot be used: what is said behind its name."""
 
@@ -101,7 +107,7 @@ def find_tensors(path: Path) -> dict[str, Place]:
     try:
         with open(path, "rb") as file:
             tree, spans = _from_zip(file) if zipfile.is_zipfile(file) else _from_stream(file)
-    except (struct.error, zipfile.BadZipFile, OSError, ValueError, IndexError, KeyError, TypeError) as error:
+    except _OF_DAMAGE as error:
         if isinstance(error, Unread):
             raise
         raise Unread(_DAMAGED.format(type(error).__name__)) from error

@@ -7,10 +7,11 @@ compares `State` before every replay and records anew where something has moved.
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from weakref import WeakSet
 
@@ -70,7 +71,10 @@ class Captured:
         here, own = torch.cuda.current_stream(), None
         try:
             # Other threads of the process may use the device meanwhile.
-            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with (
+                _no_garbage(),
+                torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+            ):
                 try:
                     with Kept() if pool is None else nullcontext():
                         result = function(*self.inputs)
@@ -101,6 +105,18 @@ class Captured:
             self.graph.replay()
             self.nbytes = max(0, reserved(self.device.index) - before)
         return self.output
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """No garbage is collected within: letting go of what others have made on the device may spoil a recording."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _settle(pool: tuple[int, int], stream: torch.cuda.Stream) -> None:
