@@ -11,7 +11,6 @@ import logging
 import math
 import re
 import shutil
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,14 +34,14 @@ from .checkpoints import (
     told_kind,
 )  # fmt: skip
 from .reading import printable
-from .safe_write import check_free, make_folder, safe_write
-from .weights import DTYPES, WeightError, Weights, check_finite, open_weights
+from .safe_write import check_free, make_folder
+from .tensor_files import Facts, write_in_turn
+from .weights import WeightError, Weights, check_finite, open_weights
 
 logger = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "bf16", "fp8")
 ARCHITECTURES = {TRANSFORMER: "varedit", TOKENIZER: "varedit-tokenizer", TEXT_ENCODER: "t5-encoder"}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def convert(
     metadata |= {KIND: kind} if kind else {}
     total = sum(entry.nbytes for entry in plan.values())
     check_space(target, total)
-    write(target, plan, metadata, _tensors(weights, plan), total, on_tensor, overwrite)
+    write_in_turn(target, facts_of(plan), _tensors(weights, plan), metadata, overwrite, on_tensor)
     return metadata
 
 
@@ -147,6 +146,11 @@ def _metadata(plan: Mapping[str, Entry], part: str, precision: str, source: Path
     return metadata
 
 
+def facts_of(plan: Mapping[str, Entry]) -> Facts:
+    """The types and shapes of a plan's tensors."""
+    return {key: (entry.dtype, entry.shape) for key, entry in plan.items()}
+
+
 def check_result(target: Path, overwrite: bool) -> None:
     """ValueError where a result is not named .safetensors, FileExistsError where it exists and may not be replaced."""
     if target.suffix != ".safetensors":
@@ -179,28 +183,3 @@ def _tensors(weights: Weights, plan: Mapping[str, Entry]) -> Iterator[Tensor]:
         tensor = tensor.to(entry.dtype)
         check_finite(weights, entry.source, tensor)  # as it came, and what is too large for its type
         yield tensor
-
-
-def write(
-    target: Path, plan: Mapping[str, Entry], metadata: dict[str, str], tensors: Iterator[Tensor], total: int, on_tensor,
-    overwrite: bool,
-) -> None:  # fmt: skip
-    """The safetensors layout: header length, JSON header, tensors in the header's order."""
-    header, begin = {"__metadata__": metadata}, 0
-    for key, entry in plan.items():
-        header[key] = {
-            "dtype": _NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [begin, begin + entry.nbytes],
-        }
-        begin += entry.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    done = 0
-    with safe_write(target, overwrite) as temporary, open(temporary, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for entry, tensor in zip(plan.values(), tensors):
-            file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
-            done += entry.nbytes
-            if on_tensor:
-                on_tensor(done, total)

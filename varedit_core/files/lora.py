@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from ..model.transformer import Transformer
 from ..runtime.fp8 import EightBitLinear
 from .checkpoints import KIND, TOKENIZER, TRANSFORMER, blank, canonical, describe, holds, told_kind
-from .convert import ARCHITECTURES, Entry, check_result, check_space, write
+from .convert import ARCHITECTURES, Entry, check_result, check_space, facts_of
 from .reading import printable
+from .tensor_files import write_in_turn
 from .weights import WeightError, Weights, check_finite, open_weights
 
 logger = logging.getLogger(__name__)
@@ -261,7 +262,7 @@ def merge_lora(
     }
     total = sum(entry.nbytes for entry in plan.values())
     check_space(out, total)
-    write(out, plan, metadata, _merged(weights, file, updates, strength), total, on_tensor, overwrite)
+    write_in_turn(out, facts_of(plan), _merged(weights, file, updates, strength), metadata, overwrite, on_tensor)
     return metadata
 
 

@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -19,10 +19,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -46,12 +42,10 @@ def safe_write(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator
     _clean(target)
     temporary = _temporary(target)
     try:
-        mode = _made(temporary, path)
+        _made(temporary, path)
         with _locked(temporary):
             with on_disk(path):
                 yield temporary
-            if temporary.stat().st_mode != mode:  # a writer put a file of its own there: safetensors', the owner's only
-                temporary.chmod(mode)
             _publish(temporary, target, overwrite)
     finally:
         temporary.unlink(missing_ok=True)
@@ -117,14 +111,13 @@ def on_disk(path: str | os.PathLike[str]) -> Iterator[None]:
         raise OSError(f"cannot write {path} ({error.strerror}); make room, or choose another place") from error
 
 
-def _made(temporary: Path, path: Path) -> int:
-    """Make the temporary file; its mode."""
+def _made(temporary: Path, path: Path) -> None:
+    """Make the temporary file."""
     try:
         with open(temporary, "xb"):
             pass
     except OSError as error:  # under the name that the user knows
         raise type(error)(error.errno, error.strerror, str(path)) from error
-    return temporary.stat().st_mode
 
 
 def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
@@ -154,17 +147,6 @@ def write_text(path: str | os.PathLike[str], text: str, overwrite: bool = True) 
 def write_json(path: str | os.PathLike[str], facts: object, indent: int = 1, overwrite: bool = True) -> None:
     """Write JSON and an end of line. Raises as `safe_write`."""
     write_text(path, json.dumps(facts, indent=indent) + "\n", overwrite)
-
-
-def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str], overwrite: bool = True
-) -> None:
-    """Write a safetensors file. Raises as `safe_write`."""
-    with safe_write(path, overwrite) as temporary:
-        try:
-            save_file(dict(tensors), temporary, dict(metadata))
-        except SafetensorError as error:
-            raise OSError(f"cannot write {path} ({error}); make room, or choose another place") from error
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..files.convert import check_result
 from ..files.lora import PREFIX, linear_layers, read_lora
-from ..files.safe_write import make_folder, write_tensors
+from ..files.safe_write import make_folder
+from ..files.tensor_files import write_tensors
 from ..files.weights import WeightError
 from ..model.transformer import Transformer
 from .sharded import whole

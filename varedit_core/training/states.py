@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..files.reading import check_file, read_json
-from ..files.safe_write import make_folder, write_json, write_tensors
+from ..files.safe_write import make_folder, write_json
+from ..files.tensor_files import write_tensors
 from .sharded import is_sharded, local, sharded_as
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from ..defaults import EDIT, TEXT_TOKENS
 from ..files.checkpoints import TOKENIZER, TRANSFORMER, load_autoencoder, load_transformer
 from ..files.convert import ARCHITECTURES
-from ..files.safe_write import make_folder, write_bytes, write_json, write_tensors
+from ..files.safe_write import make_folder, write_bytes, write_json
+from ..files.tensor_files import write_tensors
 from ..model.config import AutoencoderConfig, TransformerConfig
 from ..model.transformer import Transformer
 from ..pictures.images import save_image
