@@ -30,8 +30,8 @@ HELP = sorted((ROOT / "web" / "docs").rglob("*.md"))
 HISTORY = {"LOG.md", "CHANGELOG.md"}
 """Pages whose entries keep the names of their day."""
 COMFYUI_OPTIONS = {
-    "--bf16-vae", "--disable-cuda-malloc", "--disable-dynamic-vram", "--fp16-intermediates", "--fp32-vae", "--lowvram",
-    "--novram",
+    "--bf16-vae", "--disable-cuda-malloc", "--disable-dynamic-vram", "--fast", "--fp16-intermediates", "--fp32-vae",
+    "--lowvram", "--novram", "--use-flash-attention", "--use-sage-attention",
 }  # fmt: skip
 TEXT_TOKENIZER = re.compile(
     r"\btext\b|\bT5\b|flan-t5|spiece|sentencepiece|tokenizer\.json|\btokenizers \d", re.IGNORECASE

@@ -23,7 +23,7 @@ PYTHON = sorted(
 
 NETWORKS = {"model", "tokenizer"}
 ALGORITHM = {"defaults", "controls", "fitting", "replaceable", "sampling", *NETWORKS}
-LIBRARY = {"coder", "editor", "files", "pictures", "request", "runtime", "text", *ALGORITHM}
+LIBRARY = {"coder", "editor", "files", "made_for", "pictures", "request", "runtime", "text", *ALGORITHM}
 ANYTHING = {path.relative_to(CORE).parts[0].removesuffix(".py") for path in MODULES} - {"__init__", "__main__"}
 ALLOWED = {
     "__init__": set(),  # names are imported when they are first asked for
@@ -45,7 +45,8 @@ ALLOWED = {
     "editor": LIBRARY,
     "parity": LIBRARY,
     "sweep": LIBRARY,
-    "demo": {"files"},
+    "demo": {"defaults", "files"},
+    "made_for": {"defaults", "demo", "sampling", "tokenizer"},
     "shapeedit": LIBRARY | {"cli", "demo"},
     "training": LIBRARY | {"shapeedit"},
     "bench": ANYTHING,

@@ -391,7 +391,7 @@ def test_the_library_says_it_too(editor, monkeypatch, wrong, said):
 
 def test_tokens_and_texts_that_the_library_cannot_use(editor, named):
     tokens = Tokens.load(named["tokens"])
-    for more in ({"size": "1M"}, {"method": "aspect"}):
+    for more in ({"size": "1M"}, {"size": "1M", "method": "aspect"}):
         with pytest.raises(ValueError, match="leave out size and method"):
             editor.run(tokens, STAR, **more)
     with pytest.raises(ValueError, match="leave out features"):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .defaults import SIZES
+
 FOLDER = Path(__file__).resolve().parents[1] / "demo"
 SAMPLES = FOLDER.with_name("samples")
-SIZE = "0.06M"
-"""The only size it was trained at: 256 pixels."""
+SIDE = "256"
+"""The only size it was trained at, in pixels."""
+SIZE = SIZES[SIDE]
 GUIDANCE = 2.0
 """Less than the published models' 3: it edits as well and keeps backgrounds better (docs/LOG.md)."""
 NOTICE = "using the demo model, a toy that knows drawn shapes and global styles only; --model names another"

@@ -5,6 +5,7 @@ With a transformer that reads no source (Infinity) it is text in, pictures out: 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from .coder import Coder, Picture
-from .defaults import FIT, FITS, KINDS, SIZE
+from .defaults import FIT, FITS, KINDS
 from .files.checkpoints import load_autoencoder, load_transformer
 from .fitting import nearest_ratio
+from .made_for import UNKNOWN, MadeFor
 from .model.transformer import Transformer
 from .pictures.composite import check_rest
 from .pictures.edited import Edited
@@ -38,6 +40,8 @@ from .text.encoder import TextEncoder, load_text_encoder
 from .tokenizer.schedule import Schedule, schedule_for
 from .tokenizer.vae import Autoencoder
 
+logger = logging.getLogger(__name__)
+
 
 class Editor(Coder):
     """A transformer, its VAE and (unless text features are given) a text encoder, on one device.
@@ -55,6 +59,7 @@ class Editor(Coder):
         self.patch, self.transformer = patch_size(transformer.config, autoencoder.config), transformer
         self.memory = TorchMemory(transformer, self.device)
         self.memory.recordings = self.recordings
+        self.made_for, self._told = UNKNOWN, set()
 
     @classmethod
     def load(
@@ -84,7 +89,9 @@ class Editor(Coder):
         network = load_transformer(transformer, dtype=dtype, device=device, linears=linears, kind=kind, warm=True)
         decode_dtype = torch.bfloat16 if on_cuda and dtype == torch.bfloat16 else torch.float32
         vae = load_autoencoder(autoencoder, device=device, decode_dtype=decode_dtype, warm=True)
-        return cls(network, vae, text or None, device)
+        editor = cls(network, vae, text or None, device)
+        editor.made_for = MadeFor.of(transformer)
+        return editor
 
     @property
     def workspace(self) -> Workspace:
@@ -149,9 +156,9 @@ class Editor(Coder):
         images: Sequence[Picture | Tokens | Edited] | Picture | Tokens | Edited,
         instructions: Sequence[str | Tensor] | str | Tensor = (),
         negatives: Sequence[str | Tensor] | str | None = None,
-        size: str = SIZE,
+        size: str | None = None,
         method: str = FIT,
-        settings: SamplingSettings = DEFAULT_SETTINGS,
+        settings: SamplingSettings | None = None,
         on_scale: Callable[[Scale, list[FittedImage]], None] | None = None,
         **options,
     ) -> Edited:
@@ -160,9 +167,10 @@ class Editor(Coder):
         images: pictures of any kind (see `reading.opened`), or edits to go on from: their tokens are read, nothing is
         decoded and encoded in between; what a mask leaves is that of the edit's pictures, for tokens alone what they
         decode to. instructions: prompts, or their text features [L_i, channels]; one serves every picture. negatives:
-        the same, "" for none. on_scale: called with every `Scale` before its bits are drawn, and the fitted pictures of
-        its results; raise in it to cancel. options: see `Options`. ValueError where pictures, instructions, masks and
-        model do not belong together.
+        the same, "" for none. size, settings: by default what the weights were made for, as far as their file's name
+        says it (see `MadeFor`), else 512 pixels and the defaults; another size than that is told. on_scale: called with
+        every `Scale` before its bits are drawn, and the fitted pictures of its results; raise in it to cancel. options:
+        see `Options`. ValueError where pictures, instructions, masks and model do not belong together.
         """
         wanted = Options(**options)
         if not self.transformer.config.source:
@@ -177,7 +185,10 @@ class Editor(Coder):
         if wanted.features is not None and any(isinstance(picture, (Tokens, Edited)) for picture in pictures):
             raise ValueError("features are of pictures, and tokens have their own; leave out features")
         with self._lock:
-            fitted, source = sources(self, pictures, size, method)
+            fitted, source = sources(self, pictures, size or self.made_for.size, method, size is not None)
+            if size is not None:
+                self._doubt(fitted[0].schedule)
+            settings = settings or self.made_for.settings
             return self._edited(Request.of(fitted, instructions, negatives, settings, wanted, source), on_scale)
 
     def generate(self, *args, **more) -> list[Image.Image]:
@@ -187,7 +198,7 @@ class Editor(Coder):
     def make(
         self,
         prompts: Sequence[str | Tensor] | str | Tensor,
-        size: str = SIZE,
+        size: str | None = None,
         ratio: float = 1.0,
         settings: SamplingSettings = TEXT_SETTINGS,
         negatives: Sequence[str | Tensor] | str | None = None,
@@ -221,12 +232,22 @@ class Editor(Coder):
             check_rest(wanted.regions)
         elif ratio != 1:
             raise ValueError("the picture gives the shape; leave out ratio")
+        asked, size = size, size or self.made_for.size
         with self._lock:
             if picture is None:
                 made = empty(schedule_for(size, nearest_ratio(ratio)))
             else:
                 made = self.fit(picture, size, FITS[1])
+            if asked:
+                self._doubt(made.schedule)
             return self._edited(Request.of([made] * max(1, len(texts)), texts, negatives, settings, wanted), on_scale)
+
+    def _doubt(self, schedule: Schedule) -> None:
+        """Tell, once, that weights were made for another size."""
+        said = self.made_for.doubt(schedule)
+        if said and said not in self._told:
+            self._told.add(said)
+            logger.warning(said)
 
     def _edited(self, request: Request, on_scale: Callable[[Scale, list[FittedImage]], None] | None) -> Edited:
         """What `run` and `make` share."""

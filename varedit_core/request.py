@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .coder import Coder, Picture
 from .controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts, problems
-from .defaults import FIT, MOST_FEATHER, MOST_VARIATIONS, SIZE
+from .defaults import FIT, MOST_FEATHER, MOST_VARIATIONS
 from .pictures.composite import Region, areas, check_masks, check_regions, drawn_masks
 from .pictures.edited import Decoded, Edited
 from .pictures.images import FittedImage, fitting_for, load_image, load_mask, to_uint8, unfit
@@ -174,9 +174,10 @@ def _lost(fitted: list[FittedImage], source: Tokens | None) -> tuple[str, ...]:
 
 
 def sources(
-    coder: Coder, pictures: Sequence[Picture | Tokens | Edited], size: str, method: str
+    coder: Coder, pictures: Sequence[Picture | Tokens | Edited], size: str, method: str, sized: bool
 ) -> tuple[list[FittedImage], Tokens | None]:
-    """Pictures as the model sees them; of tokens, which are decoded for this alone, with the tokens."""
+    """Pictures as the model sees them; of tokens, which are decoded for this alone, with the tokens. sized: whether
+    the size was asked for."""
     known = [picture.tokens if isinstance(picture, Edited) else picture for picture in pictures]
     if not any(isinstance(picture, Tokens) for picture in known):
         return [coder.fit(picture, size, method) for picture in pictures], None
@@ -191,8 +192,7 @@ def sources(
         raise ValueError("the pictures of this edit have different sizes; go on from edits of one picture each")
     for tokens in known:
         tokens.check_vae(coder.autoencoder.config.bits, coder.autoencoder.config.stride)
-        asked = (size, method) != (SIZE, FIT)
-        if asked and fitting_for(tokens.shown.size, size, method).schedule != tokens.schedule:
+        if (sized or method != FIT) and fitting_for(tokens.shown.size, size, method).schedule != tokens.schedule:
             raise ValueError("tokens have the size and fit they were made with; leave out size and method")
     source, shown = joined(known).to(coder.device), []
     for picture, tokens in zip(pictures, known):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...varedit_core.defaults import KINDS
 from ...varedit_core.files.checkpoints import OF_TEXT_ALONE, TRANSFORMER, blank, canonical, checked_kind
 from ...varedit_core.files.weights import WeightError
+from ...varedit_core.made_for import UNKNOWN, MadeFor
 from ...varedit_core.model.transformer import Transformer
 from ...varedit_core.runtime.fp8 import LINEARS
 from ...varedit_core.runtime.warm_up import warm_up
@@ -46,6 +47,7 @@ class VAREditModel(Asked, nn.Module):
         self.stored, self.manual_cast_dtype = stored, transformer.dtype
         self.device = None
         self._keeper: Keeper | None = None
+        self.made_for = UNKNOWN
 
     def get_dtype(self) -> torch.dtype:
         return self.stored
@@ -107,6 +109,7 @@ def load_model(path: Path, precision: str = "auto", disable_dynamic: bool = Fals
     warm_up(network, device, LINEARS[special])
     patcher = patcher_of(VAREditModel(network, stored), device, offload, disable_dynamic)
     fill(network, weights, None if precision == "fp32" else stored, patcher.is_dynamic())
+    patcher.model.made_for = MadeFor.of(path)
     patcher.size = 0  # counted again: layers may have had no weights before
     patcher.cached_patcher_init = (partial(load_model, kind=kind), (path, precision))
     return patcher

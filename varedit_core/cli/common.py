@@ -7,7 +7,6 @@ dataclass as one parameter (`command`). Knows no command, so that every module o
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
@@ -32,6 +31,7 @@ from ..editor import Editor
 from ..files.checkpoints import TRANSFORMER, canonical
 from ..files.lora import apply_lora, check_lora
 from ..files.weights import open_weights
+from ..made_for import MadeFor
 from ..pictures.composite import Region
 from ..pictures.images import SourceImage, load_mask
 from ..pictures.reading import NO_DETAILS, SUFFIXES, Details
@@ -172,8 +172,7 @@ class Draw:
 
     def settings(self, model: Path | None) -> SamplingSettings:
         """As the library takes them. model: None for the demo model, which has a default guidance of its own."""
-        own = DEFAULT_SETTINGS.guidance if model else DEMO_GUIDANCE
-        guidance = own if self.guidance is None else per_scale(self.guidance)
+        guidance = MadeFor.of(model).settings.guidance if self.guidance is None else per_scale(self.guidance)
         return SamplingSettings(guidance, per_scale(self.temperature), per_scale(self.top_p), self.seed)
 
     def set(self, name: str) -> bool:
@@ -250,17 +249,8 @@ class Canvas:
     ] = None
 
     def area(self, model: Path | None) -> str:
-        """The size as one of AREAS; by default the one that a model's file is named for. Another than that is told.
-        model: None for the demo model, which has a default of its own."""
-        own = re.search(rf"(?<!\d)({'|'.join(SIDES)})(?!\d)", model.stem) if model else None
-        area = choice(self.size or (own and own[1]) or (SIZE if model else DEMO_SIZE), SIZES, "size")
-        if own and area != SIZES[own[1]]:
-            console.print(
-                f"{model.name} is named for {own[1]} pixels, and this edit runs at another size; --size {own[1]} is "
-                "what it was trained at",
-                soft_wrap=True,
-            )
-        return area
+        """The size as one of AREAS; by default the one that a model was made for. model: None for the demo model."""
+        return choice(self.size or MadeFor.of(model).size, SIZES, "size")
 
     @property
     def method(self) -> str:

@@ -14,7 +14,7 @@ import typer
 from PIL import Image, ImageOps
 
 from ..controls.base import Known
-from ..defaults import FILL, FILLS, FIT, SIZE
+from ..defaults import FILL, FILLS, FIT
 from ..demo import NOTICE
 from ..editor import Editor
 from ..files.checkpoints import load_transformer
@@ -289,7 +289,7 @@ def edit(
 @dataclass(frozen=True, eq=False)
 class Task:
     """What an edit works on. given: the picture, or the crop of it, or the tokens to go on from. source: the whole
-    picture, None for tokens. fitting: of what is given. size: named size and fit, that tokens have of their own."""
+    picture, None for tokens. fitting: of what is given. size: named size and fit, which tokens have of their own."""
 
     given: SourceImage | Tokens
     source: SourceImage | None
@@ -297,7 +297,7 @@ class Task:
     mask: Image.Image | None = None
     regions: Sequence[Region] = ()
     crop: Crop | None = None
-    size: tuple[str, str] = (SIZE, FIT)
+    size: tuple[str | None, str] = (None, FIT)
 
     @classmethod
     def read(cls, image: Path, canvas: Canvas, place: Place, model: Path | None) -> Task:

@@ -17,6 +17,7 @@ from ..files.safe_write import together
 from ..files.tokens import check_target as check_tokens
 from ..files.tokens import save_tokens
 from ..fitting import nearest_ratio
+from ..made_for import MadeFor
 from ..pictures.composite import Region, check_masks, check_regions, check_rest
 from ..pictures.images import check_target, fitting_for, load_image, load_mask, save_image
 from ..sampling.settings import TEXT_SETTINGS
@@ -64,7 +65,7 @@ class TextDraw(Draw):
 class Shape:
     """What is made: its size, or the part of a picture that is repainted."""
 
-    size: Annotated[str, typer.Option(help=f"Size: {', '.join(SIZES)}.")] = SIZE
+    size: Annotated[Optional[str], typer.Option(help=f"Size: {', '.join(SIZES)}.", show_default=SIZE)] = None
     ratio: Annotated[
         str,
         typer.Option(help=f"Height / width, or one of {', '.join(RATIOS)} (width:height); the nearest table counts."),
@@ -137,7 +138,8 @@ def generate(
     files.check()
     named, saved = controls.values(), shortcuts.values()
     shape.check(prompt, named)
-    area, ratio, regions = choice(shape.size, SIZES, "size"), _ratio(shape.ratio), shape.regions()
+    area = choice(shape.size or MadeFor.of(files.model).size, SIZES, "size")
+    ratio, regions = _ratio(shape.ratio), shape.regions()
     source, mask = (read(file) if file else None for read, file in ((load_image, shape.image), (load_mask, shape.mask)))
     if source:
         check_masks([mask], regions, [source.size])
