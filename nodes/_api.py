@@ -26,8 +26,14 @@ logger = logging.getLogger("VAREdit")
 
 
 def tell(node: type[io.ComfyNode], text: str) -> None:
-    """Write a sentence on the executing node, where a page is open, and into the log."""
+    """Write a sentence on the executing node, where a page is open, below what it has said in this run, and into the
+    log; each once a run."""
+    hidden = getattr(node, "hidden", None)
+    said = [] if hidden is None else vars(hidden).setdefault("varedit_said", [])  # made anew for every run
+    if text in said:
+        return
+    said.append(text)
     logger.warning(text)
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    if server is not None and getattr(node, "hidden", None) is not None:
-        server.send_progress_text(text, node.hidden.unique_id)
+    if server is not None and hidden is not None:
+        server.send_progress_text("\n".join(said), hidden.unique_id)

@@ -175,6 +175,7 @@ class VAREditSampler(io.ComfyNode):
         begun=None,
     ) -> io.NodeOutput:
         from .adapters.conditioning import Instructions
+        from .adapters.model import checked_model
         from .adapters.running import Edit, sample_latent, settings_of
 
         settings = settings_of(seed, guidance, temperature, top_p)
@@ -183,6 +184,8 @@ class VAREditSampler(io.ComfyNode):
         def said(text: str) -> None:
             tell(cls, text)
 
+        if sentence := checked_model(model).made_for.doubt_default(settings):
+            said(sentence)
         shown = chosen("preview", preview or PREVIEWS[0], PREVIEWS)
         read = Instructions.read(positive, negative, mask, regions or (), said)
         more = dict(controls=controls or NEUTRAL, regions=read.regions, begun=begun)

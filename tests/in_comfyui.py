@@ -1230,6 +1230,9 @@ class Probe:
                     quiet = said[:]
                     same = self.torch.equal(edited(group, neutral, {**other, knob.name: knob.high}, masked), whole)
                     found[f"{knob.name} beyond"] = [same and not quiet, said[:]]
+        said.clear()
+        self.sample(guidance=3.0, controls=None)
+        found["guidance of other models"] = [True, said[:]]
         sampler.tell = before
         return found
 

@@ -582,11 +582,12 @@ def test_a_node_tells_the_page_and_the_log(pack, comfy, nodes, monkeypatch, capl
         tell(node, "outside a run")
         monkeypatch.setattr(node, "hidden", type(sys)("hidden"), raising=False)
         node.hidden.unique_id = "7"
-        tell(node, "on the node")
+        for text in ("on the node", "and another", "on the node"):
+            tell(node, text)
         monkeypatch.setattr(comfy["server"].PromptServer, "instance", None)
         tell(node, "without a page")
-    assert server.told == [("7", "on the node")]
-    assert caplog.messages == ["outside a run", "on the node", "without a page"]
+    assert server.told == [("7", "on the node"), ("7", "on the node\nand another")], "a text takes the other's place"
+    assert caplog.messages == ["outside a run", "on the node", "and another", "without a page"]
 
 
 def test_the_nodes_that_tell_something_ask_for_their_id(nodes, schemas, comfy):

@@ -254,8 +254,8 @@ def sample_latent(model, source: dict, edit: Edit, preview: str, vae, tell: Tell
     method = preview_method(preview, vae, origin)
     batch, known = _batch(edit, source, origin, network.diffusion_model.config.source, tell)
     models = [model, *_drafter(edit, model)]
-    said = [network.made_for.doubt(batch.schedule), network.made_for.doubt_default(edit.settings), origin.doubt]
-    for sentence in [*said, *problems(facts(batch)), without_triton(model.load_device), *map(unused, models)]:
+    said = [network.made_for.doubt(batch.schedule), origin.doubt, without_triton(model.load_device)]
+    for sentence in [*said, *problems(facts(batch)), *map(unused, models)]:
         if sentence:
             tell(sentence)
     decoder = vae if method == "own" else None
