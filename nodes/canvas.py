@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..varedit_core.defaults import CROP_MARGIN, FEATHER, FILL, FILLS, FIT, FITS, LEAST_MARGIN, LENGTHS, OVERLAP
-from ._api import io
+from ._api import io, tell
 
 RegionType = io.Custom("VAREDIT_REGION")
 MOST = 16384
@@ -56,12 +56,16 @@ class VAREditCropRegion(io.ComfyNode):
                 ),
                 RegionType.Output("region", display_name="region", tooltip="Place and mask, for VAREdit Stitch."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, image, mask, margin: float, shape: str) -> io.NodeOutput:
         from ..varedit_core.pictures.canvas import crop_around, crop_pixels
+        from .adapters.pictures import tell_of_mask
 
+        if mask.any():  # else an error
+            tell_of_mask(mask, (image.shape[2], image.shape[1]), lambda text: tell(cls, text))
         region = crop_around((image.shape[2], image.shape[1]), mask, margin, shape)
         part, inside = crop_pixels(image, region)
         return io.NodeOutput(part, inside.to(image.device), region)

@@ -1236,6 +1236,50 @@ class Probe:
         sampler.tell = before
         return found
 
+    def stray_masks(self) -> dict:
+        """What each way in says of a mask that is empty, and of one that has another shape than its picture; an error
+        is what is said, too. A list of the nodes that take a mask, by their schemas."""
+        height, width = self.cat.shape[1:3]
+        upright = self.torch.zeros(1, width, height)
+        upright[:, : width // 2] = 1
+        masks, said, found = {"empty": self.torch.zeros(1, height, width), "upright": upright}, [], {}
+        modules = [
+            sys.modules[f"varedit_pack.nodes.{name}"] for name in ("sampler", "sweep", "decode", "canvas", "controls")
+        ]
+        before = [module.tell for module in modules]
+        latent = {"samples": self.sepia}
+        latent = self.nodes["VAREditSampler"].execute(self.model, self.source, self.text, 0, 2.0, 0.1).result[0]
+        noise = self.core.SetLatentNoiseMask().set_mask
+        ways = {
+            "VAREditSampler": lambda mask: self.sample(mask=mask),
+            "VAREditDecode": lambda mask: self.run("Decode", self.vae, latent, self.cat, mask),
+            "VAREditSweep": lambda mask: self.run(
+                "Sweep", self.model, self.source, self.text, self.vae, 0, 2.0, 0.1, "strength", "1", "none", "",
+                image=self.cat, mask=mask,
+            ),
+            "VAREditCropRegion": lambda mask: self.run("CropRegion", self.cat, mask, 0.2, "square"),
+            "VAREditRegion": lambda mask: self.sample(
+                regions=self.run("Region", self.text, mask), text=self.text
+            ),
+            "SetLatentNoiseMask": lambda mask: self.sample(source=noise(self.source, mask)[0]),
+        }  # fmt: skip
+        for module in modules:
+            module.tell = lambda node, text: said.append(text)
+        try:
+            for name, way in ways.items():
+                for kind, mask in masks.items():
+                    said.clear()
+                    error = self.error(way, mask)
+                    found[f"{name} {kind}"] = [error] if error else said[:]
+        finally:
+            for module, tell in zip(modules, before):
+                module.tell = tell
+        takes = {
+            node_id for node_id, node in self.nodes.items()
+            if any(entry.io_type == "MASK" for entry in node.GET_SCHEMA().inputs)
+        }  # fmt: skip
+        return {"said": found, "nodes": sorted(takes)}
+
     def asked_back(self) -> dict:
         """ComfyUI wants the memory of an edit while that is at work, before every scale: what it gets, whether the
         cache stays, and what is left at the end."""
@@ -1432,7 +1476,7 @@ PARTS = (
     "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text",
     "ladder", "formats", "partial", "leftovers", "keeping", "variations", "shortcuts", "controls", "text_to_image",
     "layers", "held", "streaming", "without_triton", "listing", "way", "recording", "told", "asked_back", "colours",
-    "same_job", "plan",
+    "same_job", "plan", "stray_masks",
 )  # fmt: skip
 ONE_EDIT = ("pictures", "formats", "variations")  # parts that decode one edit again and again
 

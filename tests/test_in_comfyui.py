@@ -1,5 +1,7 @@
 """The pack's nodes inside ComfyUI's modules, in one process of ComfyUI's Python (see `in_comfyui.py`)."""
 
+import re
+
 import pytest
 from support import ROOT
 
@@ -476,6 +478,20 @@ def test_every_knob_that_would_do_nothing_is_told(found):
 @pytest.mark.parametrize("name", TOLD)
 def test_a_knob_that_would_do_nothing_is_told_and_the_edit_is_right(found, name):
     assert facts(found, "told")[name] == [True, [TOLD[name]]]
+
+
+MASKED = ("VAREditSampler", "VAREditDecode", "VAREditSweep", "VAREditCropRegion", "VAREditRegion", "SetLatentNoiseMask")
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize(("kind", "said"), [("empty", "mask.* is empty"), ("upright", "is 300x451 but the picture")])
+def test_a_mask_that_is_empty_or_of_another_shape_is_told_wherever_it_comes_in(found, name, kind, said):
+    told = facts(found, "stray_masks")["said"][f"{name} {kind}"]
+    assert told and all(re.search(said, one) for one in told)
+
+
+def test_every_node_that_takes_a_mask_is_looked_at(found):
+    assert set(facts(found, "stray_masks")["nodes"]) == set(MASKED) - {"SetLatentNoiseMask"}
 
 
 @pytest.mark.parametrize("way", ["partially_unload", "detach", "free_memory", "unload_all_models"])

@@ -18,7 +18,15 @@ from torch import Tensor
 from ...varedit_core.pictures.canvas import blended, faded
 from ...varedit_core.pictures.composite import found_mask
 from ...varedit_core.pictures.contact_sheet import Row, contact_sheet
-from ...varedit_core.pictures.images import Fitting, fit_mask, fitted_levels, load_image, unfit, unfit_mask
+from ...varedit_core.pictures.images import (
+    Fitting,
+    fit_mask,
+    fitted_levels,
+    load_image,
+    shape_complaint,
+    unfit,
+    unfit_mask,
+)  # fmt: skip
 from ...varedit_core.pictures.preview import LEAST_DECODED, SIDE, at_own_size, enlarged
 from ...varedit_core.sampling.tokens import Tokens
 from ...varedit_core.tokenizer.schedule import schedule_for
@@ -90,6 +98,8 @@ def decode_edit(
     levels = [_levels(vae, one) for one in samples]
     edited = to_image([unfit(one, fitting) for one in levels])
     image = image if image is None else _for_each(image, edited)
+    if mask is not None:
+        tell_of_mask(mask, fitting.size, tell)
     shown = None if mask is None else _drawn(mask, len(edited), image, tell)
     if shown is None:
         shown = _found(vae, origin, origin.own(samples.device), levels, image, tell)
@@ -173,11 +183,21 @@ def _levels(vae: VAREditVAE, latent_dHW: Tensor) -> Tensor:
     return levels
 
 
+def tell_of_mask(mask: Tensor, size: tuple[int, int], tell: Callable[[str], None], name: str = "mask") -> None:
+    """Tell of a mask that is empty, and of one that has another shape than its picture, unless it is the same
+    everywhere. size: (width, height) of the picture."""
+    if not mask.any():
+        tell(f"the {name} is empty, so it counts as none; paint where the picture may change")
+    elif mask.min() != mask.max():
+        sentence = shape_complaint((mask.shape[-1], mask.shape[-2]), size, name)
+        if sentence:
+            tell(f"{sentence}; it is stretched over the picture")
+
+
 def _drawn(mask: Tensor, edits: int, image: Tensor | None, tell: Callable[[str], None]) -> list[Image.Image] | None:
     """A MASK of any size as one of every edit, in 8 bits; None for an empty one."""
     masks = masks_of(mask).clamp(0, 1)
     if not masks.any():
-        tell("the mask is empty, so it counts as none; paint where the picture may change")
         return None
     if image is None:
         raise ValueError("a mask needs the picture that was edited; connect it to image")

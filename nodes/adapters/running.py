@@ -24,7 +24,6 @@ from ...varedit_core.model.engine import Engine
 from ...varedit_core.model.layers import sdpa
 from ...varedit_core.model.transformer import Transformer
 from ...varedit_core.pictures.composite import Region
-from ...varedit_core.pictures.images import shape_complaint
 from ...varedit_core.runtime.memory import engine_of, kept_bytes
 from ...varedit_core.runtime.plan import STORES, Job, Plan
 from ...varedit_core.runtime.workspace import Shape, Workspace
@@ -43,7 +42,7 @@ from .holding import Hold, Holder, holder_of
 from .keeping import Keeper, on_device
 from .latents import KEY, Origin, check_shape, exactly, made, numbers_of, origin_in, tokens_in
 from .model import VAREditModel, checked_model, unchanged
-from .pictures import fitted_mask, region_area, scale_picture, unfitted_mask
+from .pictures import fitted_mask, region_area, scale_picture, tell_of_mask, unfitted_mask
 from .room import free_memory, host_memory, may_stay
 from .vae import VAREditVAE, checked_vae, flat
 
@@ -293,7 +292,10 @@ def _batch(edit: Edit, source: dict, origin: Origin, reads: bool, tell: Tell) ->
     areas = [region_area(drawn(region.mask, origin.fitting.size), origin.fitting, images) for region in edit.regions]
     areas = torch.stack(areas, dim=1) if areas else None
     mask = _mask(edit, source, origin, areas)
-    _tell_shapes(edit, origin, tell)
+    given = [(edit.mask, "mask"), (source.get("noise_mask"), "mask of the latent")]
+    for one, name in [*given, *((region.mask, "mask of a region") for region in edit.regions)]:
+        if isinstance(one, Tensor):
+            tell_of_mask(one, origin.fitting.size, tell, name)
     _check_source(reads, origin.empty, mask is not None, edit.controls, tell)
     instructions = [region.instruction for region in edit.regions] or [edit.texts]
     texts = [[own.of(image)[0] for own in instructions] for image in range(images)]
@@ -323,16 +325,6 @@ def _batch(edit: Edit, source: dict, origin: Origin, reads: bool, tell: Tell) ->
         numbers=numbers_of(source),
     )  # fmt: skip
     return batch, known
-
-
-def _tell_shapes(edit: Edit, origin: Origin, tell: Tell) -> None:
-    """Tell of masks that have another shape than the picture, over which they are stretched; ones that are the same
-    everywhere may have any."""
-    for mask, name in ((edit.mask, "mask"), *((region.mask, "mask of a region") for region in edit.regions)):
-        if isinstance(mask, Tensor) and mask.numel() and mask.min() != mask.max():
-            sentence = shape_complaint((mask.shape[-1], mask.shape[-2]), origin.fitting.size, name)
-            if sentence:
-                tell(f"{sentence}; it is stretched over the picture")
 
 
 def _check_source(read: bool, empty: bool, masked: bool, controls: Controls, tell: Callable[[str], None]) -> None:

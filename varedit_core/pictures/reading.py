@@ -27,11 +27,14 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF", "HEIF", "
 """What is opened. Not all that Pillow knows: EPS starts another program, and others have no bounds."""
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm"}
 """Of files that look like pictures by their names."""
+_HEIF = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _STILL = ("MPO",)  # its further pictures are previews of the first
 _PIXELS_A_BYTE = 16384  # more than PNG (8,256) and GIF (2,700) can pack
 _PACKED = ("PNG", "GIF", "BMP", "PPM", "JPEG")
 _ORIENTATION = 0x0112
 _XMP = "XML:com.adobe.xmp"
+_SRGB = bytes((1, 13))
+"""Primaries and curve of sRGB, as cICP numbers them."""
 _BROKEN = (SyntaxError, IndexError, TypeError, KeyError, struct.error)
 """What Pillow raises of a file that only begins like one of a format."""
 
@@ -148,6 +151,7 @@ def _read(file, name: str, size: int) -> tuple[Image.Image, Details]:
                                  "make it smaller")  # fmt: skip
             if image.format in _PACKED and width * height > _PIXELS_A_BYTE * size:
                 raise ValueError(f"{name} claims {width}x{height} pixels but has only {size} bytes; it is damaged")
+            _tell_lost(image, file, name)
             frames = 1 if image.format in _STILL else getattr(image, "n_frames", 1)
             found = _upright(image, name)
     except (ValueError, FileNotFoundError) as error:
@@ -161,6 +165,38 @@ def _read(file, name: str, size: int) -> tuple[Image.Image, Details]:
     if frames > 1:
         logger.warning("%s has %d frames; the first is read", name, frames)
     return found
+
+
+def _tell_lost(image: Image.Image, file, name: str) -> None:
+    """Tell of numbers that are read as 8 bits, and of colours that a PNG gives in another way than by a profile."""
+    bits, said = 8, ""
+    if image.format == "PNG":
+        bits, said = _png_facts(file, image.info)
+    elif image.format == "TIFF":
+        bits = max(image.tag_v2.get(258) or (8,))
+    elif image.mode.startswith("I"):
+        bits = 16
+    if bits > 8:
+        logger.warning("%s has %d bits a channel, of which 8 are kept", name, bits)
+    if said:
+        logger.warning("%s says %s, which is not used: it is read as sRGB; convert it to sRGB first", name, said)
+
+
+def _png_facts(file, info: dict[str, Any]) -> tuple[int, str]:
+    """Bits a channel of a PNG, and how it says that its colours are not those of sRGB, where no profile says more."""
+    here = file.tell()
+    file.seek(24)
+    bits, said = file.read(1)[0], ""
+    at = 8
+    while file.seek(at) == at and len(head := file.read(12)) == 12 and head[4:8] not in (b"IDAT", b"IEND"):
+        at += 12 + int.from_bytes(head[:4], "big")
+        if head[4:8] == b"cICP" and head[8:10] != _SRGB:
+            said = "in a cICP chunk that its colours are others"
+    file.seek(here)
+    gamma = info.get("gamma")
+    if not said and not {"icc_profile", "srgb"} & info.keys() and gamma and abs(gamma - 0.45455) > 0.01:
+        said = f"that its gamma is {gamma:g}"
+    return bits, said
 
 
 def _open(file) -> Image.Image:
@@ -178,6 +214,8 @@ def _open(file) -> Image.Image:
                 return factory(file, "")
             except _BROKEN as error:
                 raise ValueError(f"it begins like {kind} but is damaged: {error}") from error
+    if prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIF:
+        raise ValueError("it is HEIF, which this Pillow cannot decode; convert it")
     raise ValueError(f"it is none of {', '.join(FORMATS)}")
 
 
@@ -206,7 +244,8 @@ def _details(image: Image.Image, turned: Image.Image, name: str) -> Details:
     xmp = turned.info.get("xmp") or turned.info.get(_XMP) or texts.get(_XMP) or b""
     comment = turned.info.get("comment") or b""
     texts.pop(_XMP, None)
+    dpi = turned.info.get("dpi")  # (1, 1) of a TIFF that says none
     return Details(
-        data, turned.info.get("dpi"), xmp.encode() if isinstance(xmp, str) else xmp,
+        data, None if dpi == (1, 1) else dpi, xmp.encode() if isinstance(xmp, str) else xmp,
         comment.encode() if isinstance(comment, str) else comment, tuple(texts.items()),
     )  # fmt: skip
