@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from support import ROOT
 from varedit_core.files import safe_write as writing
 from varedit_core.files.convert import convert
 from varedit_core.files.lora import merge_lora
-from varedit_core.files.safe_write import safe_write, write_bytes, write_json, write_text
+from varedit_core.files.safe_write import check_target, safe_write, together, write_bytes, write_json, write_text
 from varedit_core.files.tokens import save_tokens
 from varedit_core.model.config import AutoencoderConfig
 from varedit_core.pictures.images import save_image
@@ -309,14 +310,147 @@ def test_links_are_followed_and_devices_are_never_replaced(tmp_path):
     write_text(tmp_path / "link", "one")
     write_text(tmp_path / "link", "two")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "file").read_text() == "two"
-    os.mkfifo(tmp_path / "pipe")
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    (tmp_path / "null").symlink_to(os.devnull)
+    write_text(tmp_path / "null", "nothing")
+    assert (tmp_path / "null").is_char_device() and (tmp_path / "null").is_symlink()
+
+
+def test_a_pipe_of_the_shell_is_written_to():
+    """As in `--json >(COMMAND)`: it has no name that could be replaced, and a reader."""
+    reader, writer = os.pipe()
     try:
-        write_text(tmp_path / "pipe", "through")
+        check_target(f"/dev/fd/{writer}")
+        write_text(f"/dev/fd/{writer}", "through")
         assert os.read(reader, 99) == b"through"
     finally:
         os.close(reader)
-    assert (tmp_path / "pipe").is_fifo()
+        os.close(writer)
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def link_to_a_pipe(path: Path) -> None:
+    os.mkfifo(path.with_name("pipe"))
+    path.symlink_to("pipe")
+
+
+def link_to_itself(path: Path) -> None:
+    path.symlink_to(path.name)
+
+
+UNFIT = {
+    "pipe": (pipe, "is a pipe; name a file"),
+    "link to a pipe": (link_to_a_pipe, "is a pipe; name a file"),
+    "link to itself": (link_to_itself, r"cannot write .*symbolic links\); choose another place"),
+    "folder": (Path.mkdir, "is a folder; name a file in it"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+@pytest.mark.parametrize("ask", [check_target, lambda path: write_text(path, "x")])
+def test_what_cannot_be_replaced_is_a_sentence_before_anything_is_written(tmp_path, name, ask):
+    make, sentence = UNFIT[name]
+    make(tmp_path / "a")
+    before = names(tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        ask(tmp_path / "a")
+    assert names(tmp_path) == before
+
+
+def protected(monkeypatch, path: Path) -> str:
+    true = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: Path(p) != path and true(p, mode))
+    return "may not be written; change its permissions, or choose another name"
+
+
+def mounted(monkeypatch, path: Path) -> str:
+    monkeypatch.setattr(os.path, "ismount", lambda p: Path(p) == path)
+    return "cannot be replaced: something is mounted there"
+
+
+def of_another_user(monkeypatch, path: Path) -> str:
+    path.parent.chmod(0o1777)
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    return "cannot be replaced: it belongs to another user"
+
+
+@pytest.mark.parametrize("guard", [protected, mounted, of_another_user])
+def test_a_file_that_is_protected_is_never_replaced(folder, monkeypatch, guard):
+    write_text(folder / "a", "old")
+    sentence = guard(monkeypatch, folder / "a")
+    for ask in (check_target, lambda path: write_text(path, "new")):
+        with pytest.raises(ValueError, match=sentence):
+            ask(folder / "a")
+    assert (folder / "a").read_text() == "old" and names(folder) == {"a"}
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o755, 0o444])
+@pytest.mark.parametrize("name", CHOOSING)
+def test_the_mode_of_a_file_is_kept(folder, name, mode):
+    if mode == 0o444 and os.geteuid():
+        pytest.skip("others than root may not replace it")
+    WRITERS[name].write(folder, 1)
+    (folder / WRITERS[name].file).chmod(mode)
+    WRITERS[name].write(folder, 2, overwrite=True)
+    assert (folder / WRITERS[name].file).stat().st_mode & 0o777 == mode
+
+
+def test_a_file_for_few_eyes_is_for_few_while_it_is_written(tmp_path):
+    write_text(tmp_path / "a", "old")
+    (tmp_path / "a").chmod(0o600)
+    with safe_write(tmp_path / "a") as temporary:
+        assert temporary.stat().st_mode & 0o777 == 0o600
+        temporary.write_text("new")
+
+
+def without_links(monkeypatch) -> None:
+    def refused(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("error", [OSError(errno.EBUSY, "Device or resource busy"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failing", range(4))
+def test_files_of_one_command_are_all_new_or_all_old(folder, monkeypatch, failing, error, links):
+    if not links:
+        without_links(monkeypatch)
+    for n in (0, 2):
+        write_text(folder / f"{n}", f"old {n}")
+    true = writing._publish
+
+    def publish(temporary, target, overwrite):
+        if target.name == str(failing):
+            raise error
+        true(temporary, target, overwrite)
+
+    monkeypatch.setattr(writing, "_publish", publish)
+    with pytest.raises(type(error)) as stop, together() as write:
+        for n in range(4):
+            write(folder / f"{n}", b"new", True)
+    if isinstance(error, OSError):
+        assert (
+            str(stop.value) == f"cannot write {folder / str(failing)} (Device or resource busy); choose another place"
+        )
+    assert names(folder) == {"0", "2"} and all((folder / f"{n}").read_text() == f"old {n}" for n in (0, 2))
+    monkeypatch.setattr(writing, "_publish", true)
+    with together() as write:
+        for n in range(4):
+            write(folder / f"{n}", b"newer", True)
+            write(folder / f"{n}", b"new", True)
+    assert names(folder) == set("0123") and all((folder / name).read_bytes() == b"new" for name in "0123")
+
+
+def test_another_writers_file_is_not_undone(folder):
+    """One that was faster, of a set that is not to replace anything."""
+    with pytest.raises(FileExistsError, match="exists; choose another name"), together() as write:
+        for name in "ab":
+            write(folder / name, b"ours", False)
+        (folder / "b").write_bytes(b"theirs")
+    assert names(folder) == {"b"} and (folder / "b").read_bytes() == b"theirs"
 
 
 def test_a_folder_that_is_none_is_named_by_the_files_own_name(tmp_path):

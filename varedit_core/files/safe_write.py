@@ -8,9 +8,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from uuid import uuid4
@@ -30,25 +33,95 @@ def safe_write(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator
     The temporary name is of this call alone, so that writers of one name never meet: the last one wins, and without
     overwrite the first. After any error, KeyboardInterrupt too, the temporary file is gone and an old file as it was;
     that of a writer that was killed goes when the name is written next.
-    The file has the mode of any new one here. Links are followed; a pipe or device is written to, never replaced.
+    A new file has the mode of any new one here, one that replaces another has its mode. Links are followed; a device is
+    written to, never replaced.
     Raises as `check_free`, and OSError where the folder cannot be written to or has no room (see `on_disk`).
     """
-    path = Path(path)
+    with _begun(Path(path), overwrite) as file:
+        with on_disk(path):
+            yield file.temporary
+        file.publish()
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file that is written under another name. path: its name as the user knows it; target: without links. old: the
+    file that it will replace, None for a new one."""
+
+    path: Path
+    target: Path
+    temporary: Path
+    overwrite: bool
+    old: os.stat_result | None
+
+    def publish(self) -> None:
+        """Give it its name. FileExistsError where another writer was faster and may not be replaced, OSError where the
+        name cannot be given."""
+        if self.temporary == self.path:  # a device has all already
+            return
+        if self.old:
+            _chmod(self.temporary, self.old.st_mode)
+        try:
+            _publish(self.temporary, self.target, self.overwrite)
+        except FileExistsError:
+            raise FileExistsError(_taken(self.path)) from None
+        except OSError as error:
+            raise OSError(_unwritable(self.path, error)) from error
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """What has the name now has it again where the `with` block, in which this file may be published, fails."""
+        old, made = _temporary(self.target), os.stat(self.temporary)
+        with ExitStack() as stack:
+            if self.target.is_file():
+                with on_disk(self.path):
+                    _copied(self.target, old)
+                stack.enter_context(_locked(old))
+            try:
+                yield
+            except BaseException:
+                if self.target.exists() and os.path.samestat(os.stat(self.target), made):
+                    os.replace(old, self.target) if old.exists() else self.target.unlink()
+                old.unlink(missing_ok=True)
+                raise
+            old.unlink(missing_ok=True)
+
+
+@contextmanager
+def _begun(path: Path, overwrite: bool) -> Iterator[_File]:
+    """A file under a temporary name, which is gone at the end. Raises as `safe_write`."""
     check_free(path, overwrite)
     if path.exists() and not path.is_file():
-        yield path
+        yield _File(path, path, path, overwrite, None)
         return
     target = Path(os.path.realpath(path))
     _clean(target)
-    temporary = _temporary(target)
+    temporary, old = _temporary(target), target.stat() if target.exists() else None
     try:
         _made(temporary, path)
+        if old:  # before anything is in it: the old one may be for few eyes
+            _chmod(temporary, old.st_mode | 0o600)
         with _locked(temporary):
-            with on_disk(path):
-                yield temporary
-            _publish(temporary, target, overwrite)
+            yield _File(path, target, temporary, overwrite, old)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _chmod(path: Path, mode: int) -> None:
+    with suppress(OSError):  # not every file system has modes
+        os.chmod(path, stat.S_IMODE(mode))
+
+
+def _copied(source: Path, copy: Path) -> None:
+    """A second name of a file, or where there can be none, a copy."""
+    try:
+        os.link(source, copy)
+    except OSError:
+        try:
+            shutil.copy2(source, copy)
+        except BaseException:
+            copy.unlink(missing_ok=True)
+            raise
 
 
 def _temporary(target: Path) -> Path:
@@ -108,7 +181,12 @@ def on_disk(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        raise OSError(f"cannot write {path} ({error.strerror}); make room, or choose another place") from error
+        raise OSError(_unwritable(path, error)) from error
+
+
+def _unwritable(path: str | os.PathLike[str], error: OSError) -> str:
+    advice = "make room, or choose another place" if error.errno in _FULL else "choose another place"
+    return f"cannot write {path} ({error.strerror}); {advice}"
 
 
 def _made(temporary: Path, path: Path) -> None:
@@ -117,7 +195,7 @@ def _made(temporary: Path, path: Path) -> None:
         with open(temporary, "xb"):
             pass
     except OSError as error:  # under the name that the user knows
-        raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise type(error)(_unwritable(path, error)) from error
 
 
 def _publish(temporary: Path, target: Path, overwrite: bool) -> None:
@@ -152,15 +230,29 @@ def write_json(path: str | os.PathLike[str], facts: object, indent: int = 1, ove
 @contextmanager
 def together() -> Iterator[Callable[[str | os.PathLike[str], bytes, bool], None]]:
     """Files that appear all or none: a function like `write_bytes`, whose files take their names when the `with` block
-    ends well. Where it does not, or one cannot be written, none of them is there."""
-    with ExitStack() as files:
+    ends well. Where it does not, or one of them cannot be written or named, all is as it was. A name that is written
+    twice has what came last."""
+    with ExitStack() as stack:
+        files: dict[str, _File] = {}
 
         def write(path: str | os.PathLike[str], data: bytes, overwrite: bool = True) -> None:
-            temporary = files.enter_context(safe_write(path, overwrite))
-            with open(temporary, "wb") as file:
+            name = os.path.realpath(path)
+            if name not in files:
+                files[name] = stack.enter_context(_begun(Path(path), overwrite))
+            with on_disk(path), open(files[name].temporary, "wb") as file:
                 file.write(data)
 
         yield write
+        _publish_all([file for file in files.values() if file.temporary != file.path])
+
+
+def _publish_all(files: Sequence[_File]) -> None:
+    """Give all files their names, or none."""
+    with ExitStack() as undo:
+        for file in files:
+            undo.enter_context(file.kept())
+        for file in files:
+            file.publish()
 
 
 def check_target(path: str | os.PathLike[str], overwrite: bool = True) -> None:
@@ -176,18 +268,41 @@ def check_target(path: str | os.PathLike[str], overwrite: bool = True) -> None:
     except FileExistsError:
         raise
     except OSError as error:
-        raise ValueError(f"cannot write {path} ({error.strerror}); choose another place") from error
+        raise ValueError(str(error)) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
 def check_free(path: Path, overwrite: bool) -> None:
-    """Raise FileExistsError where a file may not be replaced, ValueError where a folder has the name."""
-    if path.is_dir():
+    """Raise FileExistsError where a file may not be replaced, ValueError where what has the name cannot be."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:  # links in a circle, names that are too long, folders that may not be read
+        raise ValueError(_unwritable(path, error)) from error
+    if stat.S_ISDIR(mode):
         raise ValueError(f"{path} is a folder; name a file in it")
-    if path.exists() and not overwrite:
+    # One without a name, such as the shell's >(COMMAND), has a reader; at another, writing may wait for ever.
+    if stat.S_ISFIFO(mode) and os.path.exists(os.path.realpath(path)):
+        raise ValueError(f"{path} is a pipe; name a file")
+    if not overwrite:
         raise FileExistsError(_taken(path))
+    if not os.access(path, os.W_OK):
+        raise ValueError(f"{path} may not be written; change its permissions, or choose another name")
+    if stat.S_ISREG(mode) and (reason := _fixed(Path(os.path.realpath(path)))):
+        raise ValueError(f"{path} cannot be replaced: {reason}; choose another name")
+
+
+def _fixed(target: Path) -> str:
+    """Why a file cannot be replaced by a rename, where that can be told beforehand; else an empty text."""
+    if os.path.ismount(target):
+        return "something is mounted there"
+    folder = target.parent.stat()
+    if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, folder.st_uid, target.stat().st_uid):
+        return "it belongs to another user"
+    return ""
 
 
 def _taken(path: Path) -> str:
