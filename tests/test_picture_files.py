@@ -72,10 +72,15 @@ NONE = {
     "a number": (3, "got int"), "None": (None, "got NoneType"), "a list": ([SCENE], "got list"),
     "a file of text": (io.StringIO("x"), "open it with mode 'rb'"), "no bytes": (b"", "it is none of PNG"),
     "a batch": (np.zeros((2, 8, 8, 3)), "of one picture is"), "two channels": (np.zeros((8, 8, 2)), "of one picture"),
-    "too bright": (np.full((8, 8), 1.5), "from 0 to 1, got 1.5"), "not a number": (np.full((8, 8), np.nan), "got nan"),
+    "too bright": (np.full((8, 8), 1.5), "from 0 to 1, got 1.5"), "undefined": (np.full((8, 8), np.nan), "holds undefined"),
     "16 bits": (np.zeros((8, 8), np.uint16), "must be of uint8"), "no pixels": (np.zeros((0, 8, 3)), "is empty"),
     "complex": (np.zeros((8, 8), complex), "must be of uint8"), "words": ("a cat", "there is no image at a cat"),
-    "one dimension": (torch.zeros(8), "of one picture is"),
+    "one dimension": (torch.zeros(8), "of one picture is"), "sparse": (torch.zeros(3, 8, 8).to_sparse(), "a plain one"),
+    "no data": (torch.zeros(3, 8, 8, device="meta"), "a plain one"),
+    "conjugated": (torch.zeros(3, 8, 8, dtype=torch.complex64).conj(), "a plain one"),
+    "masked": (np.ma.masked_array(ARRAY, ARRAY > 9), "fill it"),
+    "every other byte": (memoryview(b"no picture" * 9)[::2], "it is none of PNG"),
+    "a photograph of a phone": (b"\0\0\0\x18ftypheic" + bytes(99), "it is HEIF, which this Pillow cannot decode"),
 }  # fmt: skip
 
 
@@ -220,6 +225,69 @@ def test_lab_is_read():
     lab = ImageCms.profileToProfile(SCENE, SRGB, ImageCms.createProfile("LAB"), outputMode="LAB")
     found = np.array(load_image(encoded(lab, "TIFF")).rgb).astype(int)
     assert np.abs(found - ARRAY).max() < 12
+
+
+# What is not kept of one
+
+
+def png(*chunks, mode="RGB"):
+    made = PngImagePlugin.PngInfo()
+    for name, data in chunks:
+        made.add(name, data)
+    return encoded(SCENE if mode == "RGB" else Image.new(mode, (40, 30), 700), "PNG", pnginfo=made)
+
+
+TOLD = {
+    "png, 16 bits": (png(mode="I;16"), "16 bits a channel"),
+    "tiff, 16 bits": (encoded(Image.new("I;16", (40, 30), 700), "TIFF"), "16 bits a channel"),
+    "pgm, 16 bits": (encoded(Image.new("I;16", (40, 30), 700), "PPM"), "16 bits a channel"),
+    "png, gamma": (png((b"gAMA", struct.pack(">I", 100000))), "says that its gamma is 1, which is not used"),
+    "png, wide colours": (png((b"cICP", bytes((9, 16, 0, 1)))), "cICP chunk that its colours are others"),
+    "png": (png(), ""),
+    "png, sRGB's gamma": (png((b"gAMA", struct.pack(">I", 45455))), ""),
+    "png, sRGB by number": (png((b"cICP", bytes((1, 13, 0, 1)))), ""),
+    "png, gamma beside sRGB": (png((b"sRGB", b"\0"), (b"gAMA", struct.pack(">I", 100000))), ""),
+    "tiff": (encoded(SCENE, "TIFF"), ""),
+}
+
+
+@pytest.mark.parametrize("kind", TOLD)
+def test_depth_and_colours_that_are_not_kept_are_told(kind, caplog):
+    data, said = TOLD[kind]
+    assert load_image(data).size == (40, 30)
+    assert said in caplog.text and bool(said) == bool(caplog.records)
+
+
+@pytest.mark.parametrize("length", [0, 2**31 - 1, 2**32 - 1])
+def test_a_chunk_of_any_length_is_no_hang(length):
+    whole = png()
+    broken = whole[:33] + struct.pack(">I", length) + b"abcd" + whole[33:]
+    try:
+        load_image(broken)
+    except ValueError as error:
+        assert "cannot read" in str(error)
+
+
+def test_no_resolution_is_none():
+    assert load_image(encoded(SCENE, "TIFF")).details.dpi is None
+
+
+def test_an_open_file_without_end_is_refused_unread():
+    with open("/dev/zero", "rb") as file, pytest.raises(ValueError, match="cannot read /dev/zero .it is none of"):
+        load_image(file)
+
+
+class Endless(io.RawIOBase):
+    """A PNG that goes on for ever."""
+
+    def read(self, size=-1):
+        return png()[:size] if size == 16 else bytes(size)
+
+
+def test_an_open_file_is_read_up_to_what_a_picture_can_have(monkeypatch):
+    monkeypatch.setattr(reading, "MOST_BYTES", 1 << 20)
+    with pytest.raises(ValueError, match="holds more than 1 MB"):
+        load_image(Endless())
 
 
 # What a picture carries

@@ -89,3 +89,9 @@ def test_json_that_is_too_large_is_refused_unread(tmp_path):
         file.truncate(MAX_JSON + 1)
     with pytest.raises(ValueError, match="too large for a configuration"):
         read_json(path, "configuration")
+
+
+@pytest.mark.parametrize("address", ["https://example.com/a.png", "http://a/b", "file:///a.png", "s3://a/b"])
+def test_an_address_is_called_one(address):
+    with pytest.raises(ValueError, match="is an address, not the path of a file; (download it first|write the path)"):
+        check_file(address)

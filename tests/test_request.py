@@ -1,9 +1,16 @@
 """What `Editor.run` takes by name: wrong values are a sentence before anything runs, usual forms are understood."""
 
+import copy
+import os
+import pickle
+import signal
+import time
+from threading import Event, Thread
+
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 from varedit_core import Controls, Editor, Region, SamplingSettings, Shortcuts
 from varedit_core.demo import demo_files
@@ -11,6 +18,7 @@ from varedit_core.request import Options
 
 SIZE = "0.06M"
 WORDS = "make it sepia"
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 PICTURE = Image.new("RGB", (64, 64), (90, 140, 40))
 WRONG = [
     *((dict(variations=n), rf"variations must be a whole number from 1 to 4096, got {n!r}") for n in (0, -1, 1.5, "2")),
@@ -49,6 +57,85 @@ def editor():
 def test_a_wrong_option_is_one_sentence(editor, options, said):
     with pytest.raises(ValueError, match=f"^{said}$"):
         editor.run(PICTURE, WORDS, size=SIZE, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(seed=3), r"no option 'seed'; write settings=SamplingSettings\(seed=...\)"),
+        (dict(guidance=2), r"no option 'guidance'; write settings="),
+        (dict(masks=1), "no option 'masks'; choose of .*mask"),
+    ],
+    ids=str,
+)
+def test_an_option_that_there_is_not(editor, options, said):
+    with pytest.raises(TypeError, match=said):
+        editor.run(PICTURE, WORDS, **options)
+
+
+def test_who_watches_is_a_function(editor):
+    with pytest.raises(ValueError, match="on_scale must be a function of a scale and pictures, got int"):
+        editor.run(PICTURE, WORDS, on_scale=5)
+
+
+def test_a_result_carries_what_its_picture_does(editor, tmp_path):
+    exif = Image.Exif()
+    exif[0x013B] = "A. Painter"
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("prompt", "{}")
+    PICTURE.save(tmp_path / "a.png", exif=exif, dpi=(300, 300), pnginfo=texts, icc_profile=SRGB)
+    (made,) = editor.edit(tmp_path / "a.png", WORDS)
+    with Image.open(tmp_path / "a.png") as given:
+        given.load()
+        for name in ("exif", "prompt", "icc_profile"):
+            assert made.info[name] == given.info[name], name
+        assert round(made.info["dpi"][0]) == 300
+
+
+def test_a_mask_that_changes_while_it_is_used(editor):
+    mask = Image.new("L", PICTURE.size)
+    mask.paste(255, (0, 0, 32, 64))
+    (wanted,) = editor.edit(PICTURE, WORDS, mask=mask)
+
+    def change(scale, pictures):
+        mask.paste(0, (0, 0, *mask.size))
+
+    (found,) = editor.edit(PICTURE, WORDS, mask=mask, on_scale=change)
+    assert found.tobytes() == wanted.tobytes() != PICTURE.tobytes()
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_an_editor_is_not_copied(editor, copied):
+    with pytest.raises(TypeError, match="an Editor belongs to its process"):
+        copied(editor)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_forked_while_a_thread_edits_can_edit(editor):
+    begun, go_on = Event(), Event()
+
+    def wait(scale, pictures):
+        begun.set()
+        assert go_on.wait(60)
+
+    thread = Thread(target=editor.edit, args=(PICTURE, WORDS), kwargs={"on_scale": wait})
+    thread.start()
+    assert begun.wait(60)
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        os._exit(7 if editor.edit(PICTURE, WORDS) else 1)
+    for _ in range(600):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    go_on.set()
+    thread.join()
+    assert ended and os.waitstatus_to_exitcode(status) == 7
 
 
 @pytest.mark.parametrize("words", [None, 3, [None], [], ()])

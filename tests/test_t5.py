@@ -18,7 +18,7 @@ from transformers import T5EncoderModel
 from varedit_core.demo import demo_files
 from varedit_core.files.weights import WeightError
 from varedit_core.model.layers import Operations
-from varedit_core.text.encoder import load_text_encoder
+from varedit_core.text.encoder import load_text_encoder, unread
 from varedit_core.text.t5 import T5Config, T5Encoder, position_buckets
 from varedit_core.training.settings import NewText
 from varedit_core.training.tasks import save_text
@@ -229,3 +229,25 @@ import varedit_core.training.tasks
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+PLAIN = [
+    "make it sepia",
+    "make it (very) dark",
+    "a clock at 12:30",
+    "{a}",
+    "break it",
+    "10:1, no, 2:1",
+    "a < b: c > d",
+]
+MARKED = {
+    "make it (sepia:1.3)": "'(sepia:1.3)'", "((a cat:0.8))": "'(a cat:0.8)'", "dark <lora:x:1>": "'<lora:x:1>'",
+    "embedding:bad, dark": "'embedding:bad,'", "make it {sepia|dark}": "'{sepia|dark}'", "__colour__ sky": "'__colour__'",
+    "red BREAK blue": "'BREAK'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [*PLAIN, *MARKED])
+def test_signs_that_are_orders_elsewhere_are_told(text):
+    said = unread(text, [5, 1], 2)
+    assert [one.partition(" is read as plain words")[0] for one in said] == ([MARKED[text]] if text in MARKED else [])

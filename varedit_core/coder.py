@@ -5,8 +5,10 @@ Shape suffixes: P pictures, d bits a latent position, (H, W) latent grid, L text
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from threading import RLock
+from weakref import WeakSet
 
 import torch
 from PIL import Image
@@ -30,6 +32,7 @@ class Coder:
     def __init__(self, autoencoder: Autoencoder, text: TextEncoder | None, device: torch.device | str) -> None:
         self.autoencoder, self.text = autoencoder, text
         self.device, self._lock = torch.device(device), RLock()
+        _living.add(self)
         self.text_length = TEXT_TOKENS
         """Tokens of a text that the transformer takes."""
         self._last: tuple[list[Tensor], list[str | Tensor]] = [], []
@@ -39,6 +42,10 @@ class Coder:
         self._decoder = Recorder(autoencoder, autoencoder.decode, autoencoder.config.bits * most // stride**2)
         self.recordings = (self._encoder, self._decoder, *([text] if text else []))
         """What keeps memory for the next picture or text."""
+
+    def __getstate__(self) -> dict:
+        """TypeError: it is not pickled nor copied."""
+        raise TypeError(f"an {type(self).__name__} belongs to its process; load one in each, or share it by threads")
 
     def forget(self) -> None:
         """Give back all memory that is kept from edit to edit."""
@@ -129,3 +136,16 @@ def _alike(given: tuple[list, list], last: tuple[list, list]) -> bool:
         if a.shape != b.shape or not torch.equal(a[..., ::31, ::31], b[..., ::31, ::31]):
             return False
     return all(a is b or (isinstance(a, str) and a == b) for a, b in zip(prompts, last_prompts))
+
+
+_living: WeakSet[Coder] = WeakSet()
+
+
+def _after_fork() -> None:
+    """A lock that another thread held when the process was forked would be held for ever."""
+    for coder in _living:
+        coder._lock = RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

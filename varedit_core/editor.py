@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -172,7 +173,7 @@ class Editor(Coder):
         every `Scale` before its bits are drawn, and the fitted pictures of its results; raise in it to cancel. options:
         see `Options`. ValueError where pictures, instructions, masks and model do not belong together.
         """
-        wanted = Options(**options)
+        wanted = _options(options, on_scale)
         if not self.transformer.config.source:
             raise ValueError(
                 "this transformer makes pictures of text alone; use `generate`, or load it as the kind edit if it "
@@ -214,7 +215,7 @@ class Editor(Coder):
         `run`. ValueError for a transformer that edits, for a picture without a mask or the other way round, and for
         controls that hold to a source where there is none.
         """
-        wanted = Options(**options)
+        wanted = _options(options, on_scale)
         if self.transformer.config.source:
             raise ValueError(
                 "this transformer edits pictures; use `edit`, or load it as the kind text-to-image if it is an "
@@ -269,3 +270,18 @@ class Editor(Coder):
         """Forget what is kept between edits where it leaves too little to decode a picture, or that several times."""
         latents = image.schedule.tokens[-1] * self.patch**2
         make_room(self.workspace, self.device, times * latents * bytes_to_decode(self.autoencoder))
+
+
+def _options(given: dict[str, object], on_scale: object) -> Options:
+    """Keywords as options. TypeError for ones that there are not, ValueError for an `on_scale` that is no function."""
+    known = {field.name for field in fields(Options)}
+    drawn = {field.name for field in fields(SamplingSettings)}
+    for name in given:
+        if name not in known:
+            advice = (
+                f"write settings=SamplingSettings({name}=...)" if name in drawn else f"choose of {', '.join(known)}"
+            )
+            raise TypeError(f"there is no option {name!r}; {advice}")
+    if on_scale is not None and not callable(on_scale):
+        raise ValueError(f"on_scale must be a function of a scale and pictures, got {type(on_scale).__name__}")
+    return Options(**given)

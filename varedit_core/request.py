@@ -161,6 +161,8 @@ class Request:
         result.check()
         drawn = masks and [mask for mask in masks for _ in range(options.variations)]
         pictures = decoded.composited((drawn, found), options.seam)
+        for picture, image in zip(pictures, shown):
+            picture.info |= image.source.info
         return Edited(pictures, tokens, found, *(decoded.maps(result.confidence) if options.explain else ()))
 
 

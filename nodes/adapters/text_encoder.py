@@ -202,4 +202,4 @@ def encode(clip: comfy.sd.CLIP, text: str) -> tuple[list, str | None]:
         )
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     ids = clip.tokenizer.tokenize(text)
-    return conditioning, "; ".join(unread(ids, len(ids))) or None
+    return conditioning, "; ".join(unread(text, ids, len(ids))) or None

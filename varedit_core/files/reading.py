@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -25,6 +26,9 @@ def check_file(path: str | os.PathLike[str], what: str = "file", error: type[Val
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
+        if address := re.match(r"(https?|ftp|file|s3|gs):/", str(path)):  # `Path` makes one slash of two
+            advice = "write the path alone" if address[1] == "file" else "download it first"
+            raise error(f"{str(path)!r} is an address, not the path of a file; {advice}") from None
         turned = str(path).replace("\\", "/")
         advice = f"write {turned}" if turned != str(path) and Path(turned).exists() else "check the path"
         raise FileNotFoundError(f"there is no {what} at {path}; {advice}") from None

@@ -62,6 +62,11 @@ class SourceImage:
         return self.rgb.size
 
     @property
+    def info(self) -> dict[str, object]:
+        """What it carries beside pixels, as Pillow's own readers put it into `Image.info`."""
+        return self.details.info | ({"icc_profile": self.icc_profile} if self.icc_profile else {})
+
+    @property
     def opaque(self) -> bool:
         """Whether nothing shines through: no alpha, or one that is full everywhere."""
         return self.alpha is None or _is_full(self.alpha)
@@ -106,7 +111,7 @@ def load_mask(picture: Readable, erased: bool = False) -> Image.Image:
     ValueError, as elsewhere such files mean the opposite. Raises as `load_image`.
     """
     if isinstance(picture, Image.Image) and picture.mode == "L" and not picture.info and 0 not in picture.size:
-        return picture  # one already
+        return picture.copy()  # one already, which its owner may change
     source = load_image(picture)
     grey = source.rgb.convert("L")
     if source.opaque:

@@ -7,13 +7,16 @@ said in one sentence, and so is what is left out (as a warning of `logging`).
 from __future__ import annotations
 
 import logging
+import math
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -31,6 +34,11 @@ _HEIF = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _STILL = ("MPO",)  # its further pictures are previews of the first
 _PIXELS_A_BYTE = 16384  # more than PNG (8,256) and GIF (2,700) can pack
 _PACKED = ("PNG", "GIF", "BMP", "PPM", "JPEG")
+_UNREAD = "cannot read {} ({}); save it again as PNG or JPEG"
+_PREFIX = 16
+"""Bytes by which Pillow knows a format."""
+MOST_BYTES = 8 * MAX_CANVAS_PIXELS + (64 << 20)
+"""Of a file: pixels of four channels in 16 bits, and room for what it carries."""
 _ORIENTATION = 0x0112
 _XMP = "XML:com.adobe.xmp"
 _SRGB = bytes((1, 13))
@@ -64,6 +72,13 @@ class Details:
             names = ", ".join(name for name, _ in self.texts)
             logger.warning("%s cannot hold the texts of a PNG (%s), so they are left out", kind, names)
         return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """As Pillow's own readers put it into `Image.info`."""
+        known = {"exif": self.exif, "dpi": self.dpi, "xmp": self.xmp, "comment": self.comment}
+        found = dict(self.texts) | known
+        return {name: value for name, value in found.items() if value}
 
     def _chunks(self) -> PngInfo:
         made = PngInfo()
@@ -102,13 +117,13 @@ def opened(picture: object) -> tuple[Image.Image, Details]:
     if isinstance(picture, (np.ndarray, Tensor)):
         return of_array(picture), NO_DETAILS
     if isinstance(picture, (bytes, bytearray, memoryview)):
-        return _read(BytesIO(picture), "the picture", len(picture))
+        data = bytes(picture)
+        return _read(BytesIO(data), "the picture", len(data))
     if hasattr(picture, "read"):
         name = getattr(picture, "name", None)
-        data = picture.read()
-        if not isinstance(data, bytes):
-            raise ValueError("the open file gives text; open it with mode 'rb'")
-        return _read(BytesIO(data), str(name) if isinstance(name, (str, os.PathLike)) else "the picture", len(data))
+        name = str(name) if isinstance(name, (str, os.PathLike)) else "the picture"
+        data = _all_of(picture, name)
+        return _read(BytesIO(data), name, len(data))
     if not isinstance(picture, (str, os.PathLike)):
         raise ValueError(
             f"a picture is a path, bytes, an open file, a PIL image, or an array or tensor of one, got "
@@ -120,9 +135,31 @@ def opened(picture: object) -> tuple[Image.Image, Details]:
         return _read(file, str(path), path.stat().st_size)
 
 
+def _all_of(file, name: str) -> bytes:
+    """What an open file holds: no more than a picture can have, and nothing of what begins like none."""
+    data = file.read(_PREFIX)
+    if not isinstance(data, bytes):
+        raise ValueError("the open file gives text; open it with mode 'rb'")
+    try:
+        _begun(data)
+    except ValueError as error:
+        raise ValueError(_UNREAD.format(name, error)) from error
+    parts, left = [data], MOST_BYTES
+    while part := file.read(min(left + 1, 1 << 24)):
+        parts.append(part)
+        left -= len(part)
+        if left < 0:
+            raise ValueError(f"{name} holds more than {MOST_BYTES >> 20} MB, which no picture has; check it")
+    return b"".join(parts)
+
+
 def of_array(values: np.ndarray | Tensor) -> Image.Image:
     """A picture of an array or a tensor (see `opened`). ValueError for other shapes, types and values."""
     tensor = isinstance(values, Tensor)
+    if tensor and (values.layout != torch.strided or values.is_meta or values.is_complex()):
+        raise ValueError("a tensor of a picture is a plain one: dense, of real numbers, with data; convert it")
+    if isinstance(values, np.ma.MaskedArray):
+        raise ValueError("an array of a picture has no mask of its own; fill it (numpy.ma.filled) first")
     array = values.detach().cpu().float().numpy() if tensor and values.is_floating_point() else np.asarray(values)
     shape, channels = tuple(array.shape), (1, 3, 4)
     if array.ndim == 3 and shape[0] in channels and (tensor or shape[2] not in channels):
@@ -133,7 +170,9 @@ def of_array(values: np.ndarray | Tensor) -> Image.Image:
         array = array.astype(np.uint8) * 255
     if np.issubdtype(array.dtype, np.floating):
         least, most = (float(array.min()), float(array.max())) if array.size else (0, 0)
-        if not (least >= 0 and most <= 1):  # nor a number that is none
+        if math.isnan(least) or math.isnan(most):
+            raise ValueError("an array of a picture holds undefined numbers; check what made it")
+        if not (least >= 0 and most <= 1):
             raise ValueError(f"an array of floating-point numbers must be from 0 to 1, got {least:g} to {most:g}")
         array = (array * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:
@@ -157,7 +196,7 @@ def _read(file, name: str, size: int) -> tuple[Image.Image, Details]:
     except (ValueError, FileNotFoundError) as error:
         if name in str(error):
             raise
-        raise ValueError(f"cannot read {name} ({error}); save it again as PNG or JPEG") from error
+        raise ValueError(_UNREAD.format(name, error)) from error
     except Exception as error:  # broken files raise struct.error, SyntaxError, EOFError and more
         cut = "truncated" in str(error)
         advice = "it is cut short, so copy or download it again" if cut else "save it again as PNG or JPEG"
@@ -202,18 +241,22 @@ def _png_facts(file, info: dict[str, Any]) -> tuple[int, str]:
 def _open(file) -> Image.Image:
     """As `PIL.Image.open`, for FORMATS and without its own bounds: it warns of pictures that are none too large for
     the model, and refuses some."""
-    prefix = file.read(16)
+    kind, factory = _begun(file.read(_PREFIX))
+    file.seek(0)
+    try:
+        return factory(file, "")
+    except _BROKEN as error:
+        raise ValueError(f"it begins like {kind} but is damaged: {error}") from error
+
+
+def _begun(prefix: bytes) -> tuple[str, Callable]:
+    """The format that a file of these first bytes has, and what opens it. ValueError for none of FORMATS."""
     for known in (Image.preinit, Image.init):
         known()
         for kind in FORMATS:
             factory, accepts = Image.OPEN.get(kind, (None, None))
-            if factory is None or (accepts and accepts(prefix) is not True):
-                continue
-            file.seek(0)
-            try:
-                return factory(file, "")
-            except _BROKEN as error:
-                raise ValueError(f"it begins like {kind} but is damaged: {error}") from error
+            if factory is not None and (not accepts or accepts(prefix) is True):
+                return kind, factory
     if prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIF:
         raise ValueError("it is HEIF, which this Pillow cannot decode; convert it")
     raise ValueError(f"it is none of {', '.join(FORMATS)}")

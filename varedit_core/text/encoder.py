@@ -7,6 +7,7 @@ are its files: a Hugging Face folder, or one file with the tokenizer beside it.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,6 +31,9 @@ UNKNOWN = 2
 """T5's token for what its vocabulary lacks, such as Chinese."""
 RECORDED_STEP = 16
 """Prompts are recorded in lengths that are multiples of it (CUDA only)."""
+_ORDER = re.compile(
+    r"\([^()]*:\s*[0-9.]+\)|<(?:lora|lyco|hypernet):[^>]*>|\bembedding:\S+|\{[^{}]*\|[^{}]*\}|__\w+__|\bBREAK\b"
+)
 _TABLE = "encoder.embed_tokens.weight"  # where some files have shared.weight
 _BLOCKS = "encoder.block."
 
@@ -54,7 +58,7 @@ class TextEncoder:
             )
         if count > most and most < TEXT_TOKENS:
             raise ValueError(f"the instruction has {count} text tokens but the model takes {most}; shorten it")
-        for sentence in unread(ids, count):
+        for sentence in unread(prompt, ids, count):
             logger.warning(sentence)
         return ids
 
@@ -89,14 +93,18 @@ def cut_ids(ids: list[int]) -> tuple[list[int], int]:
     return (ids if len(ids) <= TEXT_TOKENS else [*ids[: TEXT_TOKENS - 1], ids[-1]]), len(ids)
 
 
-def unread(ids: Sequence[int], count: int) -> list[str]:
-    """Sentences for what is not read of a text: ids behind the most, and where a third or more are unknown. ids: cut;
-    count: how many there were."""
+def unread(text: str, ids: Sequence[int], count: int) -> list[str]:
+    """Sentences for what is not read of a text: ids behind the most, where a third or more are unknown, and signs that
+    other programs take as orders. ids: cut; count: how many there were."""
     found, unknown = [], sum(number == UNKNOWN for number in ids)
     if count > TEXT_TOKENS:
         found.append(f"the text has {count} tokens; only the first {TEXT_TOKENS} are used")
     if unknown and 3 * unknown >= len(ids) - 1:
         found.append(f"{unknown} of the text's {len(ids) - 1} tokens are unknown to the text encoder; write English")
+    if order := _ORDER.search(text):
+        found.append(
+            f"{order[0]!r} is read as plain words; weights, choices, LoRAs and embeddings do nothing in a text"
+        )
     return found
 
 
