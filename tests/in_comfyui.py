@@ -1463,6 +1463,68 @@ class Probe:
         comfy.utils.PROGRESS_BAR_HOOK = None
         return calls
 
+    def given(self) -> dict:
+        """The error of every node for every bad value of each of its inputs of a type that is judged; and what comes
+        out for values that are unusual and right."""
+        torch, found = self.torch, {}
+        judged = self.module("nodes.inputs").JUDGED
+        picture, sound = self.cat[:, :256, :256], self._sound()
+        for name, node in self.nodes.items():
+            inputs = node.define_schema().inputs
+            values = {one.id: sound.get(one.get_io_type(), getattr(one, "default", None)) for one in inputs}
+            for one in inputs:
+                for bad, value in self._bad(one.get_io_type()).items() if one.get_io_type() in judged else ():
+                    if not (value is None and one.optional):
+                        found[f"{name}.{one.id}: {bad}"] = self.error(node.execute, **{**values, one.id: value})
+        right = {
+            "half": picture.half(), "double": picture.double(), "bf16": picture.bfloat16(), "grey": picture[..., :1],
+            "alpha": torch.cat([picture, picture[..., :1]], -1), "strided": picture.transpose(1, 2),
+            "a little beyond": picture * 1.8 - 0.4,
+        }  # fmt: skip
+        extended = {name: self.run("ExtendCanvas", x, 9, 0, 0, 20, "pixels", "blur", 16) for name, x in right.items()}
+        ends = {name: [float(end) for end in x.aminmax()] for name, x in extended.items()}
+        masks = {"bool": torch.ones(1, 9, 9) > 0, "flat": torch.ones(9, 9), "whole": torch.ones(1, 9, 9).int()}
+        cropped = {name: self.error(self.run, "CropRegion", picture, x, 0.25, "square") for name, x in masks.items()}
+        return {"errors": found, "ends": ends, "masks": cropped}
+
+    def _sound(self) -> dict:
+        """A value for every type of input that is not a widget's."""
+        picture = self.cat[:, :256, :256]
+        mask = self.torch.zeros(1, 256, 256)
+        mask[:, 50:90, 50:90] = 1
+        return {
+            "MODEL": self.model, "CLIP": self.clip, "VAE": self.vae, "CONDITIONING": self.text, "LATENT": self.source,
+            "IMAGE": picture, "MASK": mask,
+        }  # fmt: skip
+
+    def _bad(self, kind: str) -> dict:
+        """Values of a type that no node may take, by what is wrong with them."""
+        torch, sound = self.torch, self._sound()[kind]
+        bad = {"none": None, "text": "x", "number": 3, "list": [sound] if kind != "CONDITIONING" else [3], "dict": {}}
+        if kind == "CONDITIONING":
+            return {**bad, "half a pair": [[sound[0][0]]], "features of none": [[None, {}]]}
+        x = sound["samples"] if kind == "LATENT" else sound
+        tensors = {
+            "undefined": x.clone().index_fill_(0, torch.tensor([0]), float("nan")), "rows of none": x[:0],
+            "one undefined": x.clone().view(-1).index_fill(0, torch.tensor([7]), float("nan")).view(x.shape),
+            "infinite": x.clone().view(-1).index_fill(0, torch.tensor([7]), -float("inf")).view(x.shape),
+            "no columns": x[:, :, :0], "sparse": x.to_sparse(), "nowhere": x.to("meta"), "complex": x + 0j,
+        }  # fmt: skip
+        if kind != "MASK":
+            tensors |= {"whole": x.int(), "bool": x > 0, "8 bits": x.to(torch.float8_e4m3fn)}
+        if kind == "LATENT":
+            tensors = {name: {**sound, "samples": value} for name, value in tensors.items()}
+            masks = {f"mask: {name}": {**sound, "noise_mask": value} for name, value in self._bad("MASK").items()}
+            del masks["mask: none"]
+            return {**bad, **tensors, **masks, "numbered by text": {**sound, "batch_index": ["x"]}}
+        far = {"levels": (x * 255).byte(), "far beyond": x * 5, "negative": x - 2}
+        if kind == "IMAGE":
+            far |= {"one of a batch": x[0], "video": x[None], "two channels": x[..., :2], "five channels": x.repeat(
+                1, 1, 1, 2)[..., :5]}  # fmt: skip
+        else:
+            far |= {"a line": x[0, 0]}
+        return {**bad, **tensors, **far}
+
     def plan(self) -> str:
         return self.run("MemoryPlan", self.model, "256", 2, True)
 
@@ -1476,7 +1538,7 @@ PARTS = (
     "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text",
     "ladder", "formats", "partial", "leftovers", "keeping", "variations", "shortcuts", "controls", "text_to_image",
     "layers", "held", "streaming", "without_triton", "listing", "way", "recording", "told", "asked_back", "colours",
-    "same_job", "plan", "stray_masks",
+    "same_job", "plan", "stray_masks", "given",
 )  # fmt: skip
 ONE_EDIT = ("pictures", "formats", "variations")  # parts that decode one edit again and again
 

@@ -53,6 +53,9 @@ class Slot(SimpleNamespace):
         super().__init__(**dict.fromkeys(known), **{"kind": kind, "id": id})
         vars(self).update(given)
 
+    def get_io_type(self) -> str:
+        return self.kind
+
 
 def _kind(name: str) -> SimpleNamespace:
     kind, known = KINDS[name]

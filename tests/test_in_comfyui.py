@@ -72,6 +72,21 @@ def test_pictures_that_do_not_belong_are_one_sentence(found, name):
     assert message.startswith(SENTENCE) and "\n" not in message and ";" in message
 
 
+def test_every_input_of_every_node_is_judged_by_its_type(found):
+    """By the nodes' schemas: a new node, or a new input, is judged or fails here."""
+    result = facts(found, "given")
+    assert len({name.split(":")[0] for name in result["errors"]}) >= 26 and len(result["errors"]) >= 570
+    for name, message in result["errors"].items():
+        assert message.startswith(SENTENCE) and "\n" not in message and "; " in message, (name, message)
+        assert not any(word in message for word in ("has no attribute", "expected", "Tensor.")), (name, message)
+
+
+def test_unusual_pictures_and_masks_are_taken_as_they_are_meant(found):
+    result = facts(found, "given")
+    assert len(result["ends"]) == 7 and all(0 <= low < high <= 1 for low, high in result["ends"].values())
+    assert result["masks"] == {"bool": "", "flat": "", "whole": ""}
+
+
 def test_pictures_of_text_alone(found):
     result = facts(found, "text_to_image")
     assert result["library"] == [0, 0] and result["size"] == [2, 336, 224, 3] and result["greedy"] == [2, 16, 42, 28]

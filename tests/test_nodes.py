@@ -142,6 +142,15 @@ def test_a_node_keeps_the_contract(nodes, schemas, name):
     assert all(slot.display_name == slot.id for slot in schema.outputs)
 
 
+def test_every_type_of_input_is_judged_or_known_not_to_need_it(schemas, pack):
+    judged = sys.modules["pack_x_varedit.nodes.inputs"].JUDGED
+    widgets = {"INT", "FLOAT", "BOOLEAN", "STRING", "COMBO"}
+    asked = {"MODEL", "CLIP", "VAE"}
+    own = {slot.kind for schema in schemas.values() for slot in schema.outputs if slot.kind.startswith("VAREDIT_")}
+    found = {slot.kind for schema in schemas.values() for slot in schema.inputs}
+    assert found <= {*judged} | widgets | asked | own, "say in `inputs.JUDGED` who judges it"
+
+
 def test_what_the_node_api_has_not_is_a_mistake_in_the_stand_in(comfy):
     io = comfy["comfy_api.latest"].io
     for wrong in (
@@ -747,6 +756,7 @@ print(json.dumps([sorted(brought), sorted(set(sys.modules) - known)]))
             "encode",
             "file_info",
             "files",
+            "inputs",
             "loaders",
             "sample_image",
             "sampler",

@@ -36,13 +36,7 @@ from .vae import VAREditVAE, checked_vae
 
 def to_pillow(image_HWC: Tensor) -> Image.Image:
     """One picture of an IMAGE, in 8 bits."""
-    if image_HWC.ndim != 3:
-        raise ValueError("the image has no rows, columns and channels; connect one of [count, y, x, 3]")
-    if not image_HWC.isfinite().all():
-        raise ValueError("the image holds undefined numbers; check the node that made it")
-    levels = image_HWC.float().cpu().clamp(0, 1).mul_(255).round_().to(torch.uint8).numpy()
-    if levels.shape[2] not in (1, 3, 4):
-        raise ValueError(f"the image has {levels.shape[2]} channels; connect one with 1, 3 or 4")
+    levels = (image_HWC.float().cpu() * 255).round_().to(torch.uint8).numpy()
     return Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else np.ascontiguousarray(levels))
 
 
@@ -55,12 +49,13 @@ def to_image(pictures: list[Image.Image]) -> Tensor:
 def encode_source(vae, image: Tensor, area: str, method: str) -> dict:
     """The LATENT of pictures to edit: unquantised features [B, d, h, w], each picture encoded alone."""
     vae = checked_vae(vae)
-    if not len(image):
-        raise ValueError("there is no picture to edit; connect at least one")
     fitted = [fitted_levels(load_image(to_pillow(one)), area, method) for one in image]
     # One by one, as the library does: convolutions of a batch round differently.
     features = torch.cat([vae.encode_levels(levels) for levels, _ in fitted])
-    _defined(features, "the encoded picture", "the VAE's weights are damaged; load or convert them again")
+    if not features.isfinite().all():
+        raise ValueError(
+            "the encoded picture holds undefined numbers; the VAE's weights are damaged; load or convert them again"
+        )
     return made(features, Origin(fitted[0][1], vae.colours))
 
 
@@ -87,9 +82,7 @@ def decode_edit(
             f"the image is {image.shape[2]}x{image.shape[1]} but the edit is of one of "
             f"{fitting.size[0]}x{fitting.size[1]}; connect the picture that was encoded"
         )
-    if image is not None and image.shape[3] not in (1, 3, 4):
-        raise ValueError(f"the image has {image.shape[3]} channels; connect one with 1, 3 or 4")
-    if image is not None and (not len(image) or len(samples) % len(image)):
+    if image is not None and len(samples) % len(image):
         raise ValueError(
             f"there are {image.shape[0]} images for {len(samples)} edits; connect the same batch, or one image"
         )
@@ -131,7 +124,7 @@ def region_area(mask: Tensor | None, fitting: Fitting, images: int) -> Tensor:
     """A region's MASK at the fitted pictures' size, [images, y, x]; ones for a region without. ValueError for an empty
     one."""
     found = fitted_mask(torch.ones(1, 1) if mask is None else mask, fitting, images)
-    if found is None:
+    if found is None or not found.any():
         raise ValueError("a region's mask is empty; paint where its instruction is to count")
     return found.expand(images, -1, -1)
 
@@ -168,9 +161,7 @@ def origin_of(latent: dict, samples: Tensor, vae: VAREditVAE) -> Origin:
 
 
 def _samples(vae: VAREditVAE, latent: dict) -> Tensor:
-    samples = vae.checked(latent["samples"])
-    _defined(samples, "the latent", "check the model's weights")
-    return samples
+    return vae.checked(latent["samples"])
 
 
 def _levels(vae: VAREditVAE, latent_dHW: Tensor) -> Tensor:
@@ -196,7 +187,7 @@ def tell_of_mask(mask: Tensor, size: tuple[int, int], tell: Callable[[str], None
 
 def _drawn(mask: Tensor, edits: int, image: Tensor | None, tell: Callable[[str], None]) -> list[Image.Image] | None:
     """A MASK of any size as one of every edit, in 8 bits; None for an empty one."""
-    masks = masks_of(mask).clamp(0, 1)
+    masks = masks_of(mask)
     if not masks.any():
         return None
     if image is None:
@@ -204,6 +195,8 @@ def _drawn(mask: Tensor, edits: int, image: Tensor | None, tell: Callable[[str],
     if edits % len(masks):
         raise ValueError(f"there are {len(masks)} masks for {edits} pictures; connect one, or one for each")
     levels = (masks * 255).round().to(torch.uint8).numpy()
+    if not levels.any():
+        tell(f"the mask is at most {masks.max():.2g}, so faint that nothing of the edit shows; raise it")
     return [Image.fromarray(one) for one in levels for _ in range(edits // len(levels))]
 
 
@@ -247,11 +240,7 @@ def _composited(edited: Tensor, image: Tensor, masks: list[Image.Image], seam: i
 
 
 def masks_of(mask: Tensor) -> Tensor:
-    """A MASK or noise_mask as [count, y, x]. ValueError for what is none."""
-    if mask.ndim < 2 or not mask.numel():
-        raise ValueError(f"the mask has the shape {list(mask.shape)}; connect one of [y, x] or [count, y, x]")
-    if not mask.isfinite().all():
-        raise ValueError("the mask holds undefined numbers; check the node that made it")
+    """A MASK or noise_mask as [count, y, x]."""
     return mask.reshape(-1, *mask.shape[-2:]).float().cpu()
 
 
@@ -262,15 +251,10 @@ def fitted_mask(mask: Tensor, fitting: Fitting, images: int) -> Tensor | None:
         return None
     if len(masks) not in (1, images):
         raise ValueError(f"there are {len(masks)} masks for {images} pictures; connect one, or one for each")
-    levels = (masks.clamp(0, 1) * 255).ceil().to(torch.uint8).numpy()
+    levels = (masks * 255).ceil().to(torch.uint8).numpy()
     return torch.cat([fit_mask(Image.fromarray(one), fitting) for one in levels])
 
 
 def _for_each(x: Tensor, edited: Tensor) -> Tensor:
     """One of x for every edit; several edits of one picture follow each other."""
     return x.repeat_interleave(len(edited) // len(x), dim=0)
-
-
-def _defined(x: Tensor, name: str, advice: str) -> None:
-    if not x.isfinite().all():
-        raise ValueError(f"{name} holds undefined numbers; {advice}")
