@@ -195,7 +195,7 @@ def test_defaults_are_those_of_the_table():
         f"[default: ({settings.guidance:g}; {DEMO_GUIDANCE:g} for the demo model)]",
         f"[default: {settings.temperature:g}]",
         f"[default: {settings.top_p:g}]",
-        f"[default: ({SIZE}; {DEMO_SIZE} for the demo model)]",
+        f"[default: (the weights' own, else {SIZE})]",
         f"[default: ({FIT})]",
     ):
         assert value in help_text

@@ -25,7 +25,6 @@ from ..controls.registry import Controls, Shortcuts, check, knob, knobs, problem
 from ..defaults import FIT, FITS, KINDS, MOST_FEATHER, MOST_VARIATIONS, NEGATIVE_PROMPT, SIZE
 from ..defaults import SIZES as SIDES
 from ..demo import GUIDANCE as DEMO_GUIDANCE
-from ..demo import SIZE as DEMO_SIZE
 from ..demo import demo_files
 from ..editor import Editor
 from ..files.checkpoints import TRANSFORMER, canonical
@@ -241,7 +240,7 @@ class Canvas:
 
     size: Annotated[
         Optional[str],
-        typer.Option(help=f"Working size: {', '.join(SIZES)}.", show_default=f"{SIZE}; {DEMO_SIZE} for the demo model"),
+        typer.Option(help=f"Working size: {', '.join(SIZES)}.", show_default=f"the weights' own, else {SIZE}"),
     ] = None
     fit: Annotated[
         Optional[str],
