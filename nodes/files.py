@@ -53,7 +53,7 @@ def stamp(path: Path | str | None):
     if path is None or not Path(path).exists():
         return float("nan")
     status = Path(path).stat()
-    return str(path), status.st_mtime_ns, status.st_size
+    return str(path), status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
 
 def fingerprint(folder: str, name: str | None):

@@ -99,6 +99,8 @@ class VAREditSweep(io.ComfyNode):
         def said(text: str) -> None:
             tell(cls, text)
 
+        if y == NONE and y_values.strip():
+            said("y is none, so its values are not used; choose a setting for y, or empty them")
         axes = [(x, x_values), *([(y, y_values)] if y != NONE else [])]
         read = Instructions.read(positive, negative, mask, (), said)
         swept = Swept(read, settings_of(seed, guidance, temperature, None), axes, image, mask)

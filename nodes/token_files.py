@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import folder_paths
@@ -161,3 +163,24 @@ def missing(name: str) -> str:
         f"{lack} in ComfyUI's folders input and output; save some with VAREdit Save Tokens, or put a file into input, "
         "press R and choose it"
     )
+
+
+_DATE = re.compile(r"%date:([^%]+)%")
+_PARTS = {"yyyy": "%Y", "yy": "%y", "MM": "%m", "dd": "%d", "hh": "%H", "mm": "%M", "ss": "%S"}
+
+
+def named(prefix: str) -> str:
+    """A file's prefix with dates put in, as ComfyUI's page does for its own save nodes: %date:yyyy-MM-dd% and the like.
+    ValueError for a prefix that names no file, and for what only the page could put in."""
+    prefix = _DATE.sub(lambda found: _dated(found[1]), prefix)
+    if left := re.search(r"%[^%/]+\.[^%/]+%", prefix):
+        raise ValueError(f"ComfyUI replaces {left[0]} for its own save nodes alone; write the value itself")
+    name = re.split(r"[\\/]", prefix)[-1]
+    if not name.strip(". ") or not prefix.isprintable():
+        raise ValueError(f"the prefix {prefix!r} names no file; write one such as varedit/edit")
+    return prefix
+
+
+def _dated(form: str) -> str:
+    now = datetime.now()
+    return re.sub("|".join(_PARTS), lambda part: now.strftime(_PARTS[part[0]]), form)

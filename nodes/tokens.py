@@ -10,7 +10,7 @@ from ..varedit_core.defaults import MOST_SCALES
 from ..varedit_core.files.token_header import SUFFIX
 from ._api import io, ui
 from .files import stamp
-from .token_files import find, missing, token_files
+from .token_files import find, missing, named, token_files
 
 PREFIX = "varedit/tokens"
 FIRST = 4
@@ -46,7 +46,7 @@ class VAREditSaveTokens(io.ComfyNode):
         from .adapters.token_latents import save_tokens
 
         output = folder_paths.get_output_directory()
-        folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix, output)
+        folder, name, counter, *_ = folder_paths.get_save_image_path(named(filename_prefix), output)
         path = Path(folder) / f"{name}_{counter:05}_{SUFFIX}"
         facts = save_tokens(latent, path)
         text = f"{path.relative_to(output)}\n{facts}, {path.stat().st_size / 1000:.3g} kB"

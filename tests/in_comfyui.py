@@ -1234,6 +1234,11 @@ class Probe:
         self.sample(guidance=3.0, controls=None)
         found["guidance of other models"] = [True, said[:]]
         sampler.tell = before
+        edit = self.nodes["VAREditSampler"].execute(self.model, self.source, self.text, 0, 2.0, 0.1).result[0]
+        other = self.run("SourceEncode", self.vae, self.cat[:, :, :300], "256", "square")
+        begun = self.run("FirstScales", edit, 3)
+        error = self.error(self.sample, source=other, begun=begun).removeprefix("builtins.ValueError: ")
+        found["begun of another picture"] = [True, [error]]
         return found
 
     def stray_masks(self) -> dict:

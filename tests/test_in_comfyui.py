@@ -167,7 +167,7 @@ def test_an_empty_negative_is_none(found):
 def test_a_long_text_is_cut_and_says_so(found):
     result = facts(found, "long_text")
     assert len(result["chinese"]) == 1 and result["chinese"][0].endswith("unknown to the text encoder; write English")
-    assert result["tokens"] == 512 and result["said"] == ["the text has 902 tokens; only the first 512 are used"]
+    assert result["tokens"] == 512 and result["said"] == ["the text has 902 tokens; at most the first 512 are used"]
 
 
 def test_the_ladder_of_ways_to_run(found):
@@ -480,6 +480,8 @@ def sentences() -> dict[str, str]:
 
 TOLD = {
     **sentences(),
+    "begun of another picture": "the latent to go on from is an edit of a 451x300 picture, and the source is one of "
+    "300x300; connect the source that it is an edit of",
     "guidance of other models": "varedit_demo.safetensors edits best at a guidance of 2; 3 is for others",
 }
 

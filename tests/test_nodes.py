@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -866,3 +867,20 @@ def test_the_api_twin_is_the_same_graph(path, schemas):
         linked = {slot["name"]: links[slot["link"]] for slot in node["inputs"] if slot.get("link") is not None}
         expected = {name: value for name, value in values.items() if name != "control_after_generate"} | linked
         assert twin[key]["inputs"] == expected
+
+
+def test_a_prefix_of_tokens(pack):
+    named = sys.modules["pack_x_varedit.nodes.token_files"].named
+    now = datetime.now()
+    dated = {
+        "a/%date:yyyy-MM-dd%": f"a/{now:%Y-%m-%d}",
+        "%date:yy%_%year%": f"{now:%y}_%year%",
+        "100% b/c.d": "100% b/c.d",
+    }
+    for prefix, wanted in dated.items():
+        assert named(prefix) == wanted
+    for prefix in ("", ".", "a/", "a/..", "a\\", "a\0b", "a\udcff", "a/ . "):
+        with pytest.raises(ValueError, match="names no file; write one such as varedit/edit"):
+            named(prefix)
+    with pytest.raises(ValueError, match="^ComfyUI replaces %KSampler.seed% for its own save nodes alone"):
+        named("a_%KSampler.seed%")

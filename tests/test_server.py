@@ -138,7 +138,7 @@ def test_errors_stand_on_the_node(talk):
     assert empty["status"] == "execution_error" and empty["error"].startswith("the text is empty; say what to change")
     # Cut to the 512 tokens of the published models, of which the demo model takes 64; both are said.
     assert [node for node, _ in long["texts"]] == [node_of(QUICK, "VAREditTextEncode")]
-    assert long["texts"][0][1] == "the text has 902 tokens; only the first 512 are used"
+    assert long["texts"][0][1] == "the text has 902 tokens; at most the first 512 are used"
     assert long["status"] == "execution_error" and "the model takes 64; shorten it" in long["error"]
     assert good["status"] == "execution_success"
 

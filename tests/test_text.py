@@ -111,7 +111,7 @@ def test_long_instructions_are_cut_with_a_warning(encoder, caplog):
     with caplog.at_level(logging.WARNING):
         ids = encoder.ids("a b c d e f " * 200)
     assert len(ids) == 512 and ids[-1] == 1
-    assert "only the first 512 are used" in caplog.text
+    assert "at most the first 512 are used" in caplog.text
 
 
 def test_empty_instruction(encoder):

@@ -313,6 +313,13 @@ def _batch(edit: Edit, source: dict, origin: Origin, reads: bool, tell: Tell) ->
                 "the latent to go on from holds no tokens; connect one of VAREdit Sampler, Load Tokens or First "
                 "Scales, as it came"
             )
+        begun = origin_in(edit.begun)
+        if begun is not None and begun.fitting.size != origin.fitting.size:
+            sizes = ["x".join(map(str, one.fitting.size)) for one in (begun, origin)]
+            raise ValueError(
+                f"the latent to go on from is an edit of a {sizes[0]} picture, and the source is one of {sizes[1]}; "
+                "connect the source that it is an edit of"
+            )
         prefix = tokens.bits
         if tokens.complete:
             tell(

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from ...varedit_core.files.safe_write import write_bytes
 from ...varedit_core.files.weights import PICKLED, SAFETENSORS, WeightError, Weights
 from ...varedit_core.runtime.unfilled import Unfilled
-from ...varedit_core.text.encoder import check_encoder, cut_ids, encoder_config, encoder_weights, load_tokenizer, unread
+from ...varedit_core.text.encoder import (
+    check_encoder,
+    check_letters,
+    cut_ids,
+    encoder_config,
+    encoder_weights,
+    load_tokenizer,
+    unread,
+)  # fmt: skip
 from ...varedit_core.text.t5 import T5Config, T5Encoder
 from .foreign import Asked, Missing
 from .state import Layers, fill, is_quantised, open_file, parameters, parts_of, plain
@@ -200,6 +208,7 @@ def encode(clip: comfy.sd.CLIP, text: str) -> tuple[list, str | None]:
         raise ValueError(
             "the text is empty; say what to change, or leave the sampler's negative unconnected for no negative prompt"
         )
+    check_letters(text)
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     ids = clip.tokenizer.tokenize(text)
     return conditioning, "; ".join(unread(text, ids, len(ids))) or None

@@ -71,8 +71,7 @@ class TextEncoder:
         for prompt in prompts:
             if not prompt.strip():
                 raise ValueError("the instruction is empty; say what to change in the picture")
-            if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-                raise ValueError("the instruction has letters that are no text (half of a pair); type it again")
+            check_letters(prompt)
         return [self._encode(self.ids(prompt, most)) for prompt in prompts]
 
     def _encode(self, ids: list[int]) -> Tensor:
@@ -88,6 +87,12 @@ class TextEncoder:
         self._recorded.forget()
 
 
+def check_letters(prompt: str) -> None:
+    """ValueError for what can be no text."""
+    if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ValueError("the instruction has letters that are no text (half of a pair); type it again")
+
+
 def cut_ids(ids: list[int]) -> tuple[list[int], int]:
     """Token ids, cut to 512 with the end token kept, and how many there were."""
     return (ids if len(ids) <= TEXT_TOKENS else [*ids[: TEXT_TOKENS - 1], ids[-1]]), len(ids)
@@ -98,7 +103,7 @@ def unread(text: str, ids: Sequence[int], count: int) -> list[str]:
     other programs take as orders. ids: cut; count: how many there were."""
     found, unknown = [], sum(number == UNKNOWN for number in ids)
     if count > TEXT_TOKENS:
-        found.append(f"the text has {count} tokens; only the first {TEXT_TOKENS} are used")
+        found.append(f"the text has {count} tokens; at most the first {TEXT_TOKENS} are used")
     if unknown and 3 * unknown >= len(ids) - 1:
         found.append(f"{unknown} of the text's {len(ids) - 1} tokens are unknown to the text encoder; write English")
     if order := _ORDER.search(text):
