@@ -91,6 +91,35 @@ def test_it_is_said_before_anything_is_loaded(said, case):
     assert sentence in said(*arguments)
 
 
+SAME = {
+    "a sheet and a map": ["edit", "a.png", WORDS, "-o", "c.png", "--maps", "m", "--contact-sheet", "m/c-changed.png"],
+    "a sheet and the result": ["edit", "a.png", WORDS, "-o", "c.png", "--contact-sheet", "./c.png"],
+    "a preview and the result": ["edit", "a.png", WORDS, "-o", "i.png", "--preview-dir", ".", "--contact-sheet",
+                                 "i-scale-03-4x4.png"],
+    "a grid and an edit": ["sweep", "a.png", WORDS, "--x", "guidance=1,2", "--folder", "s", "-o", "s/a-guidance-1.png"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_results_of_one_name_are_a_sentence(said, case):
+    assert "would be both a" in said(*SAME[case], "--overwrite")
+
+
+@pytest.mark.parametrize("option", ["-o", "--contact-sheet"])
+@pytest.mark.parametrize("read", ["a.png", "mask.png"])
+def test_what_is_read_is_not_replaced(said, option, read):
+    assert "would replace" in said("edit", "a.png", WORDS, "--mask", "mask.png", option, read, "--overwrite")
+
+
+def test_previews_do_not_replace_files(said, folder):
+    source = (folder / "a.png").read_bytes()
+    (folder / "i-scale-03-4x4.png").write_bytes(source)
+    asked = ["edit", "i-scale-03-4x4.png", WORDS, "-o", "i.png", "--preview-dir", "."]
+    assert "which is read" in said(*asked) and "which is read" in said(*asked, "--overwrite")
+    assert "exists; choose another name" in said("edit", "a.png", WORDS, "-o", "i.png", "--preview-dir", ".")
+    assert (folder / "i-scale-03-4x4.png").read_bytes() == source
+
+
 PLACES = {"no folder of files": "/proc/out", "below a file": "file/out", "a long name": "x" * 300}
 WRITTEN = {
     "edit": (

@@ -127,7 +127,8 @@ def test_a_contact_sheet_replaces_no_picture(tmp_path, monkeypatch, capsys, name
     monkeypatch.setattr(sys, "argv", ["varedit", "edit", str(tmp_path / "cat.jpg"), "make it sepia", *files])
     with pytest.raises(SystemExit):
         main()
-    assert "would replace a picture of the edit" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "would replace" in said or "would be both a" in said
     assert [path.name for path in tmp_path.iterdir()] == ["cat.jpg"] and (tmp_path / "cat.jpg").read_bytes() == before
 
 

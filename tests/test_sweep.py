@@ -181,7 +181,7 @@ def test_the_command_writes_a_grid_and_its_cells(run, editor, picture, tmp_path,
         (["--x", "guidance=a"], "guidance takes numbers"),
         (["--x", "guidance=1", "--vae", "x.safetensors"], "belong to a model of yours"),
         (["--x", "guidance=1", "--model", "x.safetensors"], "an instruction needs --text-encoder"),
-        (["--x", "guidance=1", "-o", "PICTURE"], "would replace the picture"),
+        (["--x", "guidance=1", "-o", "PICTURE"], "which is read"),
     ],
 )
 def test_the_command_refuses_before_it_loads(run, picture, monkeypatch, arguments, message):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -20,14 +21,14 @@ from ..editor import Editor
 from ..files.checkpoints import load_transformer
 from ..files.safe_write import together
 from ..files.tokens import SUFFIX, save_tokens
-from ..files.tokens import check_target as check_tokens
 from ..files.weights import open_weights
 from ..pictures.canvas import Crop, crop, crop_around, extend, sides_from, stitch
 from ..pictures.composite import Region, check_masks, check_regions
 from ..pictures.contact_sheet import contact_sheet
 from ..pictures.edited import Edited
-from ..pictures.images import Fitting, SourceImage, check_target, fitting_for, load_image, load_mask, save_image
+from ..pictures.images import Fitting, SourceImage, fitting_for, load_image, load_mask, save_image
 from ..sampling.tokens import Tokens
+from ..tokenizer.schedule import Schedule
 from . import common as options
 from .common import (
     Begun,
@@ -49,7 +50,9 @@ from .common import (
     region_of,
     tell_lost,
 )  # fmt: skip
-from .watcher import Watcher
+from .results import check_results, picture
+from .results import tokens as saved_tokens
+from .watcher import Watcher, previews
 
 
 @dataclass(frozen=True)
@@ -174,44 +177,38 @@ class Outputs:
         names = [self.maps / f"{path.stem}-{kind}.png" for path in targets for kind in kinds]
         return names + ([self.save_tokens] if self.save_tokens else [])
 
-    def check(self, image: Path, transparent: bool) -> None:
-        """Raise what writing would, before the edit. ValueError where a sheet would replace a picture."""
-        targets, sheet = self.targets(image), self.sheet
-        for target in targets:
-            if sheet and sheet.resolve() in (image.resolve(), target.resolve()):
-                raise ValueError(
-                    f"the contact sheet {sheet} would replace a picture of the edit; choose another name for it"
-                )
-            check_target(target, transparent, self.overwrite)
-        if self.preview_dir:
-            check_target(self.preview_dir / "scale.png", False, overwrite=True)
-        if sheet:
-            check_target(sheet, False, self.overwrite)
+    def previews(self, image: Path, schedule: Schedule) -> list[Path]:
+        """The files of every scale's picture."""
+        return previews(self.preview_dir, self.targets(image)[0].stem, schedule) if self.preview_dir else []
+
+    def check(self, image: Path, task: Task, read: Sequence[Path | None]) -> None:
+        """Raise what writing would, before the edit. read: files that may not be replaced."""
+        targets = self.targets(image)
+        files = [picture(path, transparent=not task.opaque) for path in targets]
+        files += [picture(path, "preview") for path in self.previews(image, task.fitting.schedule)]
+        files += [picture(self.sheet, "contact sheet")] if self.sheet else []
         for path in self.beside(targets):
-            if path == self.save_tokens:
-                check_tokens(path, self.overwrite)
-            else:
-                check_target(path, False, self.overwrite)
+            files.append(saved_tokens(path) if path == self.save_tokens else picture(path, "map"))
+        check_results(files, read, self.overwrite)
 
     def write(
         self, results: Sequence[Image.Image], edited: Edited, image: Path, source: SourceImage | None,
-        sheet: Image.Image | None,
+        sheet: Image.Image | None, write: Callable[[Path, bytes, bool], None],
     ) -> list[Path]:  # fmt: skip
-        """Write pictures, maps, tokens and the contact sheet, all or none; the files but the sheet."""
+        """Write pictures, maps, tokens and the contact sheet; the files but the sheet."""
         targets = self.targets(image)
         beside = self.beside(targets)
         # Of changes only what counts as one, so that the picture serves as a mask.
         changed = [change.point(lambda level: 255 * (level == 255)) for change in edited.changes or ()]
-        maps = [picture for pair in zip(changed, edited.certainty or ()) for picture in pair]
-        with together() as write:
-            for result, path in zip(results, targets):
-                save_image(result, path, self.overwrite, *carried(source, self.strip), write)
-            for picture, path in zip(maps, beside):
-                save_image(picture, path, self.overwrite, write=write)
-            if sheet:
-                save_image(sheet, self.sheet, self.overwrite, write=write)
-            if self.save_tokens:
-                save_tokens(edited.tokens, self.save_tokens, self.overwrite, write)
+        maps = [one for pair in zip(changed, edited.certainty or ()) for one in pair]
+        for result, path in zip(results, targets):
+            save_image(result, path, self.overwrite, *carried(source, self.strip), write)
+        for one, path in zip(maps, beside):
+            save_image(one, path, self.overwrite, write=write)
+        if sheet:
+            save_image(sheet, self.sheet, self.overwrite, write=write)
+        if self.save_tokens:
+            save_tokens(edited.tokens, self.save_tokens, self.overwrite, write)
         return [*targets, *beside]
 
 
@@ -249,7 +246,7 @@ def edit(
         bool(asked.negative),
     ))  # fmt: skip
     each, outputs = outputs.variations, replace(outputs, variations=outputs.variations * task.pictures)
-    outputs.check(image, not task.opaque)
+    outputs.check(image, task, [image, place.mask, place.protect, begun.begun, files.drafter, files.tokenizer, *paths])
     check_scales(paths[0], len(schedule))
     prompt, loras = () if place.region else asked.prompt(), checked_loras(paths[0], files.lora)
 
@@ -258,19 +255,21 @@ def edit(
     begin = time.perf_counter()
     editor = files.load(paths, loras)
     loaded = time.perf_counter()
-    with progress() as bar:
-        watcher = Watcher(editor, bar, outputs.sheet is not None, outputs.preview_dir, outputs.targets(image)[0].stem)
-        edited = editor.run(
-            [task.given], prompt, asked.negative, *task.size, settings, watcher,
-            variations=each, shortcuts=saved, mask=task.mask, controls=named, regions=task.regions,
-            given=given, seam=0 if task.crop else place.seam, explain=outputs.maps is not None,
-        )  # fmt: skip
-        watcher.take(edited.pictures[0])
-    seconds = time.perf_counter() - loaded
-    results = [task.whole(picture, place.seam) for picture in edited.pictures]
-    label = asked.instruction or asked.features or "; ".join(place.region or ())
-    sheet = contact_sheet([watcher.row(label, task.shown(edited))], watcher.columns) if outputs.sheet else None
-    written = outputs.write(results, edited, image, task.source, sheet)
+    with together() as write:
+        show = partial(save_image, overwrite=outputs.overwrite, write=write)
+        with progress() as bar:
+            watcher = Watcher(editor, bar, outputs.sheet is not None, outputs.previews(image, schedule), show)
+            edited = editor.run(
+                [task.given], prompt, asked.negative, *task.size, settings, watcher,
+                variations=each, shortcuts=saved, mask=task.mask, controls=named, regions=task.regions,
+                given=given, seam=0 if task.crop else place.seam, explain=outputs.maps is not None,
+            )  # fmt: skip
+            watcher.take(edited.pictures[0])
+        seconds = time.perf_counter() - loaded
+        results = [task.whole(picture, place.seam) for picture in edited.pictures]
+        label = asked.instruction or asked.features or "; ".join(place.region or ())
+        sheet = contact_sheet([watcher.row(label, task.shown(edited))], watcher.columns) if outputs.sheet else None
+        written = outputs.write(results, edited, image, task.source, sheet, write)
     report_edit(written, results[0].size, seconds, loaded - begin)
     if outputs.report:
         targets = written[: outputs.variations]

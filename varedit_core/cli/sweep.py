@@ -18,7 +18,7 @@ from ..defaults import NEGATIVE_PROMPT
 from ..demo import NOTICE
 from ..files.safe_write import together
 from ..pictures.composite import check_masks
-from ..pictures.images import check_target, fitting_for, load_image, load_mask, save_image
+from ..pictures.images import fitting_for, load_image, load_mask, save_image
 from ..sweep import CELL, Axis, Cell, Swept, check, grid, planned
 from ..sweep import sweep as swept
 from . import common as options
@@ -35,6 +35,7 @@ from .common import (
     console,
     progress,
 )  # fmt: skip
+from .results import check_results, picture
 
 _AXIS = f"NAME=VALUE,VALUE,... of one of {', '.join(SWEPT)}"
 
@@ -78,15 +79,12 @@ def sweep(
     schedule = fitting_for(source.size, area, canvas.method).schedule
     _check(draw, axes, cells, len(schedule))
     check(cells, schedule, mask is not None, bool(negative))
-    if target.resolve() == image.resolve():
-        raise ValueError(f"the grid {target} would replace the picture; choose another name for it")
-    check_target(target, False, overwrite)
     folder = outputs.folder
     apart = {one: folder / f"{image.stem}-{_named(one)}.png" for row in cells for one in row} if folder else {}
     if same := next((path for path, count in Counter(apart.values()).items() if count > 1), None):
         raise ValueError(f"two edits of the sweep would both be {same}; leave one of these values out, or --folder")
-    for path in apart.values():
-        check_target(path, not source.opaque, overwrite)
+    results = [picture(target, "grid"), *(picture(path, "edit", not source.opaque) for path in apart.values())]
+    check_results(results, [image, mask, files.tokenizer, *paths], overwrite)
     drawn = load_mask(mask) if mask else None
     check_masks([drawn] if drawn else [], (), [source.size])
     check_scales(paths[0], len(schedule))
@@ -100,9 +98,9 @@ def sweep(
     with together() as write, progress() as bar:
         task = bar.add_task("editing", total=sum(map(len, cells)))
 
-        def done(one: Cell, picture) -> None:
+        def done(one: Cell, edited) -> None:
             if folder:
-                save_image(picture, apart[one], overwrite, *carried(source, outputs.strip), write)
+                save_image(edited, apart[one], overwrite, *carried(source, outputs.strip), write)
             bar.advance(task)
 
         asked = Swept(source, instruction, negative, area, canvas.method, drawn)

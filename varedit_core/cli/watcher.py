@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -10,8 +11,14 @@ from rich.progress import Progress
 
 from ..editor import Editor
 from ..pictures.contact_sheet import Row
-from ..pictures.images import FittedImage, SourceImage, save_image
+from ..pictures.images import FittedImage, SourceImage
 from ..sampling.scale import Scale
+from ..tokenizer.schedule import Schedule
+
+
+def previews(folder: Path, stem: str, schedule: Schedule) -> list[Path]:
+    """The files of the pictures of all scales."""
+    return [folder / f"{stem}-scale-{n + 1:02d}-{h}x{w}.png" for n, (h, w) in enumerate(schedule.grids)]
 
 
 class Watcher:
@@ -19,13 +26,14 @@ class Watcher:
     request its pictures.
 
     Pictures are decoded from the scale's running sum, but for the last one: that is the result, which whoever edits
-    gives to `take`. keep: hold them in `pictures`. folder: write them there, as STEM-scale-NN-HxW.png.
+    gives to `take`. keep: hold them in `pictures`. previews: where they go, a file a scale (`previews`). write: how.
     """
 
     def __init__(
-        self, editor: Editor, bar: Progress, keep: bool = False, folder: Path | None = None, stem: str = ""
-    ) -> None:
-        self.editor, self.bar, self.keep, self.folder, self.stem = editor, bar, keep, folder, stem
+        self, editor: Editor, bar: Progress, keep: bool = False, previews: Sequence[Path] = (),
+        write: Callable[[Image.Image, Path], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.editor, self.bar, self.keep, self.previews, self.write = editor, bar, keep, previews, write
         self.task = bar.add_task("reading the source", total=None)
         self.begin, self.scales, self.pictures = time.perf_counter(), [], []
         self.done = False
@@ -53,7 +61,7 @@ class Watcher:
             total=sum(tokens),
             completed=sum(tokens[: scale.index + 1]),
         )
-        if (self.keep or self.folder) and scale.index + 1 < scale.count:
+        if (self.keep or self.previews) and scale.index + 1 < scale.count:
             self.take(*self.editor.decode(scale.running_sum[:1], fitted[:1]))
         self.begin = time.perf_counter()
 
@@ -61,9 +69,8 @@ class Watcher:
         """Keep or write the picture of the scale that passed last."""
         if self.keep:
             self.pictures.append(picture)
-        if self.folder:
-            number, (height, width) = len(self.scales), self.scales[-1]["grid"]
-            save_image(picture, self.folder / f"{self.stem}-scale-{number:02d}-{height}x{width}.png", overwrite=True)
+        if self.previews:
+            self.write(picture, self.previews[self.scales[-1]["scale"] - 1])
 
     @property
     def columns(self) -> list[str]:
