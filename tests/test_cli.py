@@ -15,7 +15,6 @@ from varedit_core.cli.app import app, main
 from varedit_core.cli.common import Draw
 from varedit_core.defaults import FIT, SIZE
 from varedit_core.demo import GUIDANCE as DEMO_GUIDANCE
-from varedit_core.demo import SIZE as DEMO_SIZE
 from varedit_core.sampling.settings import SamplingSettings
 
 RECORD = GOLDEN / "patchify_256.safetensors"

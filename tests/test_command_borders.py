@@ -4,11 +4,13 @@ import json
 import sys
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
 from support import ROOT
+from typer.testing import CliRunner
 
 from varedit_core.cli import common, edit
-from varedit_core.cli.app import main
+from varedit_core.cli.app import app, main
 from varedit_core.cli.common import region_of
 from varedit_core.editor import Editor
 
@@ -236,3 +238,26 @@ def test_a_console_that_cannot_print_a_name(folder):
     done = subprocess.run(command, capture_output=True, cwd=folder, env=more)
     assert done.returncode == 0, done.stderr
     assert (folder / "bild-\udce4-edited.png").is_file() and json.loads(done.stdout)["size"] == [96, 64]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: no")]
+)
+def test_where_memory_runs_out_it_is_a_sentence(monkeypatch, capsys, error):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("varedit_core.cli.app.app", fail)
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert "not enough memory for this; choose a smaller picture" in capsys.readouterr().err
+    monkeypatch.setattr("varedit_core.cli.app._of_memory", lambda error: False)
+    with pytest.raises(type(error)):
+        main()
+
+
+def test_a_name_reaches_no_terminal_as_an_order(tmp_path):
+    path = tmp_path / "e\x1b[31mred.png"
+    Image.new("RGB", (32, 32)).save(path)
+    said = CliRunner().invoke(app, ["edit", str(path), "make it sepia"], env={"COLUMNS": "300"})
+    assert said.exit_code == 0 and "\x1b[31m" not in said.output and "e\\x1b[31mred" in said.output

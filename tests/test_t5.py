@@ -242,7 +242,8 @@ PLAIN = [
 ]
 MARKED = {
     "make it (sepia:1.3)": "'(sepia:1.3)'", "((a cat:0.8))": "'(a cat:0.8)'", "dark <lora:x:1>": "'<lora:x:1>'",
-    "embedding:bad, dark": "'embedding:bad,'", "make it {sepia|dark}": "'{sepia|dark}'", "__colour__ sky": "'__colour__'",
+    "embedding:bad, dark": "'embedding:bad,'", "make it {sepia|dark}": "'{sepia|dark}'",
+    "__colour__ sky": "'__colour__'",
     "red BREAK blue": "'BREAK'",
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -58,6 +59,20 @@ def main() -> None:
     except (ValueError, OSError) as error:
         console.print(f"error: {printable(str(error))}", soft_wrap=True)
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not _of_memory(error):
+            raise
+        console.print(
+            "error: there is not enough memory for this; choose a smaller picture, a smaller --size or fewer "
+            "--variations",
+            soft_wrap=True,
+        )
+        sys.exit(1)
+
+
+def _of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out. torch raises a plain RuntimeError where the host's did."""
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @app.command()

@@ -13,6 +13,7 @@ import typer
 from ..defaults import FIT
 from ..demo import GUIDANCE, SAMPLES, SIZE, demo_files
 from ..editor import Editor
+from ..files.reading import printable
 from ..pictures.contact_sheet import contact_sheet
 from ..pictures.images import check_target, load_image, save_image
 from ..sampling.settings import SamplingSettings
@@ -63,7 +64,7 @@ def demo(
         save_image(result, target, overwrite, sources[path].icc_profile)
         rows.append(watcher.row(words, sources[path]))
         facts.append({"source": str(path), "instruction": words, "output": str(target), "seconds": seconds})
-        console.print(f"{target}: {words} ({seconds:.1f} s)", soft_wrap=True)
+        console.print(f"{printable(str(target))}: {words} ({seconds:.1f} s)", soft_wrap=True)
     save_image(contact_sheet(rows, watcher.columns), sheet, overwrite)
     total = sum(fact["seconds"] for fact in facts)
     console.print(

@@ -19,6 +19,7 @@ from ..defaults import FILL, FILLS, FIT
 from ..demo import NOTICE
 from ..editor import Editor
 from ..files.checkpoints import load_transformer
+from ..files.reading import printable
 from ..files.safe_write import together
 from ..files.tokens import SUFFIX, save_tokens
 from ..files.weights import open_weights
@@ -351,8 +352,9 @@ class Task:
 
 def report_edit(written: Sequence[Path], size: tuple[int, int], seconds: float, loading: float) -> None:
     """Say what was written."""
+    names = ", ".join(printable(str(path)) for path in written)
     console.print(
-        f"{', '.join(map(str, written))} ({size[0]}x{size[1]}) in {seconds:.1f} s after {loading:.1f} s of loading",
+        f"{names} ({size[0]}x{size[1]}) in {seconds:.1f} s after {loading:.1f} s of loading",
         soft_wrap=True,
         highlight=False,
     )

@@ -16,6 +16,7 @@ import typer
 from ..controls.registry import SWEPT
 from ..defaults import NEGATIVE_PROMPT
 from ..demo import NOTICE
+from ..files.reading import printable
 from ..files.safe_write import together
 from ..pictures.composite import check_masks
 from ..pictures.images import fitting_for, load_image, load_mask, save_image
@@ -107,8 +108,9 @@ def sweep(
         pictures = swept(editor, asked, cells, done)
         save_image(grid(cells, pictures, outputs.cell), target, overwrite, source.icc_profile, write=write)
     seconds = time.perf_counter() - loaded
+    name = printable(str(target))
     console.print(
-        f"{target}: {sum(map(len, cells))} edits in {seconds:.1f} s after {loaded - begin:.1f} s of loading",
+        f"{name}: {sum(map(len, cells))} edits in {seconds:.1f} s after {loaded - begin:.1f} s of loading",
         soft_wrap=True,
         highlight=False,
     )
