@@ -9,10 +9,13 @@ from PIL import Image, ImageDraw
 from support import ROOT
 from typer.testing import CliRunner
 
+from varedit_core import Controls
 from varedit_core.cli import common, edit
 from varedit_core.cli.app import app, main
 from varedit_core.cli.common import region_of
+from varedit_core.demo import demo_files
 from varedit_core.editor import Editor
+from varedit_core.files.tokens import save_tokens
 
 WORDS = "make the background cyan"
 
@@ -111,6 +114,42 @@ def test_results_of_one_name_are_a_sentence(said, case):
 @pytest.mark.parametrize("read", ["a.png", "mask.png"])
 def test_what_is_read_is_not_replaced(said, option, read):
     assert "would replace" in said("edit", "a.png", WORDS, "--mask", "mask.png", option, read, "--overwrite")
+
+
+READ = {
+    "a LoRA": (["edit", "a.png", WORDS, "--lora", "l.safetensors:0.5"], "--save-tokens", "l.safetensors"),
+    "a region's mask": (["edit", "a.png", "--region", f"{WORDS}@mask@2x.png"], "-o", "mask@2x.png"),
+    "tokens that are decoded": (["decode", "edit.safetensors"], "-o", "edit.safetensors"),
+    "the picture of decoded tokens": (["decode", "edit.safetensors", "--image", "a.png"], "-o", "a.png"),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_all_that_is_read_is_not_replaced(said, folder, case):
+    command, option, name = READ[case]
+    (folder / "l.safetensors").touch()
+    editor = Editor.load(*demo_files())
+    save_tokens(editor.run("a.png", WORDS, controls=Controls(auto_mask=0.5)).tokens, folder / "edit.safetensors")
+    before = (folder / name).read_bytes()
+    found = said(*command, option, name, "--overwrite")
+    assert "would replace" in found or "must be a picture" in found or "suffix" in found, found
+    assert (folder / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["edit", "decode"])
+def test_nothing_to_strip_is_a_sentence(said, folder, command):
+    editor = Editor.load(*demo_files())
+    save_tokens(editor.run("a.png", WORDS).tokens, folder / "edit.safetensors")
+    asked = [command, "edit.safetensors", *([WORDS] if command == "edit" else []), "--strip", "-o", "x.png"]
+    assert "--strip leaves out what a picture carries" in said(*asked)
+
+
+@pytest.mark.parametrize("place", ["/proc/x.json", "a.png", "list.json"])
+def test_results_of_bench_are_asked_for_before(said, folder, place, monkeypatch):
+    monkeypatch.setattr("varedit_core.bench.cli.run", lambda *about: pytest.fail("it was measured"))
+    (folder / "list.json").write_text("[1]")
+    found = said("bench", "--models", "tiny", "--sizes", "256", "--device", "cpu", "--json", place)
+    assert "cannot write" in found or "file of results" in found
 
 
 def test_previews_do_not_replace_files(said, folder):

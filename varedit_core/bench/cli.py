@@ -15,7 +15,8 @@ import typer
 
 from ..cli import common as options
 from ..cli.common import console
-from ..files.safe_write import write_json
+from ..files.reading import read_json
+from ..files.safe_write import check_target, write_json
 from ..runtime.devices import device_of
 from .cases import KINDS, PLAIN, Case, choose
 from .ceilings import Ceilings, measure_ceilings
@@ -58,7 +59,7 @@ def bench(
 
 def merged(target: Path, facts: dict) -> dict:
     """The facts with the cases that a file of the same device and PyTorch has beside them."""
-    before = json.loads(target.read_text()) if target.is_file() else {}
+    before = _earlier(target)
     if any(before.get(name) != facts[name] for name in ("benchmark", "device", "torch")):
         return facts
     new = {row["name"] for row in facts["cases"]}
@@ -71,7 +72,17 @@ def _targets(report: Path | None, save: bool, device: str) -> list[Path]:
     for target in targets:
         if not target.parent.is_dir():
             raise ValueError(f"there is no folder {target.parent} for {target.name}; make it, or name another file")
+        check_target(target)
+        _earlier(target)
     return targets
+
+
+def _earlier(target: Path) -> dict:
+    """What a file of results holds. ValueError where it is of something else."""
+    before = read_json(target, "file of results", cure="name another file") if target.is_file() else {}
+    if not isinstance(before, dict) or not isinstance(before.get("cases", []), list):
+        raise ValueError(f"{target} is no file of results; name another")
+    return before
 
 
 def device_name(device: torch.device) -> str:

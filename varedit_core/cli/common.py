@@ -137,6 +137,10 @@ class Files:
             raise ValueError("--text-encoder has nothing to read beside --features; leave it out")
         return self.model, self.vae or self.model, self.text_encoder if words else None
 
+    def read(self, paths: Sequence[Path | None]) -> list[Path | None]:
+        """All files that are read, and that no result may replace. paths: of `paths`."""
+        return [*paths, self.tokenizer, *(lora_and_strength(text)[0] for text in self.lora or ())]
+
     def load(self, paths: Sequence[Path | None], loras: Sequence[tuple[Path, float]]) -> Editor:
         """The editor, LoRAs applied before linear layers are rounded to 8 bits."""
         number = DTYPES[self.dtype] if self.dtype else None
@@ -268,6 +272,12 @@ def per_scale(text: str) -> list[float] | Curve:
         ) from None
 
 
+def check_strip(source: SourceImage | None, strip: bool) -> None:
+    """ValueError where there is nothing that could be left out. source: None for tokens and for texts alone."""
+    if strip and source is None:
+        raise ValueError("--strip leaves out what a picture carries, and here is none; leave it out")
+
+
 def carried(source: SourceImage | None, strip: bool) -> tuple[bytes | None, Details]:
     """What results carry of their picture: its colour profile and, unless stripped, its details."""
     return source and source.icc_profile, NO_DETAILS if source is None or strip else source.details
@@ -355,12 +365,21 @@ def choice(text: str, table: dict[str, Any], name: str) -> Any:
     return table[text]
 
 
+def mask_in(text: str) -> int | None:
+    """Where the @ before the mask of a region stands: the first behind which a file is named."""
+    places = (place for place, letter in enumerate(text) if letter == "@")
+    return next((place for place in places if _exists(text[place + 1 :])), None)
+
+
+def region_masks(texts: Sequence[str] | None) -> list[Path]:
+    """The files that regions name."""
+    return [Path(text[cut + 1 :]) for text in texts or () if (cut := mask_in(text)) is not None]
+
+
 def region_of(text: str) -> Region:
     """INSTRUCTION@MASK of --region. Either may have an @: the longest file that exists behind one is the mask.
     ValueError where there is none, but what is behind the last @ looks like the name of one."""
-    places = [place for place, letter in enumerate(text) if letter == "@"]
-    cut = next((place for place in places if _exists(text[place + 1 :])), None)
-    last = text[places[-1] + 1 :] if places else ""
+    cut, last = mask_in(text), text.rpartition("@")[2] if "@" in text else ""
     if cut is None and Path(last).suffix.lower() in SUFFIXES:
         raise ValueError(
             f"there is no mask at {last}; write INSTRUCTION@MASK, what to change and the file that says where"

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from ..demo import demo_files
 from ..files.checkpoints import load_autoencoder
+from ..files.reading import printable
 from ..files.safe_write import together
 from ..pictures.composite import found_mask, masked
-from ..pictures.images import FittedImage, SourceImage, check_target, load_image, save_image, to_uint8, unfit
+from ..pictures.images import FittedImage, SourceImage, load_image, save_image, to_uint8, unfit
 from ..runtime.devices import device_of
 from ..sampling.tokens import Tokens
 from . import common as options
-from .common import carried, console, numbered, tell_lost
+from .common import carried, check_strip, console, numbered, tell_lost
+from .results import check_results
+from .results import picture as picture_at
 
 
 def decode(
@@ -44,8 +47,9 @@ def decode(
     target, found = output or tokens.with_suffix(".png"), Tokens.load(tokens)
     found = found.first(scales) if scales else found
     source, targets = _source(image, found), numbered(target, found.images)
-    for path in targets:
-        check_target(path, source is not None and not source.opaque, overwrite)
+    check_strip(source, strip)
+    transparent = source is not None and not source.opaque
+    check_results([picture_at(path, transparent=transparent) for path in targets], [tokens, image, vae], overwrite)
     place = device_of(device)
     network = load_autoencoder(vae or demo_files()[1], device=place)
     advice = "; name the VAE of the model that made them with --vae"
@@ -77,7 +81,7 @@ def decode(
         for picture, path in zip(pictures, targets):
             save_image(picture, path, overwrite, *carried(source, strip), write)
     size = "{}x{}".format(*found.shown.size)
-    console.print(f"{', '.join(map(str, targets))} ({size})", soft_wrap=True, highlight=False)
+    console.print(f"{', '.join(printable(str(path)) for path in targets)} ({size})", soft_wrap=True, highlight=False)
 
 
 def _source(image: Path | None, tokens: Tokens) -> SourceImage | None:

@@ -41,6 +41,7 @@ from .common import (
     Words,
     carried,
     check_scales,
+    check_strip,
     check_words,
     checked_loras,
     command,
@@ -48,6 +49,7 @@ from .common import (
     console,
     numbered,
     progress,
+    region_masks,
     region_of,
     tell_lost,
 )  # fmt: skip
@@ -113,6 +115,9 @@ class Networks(Files):
         Optional[Path],
         typer.Option(help="A second, larger transformer of the same VAE, which draws the first --drafted scales."),
     ] = None
+
+    def read(self, paths: Sequence[Path | None]) -> list[Path | None]:
+        return [self.drafter, *super().read(paths)]
 
     def load(self, paths: Sequence[Path | None], loras: Sequence[tuple[Path, float]]) -> Editor:
         """The editor, with its drafter."""
@@ -184,6 +189,7 @@ class Outputs:
 
     def check(self, image: Path, task: Task, read: Sequence[Path | None]) -> None:
         """Raise what writing would, before the edit. read: files that may not be replaced."""
+        check_strip(task.source, self.strip)
         targets = self.targets(image)
         files = [picture(path, transparent=not task.opaque) for path in targets]
         files += [picture(path, "preview") for path in self.previews(image, task.fitting.schedule)]
@@ -247,7 +253,9 @@ def edit(
         bool(asked.negative),
     ))  # fmt: skip
     each, outputs = outputs.variations, replace(outputs, variations=outputs.variations * task.pictures)
-    outputs.check(image, task, [image, place.mask, place.protect, begun.begun, files.drafter, files.tokenizer, *paths])
+    outputs.check(
+        image, task, [image, place.mask, place.protect, begun.begun, *region_masks(place.region), *files.read(paths)]
+    )
     check_scales(paths[0], len(schedule))
     prompt, loras = () if place.region else asked.prompt(), checked_loras(paths[0], files.lora)
 

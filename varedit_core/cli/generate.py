@@ -14,12 +14,11 @@ from ..controls.base import Known
 from ..controls.registry import Controls, Shortcuts
 from ..defaults import FITS, RATIO, RATIOS, SIZE
 from ..files.safe_write import together
-from ..files.tokens import check_target as check_tokens
 from ..files.tokens import save_tokens
 from ..fitting import nearest_ratio
 from ..made_for import MadeFor
 from ..pictures.composite import Region, check_masks, check_regions, check_rest
-from ..pictures.images import check_target, fitting_for, load_image, load_mask, save_image
+from ..pictures.images import fitting_for, load_image, load_mask, save_image
 from ..sampling.settings import TEXT_SETTINGS
 from ..tokenizer.schedule import schedule_for
 from . import common as options
@@ -31,6 +30,7 @@ from .common import (
     Words,
     carried,
     check_scales,
+    check_strip,
     check_words,
     checked_loras,
     choice,
@@ -39,9 +39,12 @@ from .common import (
     knob_options,
     numbered,
     progress,
+    region_masks,
     region_of,
 )  # fmt: skip
 from .edit import report_edit
+from .results import check_results, picture
+from .results import tokens as saved_tokens
 from .watcher import Watcher
 
 ControlOptions = knob_options(Controls, "controls", but=lambda knob: "source" in knob.needs.split())
@@ -153,11 +156,12 @@ def generate(
         bool(words.negative),
     ))  # fmt: skip
     targets = numbered(outputs.output, outputs.variations)
-    for path in targets:
-        check_target(path, source is not None and not source.opaque, outputs.overwrite)
-    if outputs.save_tokens:
-        check_tokens(outputs.save_tokens, outputs.overwrite)
     paths = files.paths()
+    check_strip(source, outputs.strip)
+    results = [picture(path, transparent=source is not None and not source.opaque) for path in targets]
+    results += [saved_tokens(outputs.save_tokens)] if outputs.save_tokens else []
+    read = [shape.image, shape.mask, begun.begun, *region_masks(shape.region), *files.read(paths)]
+    check_results(results, read, outputs.overwrite)
     check_scales(paths[0], len(schedule))
     loras = checked_loras(paths[0], files.lora)
 

@@ -85,7 +85,7 @@ def sweep(
     if same := next((path for path, count in Counter(apart.values()).items() if count > 1), None):
         raise ValueError(f"two edits of the sweep would both be {same}; leave one of these values out, or --folder")
     results = [picture(target, "grid"), *(picture(path, "edit", not source.opaque) for path in apart.values())]
-    check_results(results, [image, mask, files.tokenizer, *paths], overwrite)
+    check_results(results, [image, mask, *files.read(paths)], overwrite)
     drawn = load_mask(mask) if mask else None
     check_masks([drawn] if drawn else [], (), [source.size])
     check_scales(paths[0], len(schedule))
