@@ -62,7 +62,7 @@ class VAREditCropRegion(io.ComfyNode):
     @classmethod
     def execute(cls, image, mask, margin: float, shape: str) -> io.NodeOutput:
         from ..varedit_core.pictures.canvas import crop_around, crop_pixels
-        from .adapters.pictures import tell_of_mask
+        from .adapters.given import tell_of_mask
 
         if mask.any():  # else an error
             tell_of_mask(mask, (image.shape[2], image.shape[1]), lambda text: tell(cls, text))

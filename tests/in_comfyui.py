@@ -1522,7 +1522,7 @@ class Probe:
             masks = {f"mask: {name}": {**sound, "noise_mask": value} for name, value in self._bad("MASK").items()}
             del masks["mask: none"]
             return {**bad, **tensors, **masks, "numbered by text": {**sound, "batch_index": ["x"]}}
-        far = {"levels": (x * 255).byte(), "far beyond": x * 5, "negative": x - 2}
+        far = {"levels": (x * 255).byte(), "far beyond": x * 5 + 4, "negative": x - 4}
         if kind == "IMAGE":
             far |= {"one of a batch": x[0], "video": x[None], "two channels": x[..., :2], "five channels": x.repeat(
                 1, 1, 1, 2)[..., :5]}  # fmt: skip

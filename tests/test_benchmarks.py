@@ -124,5 +124,5 @@ def test_both_engines_draw_the_same_bits(ran):
 
 def test_no_edit_of_many_is_a_wrong_one(ran):
     result = ran("comfyui_soak")
-    assert result["edits"] == result["exact"] == 6 and not result["wrong"]
+    assert result["edits"] == 6 and not result["wrong"] and result["least"] == 1
     assert result["other_kinds"] < 0.9, "else the comparison says nothing"

@@ -352,7 +352,7 @@ def test_an_edit_goes_on_from_its_first_scales(found):
         ("no source", "strength holds an edit to its source, but there is none"),
         ("regions of nothing", "connect VAREdit Source Encode"),
         ("attention of a picture maker", "leave it at 1"),
-        ("begun elsewhere", "use the same size, shape and number of pictures"),
+        ("begun elsewhere", "connect the source that it is an edit of"),
         ("begun of two", "go on from one edit of each picture"),
         ("begun without tokens", "holds no tokens; connect one of VAREdit Sampler"),
         ("no guidance", "use a guidance other than 1"),

@@ -10,10 +10,13 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from .latents import INDEX
+from ...varedit_core.pictures.images import shape_complaint
 
-BEYOND = 0.5
-"""How far numbers may lie outside 0 to 1 and are taken for the nearest of them: resizing and sharpening make such."""
+INDEX = "batch_index"
+"""Where ComfyUI keeps the numbers of a LATENT's rows, by which they draw."""
+BEYOND = 2
+"""How far numbers may lie outside 0 to 1 and are taken for the nearest of them, as other nodes do: resizing, sharpening
+and bright lights make such."""
 NAMES = {"edited": "edited crop", "scales": "latent of scales", "begun": "latent to go on from"}
 """What inputs are called in a sentence where their own name would be none."""
 
@@ -37,6 +40,17 @@ def checked_mask(mask, name: str = "mask") -> Tensor:
     if mask.ndim < 2 or not mask.numel():
         raise ValueError(f"the {name} has the shape {list(mask.shape)}; connect one of [y, x] or [count, y, x]")
     return _within(mask if mask.is_floating_point() and mask.element_size() > 1 else mask.float(), name)
+
+
+def tell_of_mask(mask: Tensor, size: tuple[int, int], tell: Callable[[str], None], name: str = "mask") -> None:
+    """Tell of a mask that is empty, and of one that has another shape than its picture, unless it is the same
+    everywhere. size: (width, height) of the picture."""
+    if not mask.any():
+        tell(f"the {name} is empty, so it counts as none; paint where the picture may change")
+    elif mask.min() != mask.max():
+        sentence = shape_complaint((mask.shape[-1], mask.shape[-2]), size, name)
+        if sentence:
+            tell(f"{sentence}; it is stretched over the picture")
 
 
 def checked_latent(latent, name: str = "latent") -> dict:

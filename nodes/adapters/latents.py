@@ -17,12 +17,11 @@ from ...varedit_core.fitting import Fitting, schedule_of
 from ...varedit_core.sampling.results import joined
 from ...varedit_core.sampling.tokens import Tokens
 from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS
+from .given import INDEX
 from .vae import Colours, flat
 
 KEY = "varedit"
 """Where a LATENT keeps its `Origin`."""
-INDEX = "batch_index"
-"""Where ComfyUI keeps the numbers of a LATENT's rows, by which they draw."""
 
 
 @dataclass(frozen=True, eq=False)

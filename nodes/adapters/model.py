@@ -109,7 +109,7 @@ def load_model(path: Path, precision: str = "auto", disable_dynamic: bool = Fals
     warm_up(network, device, LINEARS[special])
     patcher = patcher_of(VAREditModel(network, stored), device, offload, disable_dynamic)
     fill(network, weights, None if precision == "fp32" else stored, patcher.is_dynamic())
-    patcher.model.made_for = MadeFor.of(path)
+    patcher.model.made_for = MadeFor.of(path) if config.source else UNKNOWN
     patcher.size = 0  # counted again: layers may have had no weights before
     patcher.cached_patcher_init = (partial(load_model, kind=kind), (path, precision))
     return patcher

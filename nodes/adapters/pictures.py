@@ -23,13 +23,13 @@ from ...varedit_core.pictures.images import (
     fit_mask,
     fitted_levels,
     load_image,
-    shape_complaint,
     unfit,
     unfit_mask,
 )  # fmt: skip
 from ...varedit_core.pictures.preview import LEAST_DECODED, SIDE, at_own_size, enlarged
 from ...varedit_core.sampling.tokens import Tokens
 from ...varedit_core.tokenizer.schedule import schedule_for
+from .given import tell_of_mask
 from .latents import Origin, check_shape, exactly, made, origin_in
 from .vae import VAREditVAE, checked_vae
 
@@ -172,17 +172,6 @@ def _levels(vae: VAREditVAE, latent_dHW: Tensor) -> Tensor:
             "the decoded picture holds undefined numbers; the VAE's weights are damaged; load or convert them again"
         )
     return levels
-
-
-def tell_of_mask(mask: Tensor, size: tuple[int, int], tell: Callable[[str], None], name: str = "mask") -> None:
-    """Tell of a mask that is empty, and of one that has another shape than its picture, unless it is the same
-    everywhere. size: (width, height) of the picture."""
-    if not mask.any():
-        tell(f"the {name} is empty, so it counts as none; paint where the picture may change")
-    elif mask.min() != mask.max():
-        sentence = shape_complaint((mask.shape[-1], mask.shape[-2]), size, name)
-        if sentence:
-            tell(f"{sentence}; it is stretched over the picture")
 
 
 def _drawn(mask: Tensor, edits: int, image: Tensor | None, tell: Callable[[str], None]) -> list[Image.Image] | None:

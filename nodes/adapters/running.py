@@ -38,11 +38,12 @@ from ...varedit_core.tokenizer.schedule import TOKEN_PIXELS
 from .advice import without_triton
 from .conditioning import Texts, drawn
 from .foreign import check_patches, unused
+from .given import tell_of_mask
 from .holding import Hold, Holder, holder_of
 from .keeping import Keeper, on_device
 from .latents import KEY, Origin, check_shape, exactly, made, numbers_of, origin_in, tokens_in
 from .model import VAREditModel, checked_model, unchanged
-from .pictures import fitted_mask, region_area, scale_picture, tell_of_mask, unfitted_mask
+from .pictures import fitted_mask, region_area, scale_picture, unfitted_mask
 from .room import free_memory, host_memory, may_stay
 from .vae import VAREditVAE, checked_vae, flat
 

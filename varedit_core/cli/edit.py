@@ -91,6 +91,10 @@ class Place:
     ] = None
     seam: options.Seam = 0
 
+    def read(self) -> list[Path | None]:
+        """The files that are read."""
+        return [self.mask, self.protect, *region_masks(self.region)]
+
     def check(self, instructed: bool) -> None:
         """Raise ValueError for options that do not go together, or would do nothing."""
         if self.mask and self.protect:
@@ -253,9 +257,7 @@ def edit(
         bool(asked.negative),
     ))  # fmt: skip
     each, outputs = outputs.variations, replace(outputs, variations=outputs.variations * task.pictures)
-    outputs.check(
-        image, task, [image, place.mask, place.protect, begun.begun, *region_masks(place.region), *files.read(paths)]
-    )
+    outputs.check(image, task, [image, begun.begun, *place.read(), *files.read(paths)])
     check_scales(paths[0], len(schedule))
     prompt, loras = () if place.region else asked.prompt(), checked_loras(paths[0], files.lora)
 
