@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from functools import wraps
+from functools import cache, wraps
 
 from ._api import io
 
@@ -17,12 +17,16 @@ def judging(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     execute = node.execute.__func__
     signature = inspect.signature(execute)
 
+    @cache  # not at every run: a schema may list files
+    def judged() -> list:
+        return [one for one in node.define_schema().inputs if one.get_io_type() in JUDGED]
+
     @wraps(execute)
     def judged_execute(cls, *args, **values) -> io.NodeOutput:
         bound = signature.bind(cls, *args, **values)
-        for one in node.define_schema().inputs:
+        for one in judged():
             given = bound.arguments.get(one.id)
-            if one.id in bound.arguments and one.get_io_type() in JUDGED and not (one.optional and given is None):
+            if one.id in bound.arguments and not (one.optional and given is None):
                 from .adapters.given import checked
 
                 bound.arguments[one.id] = checked(one.get_io_type(), one.id, given)

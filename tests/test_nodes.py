@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import json
 import logging
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import schemas as released
+import torch
 from schemas import lists_files
 from stand_in import FOLDER_PATHS, FOLDERS, KINDS, Schema, Slot, load_pack, modules, nodes_of, unload_pack
 from support import GOLDEN, ROOT
@@ -884,3 +886,16 @@ def test_a_prefix_of_tokens(pack):
             named(prefix)
     with pytest.raises(ValueError, match="^ComfyUI replaces %KSampler.seed% for its own save nodes alone"):
         named("a_%KSampler.seed%")
+
+
+@pytest.mark.parametrize("key", ["mask", "noise_mask"])
+def test_a_mask_a_little_beyond_is_a_mask(pack, key):
+    """Whatever carries it: in 8 bits, what is above 1 would begin anew at 0."""
+    given = importlib.import_module("pack_x_varedit.nodes.adapters.given")
+    mask, x = torch.full((1, 4, 4), 1.004), torch.zeros(1, 2, 3, 3)
+    if key == "mask":
+        ((_, facts),) = given.checked_conditioning([[x, {key: mask, "strength": 0.5}]], "positive")
+        assert facts["strength"] == 0.5
+    else:
+        facts = given.checked_latent({"samples": x, key: mask})
+    assert facts[key].max() == 1 and mask.max() > 1

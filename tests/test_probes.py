@@ -158,6 +158,7 @@ PURE = {
     "varedit_core.runtime.kernels.cuda_c.kernel",
     "varedit_core.sampling.batch.EditBatch.active",
     "varedit_core.sampling.batch.EditBatch.plan",
+    "nodes.inputs.judged",
 }
 MEMOS = {"cache", "lru_cache", "cached_property", "tried_once"}
 

@@ -189,7 +189,7 @@ class Editor(Coder):
             fitted, source = sources(self, pictures, size or self.made_for.size, method, size is not None)
             if size is not None:
                 self._doubt(fitted[0].schedule)
-            settings = settings or self.made_for.settings
+            settings = self.made_for.settings if settings is None else settings
             return self._edited(Request.of(fitted, instructions, negatives, settings, wanted, source), on_scale)
 
     def generate(self, *args, **more) -> list[Image.Image]:

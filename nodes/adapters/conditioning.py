@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...varedit_core.pictures.composite import Region
-from .given import checked_mask
 from .text_encoder import MARK
 
 USED = ""
@@ -182,8 +181,6 @@ def _check(features: Tensor, facts: dict, name: str) -> None:
         raise ValueError(
             f"the {name} conditioning is not of VAREdit's text encoder; use a clip from VAREdit Text Encoder Loader"
         )
-    if facts.get("mask") is not None:
-        checked_mask(facts["mask"], "mask of a conditioning")
     if not features.isfinite().all():
         raise ValueError(f"the {name} conditioning holds undefined numbers; check the text encoder's weights")
     made = facts[MARK]

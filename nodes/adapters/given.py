@@ -69,19 +69,18 @@ def checked_latent(latent, name: str = "latent") -> dict:
     numbers = latent.get(INDEX)
     if numbers is not None and not (isinstance(numbers, Sequence) and all(isinstance(n, Integral) for n in numbers)):
         raise ValueError(f"the {name} numbers its rows by something else than whole numbers; leave out its node")
-    mask = latent.get("noise_mask")
-    return latent if mask is None else {**latent, "noise_mask": checked_mask(mask, "mask of the latent")}
+    return _with_mask(latent, "noise_mask", "mask of the latent")
 
 
 def checked_conditioning(conditioning, name: str) -> list:
-    """A CONDITIONING: features with facts, as many as there are. ValueError for anything else; whether it is one of
-    ours is asked by `conditioning`."""
+    """A CONDITIONING: features with facts, as many as there are, and their masks. ValueError for anything else; whether
+    it is one of ours is asked by `conditioning`."""
     pairs = isinstance(conditioning, list | tuple) and all(
         isinstance(entry, list | tuple) and len(entry) == 2 for entry in conditioning
     )
     if not pairs or any(not (isinstance(x, Tensor) and isinstance(facts, Mapping)) for x, facts in conditioning):
         raise ValueError(f"{name} is {_kind(conditioning)}, no conditioning; connect VAREdit Text Encode")
-    return conditioning
+    return [[x, _with_mask(facts, "mask", "mask of a conditioning")] for x, facts in conditioning]
 
 
 def checked(type_name: str, name: str, value):
@@ -90,6 +89,12 @@ def checked(type_name: str, name: str, value):
         "IMAGE": checked_image, "MASK": checked_mask, "LATENT": checked_latent, "CONDITIONING": checked_conditioning,
     }[type_name]  # fmt: skip
     return check(value, NAMES.get(name, name))
+
+
+def _with_mask(facts: Mapping, key: str, name: str) -> Mapping:
+    """The same, with the mask that stands there, if any, as `checked_mask` gives it back."""
+    mask = facts.get(key)
+    return facts if mask is None else {**facts, key: checked_mask(mask, name)}
 
 
 def _check_tensor(x, name: str, kind: str) -> None:

@@ -18,14 +18,7 @@ from torch import Tensor
 from ...varedit_core.pictures.canvas import blended, faded
 from ...varedit_core.pictures.composite import found_mask
 from ...varedit_core.pictures.contact_sheet import Row, contact_sheet
-from ...varedit_core.pictures.images import (
-    Fitting,
-    fit_mask,
-    fitted_levels,
-    load_image,
-    unfit,
-    unfit_mask,
-)  # fmt: skip
+from ...varedit_core.pictures.images import Fitting, fit_mask, fitted_levels, load_image, unfit, unfit_mask
 from ...varedit_core.pictures.preview import LEAST_DECODED, SIDE, at_own_size, enlarged
 from ...varedit_core.sampling.tokens import Tokens
 from ...varedit_core.tokenizer.schedule import schedule_for

@@ -252,12 +252,17 @@ class Canvas:
     ] = None
 
     def area(self, model: Path | None) -> str:
-        """The size as one of AREAS; by default the one that a model was made for. model: None for the demo model."""
-        return choice(self.size or MadeFor.of(model).size, SIZES, "size")
+        """The size as one of AREAS. model: None for the demo model."""
+        return area_of(self.size, model)
 
     @property
     def method(self) -> str:
         return choice(self.fit or FIT, {fit: fit for fit in FITS}, "fit")
+
+
+def area_of(size: str | None, model: Path | None) -> str:
+    """A size as one of AREAS; by default the one that a model was made for."""
+    return choice(size or MadeFor.of(model).size, SIZES, "size")
 
 
 def per_scale(text: str) -> list[float] | Curve:

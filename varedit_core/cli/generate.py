@@ -16,7 +16,6 @@ from ..defaults import FITS, RATIO, RATIOS, SIZE
 from ..files.safe_write import together
 from ..files.tokens import save_tokens
 from ..fitting import nearest_ratio
-from ..made_for import MadeFor
 from ..pictures.composite import Region, check_masks, check_regions, check_rest
 from ..pictures.images import fitting_for, load_image, load_mask, save_image
 from ..sampling.settings import TEXT_SETTINGS
@@ -28,12 +27,12 @@ from .common import (
     Draw,
     Files,
     Words,
+    area_of,
     carried,
     check_scales,
     check_strip,
     check_words,
     checked_loras,
-    choice,
     command,
     complain,
     knob_options,
@@ -141,8 +140,7 @@ def generate(
     files.check()
     named, saved = controls.values(), shortcuts.values()
     shape.check(prompt, named)
-    area = choice(shape.size or MadeFor.of(files.model).size, SIZES, "size")
-    ratio, regions = _ratio(shape.ratio), shape.regions()
+    area, ratio, regions = area_of(shape.size, files.model), _ratio(shape.ratio), shape.regions()
     source, mask = (read(file) if file else None for read, file in ((load_image, shape.image), (load_mask, shape.mask)))
     if source:
         check_masks([mask], regions, [source.size])
