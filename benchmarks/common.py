@@ -36,8 +36,8 @@ def parsed(options: argparse.ArgumentParser, arguments: Sequence[str] | None = N
     return options.parse_args(given)
 
 
-def few(values: Iterable[T], options: argparse.Namespace, count: int = 1) -> list[T]:
-    """All values; of a tiny run the first, or (count 2) the first and the last."""
+def few(values: Iterable[T], options: argparse.Namespace, count: int = 2) -> list[T]:
+    """All values; of a tiny run the first and the last, or the first alone."""
     listed = list(values)
     return [listed[0], listed[-1]][:count] if options.tiny else listed
 
