@@ -67,7 +67,7 @@ class Pictures:
             ("strength", (0.0, 0.25, 0.5, 0.75, 1.0)), ("preserve", (0.0, 0.25, 0.5, 0.75, 1.0)),
             ("source_attention", (1.0, 0.5, 0.25, 0.1, 0.0)),
         ):  # fmt: skip
-            rows, values = [], few(values, self.options)
+            rows, values = [], few(values, self.options, 1)
             for picture, words in few(((self.scene, STAR), (self.cat, SEPIA)), self.options, 1):
                 shown = [self.run(picture, words, controls=Controls(**{name: value})).pictures[0] for value in values]
                 rows.append((words, [picture, *shown]))
@@ -90,12 +90,12 @@ class Pictures:
         self.sheet("tokens", columns, (STAR, [self.scene, whole.pictures[0], shown, finished, *again]))
 
     def chain(self) -> None:
-        words = few((STAR, SQUARE, "remove the green diamond", "make the red hexagon blue"), self.options)
+        words = few((STAR, SQUARE, "remove the green diamond", "make the red hexagon blue"), self.options, 1)
         edited, shown = self.scene, [self.scene]
         for one in words:
             edited = self.run(edited, one, controls=Controls(auto_mask=AUTO_MASK))
             shown.append(edited.pictures[0])
-        columns = few(("purple star", "pink square", "no diamond", "blue hexagon"), self.options)
+        columns = few(("purple star", "pink square", "no diamond", "blue hexagon"), self.options, 1)
         self.sheet("chain", ["source", *columns], ("; ".join(words), shown))
 
     def regions(self) -> None:
@@ -117,7 +117,7 @@ class Pictures:
 
     def best_of(self) -> None:
         hot, rows = SamplingSettings(guidance=GUIDANCE, temperature=3.0), []
-        for name in few(("none", "likelihood", "near", "far"), self.options):
+        for name in few(("none", "likelihood", "near", "far"), self.options, 1):
             controls = Controls() if name == "none" else Controls(best_of=8, best_at=4, score=name)
             seeds = [
                 SamplingSettings(hot.guidance, hot.temperature, hot.top_p, seed)

@@ -186,7 +186,7 @@ def on_disk(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def _unwritable(path: str | os.PathLike[str], error: OSError) -> str:
     advice = "make room, or choose another place" if error.errno in _FULL else "choose another place"
-    return f"cannot write {path} ({error.strerror}); {advice}"
+    return f"cannot write {path} ({error.strerror or error}); {advice}"
 
 
 def _made(temporary: Path, path: Path) -> None:
@@ -314,4 +314,4 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot make the folder {path} ({error.strerror}); choose another") from error
+        raise ValueError(f"cannot make the folder {path} ({error.strerror or error}); choose another") from error
