@@ -29,6 +29,7 @@ pytest.importorskip("accelerate")
 
 from test_training import ENVIRONMENT, TOKENIZER, Alone, losses, stages_of, trained_at  # noqa: E402
 
+from varedit_core.training import ending as ends  # noqa: E402
 from varedit_core.training import engine, report, settings, states  # noqa: E402
 from varedit_core.training.run import run  # noqa: E402
 
@@ -571,7 +572,10 @@ def test_no_process_outlives_a_training(tmp_path, source, ending):
     (tmp_path / "training.toml").write_text(text)
     command = [sys.executable, "-m", "varedit_core", "train", tmp_path / "training.toml", "--output", tmp_path / "out"]
     command += ["--set", "a.steps=100000", "--set", "a.batch=1"]
-    training = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    training = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell in the background ignores it
+    )  # fmt: skip
     metrics = tmp_path / "out" / "a" / report.METRICS
     try:
         assert until(lambda: training.poll() is not None or (metrics.exists() and metrics.read_text()))
@@ -606,8 +610,17 @@ def test_a_worker_that_is_ended_from_outside_is_told(tmp_path, monkeypatch):
         next(pairs._samples(stage, 0, Share()))
 
 
+def test_a_helper_is_quiet_only_where_the_training_has_gone():
+    told = []
+    hook = ends._unless_left(lambda *about: told.append(about[0]))
+    for kind in (ConnectionResetError, BrokenPipeError, EOFError, OSError, ValueError):
+        hook(kind, kind(), None)
+    assert told == [OSError, ValueError]
+
+
 INTERRUPTED = """
 import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
 class Passing:
     def __del__(self):  # an error in here is printed and lost
         os.kill(os.getpid(), signal.SIGINT)
