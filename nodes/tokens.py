@@ -8,7 +8,7 @@ import folder_paths
 
 from ..varedit_core.defaults import MOST_SCALES
 from ..varedit_core.files.token_header import SUFFIX
-from ._api import io, ui
+from ._api import io, tell, ui
 from .files import stamp
 from .token_files import find, missing, named, token_files
 
@@ -25,7 +25,7 @@ class VAREditSaveTokens(io.ComfyNode):
             display_name="VAREdit Save Tokens",
             category="VAREdit",
             description="Saves an edit as its tokens, a file of kilobytes that decodes to the same picture bit for "
-            "bit.",
+            "bit. Drop the file on the page to open its graph.",
             search_aliases=["save latent", "export tokens", "save edit"],
             inputs=[
                 io.Latent.Input(
@@ -38,17 +38,18 @@ class VAREditSaveTokens(io.ComfyNode):
                 ),
             ],
             outputs=[io.String.Output("path", display_name="path", tooltip="Where the file lies; the node shows it.")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.unique_id],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, latent, filename_prefix: str) -> io.NodeOutput:
-        from .adapters.token_latents import save_tokens
+        from .adapters.token_latents import graph_of, save_tokens
 
         output = folder_paths.get_output_directory()
         folder, name, counter, *_ = folder_paths.get_save_image_path(named(filename_prefix), output)
         path = Path(folder) / f"{name}_{counter:05}_{SUFFIX}"
-        facts = save_tokens(latent, path)
+        facts = save_tokens(latent, path, graph_of(cls.hidden, lambda text: tell(cls, text)))
         text = f"{path.relative_to(output)}\n{facts}, {path.stat().st_size / 1000:.3g} kB"
         return io.NodeOutput(str(path), ui=ui.PreviewText(text))
 

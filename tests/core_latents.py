@@ -240,4 +240,5 @@ if __name__ == "__main__":
 
     with torch.inference_mode():
         run = Latents(Path(sys.argv[1]))
-        print(json.dumps({"graphs": run.graphs(), "walk": run.everything(sys.argv[2:])}))
+        with run.decoding_once():
+            print(json.dumps({"graphs": run.graphs(), "walk": run.everything(sys.argv[2:])}))

@@ -273,6 +273,8 @@ class Probe:
                 found[f"{choice}, {setting.value}"] = {"calls": calls, "same": same}
         comfy.utils.PROGRESS_BAR_HOOK = None
         args.preview_method = LatentPreviewMethod.NoPreviews
+        given = self.model, self.source, self.text, self.vae, 0, 2.0, 0.0, "guidance", "1, 2, 2", "none", ""
+        found["sweep"] = self._progress(lambda: self.nodes["VAREditSweep"].execute(*given))
         found["no vae"] = self.error(self.sample, preview="decoded")
         return found
 
@@ -1456,15 +1458,15 @@ class Probe:
             config, schedule, results, True, self.torch.float32, self.text[0][0].shape[1]
         )
 
-    def _progress(self, **kw) -> list:
-        """What the progress bar is told of an edit: value, total, size of the picture."""
+    def _progress(self, node=None, **kw) -> list:
+        """What the progress bar is told of an edit, or of another node's run: value, total, size of the picture."""
         import comfy.utils
 
         calls = []
         comfy.utils.PROGRESS_BAR_HOOK = lambda value, total, preview, node_id=None: calls.append(
             [value, total, list(preview[1].size) if preview else None]
         )
-        self.sample(preview="fast", **kw)
+        node() if node else self.sample(preview="fast", **kw)
         comfy.utils.PROGRESS_BAR_HOOK = None
         return calls
 

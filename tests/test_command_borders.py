@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from support import ROOT
 from typer.testing import CliRunner
 
-from varedit_core import Controls
+from varedit_core import Controls, __version__
 from varedit_core.cli import common, edit
 from varedit_core.cli.app import app, main
 from varedit_core.cli.common import region_of
@@ -40,6 +40,7 @@ def folder(tmp_path, monkeypatch):
     exif[0x0112] = 6
     scene.save("lying.jpg", exif=exif)
     (tmp_path / "file").touch()
+    (tmp_path / "file.safetensors").touch()
     return tmp_path
 
 
@@ -65,6 +66,15 @@ def said(monkeypatch, capsys, folder):
 REFUSED = {
     "two pictures": (["edit", "a.png", "b.png"], "the instruction 'b.png' is the name of a file; give one picture"),
     "two pictures, swept": (["sweep", "a.png", "b.png", "--x", "seed=1,2"], "'b.png' is the name of a file"),
+    "pictures by a glob": (["edit", "a.png", "b.png", WORDS], "a.png, b.png: one picture at a time; for all of a"),
+    "pictures by a glob, swept": (["sweep", "a.png", "b.png", WORDS, "--x", "seed=1,2"], "for each in *.png; do"),
+    "no command": (["a.png", WORDS], "'a.png' is no command; to edit a picture write: varedit edit PICTURE"),
+    "too many words": (["edit", "a.png", "make", "it", "blue"], "unexpected extra argument"),
+    "a result without a name": (["edit", "a.png", WORDS, "-o", ""], "cannot write a file without a name"),
+    "features as a result": (
+        ["edit", "a.png", "--features", "file.safetensors:x", "--save-tokens", "file.safetensors", "--overwrite"],
+        "would replace file.safetensors, which is read",
+    ),
     "a blank": (["edit", "a.png", "  "], "the instruction is empty"),
     "a blank, swept": (["sweep", "a.png", " ", "--x", "seed=1,2"], "the instruction is empty"),
     "a folder": (["edit", ".", WORDS], "is a folder; name the image in it"),
@@ -277,6 +287,25 @@ def test_a_console_that_cannot_print_a_name(folder):
     done = subprocess.run(command, capture_output=True, cwd=folder, env=more)
     assert done.returncode == 0, done.stderr
     assert (folder / "bild-\udce4-edited.png").is_file() and json.loads(done.stdout)["size"] == [96, 64]
+
+
+def test_the_version(monkeypatch, capsys):
+    assert ran(monkeypatch, capsys, "--version") == (0, f"varedit {__version__}\n", "")
+
+
+def test_a_value_that_is_swept_twice_is_told(monkeypatch, capsys, folder):
+    asked = ["sweep", "a.png", WORDS, "--x", "guidance=1,2,2", "-o", "g.png", "--json"]
+    code, out, error = ran(monkeypatch, capsys, *asked)
+    assert code == 0 and "given more than once, and edited once: guidance 2" in error
+    assert [cell["x"] for cell in json.loads(out)["cells"]] == ["guidance 1", "guidance 2"]
+
+
+def test_a_mask_that_the_model_cannot_see(monkeypatch, capsys, folder):
+    mask = Image.new("L", (9600, 6400))
+    mask.putpixel((4000, 4000), 1)
+    mask.save("speck.png")
+    code, _, error = ran(monkeypatch, capsys, "edit", "a.png", WORDS, "--mask", "speck.png")
+    assert code == 1 and "the mask is too small to be seen at the model's size; paint more" in error
 
 
 @pytest.mark.parametrize(

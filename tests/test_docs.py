@@ -304,7 +304,7 @@ def test_links_lead_somewhere(page):
 def test_the_two_commands(monkeypatch):
     calls = []
     monkeypatch.setattr(dev, "prepare", lambda extra: calls.append(extra) or 0)
-    monkeypatch.setattr(dev.subprocess, "call", lambda command, cwd: calls.append(command[1:]) or 0)
+    monkeypatch.setattr(dev.subprocess, "call", lambda command, **kw: calls.append(command[1:]) or 0)
     for line in ("python dev.py edit", "python dev.py test"):
         assert f"```\n{line}\n```" in README
         assert dev.main(*line.split()[2:]) == 0

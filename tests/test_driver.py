@@ -345,11 +345,11 @@ def test_one_instruction_serves_all_pictures(reading):
 
 WHITE = Image.new("L", (8, 8), 255)
 WRONG = [
-    (1, dict(instructions=["a", "b"]), "there are 1 picture but 2 instructions in the list; give one each"),
+    (1, dict(instructions=["a", "b"]), "there is 1 picture but 2 instructions in the list; give one each"),
     (2, dict(instructions=["a"]), "there are 2 pictures but 1 instruction in the list; give one each, or a single one"),
     (2, dict(instructions=["a"] * 3), "there are 2 pictures but 3 instructions in the list"),
     (2, dict(instructions=[]), "there is no instruction; say what to change in the picture, or give regions"),
-    (1, dict(instructions="a", negatives=["b", "c"]), "there are 1 picture but 2 negative prompts in the list"),
+    (1, dict(instructions="a", negatives=["b", "c"]), "there is 1 picture but 2 negative prompts in the list"),
     (2, dict(instructions="a", negatives=["b"]), "there are 2 pictures but 1 negative prompt in the list"),
     (2, dict(instructions="a", negatives=["b"] * 3), "there are 2 pictures but 3 negative prompts in the list"),
     (1, dict(instructions="a", mask=[WHITE] * 2), "there are 2 masks for 1 pictures; give one, or one for each"),

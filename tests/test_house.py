@@ -23,7 +23,7 @@ PYTHON = sorted(
 
 NETWORKS = {"model", "tokenizer"}
 ALGORITHM = {"defaults", "controls", "fitting", "replaceable", "sampling", *NETWORKS}
-LIBRARY = {"coder", "editor", "files", "made_for", "pictures", "request", "runtime", "text", *ALGORITHM}
+LIBRARY = {"coder", "editor", "files", "made_for", "pictures", "request", "runtime", "text", "wording", *ALGORITHM}
 ANYTHING = {path.relative_to(CORE).parts[0].removesuffix(".py") for path in MODULES} - {"__init__", "__main__"}
 ALLOWED = {
     "__init__": set(),  # names are imported when they are first asked for
@@ -38,13 +38,14 @@ ALLOWED = {
     "sampling": ALGORITHM,
     "controls": ALGORITHM,
     "runtime": ALGORITHM,
-    "pictures": {"controls", "defaults", "files", "fitting", "sampling", "tokenizer"},
-    "files": {"defaults", "fitting", "runtime", "sampling", *NETWORKS},
-    "coder": {"defaults", "pictures", "runtime", "text", "tokenizer"},
+    "pictures": {"controls", "defaults", "files", "fitting", "sampling", "tokenizer", "wording"},
+    "files": {"defaults", "fitting", "runtime", "sampling", "wording", *NETWORKS},
+    "coder": {"defaults", "made_for", "pictures", "runtime", "text", "tokenizer"},
     "request": LIBRARY,
     "editor": LIBRARY,
     "parity": LIBRARY,
     "sweep": LIBRARY,
+    "wording": set(),
     "demo": {"defaults", "files"},
     "made_for": {"defaults", "demo", "sampling", "tokenizer"},
     "shapeedit": LIBRARY | {"cli", "demo"},
@@ -58,9 +59,10 @@ ALSO = {
     "sampling/tokens.py": {"files"},
     "files/convert.py": {"text"},
     "files/info.py": {"text"},
+    "cli/app.py": {"__version__"},
 }
 """What single modules may, too: the driver brings loop and memory together, tokens are saved and loaded by methods, and
-whether a text encoder is whole is asked of its network."""
+whether a text encoder is whole is asked of its network, the package knows its version."""
 
 
 def imported(path: Path, package: tuple[str, ...], tree: ast.AST) -> Iterator[tuple[str, ...]]:

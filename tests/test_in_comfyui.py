@@ -114,7 +114,7 @@ def test_the_sum_after_every_scale(found):
 
 def test_previews_follow_the_choice_and_the_setting(found):
     results = facts(found, "previews")
-    shown = {name: result for name, result in results.items() if name != "no vae"}
+    shown = {name: result for name, result in results.items() if name not in ("sweep", "no vae")}
     assert all(result["same"] for result in shown.values()), "looking changes nothing"
     counts = {choice: sum(size is not None for *_, size in result["calls"]) for choice, result in shown.items()}
     assert counts == {"auto, none": 0, "auto, latent2rgb": 7, "fast, none": 7, "decoded, none": 7, "off, none": 0}
@@ -128,6 +128,11 @@ def test_progress_counts_the_real_cost(found):
     assert {total for _, total, _ in calls} == {1000} and values == sorted(values) and values[-1] == 1000
     steps = [b - a for a, b in zip(values, values[1:])]
     assert values[0] > 2 * steps[0] and steps[-1] == max(steps), "the source's pass and the last scale take longest"
+
+
+def test_progress_of_a_sweep_goes_on_from_edit_to_edit(found):
+    values = [value for value, total, _ in facts(found, "previews")["sweep"]]
+    assert values == sorted(values) and 500 in values and values[-1] == 1000
 
 
 def test_a_preview_without_its_vae_is_one_sentence(found):

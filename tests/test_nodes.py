@@ -606,7 +606,8 @@ def test_the_nodes_that_tell_something_ask_for_their_id(nodes, schemas, comfy):
     hidden = comfy["comfy_api.latest"].io.Hidden
     for name, node in nodes.items():
         tells = "tell(cls" in inspect.getsource(node.execute)
-        assert list(schemas[name].hidden) == ([hidden.unique_id] if tells else []), name
+        keeps = [hidden.prompt, hidden.extra_pnginfo] if "graph_of(cls" in inspect.getsource(node.execute) else []
+        assert list(schemas[name].hidden) == [*keeps, *([hidden.unique_id] if tells else [])], name
 
 
 def test_the_files_of_three_folders_are_offered(file_info, models):

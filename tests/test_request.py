@@ -39,7 +39,7 @@ WRONG = [
         )
     ),
     (dict(features=np.ones((1, 14, 32, 32))), "features must be Tensor, got ndarray"),
-    (dict(features=torch.ones(2, 14, 32, 32)), "features are of 2 pictures, but there are 1; give one each"),
+    (dict(features=torch.ones(2, 14, 32, 32)), "features are of 2 pictures, but there is 1 picture; give one each"),
     (dict(negatives=3), "negative prompt must be words, or text features of encode_text, got int"),
     (dict(negatives=[None]), "negative prompt must be words, or text features of encode_text, got NoneType"),
     (dict(regions=Region(None)), "the instruction of a region must be words, or text features of encode_text, got .*"),

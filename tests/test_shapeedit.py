@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from varedit_core import Editor, SamplingSettings
 from varedit_core.cli.app import app
 from varedit_core.model.config import AutoencoderConfig
+from varedit_core.shapeedit import evaluate as making
 from varedit_core.shapeedit.edits import FAMILIES, draw_sample, near_misses
 from varedit_core.shapeedit.evaluate import draw, evaluate, evaluate_reconstruction, make, picture
 from varedit_core.shapeedit.metrics import Score, background, changed, distance, judge, regions, succeeds
@@ -303,6 +304,33 @@ def test_make_writes_what_training_reads(tmp_path, samples, pictures):
             assert {"keep": (0, 0), "style": (255, 255)}.get(sample.family, (0, 255)) == image.getextrema()
     with pytest.raises(FileExistsError, match="not an empty folder"):
         make(tmp_path / "set", 0, 1)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_make_began_goes_after_an_error(tmp_path, monkeypatch, error):
+    written, save = [], making.save_image
+
+    def full(image, path):
+        if len(written) == 5:
+            raise error
+        written.append(path)
+        save(image, path)
+
+    monkeypatch.setattr(making, "save_image", full)
+    with pytest.raises(type(error)):
+        make(tmp_path / "new", 0, 4)
+    assert len(written) == 5 and not list((tmp_path / "new").iterdir())
+    monkeypatch.setattr(making, "save_image", save)
+    assert (make(tmp_path / "new", 0, 4) / "metadata.jsonl").exists()
+
+
+def test_a_folder_that_cannot_be_read_is_one_sentence(tmp_path, monkeypatch):
+    def denied(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.iterdir", denied)
+    with pytest.raises(ValueError, match="cannot read the folder .* .Permission denied.; choose another"):
+        make(tmp_path, 0, 4)
 
 
 def test_evaluate_command(network, tmp_path):

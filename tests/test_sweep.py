@@ -37,7 +37,9 @@ def test_values_have_the_kind_of_their_setting():
     assert Axis.parse("guidance=1, 2,2.5") == Axis("guidance", (1.0, 2.0, 2.5))
     assert Axis.parse("best_of=1,4").values == (1, 4) and Axis.parse("seed=3").values == (3,)
     assert Axis.parse("preset=faithful,creative").labels == ["preset faithful", "preset creative"]
-    assert Axis.read("strength", "1,0.5,1.0").labels == ["strength 1", "strength 0.5"], "each value once"
+    twice = Axis.read("strength", "1,0.5,1.0")
+    assert twice.labels == ["strength 1", "strength 0.5"], "each value once"
+    assert twice.doubt == "given more than once, and edited once: strength 1" and Axis.parse("seed=1,2").doubt is None
     assert set(SWEPT) == {*vars(SamplingSettings()), *vars(NEUTRAL), "preset"}
     for name in SWEPT:
         value = vars(SamplingSettings()) | vars(NEUTRAL) | {"preset": "balanced"}

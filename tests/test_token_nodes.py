@@ -209,9 +209,10 @@ def saved(server, done: dict, key: str = "t") -> tuple[str, Path]:
 
 
 def written(path: Path) -> tuple[dict, dict]:
-    """A file's tensors, as bytes, and its metadata: their order in the file is safetensors' own."""
+    """A file's tensors, as bytes, and what it says of them: their order in the file is safetensors' own."""
     with safe_open(path, "np") as file:
-        return {key: file.get_tensor(key).tobytes() for key in file.keys()}, file.metadata()
+        facts = {name: text for name, text in file.metadata().items() if name != "prompt"}
+        return {key: file.get_tensor(key).tobytes() for key in file.keys()}, facts
 
 
 HALF = {
@@ -228,9 +229,16 @@ HALF = {
 )
 def test_an_edit_is_saved_loaded_and_decoded_to_the_same_pictures(server, settings, more, bytes_at_most):
     save = {"t": node("+SaveTokens", latent=[SAMPLER, 0], filename_prefix="sub/kept")}
-    done = server.run(edit(more, save, shown([SAMPLER, 0]), **settings))
+    graph = edit(more, save, shown([SAMPLER, 0]), **settings)
+    done = server.run(graph)
     name, path = saved(server, done)
-    assert name.startswith("sub/kept_0") and path.stat().st_size < bytes_at_most
+    with safe_open(path, "np") as file:
+        kept = json.loads(file.metadata()["prompt"])
+    size = path.stat().st_size - len(json.dumps(json.dumps(kept)))
+    assert name.startswith("sub/kept_0") and size < bytes_at_most
+    assert {key: one["class_type"] for key, one in kept.items()} == {
+        key: one["class_type"] for key, one in graph.items()
+    }, "the graph that made it"
     assert Tokens.load(path).complete and len(written(path)[1]) == 2
     load = {"l": node("+LoadTokens", file=name)}
     again = server.run(edit(load, shown(["l", 0])))

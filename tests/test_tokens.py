@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from varedit_core import Controls, Editor, SamplingSettings
 from varedit_core.cli.app import app, main
 from varedit_core.demo import SAMPLES, demo_files
+from varedit_core.files.token_header import MAX_HEADER
 from varedit_core.files.tokens import DIGEST, MAX_CHAIN, MAX_EDITS, load_tokens, save_tokens
 from varedit_core.pictures.images import Fitting
 from varedit_core.sampling.results import joined
@@ -278,6 +279,17 @@ def test_what_would_not_be_read_is_not_written(tmp_path):
         with pytest.raises(ValueError, match=f"these tokens cannot be saved .*{words}"):
             save_tokens(tokens, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_notes_are_kept_and_change_nothing(tmp_path):
+    tokens, notes = drawn(), {"prompt": json.dumps({"1": {"class_type": "x", "text": "varedit.tokens"}})}
+    tokens.save(tmp_path / "a.safetensors", notes=notes | {"tokens": "none", "format": "other"})
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata().items() >= notes.items()
+    assert same(load_tokens(tmp_path / "a.safetensors"), tokens)
+    with pytest.raises(ValueError, match="the notes of these tokens are too long"):
+        tokens.save(tmp_path / "b.safetensors", notes={"prompt": "x" * MAX_HEADER})
+    assert not (tmp_path / "b.safetensors").exists()
 
 
 def test_older_files_have_no_auto_mask_or_note_it_beside_the_tokens(tmp_path, file):

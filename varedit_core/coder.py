@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .defaults import FIT, SIZE, TEXT_TOKENS
+from .defaults import FIT, TEXT_TOKENS
+from .made_for import UNKNOWN
 from .pictures.images import FittedImage, Readable, SourceImage, fit, load_image, restore
 from .runtime.graphs import Recorder
 from .text.encoder import TextEncoder
@@ -33,6 +34,7 @@ class Coder:
         self.autoencoder, self.text = autoencoder, text
         self.device, self._lock = torch.device(device), RLock()
         _living.add(self)
+        self.made_for = UNKNOWN
         self.text_length = TEXT_TOKENS
         """Tokens of a text that the transformer takes."""
         self._last: tuple[list[Tensor], list[str | Tensor]] = [], []
@@ -54,9 +56,10 @@ class Coder:
             for kept in self.recordings:
                 kept.forget()
 
-    def fit(self, image: Picture, size: str = SIZE, method: str = FIT) -> FittedImage:
-        """Bring a picture to a size the model runs at (see `images.fit`)."""
-        return fit(image if isinstance(image, SourceImage) else load_image(image), size, method)
+    def fit(self, image: Picture, size: str | None = None, method: str = FIT) -> FittedImage:
+        """Bring a picture to a size the model runs at (see `images.fit`), by default what the weights were made for."""
+        source = image if isinstance(image, SourceImage) else load_image(image)
+        return fit(source, size or self.made_for.size, method)
 
     def encode_text(self, prompts: Sequence[str]) -> list[Tensor]:
         """Text features [L_i, channels] of the prompts, a list. ValueError without a text encoder."""

@@ -18,7 +18,7 @@ from .coder import Coder, Picture
 from .defaults import FIT, FITS, KINDS
 from .files.checkpoints import load_autoencoder, load_transformer
 from .fitting import nearest_ratio
-from .made_for import UNKNOWN, MadeFor
+from .made_for import MadeFor
 from .model.transformer import Transformer
 from .pictures.composite import check_rest
 from .pictures.edited import Edited
@@ -60,7 +60,7 @@ class Editor(Coder):
         self.patch, self.transformer = patch_size(transformer.config, autoencoder.config), transformer
         self.memory = TorchMemory(transformer, self.device)
         self.memory.recordings = self.recordings
-        self.made_for, self._told = UNKNOWN, set()
+        self._told = set()
 
     @classmethod
     def load(

@@ -23,6 +23,7 @@ from .sampling.results import joined
 from .sampling.scale import Scale
 from .sampling.settings import SamplingSettings
 from .sampling.tokens import LOST, Tokens
+from .wording import counted, there_are
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +129,9 @@ class Request:
         total = self.source and self.source.total()
         features, hints = options.features if self.source is None else total, {}
         if features is not None and features.ndim == 4 and len(features) != count:
-            raise ValueError(f"features are of {len(features)} pictures, but there are {count}; give one each")
+            raise ValueError(
+                f"features are of {counted(len(features), 'picture')}, but {there_are(count, 'picture')}; give one each"
+            )
         if features is None:
             features, texts, hints = coder.begin(self.fitted, self.texts)
         else:
@@ -213,9 +216,10 @@ def each(given, count: int, name: str) -> list:
     if isinstance(listed, (str, Tensor)):
         return [listed] * count
     if len(listed) != count:
-        pictures = f"{count} picture" + "s" * (count != 1)
-        what = f"{len(listed)} {name}" + "s" * (len(listed) != 1)
-        raise ValueError(f"there are {pictures} but {what} in the list; give one each, or a single one for all")
+        raise ValueError(
+            f"{there_are(count, 'picture')} but {counted(len(listed), name)} in the list; give one each, or a single "
+            "one for all"
+        )
     return listed
 
 

@@ -5,6 +5,7 @@ Knows the settings and an editor; knows nothing of files and options. `Axis` and
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -16,7 +17,7 @@ from .controls import registry
 from .controls.base import Known
 from .controls.curves import PRESET
 from .controls.registry import NEUTRAL, NO_SHORTCUTS, SWEPT, Controls, problems
-from .defaults import FIT, SIZE
+from .defaults import FIT
 from .editor import Editor
 from .pictures.contact_sheet import LETTERS, Row, contact_sheet
 from .pictures.images import load_image
@@ -35,10 +36,12 @@ _PREFERRED_LETTERS = 16  # pixels of a cell to one of its label
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting and its values, in the order of the grid."""
+    """A setting and its values, in the order of the grid. repeated: those that were given more than once, and count
+    once."""
 
     name: str
     values: tuple[float | int | str, ...]
+    repeated: tuple[float | int | str, ...] = ()
 
     @classmethod
     def read(cls, name: str, texts: str) -> Axis:
@@ -51,10 +54,11 @@ class Axis:
         if not values:
             raise ValueError(f"{name} has no values to sweep; give some with commas between them")
         try:
-            return cls(name, tuple(dict.fromkeys(kind(value) for value in values)))
+            counted = Counter(kind(value) for value in values)
         except ValueError:
             what = "whole numbers" if kind is int else "numbers"
             raise ValueError(f"{name} takes {what} with commas between them, got {texts!r}") from None
+        return cls(name, tuple(counted), tuple(value for value, count in counted.items() if count > 1))
 
     @classmethod
     def parse(cls, text: str) -> Axis:
@@ -66,9 +70,17 @@ class Axis:
 
     @property
     def labels(self) -> list[str]:
-        return [
-            f"{self.name} {value:g}" if isinstance(value, float) else f"{self.name} {value}" for value in self.values
-        ]
+        return [self._label(value) for value in self.values]
+
+    @property
+    def doubt(self) -> str | None:
+        """A sentence where values were given more than once."""
+        if not self.repeated:
+            return None
+        return f"given more than once, and edited once: {', '.join(map(self._label, self.repeated))}"
+
+    def _label(self, value: float | int | str) -> str:
+        return f"{self.name} {value:g}" if isinstance(value, float) else f"{self.name} {value}"
 
 
 @dataclass(frozen=True)
@@ -161,12 +173,15 @@ def _with(values: dict, settings: SamplingSettings, controls: Controls) -> tuple
 
 @dataclass(frozen=True, eq=False)
 class Swept:
-    """What every edit of a sweep has in common; the arguments are those of `Editor.run`."""
+    """What every edit of a sweep has in common; the arguments are those of `Editor.run`.
+
+    How it is drawn is in its cells: `planned` takes `editor.made_for.settings` for the weights' own.
+    """
 
     picture: Picture
     instruction: str | Tensor
     negative: str = ""
-    size: str = SIZE
+    size: str | None = None
     method: str = FIT
     mask: Image.Image | None = None
 

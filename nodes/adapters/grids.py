@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...varedit_core.sampling.settings import SamplingSettings
-from ...varedit_core.sweep import Axis, grid, planned, refuse
+from ...varedit_core.sweep import Axis, Cell, grid, planned, refuse
 from .conditioning import Instructions
 from .latents import KEY
 from .pictures import decode_edit, to_image, to_pillow
@@ -30,16 +30,23 @@ class Swept:
 def edit_grid(model, source: dict, vae, swept: Swept, tell: Callable[[str], None]) -> tuple[Tensor, list[Tensor]]:
     """The labelled grid of the first picture's edits, and the edits, row by row. ValueError, before
     any edit, as `sweep.planned` and `refuse`."""
-    rows = planned(*(Axis.read(*axis) for axis in swept.axes), settings=swept.settings)
+    axes = [Axis.read(*axis) for axis in swept.axes]
+    for axis in axes:
+        if axis.doubt:
+            tell(axis.doubt)
+    rows = planned(*axes, settings=swept.settings)
     if KEY in source:
         refuse(rows, source[KEY].fitting.schedule, swept.mask is not None)
-    shown = [[_edited(model, source, vae, swept, cell, tell) for cell in row] for row in rows]
+    count, shown = sum(map(len, rows)), []
+    for y, row in enumerate(rows):
+        parts = [(y * len(row) + x, count) for x in range(len(row))]
+        shown.append([_edited(model, source, vae, swept, cell, part, tell) for cell, part in zip(row, parts)])
     sheet = grid(rows, [[to_pillow(batch[0]) for batch in row] for row in shown])
     return to_image([sheet]), [batch for row in shown for batch in row]
 
 
-def _edited(model, source: dict, vae, swept: Swept, cell, tell: Callable[[str], None]) -> Tensor:
+def _edited(model, source: dict, vae, swept: Swept, cell: Cell, part: tuple[int, int], tell) -> Tensor:
     told = swept.told
-    edit = Edit(told.texts, cell.settings, mask=swept.mask, controls=cell.controls, regions=told.regions)
+    edit = Edit(told.texts, cell.settings, mask=swept.mask, controls=cell.controls, regions=told.regions, part=part)
     latent, *_ = sample_latent(model, source, edit, "off", vae, tell)
     return decode_edit(vae, latent, swept.image, None if swept.image is None else swept.mask, tell)[0]

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...varedit_core.pictures.canvas import blended, faded
-from ...varedit_core.pictures.composite import found_mask
+from ...varedit_core.pictures.composite import check_seen, found_mask
 from ...varedit_core.pictures.contact_sheet import Row, contact_sheet
 from ...varedit_core.pictures.images import Fitting, fit_mask, fitted_levels, load_image, unfit, unfit_mask
 from ...varedit_core.pictures.preview import LEAST_DECODED, SIDE, at_own_size, enlarged
@@ -227,14 +227,17 @@ def masks_of(mask: Tensor) -> Tensor:
 
 
 def fitted_mask(mask: Tensor, fitting: Fitting, images: int) -> Tensor | None:
-    """A MASK or noise_mask of any size, brought to the fitted pictures' size: [1 or B, y, x]; None for an empty one."""
+    """A MASK or noise_mask of any size, brought to the fitted pictures' size: [1 or B, y, x]; None for an empty one.
+    ValueError for one that vanishes there."""
     masks = masks_of(mask)
     if not masks.any():
         return None
     if len(masks) not in (1, images):
         raise ValueError(f"there are {len(masks)} masks for {images} pictures; connect one, or one for each")
     levels = (masks * 255).ceil().to(torch.uint8).numpy()
-    return torch.cat([fit_mask(Image.fromarray(one), fitting) for one in levels])
+    fitted = torch.cat([fit_mask(Image.fromarray(one), fitting) for one in levels])
+    check_seen(fitted.amax(0, keepdim=True), "mask")
+    return fitted
 
 
 def _for_each(x: Tensor, edited: Tensor) -> Tensor:

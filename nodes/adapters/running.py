@@ -64,7 +64,7 @@ class Edit:
     variations: results of each picture, with one seed after the other. mask: [y, x] or [B, y, x] of any size, above 0
     where the picture may change. drafter: a MODEL for `Shortcuts.drafted`. regions: instead of the texts' instruction,
     several with their places (see `conditioning.Instructions`). begun: a LATENT whose tokens are the first scales of
-    this edit.
+    this edit. part: how many edits of the node's run came before this one, and how many there are, for its progress.
     """
 
     texts: Texts | None
@@ -76,6 +76,7 @@ class Edit:
     controls: Controls = NEUTRAL
     regions: Sequence[Region] = ()
     begun: dict | None = None
+    part: tuple[int, int] = (0, 1)
 
 
 def torch_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -124,13 +125,15 @@ def _takes_scale(attend, head_size: int, dtype: torch.dtype, device: torch.devic
 class Watcher:
     """Shows progress by the passes' real cost, and a picture of every scale where one is wanted.
 
-    costs: of the prefill and of every scale that runs.
+    costs: of the prefill and of every scale that runs. part: see `Edit`.
     """
 
     def __init__(
-        self, costs: Sequence[float], results: int, origin: Origin, method: str, vae: VAREditVAE | None
-    ) -> None:
+        self, costs: Sequence[float], results: int, part: tuple[int, int], origin: Origin, method: str,
+        vae: VAREditVAE | None,
+    ) -> None:  # fmt: skip
         self.done = [sum(costs[: k + 1]) / sum(costs) for k in range(1, len(costs))]
+        self.before, self.edits = part
         self.bar = comfy.utils.ProgressBar(TICKS)
         self.origin, self.method, self.vae, self.results = origin, method, vae, results
 
@@ -141,7 +144,7 @@ class Watcher:
             picture = scale_picture(self.vae, scale.running_sum[:1], scale.grid, self.origin, self.method)
             preview = ("JPEG", picture, None)
         share = (first + len(results) * self.done[scale.index]) / self.results
-        self.bar.update_absolute(round(TICKS * share), TICKS, preview)
+        self.bar.update_absolute(round(TICKS * (self.before + share) / self.edits), TICKS, preview)
 
 
 def preview_method(choice: str, vae: VAREditVAE | None, origin: Origin) -> str:
@@ -262,7 +265,7 @@ def sample_latent(model, source: dict, edit: Edit, preview: str, vae, tell: Tell
     beside = vae.memory_used_decode(batch.features.shape, vae.vae_dtype) if decoder else 0
     copies = max(edit.variations, edit.controls.best_of)
     memory = ComfyMemory(models, decoder, beside, copies, tell)
-    watcher = Watcher(_costs(batch, network.diffusion_model), len(batch.seeds), origin, method, vae)
+    watcher = Watcher(_costs(batch, network.diffusion_model), len(batch.seeds), edit.part, origin, method, vae)
     result = run(
         moved(batch, model.load_device), memory, watcher, known=known, wanted=Wanted(scales=True, confidence=True)
     )

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management as mm
 import torch
 import torch.nn.functional as F
+from comfy.cli_args import args
 from torch import Tensor
 
 from ...varedit_core.controls.auto_mask import changed
+from ...varedit_core.files.token_header import MAX_HEADER
 from ...varedit_core.fitting import Fitting
 from ...varedit_core.sampling.tokens import Tokens
 from ...varedit_core.tokenizer.quantizer import encode, latent_grids
@@ -30,12 +34,25 @@ def checked_tokens(latent: dict) -> Tokens:
     return tokens
 
 
-def save_tokens(latent: dict, path: Path) -> str:
-    """Write a LATENT's tokens; what they are, in words."""
+def save_tokens(latent: dict, path: Path, graph: Mapping[str, str]) -> str:
+    """Write a LATENT's tokens, and beside them the graph that made them (`graph_of`); what they are, in words."""
     tokens = checked_tokens(latent)
-    tokens.save(path)
+    tokens.save(path, notes=graph)
     height, width = tokens.schedule.pixels
     return f"edits: {tokens.images}, scales: {len(tokens)} of {len(tokens.schedule)}, {width}x{height}"
+
+
+def graph_of(hidden, tell: Callable[[str], None]) -> dict[str, str]:
+    """The running graph as ComfyUI's page opens it from a file's metadata: JSON by its names. Empty where ComfyUI was
+    started to keep graphs out of files, and for a graph that is too long, which is told."""
+    if args.disable_metadata or hidden is None:
+        return {}
+    found = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
+    graph = {name: json.dumps(one) for name, one in found.items() if one is not None}
+    if (length := sum(map(len, graph.values()))) > MAX_HEADER // 2:
+        tell(f"the graph has {length / 1e6:.1f} MB, more than a file of tokens takes, and is left out of it")
+        return {}
+    return graph
 
 
 def load_tokens(path: Path, vae=None) -> dict:

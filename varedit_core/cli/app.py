@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from .. import __version__
 from ..bench.cli import bench
 from ..defaults import KINDS
 from ..files.checkpoints import TRANSFORMER, describe, part_of
@@ -27,6 +28,7 @@ from ..parity import Parity, compare
 from ..shapeedit.cli import app as shapeedit
 from ..training.cli import train
 from . import common as options
+from .advice import Commands, OnePicture
 from .common import DTYPES, choice, console, progress
 from .decode import decode
 from .demo import demo
@@ -38,9 +40,25 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    cls=Commands,
     help="Edit images by instruction with VAREdit.",
 )
 app.add_typer(shapeedit, name="shapeedit")
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"varedit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The options before a command."""
 
 
 def main() -> None:
@@ -149,10 +167,10 @@ def merge(
 
 
 app.command()(generate)
-app.command()(edit)
+app.command(cls=OnePicture)(edit)
 app.command()(decode)
 app.command()(demo)
-app.command()(sweep)
+app.command(cls=OnePicture)(sweep)
 app.command()(train)
 app.command()(bench)
 

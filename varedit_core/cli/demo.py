@@ -15,10 +15,11 @@ from ..demo import GUIDANCE, SAMPLES, SIZE, demo_files
 from ..editor import Editor
 from ..files.reading import printable
 from ..pictures.contact_sheet import contact_sheet
-from ..pictures.images import check_target, load_image, save_image
+from ..pictures.images import load_image, save_image
 from ..sampling.settings import SamplingSettings
 from . import common as options
 from .common import console, progress
+from .results import check_results, picture
 from .watcher import Watcher
 
 EDITS = {
@@ -48,8 +49,8 @@ def demo(
         for words in instructions
     ]
     sources = {path: load_image(path) for path, _, _ in jobs}
-    for target in (sheet, *(target for *_, target in jobs)):
-        check_target(target, False, overwrite)
+    results = [picture(sheet, "contact sheet"), *(picture(target) for *_, target in jobs)]
+    check_results(results, [*files, *sources], overwrite)
     begin = time.perf_counter()
     editor = Editor.load(*files, device=device)
     load_seconds = time.perf_counter() - begin

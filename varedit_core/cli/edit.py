@@ -149,6 +149,10 @@ class Asked(Words):
         if self.features and (self.instruction or regions):
             raise ValueError("give an instruction or --features, not both")
 
+    def read(self) -> list[Path]:
+        """The files that are read."""
+        return [Path(self.features.rpartition(":")[0])] if self.features else []
+
     def prompt(self) -> str | torch.Tensor:
         return _features(self.features) if self.features else self.instruction
 
@@ -257,7 +261,7 @@ def edit(
         bool(asked.negative),
     ))  # fmt: skip
     each, outputs = outputs.variations, replace(outputs, variations=outputs.variations * task.pictures)
-    outputs.check(image, task, [image, begun.begun, *place.read(), *files.read(paths)])
+    outputs.check(image, task, [image, begun.begun, *asked.read(), *place.read(), *files.read(paths)])
     check_scales(paths[0], len(schedule))
     prompt, loras = () if place.region else asked.prompt(), checked_loras(paths[0], files.lora)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..files.safe_write import check_target
 from ..files.tokens import check_target as check_tokens
 from ..pictures.images import check_target as check_picture
+from ..wording import with_article
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ def check_results(results: Sequence[Result], read: Iterable[Path | None], overwr
         place = _place(result.path)
         if other := known.get(place):
             raise ValueError(
-                f"{result.path} would be both a {other.what} and a {result.what}; choose another name for one of them"
+                f"{result.path} would be both {with_article(other.what)} and {with_article(result.what)}; choose "
+                "another name for one of them"
             )
         known[place] = result
         if found := next((inputs[one] for one in (place, *place.parents) if one in inputs), None):

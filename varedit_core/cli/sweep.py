@@ -75,6 +75,9 @@ def sweep(
     check_words(instruction)
     paths, area, overwrite = files.paths(), canvas.area(files.model), outputs.overwrite
     axes = [Axis.parse(text) for text in (x, y) if text]
+    for axis in axes:
+        if axis.doubt:
+            console.print(axis.doubt, soft_wrap=True)
     cells = planned(*axes, settings=draw.settings(files.model))
     source, target = load_image(image), outputs.output or image.with_name(f"{image.stem}-sweep.png")
     schedule = fitting_for(source.size, area, canvas.method).schedule

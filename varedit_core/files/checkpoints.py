@@ -24,6 +24,7 @@ from ..runtime.layers import Operations
 from ..runtime.unfilled import Unfilled
 from ..runtime.warm_up import warm_up
 from ..tokenizer.vae import Autoencoder
+from ..wording import with_article
 from .shapes import autoencoder_config, transformer_config
 from .weights import WeightError, Weights, check_finite, open_weights, under
 
@@ -108,7 +109,7 @@ def describe(weights: Weights) -> str:
     """What the file is, in a few words."""
     part, _ = part_of(weights)
     if part:
-        return f"a {part}"
+        return with_article(part)
     for name, marker in _OTHERS.items():
         if any(re.search(rf"(^|\.){marker}$", key) for key in weights):
             return name

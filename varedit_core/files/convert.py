@@ -164,7 +164,7 @@ def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise ValueError(
-            f"{target.parent} has {free / 1e9:.1f} GB free but the result takes {needed / 1e9:.1f} GB; choose another "
+            f"{target.parent} has {free / 1e9:.3g} GB free but the result takes {needed / 1e9:.3g} GB; choose another "
             "disk"
         )
 

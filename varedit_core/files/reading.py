@@ -11,6 +11,8 @@ import re
 import stat
 from pathlib import Path
 
+from ..wording import with_article
+
 MAX_SHOWN = 1000
 """Letters of a message."""
 MAX_JSON = 64 << 20
@@ -38,7 +40,7 @@ def check_file(path: str | os.PathLike[str], what: str = "file", error: type[Val
         raise error(f"{path} is a folder; name the {what} in it")
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
-        raise error(f"{path} is {kind}, not a {what}; copy what it gives into a file first")
+        raise error(f"{path} is {kind}, not {with_article(what)}; copy what it gives into a file first")
     if not os.access(path, os.R_OK):
         raise error(f"{path} may not be read; change its permissions")
     return path
@@ -51,7 +53,7 @@ def read_json(
     JSON, larger than MAX_JSON, or nested deeper than Python reads; cure: what helps then."""
     path = check_file(path, what, error)
     if path.stat().st_size > MAX_JSON:
-        raise error(f"{path} is too large for a {what} ({path.stat().st_size >> 20} MB); check the path")
+        raise error(f"{path} is too large for {with_article(what)} ({path.stat().st_size >> 20} MB); check the path")
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError, OSError) as reason:

@@ -309,6 +309,16 @@ def _taken(path: Path) -> str:
     return f"{path} exists; choose another name or allow overwriting (--overwrite, in Python overwrite=True)"
 
 
+def check_empty(path: Path) -> None:
+    """FileExistsError for what is not an empty folder or none yet, ValueError for one that cannot be read."""
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:
+        raise ValueError(f"cannot read the folder {path} ({error.strerror or error}); choose another") from error
+    if taken:
+        raise FileExistsError(f"{path} is not an empty folder; choose another")
+
+
 def make_folder(path: Path) -> None:
     """Make a folder with those above it. ValueError where that cannot be done."""
     try:

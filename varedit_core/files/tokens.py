@@ -50,10 +50,11 @@ def check_target(path: Path, overwrite: bool = False) -> None:
 
 def save_tokens(
     tokens: Tokens, path: str | os.PathLike[str], overwrite: bool = False,
-    write: Callable[[Path, bytes, bool], None] = write_bytes,
+    write: Callable[[Path, bytes, bool], None] = write_bytes, notes: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
-    """Write a safetensors file, a bit a bit. write: see `safe_write.together`. FileExistsError where there is one and
-    overwrite is False, ValueError for another suffix and for tokens that `load_tokens` would not read."""
+    """Write a safetensors file, a bit a bit. write: see `safe_write.together`. notes: further metadata that reading
+    does not heed, such as the graph that made them. FileExistsError where there is one and overwrite is False,
+    ValueError for another suffix and for tokens that `load_tokens` would not read."""
     path = Path(path)
     check_target(path, overwrite)
     tensors: dict[str, Tensor] = {}
@@ -65,7 +66,10 @@ def save_tokens(
     except ValueError as error:
         raise ValueError(f"these tokens cannot be saved ({error}); save fewer edits in a file") from None
     facts[DIGEST] = _digest(facts, {name: tensor.numpy() for name, tensor in tensors.items()})
-    write(path, save(tensors, {"format": FORMAT, "tokens": json.dumps(facts)}), overwrite)
+    written = save(tensors, {**(notes or {}), "format": FORMAT, "tokens": json.dumps(facts)})
+    if (header := int.from_bytes(written[:8], "little")) > MAX_HEADER:
+        raise ValueError(f"the notes of these tokens are too long ({header} bytes, at most {MAX_HEADER}); save fewer")
+    write(path, written, overwrite)
 
 
 def load_tokens(path: str | os.PathLike[str]) -> Tokens:

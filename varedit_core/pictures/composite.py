@@ -42,7 +42,15 @@ def fitted_masks(masks: Sequence[Image.Image] | None, fitted: Sequence[FittedIma
     """What the model sees of the pictures' masks, [P, y, x]."""
     if masks is None:
         return None
-    return torch.cat([fit_mask(one, image.fitting) for one, image in zip(masks, fitted)])
+    seen = torch.cat([fit_mask(one, image.fitting) for one, image in zip(masks, fitted)])
+    check_seen(seen, "mask")
+    return seen
+
+
+def check_seen(masks_PHW: Tensor, what: str) -> None:
+    """ValueError for a mask, none of them empty when it was drawn, of which nothing is left at the model's size."""
+    if not (masks_PHW > 0).flatten(1).any(1).all():
+        raise ValueError(f"the {what} is too small to be seen at the model's size; paint more, or choose a larger size")
 
 
 def areas(
@@ -56,9 +64,8 @@ def areas(
     whole = Image.new("L", (1, 1), 255)
     masks = [region.mask or whole for region in regions]
     made = torch.stack([torch.cat([fit_mask(mask, image.fitting) for mask in masks]) for image in fitted])
-    for number, seen in enumerate((made > 0).flatten(2).any(2).all(0).tolist(), start=1):
-        if not seen:
-            raise ValueError(f"the mask of region {number} is too small to be seen at the model's size; paint more")
+    for number, seen in enumerate(made.unbind(1), start=1):
+        check_seen(seen, f"mask of region {number}")
     if any(region.mask is None for region in regions):
         return made, drawn, where
     size = max(image.source.size for image in fitted)

@@ -264,7 +264,9 @@ def check_target(path: str | os.PathLike[str], transparent: bool, overwrite: boo
     """Raise what `save_image` would for this path, and make missing folders, before the picture is there."""
     path = Path(path)
     if path.suffix.lower() not in _FORMATS:
-        raise ValueError(f"cannot write {path.name}: its suffix must be one of {', '.join(_FORMATS)}")
+        raise ValueError(
+            f"cannot write {path.name or 'a file without a name'}: its suffix must be one of {', '.join(_FORMATS)}"
+        )
     if transparent and _is_jpeg(path):
         raise ValueError(f"JPEG cannot hold the transparency of {path.name}; save it as PNG or WebP")
     check_file_target(path, overwrite)

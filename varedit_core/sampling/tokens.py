@@ -6,6 +6,7 @@ Shape suffixes: B images, d bits a latent position, (H, W) latent grid of the la
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,11 +109,13 @@ class Tokens:
                 f"channels on {width // stride}x{height // stride}{advice}"
             )
 
-    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    def save(
+        self, path: str | os.PathLike[str], overwrite: bool = False, notes: Mapping[str, str] | None = None
+    ) -> None:
         """Write a safetensors file, a bit a bit; see `files.tokens.save_tokens`."""
         from ..files.tokens import save_tokens
 
-        save_tokens(self, path, overwrite)
+        save_tokens(self, path, overwrite, notes=notes)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Tokens:

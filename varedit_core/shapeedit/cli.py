@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ..cli.common import Draw, Files, checked_loras, command, complain, console, hardware, knob_options, progress
+from ..cli.results import Result, check_results
+from ..cli.results import picture as picture_file
 from ..controls.base import Known
 from ..controls.registry import NEUTRAL, Shortcuts
 from ..demo import demo_files
-from ..files.safe_write import check_free, make_folder, write_json
-from ..pictures.images import check_target, save_image
+from ..files.safe_write import write_json
+from ..pictures.images import save_image
 from ..tokenizer.schedule import schedule_for
 from .edits import FAMILIES
 from .evaluate import AREA, BATCH, Batch, Report, draw, evaluate, make, picture
@@ -107,13 +109,13 @@ def evaluate_command(files: Files, asked: Samples, draws: Draw, shortcuts: _Shor
     samples = draw(draws.seed, asked.count, asked.family, asked.style)
     families = [sample.family for sample in samples]
     gallery = Gallery(outputs.pictures, outputs.show, outputs.overwrite, families) if outputs.pictures else None
-    if outputs.report:
-        check_free(outputs.report, outputs.overwrite)
-        make_folder(outputs.report.parent)
     ssim_function()
     paths = [
         own or demo for own, demo in zip((files.model, files.vae or files.model, files.text_encoder), demo_files())
     ]
+    results = [picture_file(path, "picture of samples") for path in (gallery.files if gallery else ())]
+    results += [Result(outputs.report, "report")] if outputs.report else []
+    check_results(results, files.read(paths), outputs.overwrite)
     loras = checked_loras(paths[0], files.lora)
     editor = files.load(paths, loras)
     with progress() as bar:
@@ -149,8 +151,7 @@ class Gallery:
             if seen[family] < show:
                 self.rows[family, index] = None
             seen[family] += 1
-        for family in seen:
-            check_target(folder / f"{family}.png", False, overwrite)
+        self.files = [folder / f"{family}.png" for family in seen]
 
     def add(self, batch: Batch) -> None:
         """Keep what will be shown of a batch."""

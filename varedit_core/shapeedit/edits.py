@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from random import Random
 
+from ..wording import with_article
 from .scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -417,7 +418,7 @@ def _refer(rng: Random, scene: Scene, it: Object, texture: bool = True) -> str:
 
 def _article(it: Object) -> str:
     phrase = f"{it.colour} {it.shape}" if it.texture == "plain" else f"{it.texture} {it.colour} {it.shape}"
-    return f"an {phrase}" if phrase[0] in "aeiou" else f"a {phrase}"
+    return with_article(phrase)
 
 
 def _place(cell: int) -> str:

@@ -7,6 +7,7 @@ decoder's pictures in floating point, before they are written with 8 bits.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..controls.registry import NO_SHORTCUTS, Shortcuts
 from ..editor import Editor
-from ..files.safe_write import write_text
+from ..files.safe_write import check_empty, make_folder, write_text
 from ..pictures.images import save_image, to_uint8
 from ..sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 from ..tokenizer.quantizer import encode, latent_grids
@@ -32,6 +33,7 @@ from .scenes import STYLES
 AREA = "0.06M"
 """The size every picture of ShapeEdit has, 256 x 256 pixels."""
 BATCH, MAX_COUNT = 8, 1_000_000
+KINDS, METADATA = ("source", "target", "mask"), "metadata.jsonl"
 
 
 @dataclass(frozen=True)
@@ -262,23 +264,30 @@ def make(folder: str | Path, seed: int, count: int, split: str = "test", batch: 
     """Write samples as pictures: source/, target/ and mask/ (white where the edit is) and metadata.jsonl, a line a
     sample with source, target, mask, instruction and family: pairs that the training reads.
 
-    Returns the folder. Raises FileExistsError where it is not empty, ValueError for an unknown split.
+    Returns the folder, as it was after any error. Raises FileExistsError where it is not empty, ValueError for an
+    unknown split and for a folder that cannot be read or made.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is not an empty folder; choose another")
     samples, lines = draw(seed, count, split=split), []
-    for begin in range(0, count, batch):
-        chosen = samples[begin : begin + batch]
-        source, target = (render([getattr(s, name) for s in chosen]) for name in ("source", "target"))
-        mask = regions(source, target, [s.family for s in chosen]).float()[:, None].expand_as(source) * 2 - 1
-        for i, sample in enumerate(chosen):
-            names = {kind: f"{kind}/{begin + i:05d}.png" for kind in ("source", "target", "mask")}
-            for kind, pixels in zip(names, (source[i], target[i], mask[i])):
-                image = picture(pixels)
-                save_image(image.convert("L") if kind == "mask" else image, folder / names[kind])
-            lines.append(json.dumps({**names, "instruction": sample.instruction, "family": sample.family}) + "\n")
-    write_text(folder / "metadata.jsonl", "".join(lines))
+    folder = Path(folder)
+    check_empty(folder)
+    make_folder(folder)
+    try:
+        for begin in range(0, count, batch):
+            chosen = samples[begin : begin + batch]
+            source, target = (render([getattr(s, name) for s in chosen]) for name in ("source", "target"))
+            mask = regions(source, target, [s.family for s in chosen]).float()[:, None].expand_as(source) * 2 - 1
+            for i, sample in enumerate(chosen):
+                names = {kind: f"{kind}/{begin + i:05d}.png" for kind in KINDS}
+                for kind, pixels in zip(KINDS, (source[i], target[i], mask[i])):
+                    image = picture(pixels)
+                    save_image(image.convert("L") if kind == "mask" else image, folder / names[kind])
+                lines.append(json.dumps({**names, "instruction": sample.instruction, "family": sample.family}) + "\n")
+        write_text(folder / METADATA, "".join(lines))
+    except BaseException:
+        for kind in KINDS:
+            shutil.rmtree(folder / kind, ignore_errors=True)
+        (folder / METADATA).unlink(missing_ok=True)
+        raise
     return folder
 
 
