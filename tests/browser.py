@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,8 +81,8 @@ _TOOLS = """() => {
     app.api.addEventListener(`execution_${kind}`, ({ detail }) => tests.ended.add(detail.prompt_id));
 }"""
 
-_LOAD = """async ({ workflow, name }) => {
-  await app.handleFile(new File([workflow], name, { type: "application/json" }));
+_LOAD = """async ({ bytes, name, type }) => {
+  await app.handleFile(new File([Uint8Array.from(atob(bytes), (letter) => letter.charCodeAt(0))], name, { type }));
 }"""
 
 _DIALOGS = "[role=dialog], .comfy-modal, .p-toast-message-error, .p-toast-message-warn"
@@ -140,11 +141,15 @@ class Page:
 
     def load(self, workflow: dict, name: str = "workflow.json") -> None:
         """Load a workflow as a user's drop of the file does. What an earlier one left on the page is cleared away."""
+        self.drop(json.dumps(workflow).encode(), name, "application/json")
+
+    def drop(self, data: bytes, name: str, type: str = "") -> None:
+        """Let a file fall on the page, cleared as for `load`."""
         if self._open(_DIALOGS):
             self.page.reload(wait_until="domcontentloaded")
             self._wait_for_the_page()
         self.complaints.clear()
-        self.page.evaluate(_LOAD, {"workflow": json.dumps(workflow), "name": name})
+        self.page.evaluate(_LOAD, {"bytes": b64encode(data).decode(), "name": name, "type": type})
         self._settle()
 
     def reload(self) -> None:

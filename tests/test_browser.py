@@ -115,6 +115,18 @@ def test_pictures_that_are_gone_are_forgotten(page):
     assert "shown_pictures" not in page.graph()["nodes"][0]["properties"]
 
 
+def test_a_file_of_tokens_opens_the_graph_that_made_it(page, server):
+    workflow = read(ROOT / "workflows" / "tokens.json")
+    page.load(workflow)
+    assert page.run() == {}
+    (file,) = (server.base / "output").rglob("*.safetensors")
+    page.load(graph_of(file_info(MODEL)))
+    page.drop(file.read_bytes(), file.name)
+    assert not page.problems(), page.problems()
+    graph = page.graph()
+    assert links(graph) == links(workflow) and widgets(graph) == widgets(workflow)
+
+
 # What the tests above would say of broken workflows, so that their silence means something.
 
 
