@@ -1287,6 +1287,34 @@ class Probe:
         }  # fmt: skip
         return {"said": found, "nodes": sorted(takes)}
 
+    def says(self) -> dict:
+        """What is said of a batch's mask with an empty row, and of one with a row that vanishes; of graphs that cannot
+        go into a file of tokens, and which names do; of sweeps whose values do nothing."""
+        torch, said = self.torch, []
+        given, pictures = self.module("nodes.adapters.given"), self.module("nodes.adapters.pictures")
+        rows = torch.zeros(2, 3000, 4500)
+        rows[0, :, 2000:] = 1
+        given.tell_of_mask(rows, (451, 300), said.append)
+        rows[1, 1500, 1500] = 1 / 255
+        found = {"rows": [*said, self.error(pictures.fitted_mask, rows, self.source["varedit"].fitting, 2)]}
+        graph_of = self.module("nodes.adapters.token_latents").graph_of
+        for name, more in {
+            "workflow": {"workflow": {"nodes": []}}, "list": [1], "text": "x", "surrogate": {"\ud800": 1},
+            "long name": {"x" * 5_000_000: 1}, "long": {"workflow": "x" * 5_000_000}, "bytes": {"a": b"x"},
+            "numbers": {1: 1}, "nothing": None,
+        }.items():  # fmt: skip
+            said.clear()
+            graph = graph_of(SimpleNamespace(prompt={"1": {}}, extra_pnginfo=more), said.append)
+            found[name] = [sorted(graph), said[:]]
+        sweep, module = self.nodes["VAREditSweep"], sys.modules["varedit_pack.nodes.sweep"]
+        before, module.tell = module.tell, lambda node, text: said.append(text)
+        for x, values in {"seed": "1, 2", "top_p": "0.9, 0.95", "preset": "creative, faithful"}.items():
+            said.clear()
+            sweep.execute(self.model, self.source, self.text, self.vae, 0, 1.0, 0.0, x, values, "none", "")
+            found[f"sweep {x}"] = said[:]
+        module.tell = before
+        return found
+
     def asked_back(self) -> dict:
         """ComfyUI wants the memory of an edit while that is at work, before every scale: what it gets, whether the
         cache stays, and what is left at the end."""
@@ -1545,7 +1573,7 @@ PARTS = (
     "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text",
     "ladder", "formats", "partial", "leftovers", "keeping", "variations", "shortcuts", "controls", "text_to_image",
     "layers", "held", "streaming", "without_triton", "listing", "way", "recording", "told", "asked_back", "colours",
-    "same_job", "plan", "stray_masks", "given",
+    "same_job", "plan", "stray_masks", "given", "says",
 )  # fmt: skip
 ONE_EDIT = ("pictures", "formats", "variations")  # parts that decode one edit again and again
 

@@ -40,6 +40,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "FOLDER", folder)
         patch.setattr(cli, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
+        patch.setattr(cli, "check_clone", lambda folder: None)
         patch.setattr(cli, "measure_published", lambda folder, cases, *_: [(case, timing) for case in cases])
         result = invoke("--cases", "edit,reroll,unguided-2", "--published", folder, "--save")
     return result, folder / "h100.json"

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import typer
 from PIL import Image, ImageDraw
 from support import ROOT
 from typer.testing import CliRunner
@@ -69,8 +70,17 @@ REFUSED = {
     "pictures by a glob": (["edit", "a.png", "b.png", WORDS], "a.png, b.png: one picture at a time; for all of a"),
     "pictures by a glob, swept": (["sweep", "a.png", "b.png", WORDS, "--x", "seed=1,2"], "for each in *.png; do"),
     "no command": (["a.png", WORDS], "'a.png' is no command; to edit a picture write: varedit edit PICTURE"),
+    "features without a key": (["edit", "a.png", "--features", "file"], "--features takes FILE:KEY"),
+    "a curve of three": (["edit", "a.png", WORDS, "--guidance", "3:1:2"], "--guidance '3:1:2' is neither a number"),
+    "a sweep of nothing": (["sweep", "a.png", WORDS, "--x", "strength=,"], "strength has no values to sweep"),
+    "nothing to strip": (["sweep", "a.png", WORDS, "--x", "guidance=1,2", "--strip"], "a grid carries nothing"),
+    "no picture's name": (["edit", "", WORDS], "image is empty; name one"),
+    "no file's name": (["info", ""], "file is empty; name one"),
+    "no clone": (
+        ["bench", "--models", "tiny", "--sizes", "256", "--device", "cpu", "--published", "."], "name a clone of",
+    ),
     "too many words": (["edit", "a.png", "make", "it", "blue"], "unexpected extra argument"),
-    "a result without a name": (["edit", "a.png", WORDS, "-o", ""], "cannot write a file without a name"),
+    "a result without a name": (["edit", "a.png", WORDS, "-o", ""], "-o is empty; give it a value, or leave it out"),
     "features as a result": (
         ["edit", "a.png", "--features", "file.safetensors:x", "--save-tokens", "file.safetensors", "--overwrite"],
         "would replace file.safetensors, which is read",
@@ -93,9 +103,6 @@ REFUSED = {
     "too many": (["edit", "a.png", WORDS, "--variations", "1000000000"], "4096"),
     "a seam": (["edit", "a.png", WORDS, "--mask", "mask.png", "--seam", "100000"], "4096"),
     "a guidance": (["edit", "a.png", WORDS, "--guidance", "1e38"], "guidance must be from -1000 to 1000"),
-    "names that are one": (
-        ["sweep", "a.png", WORDS, "--x", "guidance=1.50000001,1.50000002", "--folder", "out"], "would both be",
-    ),
     "no fill": (["edit", "a.png", WORDS, "--fill", "white"], "--fill is for the new part"),
 }  # fmt: skip
 
@@ -287,6 +294,30 @@ def test_a_console_that_cannot_print_a_name(folder):
     done = subprocess.run(command, capture_output=True, cwd=folder, env=more)
     assert done.returncode == 0, done.stderr
     assert (folder / "bild-\udce4-edited.png").is_file() and json.loads(done.stdout)["size"] == [96, 64]
+
+
+def test_an_empty_option_is_not_one_that_was_not_given(monkeypatch, capsys, folder):
+    """As a shell gives it for a variable that is not set. The options are the commands' own."""
+    tried = 0
+    group = typer.main.get_command(app)
+    nested = {("shapeedit", name): command for name, command in group.commands["shapeedit"].commands.items()}
+    commands = {(name,): command for name, command in group.commands.items() if name != "shapeedit"} | nested
+    for words, command in commands.items():
+        for option in command.params:
+            takes = option.opts[0][0] == "-" and not option.is_flag and option.default != ""
+            for name in option.opts if takes else ():
+                for given in ([name, ""], [f"{name}="]) if name[1] == "-" else ([name, ""],):
+                    code, _, error = ran(monkeypatch, capsys, *words, *given)
+                    assert code == 2 and f"{name} is empty; give it a value" in error, (words, given, error)
+                    tried += 1
+    assert tried > 150
+
+
+def test_an_option_that_is_given_twice_is_told(monkeypatch, capsys, folder):
+    asked = ["edit", "a.png", WORDS, "--guidance", "1", "--guidance=2", "-o", "c.png", "--json"]
+    code, out, error = ran(monkeypatch, capsys, *asked)
+    assert code == 0 and json.loads(out)["guidance"] == 2
+    assert "--guidance is given 2 times; the last one counts" in error
 
 
 def test_the_version(monkeypatch, capsys):

@@ -30,7 +30,7 @@ pytest.importorskip("accelerate")
 from test_training import ENVIRONMENT, TOKENIZER, Alone, losses, stages_of, trained_at  # noqa: E402
 
 from varedit_core.training import ending as ends  # noqa: E402
-from varedit_core.training import engine, report, settings, states  # noqa: E402
+from varedit_core.training import engine, idle, report, settings, states  # noqa: E402
 from varedit_core.training.run import run  # noqa: E402
 
 SMALL = "\n[stage.data]\n".join((TOKENIZER.split("[stage.data]")[0], 'source = "pictures"\nworkers = 0\n'))
@@ -608,6 +608,67 @@ def test_a_worker_that_is_ended_from_outside_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "fitted", end_worker)
     with pytest.raises(ValueError, match="^stage a: a process that reads pictures was ended.*; set data.workers lower"):
         next(pairs._samples(stage, 0, Share()))
+
+
+def idle_stages():
+    """A stage for each setting that counts in some stages only, in which it does not."""
+    lora = dict(name="a", task="lora", steps=1, batch=1, transformer="t", autoencoder="v", text_encoder="x")
+    lora["data"] = settings.Data("pairs")
+    vae = dict(name="a", task="tokenizer", steps=1, batch=1)
+    yield "transformer", vae | {"transformer": "t"}
+    yield "text_encoder", vae | {"text_encoder": "t"}
+    yield "checkpointing", vae | {"checkpointing": True}
+    yield "train_text", vae | {"train_text": True}
+    for name, value in {
+        "pictures": 0.1,
+        "families": {"add": 2.0},
+        "styles": {"night": 2.0},
+        "block": 16,
+        "reuse": 2,
+    }.items():
+        yield f"data.{name}", lora | {"data": settings.Data("pairs", **{name: value})}
+    for name, value in {"columns": {"source": "a"}, "on_error": "skip", "workers": 1}.items():
+        yield f"data.{name}", vae | {"data": settings.Data(**{name: value})}
+    yield "optimisation.muon_rate", lora | {"optimisation": settings.Optimisation(muon_rate=1.0)}
+    yield "objective.inside", vae | {"objective": settings.Objective(inside=2.0)}
+    yield "reconstruction.absolute", lora | {"reconstruction": settings.Reconstruction(absolute=2.0)}
+    yield "lora.rank", lora | {"task": "transformer", "lora": settings.Lora(rank=2)}
+    yield "new_transformer", lora | {"new_transformer": settings.NewTransformer(depth=2)}
+    yield "new_tokenizer", lora | {"new_tokenizer": settings.NewTokenizer(bits=2)}
+    yield "new_text", vae | {"new_text": settings.NewText(width=2)}
+
+
+IDLE = dict(idle_stages())
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_a_setting_that_counts_elsewhere_is_told(name):
+    (sentence,) = idle.idle(settings.Stage(**IDLE[name]))
+    assert sentence.startswith(f"stage a: {name}") and " counts only for " in sentence
+
+
+def test_every_setting_counts_always_or_is_on_the_list():
+    every = set(idle.settings_of(settings.Stage("a", "tokenizer", 1, 1)))
+    listed = {name for name in every for one in idle.COUNTS if name == one or name.startswith(f"{one}.")}
+    assert listed | idle.ALWAYS == every and not listed & idle.ALWAYS
+    assert {one for one in idle.COUNTS for name in IDLE if name == one or name.startswith(f"{one}.")} == set(
+        idle.COUNTS
+    )
+
+
+def test_a_lora_trains_no_text_encoder():
+    lora = dict(name="a", task="lora", steps=1, batch=1, transformer="t", autoencoder="v", text_encoder="x")
+    for more in ({"train_text": True}, {"new_text": settings.NewText()}):
+        with pytest.raises(
+            ValueError, match="the file of a LoRA holds no text encoder; leave out train_text and new_text"
+        ):
+            settings.Stage(**lora, **more)
+
+
+def test_settings_of_windows_are_read(tmp_path):
+    text = '[[stage]]\nname = "a"\ntask = "tokenizer"\nsteps = 1\nbatch = 1\n'
+    (tmp_path / "a.toml").write_text(text, encoding="utf-8-sig")
+    assert settings.load_stages(tmp_path / "a.toml")[0].name == "a"
 
 
 def test_a_helper_is_quiet_only_where_the_training_has_gone():

@@ -517,6 +517,31 @@ def test_every_node_that_takes_a_mask_is_looked_at(found):
     assert set(facts(found, "stray_masks")["nodes"]) == set(MASKED) - {"SetLatentNoiseMask"}
 
 
+def test_a_batchs_mask_is_asked_row_by_row(found):
+    empty, vanishes = facts(found, "says")["rows"]
+    assert empty == "row 2 of the mask is empty, so that nothing changes in its picture"
+    assert vanishes.startswith(SENTENCE + "the mask is too small to be seen at the model's size")
+
+
+GRAPHS = {
+    "workflow": (["prompt", "workflow"], ""), "list": (["prompt"], ""), "text": (["prompt"], ""),
+    "nothing": (["prompt"], ""), "numbers": (["1", "prompt"], ""), "surrogate": ([], "cannot be written"),
+    "bytes": ([], "cannot be written"), "long": ([], "has 5.0 MB"), "long name": ([], "has 5.0 MB"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_no_graph_costs_the_tokens(found, name):
+    names, said = facts(found, "says")[name]
+    assert names == GRAPHS[name][0] and len(said) == bool(GRAPHS[name][1])
+    assert all(GRAPHS[name][1] in sentence for sentence in said)
+
+
+@pytest.mark.parametrize("x", ["seed", "top_p", "preset"])
+def test_a_sweep_of_values_that_do_nothing_is_told(found, x):
+    assert any(f"{x} " in sentence for sentence in facts(found, "says")[f"sweep {x}"])
+
+
 @pytest.mark.parametrize("way", ["partially_unload", "detach", "free_memory", "unload_all_models"])
 def test_an_edit_at_work_keeps_its_cache_and_gives_it_back_at_its_end(found, way):
     result = facts(found, "asked_back")[way]

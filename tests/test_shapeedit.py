@@ -319,7 +319,7 @@ def test_what_make_began_goes_after_an_error(tmp_path, monkeypatch, error):
     monkeypatch.setattr(making, "save_image", full)
     with pytest.raises(type(error)):
         make(tmp_path / "new", 0, 4)
-    assert len(written) == 5 and not list((tmp_path / "new").iterdir())
+    assert len(written) == 5 and not list(tmp_path.iterdir())
     monkeypatch.setattr(making, "save_image", save)
     assert (make(tmp_path / "new", 0, 4) / "metadata.jsonl").exists()
 

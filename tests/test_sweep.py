@@ -40,6 +40,23 @@ def test_values_have_the_kind_of_their_setting():
     twice = Axis.read("strength", "1,0.5,1.0")
     assert twice.labels == ["strength 1", "strength 0.5"], "each value once"
     assert twice.doubt == "given more than once, and edited once: strength 1" and Axis.parse("seed=1,2").doubt is None
+    assert Axis.read("seed", "1,2,").doubt is None, "a comma at the end is none too many"
+    assert "have an empty place" in Axis.read("seed", "1,,2").doubt and Axis.read("seed", "1,,2").values == (1, 2)
+    assert Axis.parse("strength=0.5000001,0.5").labels == ["strength 0.5000001", "strength 0.5"]
+
+
+@pytest.mark.parametrize("name, values", [("foo", (1,)), ("strength", ()), ("seed", [])])
+def test_an_axis_of_nothing_is_one_sentence(name, values):
+    with pytest.raises(ValueError, match="there is no setting 'foo' to sweep|has no values to sweep"):
+        Axis(name, values)
+    with pytest.raises(ValueError, match="the values of strength are text with commas between them, got list"):
+        Axis.read("strength", [0.5])
+
+
+@pytest.mark.parametrize("cells", [[], [[]]])
+def test_a_sweep_of_no_cells_is_one_sentence(editor, picture, cells):
+    with pytest.raises(ValueError, match="there is no edit to sweep"):
+        sweep(editor, Swept(picture, WORDS), cells)
     assert set(SWEPT) == {*vars(SamplingSettings()), *vars(NEUTRAL), "preset"}
     for name in SWEPT:
         value = vars(SamplingSettings()) | vars(NEUTRAL) | {"preset": "balanced"}

@@ -62,6 +62,9 @@ class Options:
             given = getattr(self, name)
             self._set(name, (given,) if isinstance(given, one) else tuple(given or ()))
         right_kinds(vars(self))
+        for name in ("explain", "idle"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name, kind in {"given": Tokens, "features": Tensor, "regions": Region, "steer": Callable}.items():
             given = getattr(self, name)
             for one in given if isinstance(given, tuple) else [given] if given is not None else []:
@@ -227,7 +230,7 @@ def _listed(given, name: str) -> list | str | Tensor:
     """Words or text features as they are; several of them as a list."""
     if isinstance(given, (str, Tensor)):
         return given
-    listed = list(given) if hasattr(given, "__iter__") else [given]
+    listed = list(given) if hasattr(given, "__iter__") and not isinstance(given, (bytes, bytearray)) else [given]
     for one in listed:
         _words(one, name)
     return listed

@@ -36,29 +36,40 @@ _PREFERRED_LETTERS = 16  # pixels of a cell to one of its label
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting and its values, in the order of the grid. repeated: those that were given more than once, and count
-    once."""
+    """A setting and its values, in the order of the grid. ValueError for an unknown setting, for no value, and for one
+    that is there twice.
+
+    repeated: values that were given more than once, and count once. holes: places between commas without a value.
+    """
 
     name: str
     values: tuple[float | int | str, ...]
     repeated: tuple[float | int | str, ...] = ()
+    holes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name not in SWEPT:
+            raise ValueError(f"there is no setting {self.name!r} to sweep; choose one of {', '.join(SWEPT)}")
+        if not self.values:
+            raise ValueError(f"{self.name} has no values to sweep; give some with commas between them")
+        if len(set(self.values)) < len(self.values):
+            raise ValueError(f"{self.name} has a value more than once; give each once")
 
     @classmethod
     def read(cls, name: str, texts: str) -> Axis:
-        """Values with commas between them, each once. ValueError for an unknown setting, and for what is none of its
-        values."""
-        if name not in SWEPT:
-            raise ValueError(f"there is no setting {name!r} to sweep; choose one of {', '.join(SWEPT)}")
-        kind = type(_NEUTRAL[name])
-        values = [part.strip() for part in texts.split(",") if part.strip()]
-        if not values:
-            raise ValueError(f"{name} has no values to sweep; give some with commas between them")
+        """Values with commas between them, each once. ValueError as of an axis, and for what is none of its values."""
+        kind = type(_NEUTRAL.get(name, ""))
+        if not isinstance(texts, str):
+            raise ValueError(f"the values of {name} are text with commas between them, got {type(texts).__name__}")
+        parts = [part.strip() for part in texts.strip().removesuffix(",").split(",")]
+        values = [part for part in parts if part]
         try:
             counted = Counter(kind(value) for value in values)
         except ValueError:
             what = "whole numbers" if kind is int else "numbers"
             raise ValueError(f"{name} takes {what} with commas between them, got {texts!r}") from None
-        return cls(name, tuple(counted), tuple(value for value, count in counted.items() if count > 1))
+        repeated = tuple(value for value, count in counted.items() if count > 1)
+        return cls(name, tuple(counted), repeated, len(parts) - len(values))
 
     @classmethod
     def parse(cls, text: str) -> Axis:
@@ -74,13 +85,17 @@ class Axis:
 
     @property
     def doubt(self) -> str | None:
-        """A sentence where values were given more than once."""
-        if not self.repeated:
-            return None
-        return f"given more than once, and edited once: {', '.join(map(self._label, self.repeated))}"
+        """A sentence where values were given more than once, or left out between commas."""
+        said = []
+        if self.repeated:
+            said.append(f"given more than once, and edited once: {', '.join(map(self._label, self.repeated))}")
+        if self.holes:
+            said.append(f"the values of {self.name} have an empty place between commas, which counts as none")
+        return "; ".join(said) or None
 
     def _label(self, value: float | int | str) -> str:
-        return f"{self.name} {value:g}" if isinstance(value, float) else f"{self.name} {value}"
+        short = f"{value:g}" if isinstance(value, float) else str(value)
+        return f"{self.name} {short if isinstance(value, str) or float(short) == value else repr(value)}"
 
 
 @dataclass(frozen=True)
@@ -114,9 +129,17 @@ def planned(
 
 
 def check(cells: Sequence[Sequence[Cell]], schedule: Schedule, mask: bool = False, negative: bool = False) -> None:
-    """Raise ValueError, before anything runs, for a setting or a value of an axis that counts in none of its edits
-    (`registry.problems`), and where two values of an axis give the same edits."""
+    """Raise ValueError, before anything runs, for what `refuse` refuses and `doubts` doubts."""
     refuse(cells, schedule, mask)
+    if found := doubts(cells, schedule, mask, negative):
+        raise ValueError("; ".join(found))
+
+
+def doubts(
+    cells: Sequence[Sequence[Cell]], schedule: Schedule, mask: bool = False, negative: bool = False
+) -> list[str]:
+    """Sentences on a setting or a value of an axis that counts in none of its edits (`registry.problems`), and on two
+    values of an axis that give the same edits."""
     known = _known(cells, schedule, mask)
     said = [[problems(edit) for edit in row] for row in known]
     rows, columns = [row[0].row for row in cells], [cell.column for cell in cells[0]]
@@ -138,12 +161,14 @@ def check(cells: Sequence[Sequence[Cell]], schedule: Schedule, mask: bool = Fals
                 found[
                     f"{one} and {other} give the same (without temperature no seed and no top_p counts); leave one out"
                 ] = None
-    if found:
-        raise ValueError("; ".join(found))
+    return list(found)
 
 
 def refuse(cells: Sequence[Sequence[Cell]], schedule: Schedule, mask: bool = False) -> None:
-    """Raise ValueError, before anything runs, for a cell whose settings do not go together."""
+    """Raise ValueError, before anything runs, for a sweep of nothing, and for a cell whose settings do not go
+    together."""
+    if not (len(cells) and all(len(row) for row in cells)):
+        raise ValueError("there is no edit to sweep; make cells with planned")
     for row in _known(cells, schedule, mask):
         for edit in row:
             registry.check(edit)

@@ -47,7 +47,11 @@ def tell_of_mask(mask: Tensor, size: tuple[int, int], tell: Callable[[str], None
     everywhere. size: (width, height) of the picture."""
     if not mask.any():
         tell(f"the {name} is empty, so it counts as none; paint where the picture may change")
-    elif mask.min() != mask.max():
+        return
+    empty = [str(n) for n, row in enumerate(mask.reshape(-1, *mask.shape[-2:]), start=1) if not row.any()]
+    if empty:
+        tell(f"row {', '.join(empty)} of the {name} is empty, so that nothing changes in its picture")
+    if mask.min() != mask.max():
         sentence = shape_complaint((mask.shape[-1], mask.shape[-2]), size, name)
         if sentence:
             tell(f"{sentence}; it is stretched over the picture")

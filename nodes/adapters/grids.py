@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...varedit_core.sampling.settings import SamplingSettings
-from ...varedit_core.sweep import Axis, Cell, grid, planned, refuse
+from ...varedit_core.sweep import Axis, Cell, doubts, grid, planned, refuse
 from .conditioning import Instructions
 from .latents import KEY
 from .pictures import decode_edit, to_image, to_pillow
@@ -36,7 +36,10 @@ def edit_grid(model, source: dict, vae, swept: Swept, tell: Callable[[str], None
             tell(axis.doubt)
     rows = planned(*axes, settings=swept.settings)
     if KEY in source:
-        refuse(rows, source[KEY].fitting.schedule, swept.mask is not None)
+        given = rows, source[KEY].fitting.schedule, swept.mask is not None
+        refuse(*given)
+        for sentence in doubts(*given):
+            tell(sentence)
     count, shown = sum(map(len, rows)), []
     for y, row in enumerate(rows):
         parts = [(y * len(row) + x, count) for x in range(len(row))]

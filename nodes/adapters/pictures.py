@@ -236,7 +236,7 @@ def fitted_mask(mask: Tensor, fitting: Fitting, images: int) -> Tensor | None:
         raise ValueError(f"there are {len(masks)} masks for {images} pictures; connect one, or one for each")
     levels = (masks * 255).ceil().to(torch.uint8).numpy()
     fitted = torch.cat([fit_mask(Image.fromarray(one), fitting) for one in levels])
-    check_seen(fitted.amax(0, keepdim=True), "mask")
+    check_seen(fitted[masks.flatten(1).any(1)], "mask")
     return fitted
 
 

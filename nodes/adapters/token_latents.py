@@ -47,9 +47,16 @@ def graph_of(hidden, tell: Callable[[str], None]) -> dict[str, str]:
     started to keep graphs out of files, and for a graph that is too long, which is told."""
     if args.disable_metadata or hidden is None:
         return {}
-    found = {"prompt": hidden.prompt, **(hidden.extra_pnginfo or {})}
-    graph = {name: json.dumps(one) for name, one in found.items() if one is not None}
-    if (length := sum(map(len, graph.values()))) > MAX_HEADER // 2:
+    more = hidden.extra_pnginfo if isinstance(hidden.extra_pnginfo, Mapping) else {}
+    try:
+        graph = {str(name): json.dumps(one) for name, one in {"prompt": hidden.prompt, **more}.items() if one}
+        length = len(json.dumps(graph).encode())
+        for name in graph:
+            name.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        tell(f"the graph cannot be written ({error}) and is left out of the file")
+        return {}
+    if length > MAX_HEADER // 2:
         tell(f"the graph has {length / 1e6:.1f} MB, more than a file of tokens takes, and is left out of it")
         return {}
     return graph

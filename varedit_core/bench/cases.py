@@ -138,7 +138,8 @@ def choose(models: Sequence[str], sizes: Sequence[str], kinds: Sequence[str]) ->
         for name in names:
             if name not in table:
                 raise ValueError(f"there is no {what} {name!r} to measure; choose of {', '.join(table)}")
-    chosen = [Case(kind, model, size, **KINDS[kind]) for model in models for size in sizes for kind in kinds]
+    every = [Case(kind, model, size, **KINDS[kind]) for model in models for size in sizes for kind in kinds]
+    chosen = list({case.name: case for case in every}.values())  # a name that is given twice is measured once
     for case in chosen:
         if not case.possible:
             logger.warning("%s is left out: this size has only %d scales", case.name, len(case.schedule))

@@ -22,7 +22,7 @@ from .cases import KINDS, PLAIN, Case, choose
 from .ceilings import Ceilings, measure_ceilings
 from .measure import Result, measure
 from .models import MODELS, build
-from .published import measure_published
+from .published import check_clone, measure_published
 from .tables import print_case, print_summary
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -50,6 +50,8 @@ def bench(
         raise ValueError(f"--published is timed beside plain edits only; add the case {PLAIN}, or leave it out")
     if place.type == "cpu" and any(case.model != "tiny" for case in chosen):
         raise ValueError("models of these sizes need a GPU; use --models tiny --sizes 256 on a CPU")
+    if published:
+        check_clone(published)
     targets = _targets(report, save, device_name(place))
     facts = run(chosen, place, repeats, published)
     for target in targets:

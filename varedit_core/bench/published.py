@@ -35,13 +35,18 @@ RUN, TRANSFORMER, TOKENIZER = "tools.run_infinity", "infinity.models.infinity", 
 _PACKAGES = ("infinity", "tools")
 
 
-@contextmanager
-def published_code(folder: Path) -> Iterator[None]:
-    """Make FOLDER's packages importable for a while, and silent. ValueError where it is no copy of the code."""
+def check_clone(folder: Path) -> None:
+    """ValueError for a folder that is no copy of the published code."""
     for name in (RUN, TRANSFORMER, TOKENIZER):
         file = Path(*name.split(".")).with_suffix(".py")
         if not (folder / file).is_file():
             raise ValueError(f"{folder} has no {file}; name a clone of HiDream-ai/VAREdit")
+
+
+@contextmanager
+def published_code(folder: Path) -> Iterator[None]:
+    """Make FOLDER's packages importable for a while, and silent. ValueError where it is no copy of the code."""
+    check_clone(folder)
     # Before the stand-ins: transformers would take these for the packages themselves.
     from transformers import AutoTokenizer, T5EncoderModel, T5TokenizerFast  # noqa: F401
 

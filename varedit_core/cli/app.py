@@ -28,7 +28,7 @@ from ..parity import Parity, compare
 from ..shapeedit.cli import app as shapeedit
 from ..training.cli import train
 from . import common as options
-from .advice import Commands, OnePicture
+from .advice import Command, Commands, OnePicture
 from .common import DTYPES, choice, console, progress
 from .decode import decode
 from .demo import demo
@@ -167,10 +167,10 @@ def merge(
 
 
 app.command()(generate)
-app.command(cls=OnePicture)(edit)
+app.command()(edit)
 app.command()(decode)
 app.command()(demo)
-app.command(cls=OnePicture)(sweep)
+app.command()(sweep)
 app.command()(train)
 app.command()(bench)
 
@@ -191,6 +191,10 @@ def parity(
             _print_parity(result)
     if any(result.failures for result in results):
         raise typer.Exit(1)
+
+
+for _known in (*app.registered_commands, *shapeedit.registered_commands):
+    _known.cls = OnePicture if _known.callback in (edit, sweep) else Command
 
 
 def _print_parity(result: Parity) -> None:

@@ -175,8 +175,11 @@ class Draw:
 
     def settings(self, model: Path | None) -> SamplingSettings:
         """As the library takes them. model: None for the demo model, which has a default guidance of its own."""
-        guidance = MadeFor.of(model).settings.guidance if self.guidance is None else per_scale(self.guidance)
-        return SamplingSettings(guidance, per_scale(self.temperature), per_scale(self.top_p), self.seed)
+        guidance = (
+            MadeFor.of(model).settings.guidance if self.guidance is None else per_scale(self.guidance, "guidance")
+        )
+        warmth, top_p = per_scale(self.temperature, "temperature"), per_scale(self.top_p, "top_p")
+        return SamplingSettings(guidance, warmth, top_p, self.seed)
 
     def set(self, name: str) -> bool:
         """Whether an option is not at its default."""
@@ -265,15 +268,16 @@ def area_of(size: str | None, model: Path | None) -> str:
     return choice(size or MadeFor.of(model).size, SIZES, "size")
 
 
-def per_scale(text: str) -> list[float] | Curve:
+def per_scale(text: str, name: str) -> list[float] | Curve:
     """One number, several with commas between them, or two with a colon, from the first to the last scale. BadParameter
-    for anything else."""
+    for anything else. name: of the setting."""
     try:
         first, colon, last = text.partition(":")
         return Curve(float(first), float(last)) if colon else [float(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(
-            f"{text!r} is neither a number, nor one a scale (3,3,2,1), nor the first and the last scale's (3:1)"
+            f"{spelled(name)} {text!r} is neither a number, nor one a scale (3,3,2,1), nor the first and the last "
+            "scale's (3:1)"
         ) from None
 
 

@@ -151,7 +151,7 @@ class Asked(Words):
 
     def read(self) -> list[Path]:
         """The files that are read."""
-        return [Path(self.features.rpartition(":")[0])] if self.features else []
+        return [Path(_file_and_key(self.features)[0])] if self.features else []
 
     def prompt(self) -> str | torch.Tensor:
         return _features(self.features) if self.features else self.instruction
@@ -374,10 +374,15 @@ def report_edit(written: Sequence[Path], size: tuple[int, int], seconds: float, 
     )
 
 
-def _features(name: str) -> torch.Tensor:
+def _file_and_key(name: str) -> tuple[str, str]:
     path, _, key = name.rpartition(":")
     if not (path and key):
         raise ValueError(f"--features takes FILE:KEY, got {name}; name the tensor behind a colon")
+    return path, key
+
+
+def _features(name: str) -> torch.Tensor:
+    path, key = _file_and_key(name)
     weights = open_weights(path)
     if key not in weights:
         near = ", ".join(sorted(k for k in weights if len(weights.shapes[k]) == 2)[:3])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +72,8 @@ def sweep(
     """Edit a picture at several values of one or two settings, and lay the results out as a labelled grid."""
     files.check()
     check_words(instruction)
+    if outputs.strip and not outputs.folder:
+        raise ValueError("--strip is for the edits that --folder keeps, a grid carries nothing; leave it out")
     paths, area, overwrite = files.paths(), canvas.area(files.model), outputs.overwrite
     axes = [Axis.parse(text) for text in (x, y) if text]
     for axis in axes:
@@ -85,8 +86,6 @@ def sweep(
     check(cells, schedule, mask is not None, bool(negative))
     folder = outputs.folder
     apart = {one: folder / f"{image.stem}-{_named(one)}.png" for row in cells for one in row} if folder else {}
-    if same := next((path for path, count in Counter(apart.values()).items() if count > 1), None):
-        raise ValueError(f"two edits of the sweep would both be {same}; leave one of these values out, or --folder")
     results = [picture(target, "grid"), *(picture(path, "edit", not source.opaque) for path in apart.values())]
     check_results(results, [image, mask, *files.read(paths)], overwrite)
     drawn = load_mask(mask) if mask else None

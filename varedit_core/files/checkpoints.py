@@ -26,6 +26,7 @@ from ..runtime.warm_up import warm_up
 from ..tokenizer.vae import Autoencoder
 from ..wording import with_article
 from .shapes import autoencoder_config, transformer_config
+from .token_header import FORMAT as TOKENS
 from .weights import WeightError, Weights, check_finite, open_weights, under
 
 logger = logging.getLogger(__name__)
@@ -110,6 +111,8 @@ def describe(weights: Weights) -> str:
     part, _ = part_of(weights)
     if part:
         return with_article(part)
+    if weights.metadata.get("format") == TOKENS:
+        return "tokens of an edit, not weights"
     for name, marker in _OTHERS.items():
         if any(re.search(rf"(^|\.){marker}$", key) for key in weights):
             return name

@@ -30,6 +30,8 @@ def straight(image: Image.Image) -> tuple[Image.Image, bytes | None]:
     through = image.mode in _SPACES.get(profile[16:20], ())
     if through or image.mode == "LAB":
         image = _through(image, profile if through else b"")
+    elif profile and not kept:
+        logger.warning("the colour profile of the picture is none of its kind of colours, so it is left out")
     return image.convert("RGBA" if transparent(image) else "RGB"), profile if kept else None
 
 

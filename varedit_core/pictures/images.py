@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -255,18 +256,26 @@ def save_image(
     check_target(path, _transparent(image), overwrite)
     image = image.convert("RGB") if image.mode == "RGBA" and _is_jpeg(path) else image
     format_name, options = _FORMATS[path.suffix.lower()]
-    encoded = BytesIO()  # Pillow's encoders do not notice where a disk takes a part of what they write
-    image.save(encoded, format_name, icc_profile=icc_profile, **details.options(format_name), **options)
-    write(path, encoded.getvalue(), overwrite)
+    carried = {"icc_profile": icc_profile, **details.options(format_name)}
+    try:
+        encoded = _encoded(image, format_name, options | carried)
+    except Exception as error:  # an edit is not lost for what its picture carried; Pillow raises anything of it
+        encoded = _encoded(image, format_name, options)
+        logger.warning("what the picture carries cannot be written to %s (%s) and is left out", path, error)
+    write(path, encoded, overwrite)
+
+
+def _encoded(image: Image.Image, kind: str, options: dict[str, Any]) -> bytes:
+    made = BytesIO()  # Pillow's encoders do not notice where a disk takes a part of what they write
+    image.save(made, kind, **options)
+    return made.getvalue()
 
 
 def check_target(path: str | os.PathLike[str], transparent: bool, overwrite: bool = False) -> None:
     """Raise what `save_image` would for this path, and make missing folders, before the picture is there."""
     path = Path(path)
     if path.suffix.lower() not in _FORMATS:
-        raise ValueError(
-            f"cannot write {path.name or 'a file without a name'}: its suffix must be one of {', '.join(_FORMATS)}"
-        )
+        raise ValueError(f"cannot write {path.name}: its suffix must be one of {', '.join(_FORMATS)}")
     if transparent and _is_jpeg(path):
         raise ValueError(f"JPEG cannot hold the transparency of {path.name}; save it as PNG or WebP")
     check_file_target(path, overwrite)

@@ -40,11 +40,29 @@ _PREFIX = 16
 MOST_BYTES = 8 * MAX_CANVAS_PIXELS + (64 << 20)
 """Of a file: pixels of four channels in 16 bits, and room for what it carries."""
 _ORIENTATION = 0x0112
+_DESCRIBES = {270, 271, 272, 305, 306, 315, 33432}
+"""Tags of a picture's description, camera, program, date, artist and rights."""
+_IPTC = 0x0404
 _XMP = "XML:com.adobe.xmp"
 _SRGB = bytes((1, 13))
 """Primaries and curve of sRGB, as cICP numbers them."""
 _BROKEN = (SyntaxError, IndexError, TypeError, KeyError, struct.error)
 """What Pillow raises of a file that only begins like one of a format."""
+
+
+_MOST = {
+    "PNG": {"exif": MOST_BYTES, "xmp": MOST_BYTES, "comment": MOST_BYTES, "dpi": 50_000_000},
+    "JPEG": {"exif": 65_000, "xmp": 65_000, "comment": 65_000, "dpi": 65_535},
+    "WEBP": {"exif": MOST_BYTES, "xmp": MOST_BYTES},
+}
+"""What formats hold: bytes, and dots per inch."""
+_SPOKEN = {"exif": "EXIF data", "dpi": "dots per inch", "xmp": "XMP data", "comment": "comment"}
+
+
+def _holds(kind: str, name: str, value: bytes | tuple[float, float]) -> bool:
+    """Whether a format takes a part of `Details`."""
+    most = _MOST[kind].get(name, 0)
+    return 1 <= min(value) and max(value) <= most if name == "dpi" else len(value) <= most
 
 
 @dataclass(frozen=True)
@@ -60,18 +78,18 @@ class Details:
 
     def options(self, kind: str) -> dict[str, Any]:
         """Options of Pillow's `save` for a format; what it cannot hold is told."""
-        found = {"exif": self.exif or None, "dpi": self.dpi, "xmp": self.xmp or None}
+        given = {"exif": self.exif, "dpi": self.dpi, "xmp": self.xmp, "comment": self.comment}
+        found = {name: value for name, value in given.items() if value and _holds(kind, name, value)}
+        left = [_SPOKEN[name] for name, value in given.items() if value and name not in found]
         if kind == "PNG":
             found["pnginfo"] = self._chunks()
-        if kind == "JPEG":
-            found["comment"] = self.comment or None
-            if len(self.exif) > 65_000:
-                logger.warning("the EXIF data is too large for JPEG and is left out; save as PNG to keep it")
-                found["exif"] = None
-        if self.texts and kind != "PNG":
-            names = ", ".join(name for name, _ in self.texts)
-            logger.warning("%s cannot hold the texts of a PNG (%s), so they are left out", kind, names)
-        return {name: value for name, value in found.items() if value is not None}
+            found.pop("comment", None)
+        elif self.texts:
+            left.append(f"texts ({', '.join(name for name, _ in self.texts)})")
+        if left:
+            what = "; ".join(left)
+            logger.warning("%s cannot hold all of what the picture carries: it is without its %s; PNG can", kind, what)
+        return found
 
     @property
     def info(self) -> dict[str, Any]:
@@ -211,7 +229,7 @@ def _tell_lost(image: Image.Image, file, name: str) -> None:
     bits, said = 8, ""
     if image.format == "PNG":
         bits, said = _png_facts(file, image.info)
-    elif image.format == "TIFF":
+    elif image.format == "TIFF" and image.mode != "F":  # which is refused
         bits = max(image.tag_v2.get(258) or (8,))
     elif image.mode.startswith("I"):
         bits = 16
@@ -276,19 +294,39 @@ def _details(image: Image.Image, turned: Image.Image, name: str) -> Details:
     """What an image carries; turned: the same, upright."""
     try:
         exif = turned.getexif()
+        if image.format == "TIFF":  # whose own tags these are, among those of how it is stored
+            own = image.getexif()
+            for tag in _DESCRIBES & own.keys():
+                exif[tag] = own[tag]
         if image.getexif().get(_ORIENTATION):
             exif[_ORIENTATION] = 1
         data = exif.tobytes() if len(exif) else b""
     except Exception as error:  # broken data raise struct.error, KeyError and more
         logger.warning("the EXIF data of %s cannot be read (%s) and is left out", name, error)
         data = b""
+    resources = image.info.get("photoshop")
+    if isinstance(resources, dict) and _IPTC in resources:
+        logger.warning("the IPTC data of %s (caption, keywords) are left out; EXIF and XMP are kept", name)
     texts = getattr(image, "text", None)
     texts = {key: str(text) for key, text in texts.items()} if isinstance(texts, dict) else {}
     xmp = turned.info.get("xmp") or turned.info.get(_XMP) or texts.get(_XMP) or b""
     comment = turned.info.get("comment") or b""
     texts.pop(_XMP, None)
-    dpi = turned.info.get("dpi")  # (1, 1) of a TIFF that says none
     return Details(
-        data, None if dpi == (1, 1) else dpi, xmp.encode() if isinstance(xmp, str) else xmp,
+        data, _dpi(turned.info.get("dpi"), name), xmp.encode() if isinstance(xmp, str) else xmp,
         comment.encode() if isinstance(comment, str) else comment, tuple(texts.items()),
     )  # fmt: skip
+
+
+def _dpi(given: object, name: str) -> tuple[float, float] | None:
+    """Dots per inch, told where they are none."""
+    try:
+        across, down = (float(one) for one in given or (1, 1))
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+        across = down = math.nan
+    if (across, down) == (1, 1):  # of a TIFF that says none
+        return None
+    if not (0 < across < math.inf and 0 < down < math.inf):
+        logger.warning("the dots per inch of %s are %s, which is none, and are left out", name, given)
+        return None
+    return across, down

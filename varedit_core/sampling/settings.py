@@ -54,7 +54,7 @@ class SamplingSettings:
                 values = Curve(*values)
             object.__setattr__(self, name, values if len(values) > 1 else values[0])
         try:
-            object.__setattr__(self, "seed", operator.index(self.seed))
+            object.__setattr__(self, "seed", operator.index(None if isinstance(self.seed, bool) else self.seed))
         except TypeError:
             raise ValueError(f"seed must be a whole number, got {self.seed!r}") from None
         if not 0 <= self.seed < 2**64:

@@ -270,6 +270,7 @@ def make(folder: str | Path, seed: int, count: int, split: str = "test", batch: 
     samples, lines = draw(seed, count, split=split), []
     folder = Path(folder)
     check_empty(folder)
+    made = not folder.exists()
     make_folder(folder)
     try:
         for begin in range(0, count, batch):
@@ -287,6 +288,8 @@ def make(folder: str | Path, seed: int, count: int, split: str = "test", batch: 
         for kind in KINDS:
             shutil.rmtree(folder / kind, ignore_errors=True)
         (folder / METADATA).unlink(missing_ok=True)
+        if made:
+            folder.rmdir()
         raise
     return folder
 

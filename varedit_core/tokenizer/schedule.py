@@ -84,8 +84,8 @@ def schedule_for(area: str, ratio: float = 1.0) -> Schedule:
     Raises ValueError for an unknown size or ratio.
     """
     area = SIZES.get(str(area), area)
-    if area not in AREAS:
+    if not isinstance(area, str) or area not in AREAS:
         raise ValueError(f"unknown size {area!r}; choose one of {', '.join(AREAS)}")
-    if ratio not in TABLES:
+    if not isinstance(ratio, (int, float)) or ratio not in TABLES:
         raise ValueError(f"no scale table for the ratio {ratio}; choose one of {sorted(TABLES)}")
     return Schedule(ratio, TABLES[ratio][: AREAS[area]])

@@ -28,11 +28,15 @@ def train(
     ] = None,
 ) -> None:
     """Train a VAE, a transformer or a LoRA on pairs of pictures."""
+    from .idle import idle
     from .settings import load_stages
 
     if check_data and (output or resume or stop_after is not None):
         raise ValueError("--check-data trains nothing; leave out --output, --resume and --stop-after")
     stages = load_stages(config, changes or ())
+    for stage in stages:
+        for sentence in idle(stage):
+            logger.warning(sentence)
     if check_data:
         _check_data(stages)
         return

@@ -224,6 +224,8 @@ class Stage:
             raise ValueError(f"stage {self.name}: name the VAE's file with autoencoder")
         if self.task != "tokenizer" and not (self.text_encoder or self.new_text):
             raise ValueError(f"stage {self.name}: name the text encoder with text_encoder, or give [stage.new_text]")
+        if self.task == "lora" and (self.train_text or self.new_text):
+            raise ValueError(f"{where}: the file of a LoRA holds no text encoder; leave out train_text and new_text")
         if self.task == "lora" and not self.transformer:
             raise ValueError(f"stage {self.name}: name the transformer that the LoRA is for with transformer")
 
@@ -250,7 +252,7 @@ def load_stages(path: str | Path, changes: Sequence[str] = ()) -> list[Stage]:
         raise ValueError(f"{path} is too large for a file of settings; check the path")
     toml = _toml()
     try:
-        table = toml.loads(path.read_text(encoding="utf-8"))
+        table = toml.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, too
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     stages = table.pop("stage", [])
