@@ -519,7 +519,7 @@ def test_every_node_that_takes_a_mask_is_looked_at(found):
 
 def test_a_batchs_mask_is_asked_row_by_row(found):
     empty, vanishes = facts(found, "says")["rows"]
-    assert empty == "row 2 of the mask is empty, so that nothing changes in its picture"
+    assert empty == "row 2 of the mask is empty, so that it marks nothing in its picture"
     assert vanishes.startswith(SENTENCE + "the mask is too small to be seen at the model's size")
 
 

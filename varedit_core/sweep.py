@@ -95,7 +95,9 @@ class Axis:
 
     def _label(self, value: float | int | str) -> str:
         short = f"{value:g}" if isinstance(value, float) else str(value)
-        return f"{self.name} {short if isinstance(value, str) or float(short) == value else repr(value)}"
+        if isinstance(value, float) and float(short) != value:  # two values have two labels
+            short = repr(value)
+        return f"{self.name} {short}"
 
 
 @dataclass(frozen=True)

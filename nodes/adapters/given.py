@@ -45,12 +45,12 @@ def checked_mask(mask, name: str = "mask") -> Tensor:
 def tell_of_mask(mask: Tensor, size: tuple[int, int], tell: Callable[[str], None], name: str = "mask") -> None:
     """Tell of a mask that is empty, and of one that has another shape than its picture, unless it is the same
     everywhere. size: (width, height) of the picture."""
-    if not mask.any():
+    rows = mask.flatten(-2).any(-1).flatten().tolist()
+    if not any(rows):
         tell(f"the {name} is empty, so it counts as none; paint where the picture may change")
         return
-    empty = [str(n) for n, row in enumerate(mask.reshape(-1, *mask.shape[-2:]), start=1) if not row.any()]
-    if empty:
-        tell(f"row {', '.join(empty)} of the {name} is empty, so that nothing changes in its picture")
+    if empty := [str(n) for n, marks in enumerate(rows, start=1) if not marks]:
+        tell(f"row {', '.join(empty)} of the {name} is empty, so that it marks nothing in its picture")
     if mask.min() != mask.max():
         sentence = shape_complaint((mask.shape[-1], mask.shape[-2]), size, name)
         if sentence:

@@ -50,9 +50,7 @@ def graph_of(hidden, tell: Callable[[str], None]) -> dict[str, str]:
     more = hidden.extra_pnginfo if isinstance(hidden.extra_pnginfo, Mapping) else {}
     try:
         graph = {str(name): json.dumps(one) for name, one in {"prompt": hidden.prompt, **more}.items() if one}
-        length = len(json.dumps(graph).encode())
-        for name in graph:
-            name.encode()
+        length = len(json.dumps(graph, ensure_ascii=False).encode())  # as it stands in the file
     except (TypeError, ValueError, RecursionError) as error:
         tell(f"the graph cannot be written ({error}) and is left out of the file")
         return {}

@@ -264,7 +264,7 @@ def make(folder: str | Path, seed: int, count: int, split: str = "test", batch: 
     """Write samples as pictures: source/, target/ and mask/ (white where the edit is) and metadata.jsonl, a line a
     sample with source, target, mask, instruction and family: pairs that the training reads.
 
-    Returns the folder, as it was after any error. Raises FileExistsError where it is not empty, ValueError for an
+    Returns the folder; after any error it is as it was. Raises FileExistsError where it is not empty, ValueError for an
     unknown split and for a folder that cannot be read or made.
     """
     samples, lines = draw(seed, count, split=split), []

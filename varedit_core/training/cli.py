@@ -34,6 +34,7 @@ def train(
     if check_data and (output or resume or stop_after is not None):
         raise ValueError("--check-data trains nothing; leave out --output, --resume and --stop-after")
     stages = load_stages(config, changes or ())
+    _listen()
     for stage in stages:
         for sentence in idle(stage):
             logger.warning(sentence)
@@ -42,7 +43,6 @@ def train(
         return
     if output is None:
         raise ValueError("say where the results go: give --output FOLDER")
-    _listen()
     from .ending import asked_to_stop
     from .run import run
 
