@@ -388,12 +388,39 @@ class Probe:
         # By type: an instance check would ask weak references to what is gone.
         return sum(len(store.keys) for store in gc.get_objects() if issubclass(type(store), DeviceCache))
 
+    def _apart(self, model, transformer) -> float:
+        """The largest difference of what ComfyUI and the library read of a file's matrices, relative to the largest
+        number of each."""
+        torch, worst = self.torch, 0.0
+        for name, module in model.model.diffusion_model.named_modules():
+            if hasattr(getattr(module, "weight", None), "_qdata"):
+                theirs, ours = module.weight.dequantize().float(), transformer.get_submodule(name).matrix(torch.float32)
+                worst = max(worst, ((theirs - ours).abs().max() / theirs.abs().max()).item())
+        return worst
+
+    def _unknown(self, load, file: Path) -> list[str]:
+        """What a ComfyUI says that knows no rotation, and one that does not know the format."""
+        from types import SimpleNamespace
+
+        import comfy.quant_ops as ops
+
+        real, said = dict(ops.QUANT_ALGOS), []
+        kind, older = ops.get_layout_class, SimpleNamespace(Params=SimpleNamespace(__dataclass_fields__={}))
+        ops.get_layout_class = lambda name: older
+        said.append(self.error(load, file))
+        ops.get_layout_class = kind
+        del ops.QUANT_ALGOS["int8_tensorwise"]
+        said.append(self.error(load, file))
+        ops.QUANT_ALGOS.update(real)
+        return said
+
     def formats(self) -> dict:
         """The transformer's file in ComfyUI's quantised formats: layers, and share of bits that stay."""
         from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
         from safetensors.torch import load_file, save_file
 
-        from varedit_core.files.convert import convert
+        from varedit_core import load_transformer
+        from varedit_core.files.convert import FORMS, convert
 
         load = sys.modules["varedit_pack.nodes.adapters.model"].load_model
         file = DEMO / "diffusion_models" / "varedit_demo.safetensors"
@@ -415,8 +442,9 @@ class Probe:
                 coded[key.replace(".weight", ".comfy_quant")] = self.torch.tensor(list(note), dtype=self.torch.uint8)
             files[name] = self.scratch / f"{name}.safetensors"
             save_file({key: t.contiguous() for key, t in coded.items()}, files[name])
-        files["ours"] = self.scratch / "ours.safetensors"
-        convert(file, files["ours"], "fp8")
+        for precision in FORMS:
+            files[f"our {precision}"] = self.scratch / f"our {precision}.safetensors"
+            convert(file, files[f"our {precision}"], precision)
         files["plain fp8"] = self.scratch / "plain.safetensors"
         save_file(
             {key: t.to(self.torch.float8_e4m3fn) if key in matrices else t for key, t in state.items()},
@@ -428,10 +456,13 @@ class Probe:
             model = load(path)
             coded = sum(getattr(m, "quant_format", None) is not None for m in model.model.modules())
             found[name] = {"coded": coded, "psnr": self._psnr(self.sample(model)), "bytes": model.model_size()}
+            if name in FORMATS and name != "mxfp8" or name.startswith("our "):
+                found[name]["apart"] = self._apart(model, load_transformer(path))
         found["other instruction"] = {
             "psnr": self._psnr(self.sample(text=self.run("TextEncode", self.clip, "invert the colours")))
         }
-        found["library"] = self.error(__import__("varedit_core").load_transformer, files["nvfp4"])
+        found["library"] = self.error(load_transformer, files["mxfp8"])
+        found["unknown"] = self._unknown(load, files["our int8"])
         cut = dict(state)
         del cut["head.bias"]
         save_file(cut, self.scratch / "cut.safetensors")

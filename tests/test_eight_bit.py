@@ -30,6 +30,7 @@ from varedit_core.model.config import TransformerConfig
 from varedit_core.model.layers import sdpa
 from varedit_core.runtime import eight_bit_cache, memory
 from varedit_core.runtime.eight_bit_cache import EightBitCache, exact_heads, query_scales
+from varedit_core.runtime.formats import Nvfp4
 from varedit_core.runtime.fp8 import EightBitLinear, eight_bit, names, quantise_weight
 from varedit_core.runtime.host_cache import HostCache
 from varedit_core.runtime.kernels import linear_eight_bit, plain
@@ -58,22 +59,37 @@ def kernels() -> dict[str, float]:
                 found[f"{name} {len(exact)} {kind}"] = difference.item()
         x = torch.randn(5, 100, generator=generator).to(device, kind)
         x[2] = 0
+        for part, made in zip(("codes", "scales"), zip(*(f.quantise_rows(x, kind=torch.int8) for f in (fused, plain)))):
+            found[f"whole {part} {kind}"] = (made[0].float() - made[1].float()).abs().max().item()
         (codes, scales), (wanted, wanted_scales) = fused.quantise_rows(x), plain.quantise_rows(x)
         # The interpreter forgets the carry of a number that is rounded up to a power of two.
         carried = wanted.float().abs().log2().frac() == 0 if device == "cpu" else torch.zeros_like(x, dtype=torch.bool)
         found[f"row codes {kind}"] = (codes.float() - wanted.float()).masked_fill(carried, 0).abs().max().item()
         found[f"row scales {kind}"] = (scales - wanted_scales).abs().max().item()
-        pair = plain.quantise_rows(torch.randn(20, 300, generator=generator).to(device, kind))
         bias = torch.randn(48, generator=generator).to(device, kind)
-        weight = plain.quantise_rows(torch.randn(48, 300, generator=generator).to(device, kind))
-        for count in (3, 20):
-            y = fused.few_rows(pair[0][:count], pair[1][:count], *weight, bias, kind)
-            factors = (plain.dequantise_rows(*part, torch.float64) for part in (pair, weight))
-            exact = torch.nn.functional.linear(*factors, bias.double())[:count]
-            found[f"few rows, {count} {kind}"] = max(0.0, ((y - exact).abs() / (1 + exact.abs())).max().item() - 1e-5)
+        numbers = [torch.randn(rows, 300, generator=generator).to(device, kind) for rows in (20, 48)]
+        for codes_kind in (torch.float8_e4m3fn, torch.int8):
+            pair, weight = (plain.quantise_rows(rows, kind=codes_kind) for rows in numbers)
+            exact = torch.nn.functional.linear(*(plain.dequantise_rows(*f, torch.float64) for f in (pair, weight)))
+            for count in (3, 20):
+                y = fused.few_rows(pair[0][:count], pair[1][:count], *weight, bias, kind)
+                found[f"few rows, {count} {kind} {codes_kind}"] = beyond(y, exact[:count] + bias.double())
+        sums = (pair[0].int() @ weight[0].int().t(), pair[1], weight[1])
+        y = fused.scale_products(*sums, bias, kind)
+        found[f"scaled {kind}"] = beyond(y, exact + bias.double())
+        found[f"scaled, plain {kind}"] = beyond(plain.scale_products(*sums, bias, kind), exact + bias.double())
+        four = Nvfp4().round(torch.randn(272, 96, generator=generator).to(device, kind))
+        made = [f.nvfp4_matrix(*four.values(), kind) for f in (fused, plain)]
+        found[f"4 bits {kind}"] = (made[0].float() - made[1].float()).abs().max().item()
         back, wanted_back = (f.dequantise_rows(wanted, scales, kind) for f in (fused, plain))
         found[f"rows {kind}"] = (back.float() - wanted_back.float()).abs().max().item()
     return found
+
+
+def beyond(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """By how much numbers are further off, relatively, than their type's steps."""
+    allowed = 1e-5 if found.dtype == torch.float32 else 0.01
+    return max(0.0, ((found - exact).abs() / (1 + exact.abs())).max().item() - allowed)
 
 
 def _packing(form, exact: list[int], kind: torch.dtype, device: str) -> dict[str, torch.Tensor]:

@@ -230,12 +230,12 @@ def test_convert_never_overwrites_or_leaves_pieces(published_file, tmp_path, mon
 
 
 def test_convert_refuses(published_file, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="unknown precision 'int4'; choose one of fp32, bf16, fp8"):
+    with pytest.raises(ValueError, match="unknown precision 'int4'; choose one of fp32, bf16, fp8, int8, nvfp4"):
         convert(published_file, tmp_path / "a.safetensors", "int4")
     with pytest.raises(ValueError, match="must end in .safetensors"):
         convert(published_file, tmp_path / "a.pth")
     convert(published_file, tmp_path / "8.safetensors", "fp8")
-    with pytest.raises(WeightError, match="is 8-bit already"):
+    with pytest.raises(WeightError, match="is in fewer bits already"):
         convert(tmp_path / "8.safetensors", tmp_path / "b.safetensors")
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10})())
     with pytest.raises(ValueError, match="GB free but the result takes"):

@@ -6,6 +6,7 @@ import pytest
 from support import ROOT
 
 from varedit_core.controls.registry import knobs
+from varedit_core.files.convert import FORMS
 
 SENTENCE = "builtins.ValueError: "
 
@@ -196,7 +197,10 @@ def test_memory_that_runs_out_is_answered_by_the_next_way(found):
     assert result["never enough"].startswith(SENTENCE)
 
 
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "int8_tensorwise", "nvfp4", "mxfp8", "ours", "plain fp8", "fp32"])
+QUANTISED = ["float8_e4m3fn", "int8_tensorwise", "nvfp4", "mxfp8", *(f"our {precision}" for precision in FORMS)]
+
+
+@pytest.mark.parametrize("name", [*QUANTISED, "plain fp8", "fp32"])
 def test_quantised_files_are_run_by_comfyuis_layers(found, name):
     result = facts(found, "formats")
     if name not in result:
@@ -204,15 +208,19 @@ def test_quantised_files_are_run_by_comfyuis_layers(found, name):
     plain = name in ("plain fp8", "fp32")
     assert result["matrices"] == 56
     assert result[name]["coded"] == (0 if plain else 56)
-    assert result[name]["psnr"] > result["other instruction"]["psnr"] + (3 if name == "nvfp4" else 8)
+    assert result[name]["psnr"] > result["other instruction"]["psnr"] + (3 if "nvfp4" in name else 8)
     assert (result[name]["bytes"] < 0.7 * 10485936) == (name != "fp32")
+    # ComfyUI makes the numbers in bf16.
+    assert result[name].get("apart", 0) < 0.01, "the library reads the same numbers of the file"
     if name == "fp32":
         assert result[name]["psnr"] > 100, "the same weights"
 
 
 def test_files_that_cannot_be_used_say_so(found):
     result = facts(found, "formats")
-    assert "is quantised in a way that only ComfyUI runs" in result["library"]
+    assert "in the format mxfp8, which only ComfyUI runs" in result["library"]
+    for said in result["unknown"]:
+        assert said.startswith(SENTENCE) and "int8_tensorwise" in said and "update ComfyUI" in said
     assert result["not whole"].startswith(SENTENCE) and "lacks 1 tensors such as head.bias" in result["not whole"]
 
 

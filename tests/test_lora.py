@@ -23,7 +23,7 @@ from varedit_core.files.info import inspect
 from varedit_core.files.lora import apply_lora, linear_layers, merge_lora, read_lora
 from varedit_core.files.weights import WeightError, open_weights
 from varedit_core.runtime.kv_caches import DeviceCache
-from varedit_core.runtime.layers import ScaledLinear
+from varedit_core.runtime.layers import StoredLinear
 from varedit_core.training.lora import GROUPS, add_lora, load_lora_for_training, lora_layers, lora_state, save_lora
 
 RANK, ALPHA = 4, 6.0
@@ -421,7 +421,7 @@ def test_the_file_is_as_comfyui_names_it(base, file):
     }
     assert state[f"{KEY}.lora_A.weight"].shape == (RANK, 128) and state[f"{KEY}.lora_B.weight"].shape == (128, RANK)
     assert state[f"{KEY}.alpha"].shape == () and state[f"{KEY}.alpha"] == ALPHA
-    assert isinstance(base.get_submodule("blocks.0.sa.proj"), ScaledLinear)
+    assert isinstance(base.get_submodule("blocks.0.sa.proj"), StoredLinear)
 
 
 def test_info(file, tmp_path):

@@ -6,19 +6,21 @@ takes the device. While weights stand still (see `holding`) a layer has them in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import comfy.ops
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...varedit_core.runtime.formats import PARTS, Float8, Format, Int8, Nvfp4, scales_of
 from ...varedit_core.runtime.kernels import (
     Rounded,
     fuses_pictures,
     group_norm_silu,
     linear_eight_bit,
     multiplies_eight_bit,
+    multiplies_whole,
 )
 from ...varedit_core.runtime.layers import fuses_gelu, linear_gelu
 
@@ -136,51 +138,63 @@ class Casting(comfy.ops.manual_cast):
             return F.embedding(x, weight)
 
 
-class EightBit(Holding):
-    """A linear layer of ComfyUI's quantised ones.
+class Stored(Holding):
+    """A linear layer of ComfyUI's quantised ones, which multiplies as the library does where it can.
 
-    With a weight in float8_e4m3fn it multiplies as the library does: what comes in is rounded token by token, which is
-    exacter than ComfyUI's one scale for all, and as fast.
+    In 8 bits what comes in is rounded token by token, which is exacter than ComfyUI's one scale for all, and as fast;
+    weights in 4 bits are unpacked where the device does not multiply them.
     """
 
     @property
     def reads_rounded(self) -> bool:
         """Whether it takes numbers that are rounded already."""
         device = self.held[0].device if self.held else None
-        return device is not None and not self.hooked and self.multiplies(device)
+        return device is not None and not self.hooked and isinstance(self.form(device), Float8)
 
-    def multiplies(self, device: torch.device) -> bool:
-        """Whether it multiplies in 8 bits on a device, by no other scales than the weight's."""
+    def form(self, device: torch.device) -> Format | None:
+        """The format in which the library multiplies on a device, by no other scales than the weight's; None where
+        ComfyUI does."""
         scaled = any(getattr(self, name, None) is not None for name in ("pre_quant_scale", "input_scale"))
-        changed = self.weight_function or self.bias_function or self._full_precision_mm
-        eight = getattr(self, "quant_format", None) == "float8_e4m3fn"
-        return eight and not (scaled or changed) and multiplies_eight_bit(device)
+        if scaled or self.weight_function or self.bias_function:
+            return None
+        name, exact = getattr(self, "quant_format", None), self._full_precision_mm
+        if name == Float8.name and not exact and multiplies_eight_bit(device):
+            return Float8()
+        if name == Int8.name and not exact and multiplies_whole(device):
+            params = self.weight._params
+            return Int8(params.convrot_groupsize if getattr(params, "convrot", False) else 0)
+        return Nvfp4() if name == Nvfp4.name and exact and device.type == "cuda" else None
 
     def take(self, weight: Tensor, bias: Tensor | None, keep: Keep) -> Held | None:
         if not hasattr(weight, "_qdata"):
-            return weight, None, bias
-        if not self.multiplies(weight.device):
+            return weight, bias
+        form = self.form(weight.device)
+        if form is None:
             return None
+        if isinstance(form, Nvfp4):
+            return *_parts(form, weight, self.out_features).values(), bias
         scales = keep(self, "scale", (self.out_features,), torch.float32)
-        return weight._qdata, scales.copy_(_scales(weight, self.out_features)), bias
+        parts = _parts(form, weight, self.out_features)
+        return parts["weight"], scales.copy_(parts["weight_scale"]), bias
 
     def forward(self, x: Tensor | Rounded, *more, gelu: bool = False, **options) -> Tensor:
-        if isinstance(x, Rounded) or (self.multiplies(x.device) and not (more or options)):
-            return self._product(x, gelu)
+        form = None if more or options else self.form((x.codes if isinstance(x, Rounded) else x).device)
+        if form is not None:
+            return self._product(form, x, gelu)
         if gelu:
             x = F.gelu(x, approximate="tanh")
         if self.fits(x):
-            return F.linear(x, self.held[0], self.held[2])
+            return F.linear(x, *self.held)
         return super(Holding, self).forward(x, *more, **options)
 
     def after_gelu(self, x: Tensor) -> Tensor:
         """The layer behind GELU(tanh) of x, which is rounded only once."""
         return self(F.gelu(x, approximate="tanh")) if self.hooked else self(x, gelu=True)
 
-    def _product(self, x: Tensor | Rounded, gelu: bool) -> Tensor:
+    def _product(self, form: Format, x: Tensor | Rounded, gelu: bool) -> Tensor:
         if self.held is not None:
-            codes, scales, bias = self.held
-            return linear_eight_bit(x, codes, scales, None if bias is None else bias.to(x.dtype), gelu)
+            *parts, bias = self.held
+            return _multiplied(form, dict(zip(PARTS, parts)), x, None if bias is None else bias.to(x.dtype), gelu)
         comfy.ops.run_every_op()
         device = (x.codes if isinstance(x, Rounded) else x).device
         weight, bias, stream = comfy.ops.cast_bias_weight(
@@ -188,21 +202,32 @@ class EightBit(Holding):
             want_requant=True,
         )  # fmt: skip
         try:
-            return linear_eight_bit(x, weight._qdata, _scales(weight, self.out_features), bias, gelu)
+            return _multiplied(form, _parts(form, weight, self.out_features), x, bias, gelu)
         finally:
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 
 
-def _scales(weight: Tensor, count: int) -> Tensor:
-    """The scale of every output channel, fp32 [count], of a quantised weight that has one for all."""
-    return weight._params.scale.reshape(-1).expand(count).contiguous()
+def _parts(form: Format, weight: Tensor, count: int) -> dict[str, Tensor]:
+    """The parts of one of ComfyUI's quantised weights; of those that multiply in 8 bits the scale of every output
+    channel, fp32 [count]."""
+    params = weight._params
+    if isinstance(form, Nvfp4):
+        return dict(zip(PARTS, (weight._qdata, params.block_scale, params.scale)))
+    return dict(zip(PARTS, (weight._qdata, scales_of(params.scale, count))))
+
+
+def _multiplied(form: Format, parts: Mapping[str, Tensor], x: Tensor | Rounded, bias: Tensor | None, gelu: bool):
+    """x @ weight.T + bias, of GELU(tanh) of x where that is wanted."""
+    if isinstance(form, Nvfp4):
+        return F.linear(F.gelu(x, approximate="tanh") if gelu else x, form.turned(parts, x.dtype), bias)
+    return linear_eight_bit(x, parts["weight"], parts["weight_scale"], bias, gelu, form.group)
 
 
 def quantised(layers) -> type:
     """A namespace of ComfyUI's quantised layers, with ours beside them."""
 
     class Quantised(Casting):
-        class Linear(EightBit, layers.Linear):
+        class Linear(Stored, layers.Linear):
             pass
 
         class Embedding(Holding, layers.Embedding):

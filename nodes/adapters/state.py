@@ -5,20 +5,24 @@ The layers cast, offload, patch and dequantise behind their call; the networks o
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.ops
+import comfy.quant_ops
 import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ...varedit_core.files import checkpoints
+from ...varedit_core.files import quantised
 from ...varedit_core.files.checkpoints import expected
 from ...varedit_core.files.reading import read_json
 from ...varedit_core.files.weights import SAFETENSORS, WeightError, Weights, open_weights
-from .layers import Casting, quantised
+from .layers import Casting
+from .layers import quantised as quantised_layers
 
 
 def open_file(path: Path) -> Weights:
@@ -34,7 +38,9 @@ def open_file(path: Path) -> Weights:
         return opened
     state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
-    return Weights(path, {key: tensor.to("meta") for key, tensor in state.items()}, state.__getitem__, metadata)
+    weights = Weights(path, {key: tensor.to("meta") for key, tensor in state.items()}, state.__getitem__, metadata)
+    check_formats(weights)
+    return weights
 
 
 def _index_of(path: Path) -> Path | None:
@@ -81,10 +87,10 @@ class Layers:
         def picked(dtype: torch.dtype):
             if mm.is_device_cpu(device):  # ComfyUI asks the device for CUDA's properties
                 mixed = comfy.ops.mixed_precision_ops
-                return quantised(mixed(Settings.quant_config, dtype, True)) if is_quantised else Casting
+                return quantised_layers(mixed(Settings.quant_config, dtype, True)) if is_quantised else Casting
             layers = comfy.ops.pick_operations(stored, dtype, load_device=device, model_config=Settings)
             if is_quantised:
-                return quantised(layers)
+                return quantised_layers(layers)
             # Files may hold any part in fewer bits than it computes in.
             return Casting if layers in (comfy.ops.disable_weight_init, comfy.ops.manual_cast) else layers
 
@@ -99,6 +105,29 @@ class Layers:
         return make
 
 
+def check_formats(weights: Weights) -> None:
+    """ValueError where this ComfyUI does not know a format in which a file stores matrices."""
+    said = {weights[key].numpy().tobytes(): key for key in weights if key.endswith(".comfy_quant")}
+    for text, key in said.items():
+        try:
+            settings = json.loads(text)
+            name, rotated = settings.get("format"), settings.get("convrot")
+        except (ValueError, AttributeError):
+            raise ValueError(f"{weights.path} has {key}, which says nothing readable; convert it again") from None
+        kind = comfy.quant_ops.QUANT_ALGOS.get(name)
+        fields = _fields(kind["comfy_tensor_layout"]) if kind and rotated else {"convrot"}
+        if kind is None or (rotated and "convrot" not in fields):
+            raise ValueError(
+                f"{weights.path} stores weights as {name}, which this ComfyUI does not run; update ComfyUI, or convert the "
+                "original to another precision"
+            )
+
+
+def _fields(layout: str) -> Mapping[str, object]:
+    """What a layout of ComfyUI's knows of a weight."""
+    return getattr(comfy.quant_ops.get_layout_class(layout).Params, "__dataclass_fields__", {})
+
+
 def is_quantised(weights: Weights) -> bool:
     """Whether ComfyUI's quantised layers have to run a file."""
     return any(key.endswith(".comfy_quant") for key in weights)
@@ -111,7 +140,7 @@ def fill(network: nn.Module, weights: Weights, stored: torch.dtype | None, dynam
     Where ComfyUI streams weights (dynamic) they stay in the file, and it rounds them on the way.
     """
     mm.archive_model_dtypes(network)
-    wanted, scaled = expected(network), checkpoints.quantised(weights)
+    wanted, scaled = expected(network), quantised.quantised(weights)
 
     def fitted(key: str, tensor: Tensor) -> Tensor:
         kept = dynamic or stored is None or key not in wanted or key in scaled

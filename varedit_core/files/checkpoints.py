@@ -25,6 +25,7 @@ from ..runtime.unfilled import Unfilled
 from ..runtime.warm_up import warm_up
 from ..tokenizer.vae import Autoencoder
 from ..wording import with_article
+from .quantised import BESIDE, SCALE, has_numbers, quantised, store
 from .shapes import autoencoder_config, transformer_config
 from .token_header import FORMAT as TOKENS
 from .weights import WeightError, Weights, check_finite, open_weights, under
@@ -58,20 +59,10 @@ KIND = "varedit.kind"
 """Where a transformer's file says what it was trained for."""
 OF_TEXT_ALONE = "varedit.text_to_image"
 """A tensor that says the same as that metadata, of a program that writes tensors alone."""
-_SCALED = ".weight_scale"
-_NUMBERS = {
-    "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz",
-}  # fmt: skip
-"""The types of weights. Others are read as numbers of another meaning, if at all."""
 # Buffers of older Infinity checkpoints, which its own loader leaves out too.
 _IGNORED_IN_TRANSFORMER = {
     "lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen", OF_TEXT_ALONE,
 }  # fmt: skip
-# What stands beside a quantised matrix, in our 8-bit files and in those of ComfyUI's formats.
-_BESIDE = (
-    _SCALED, ".weight_scale_2", ".weight_s_rel", ".weight_s_channel", ".weight_codebook", ".input_scale",
-    ".pre_quant_scale", ".comfy_quant",
-)  # fmt: skip
 # Loose parameters of the published files that are embeddings here, and their rows (None: as many as there are).
 _VECTORS = {"scale_mul_1H11": 1, "ada_gss": 6, "pos_start": 1, "mat_q": 1, "cfg_uncond": None}
 
@@ -249,6 +240,7 @@ def load_transformer(
     chosen = checked_kind(kind)
     weights = canonical(open_weights(path), TRANSFORMER)
     network = blank(weights, TRANSFORMER, operations, dtype, kind=chosen)
+    store(network, weights)
     if linears == "8-bit":
         prepare(network)
     if warm:
@@ -272,6 +264,7 @@ def load_autoencoder(
     network = blank(weights, TOKENIZER, operations, dtype, decode_dtype=decode_dtype)
     if warm:
         warm_up(network, device)
+    store(network, weights)
     network = _filled(network, weights, device)
     if operations is Operations and torch.device(device).type == "cuda" and has_triton():
         network.to(memory_format=torch.channels_last)  # as pictures lie there, or every call would do it
@@ -316,51 +309,29 @@ def expected(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _filled(network: Transformer | Autoencoder, weights: Weights, device) -> Transformer | Autoencoder:
-    check_scales(weights, network)
     rounded = {f"{name}.weight" for name, m in network.named_modules() if isinstance(m, EightBitLinear)}
-    network.load_state_dict(dict(_placed(expected(network), weights, device, rounded)), assign=True)
+    network.load_state_dict(dict(placed(expected(network), weights, device, rounded)), assign=True)
     return network.eval().requires_grad_(False)
 
 
-def _placed(wanted: dict[str, Tensor], weights: Weights, device, rounded: Set[str]) -> Iterator[tuple[str, Tensor]]:
+def placed(
+    wanted: dict[str, Tensor], weights: Weights, device, rounded: Set[str] = frozenset()
+) -> Iterator[tuple[str, Tensor]]:
+    """A network's state: the tensors of checked weights one by one on a device, in the types that are wanted; what is
+    stored in fewer bits as it is. rounded: keys of weights to be stored in 8 bits."""
+    stored = quantised(weights)
     for key in weights:
-        tensor = weights[key].to(device)
-        scaled = key.endswith(_SCALED) or key.removesuffix(".weight") + _SCALED in weights
-        tensor = tensor if scaled or key in rounded else tensor.to(wanted[key].dtype)
-        check_finite(weights, key, tensor)
-        if key in rounded and not scaled:
-            codes, scales = quantise_weight(tensor)
-            yield key, codes
-            yield key.removesuffix(".weight") + _SCALED, scales
-        else:
-            yield key, tensor
-
-
-def quantised(weights: Weights) -> set[str]:
-    """The keys of matrices with a scale or the name of a format beside them."""
-    return {f"{key.rpartition('.')[0]}.weight" for key in weights if key.endswith(_BESIDE)}
-
-
-def check_scales(weights: Weights, network: nn.Module) -> None:
-    """Raise WeightError unless what stands beside the weights are 8-bit linear layers' scales, one number each."""
-    for key in sorted(key for key in weights if key.endswith(_BESIDE)):
-        name = key.rpartition(".")[0]
-        scale, matrix = weights.meta[key], weights.meta.get(f"{name}.weight")
-        if not key.endswith(_SCALED) or matrix is None or not _has_numbers(matrix):
-            raise WeightError(
-                f"{weights.path} is quantised in a way that only ComfyUI runs ({key}); use the original or convert it "
-                "with `varedit convert`"
-            )
-        linear = isinstance(network.get_submodule(name), nn.Linear)
-        if not linear or not _has_numbers(scale) or tuple(scale.shape) not in ((), (1,)):
-            raise WeightError(
-                f"{weights.path} has {key} of shape {list(scale.shape)} where one number beside a linear layer was "
-                "expected; use the original or convert it with `varedit convert`"
-            )
-
-
-def _has_numbers(tensor: Tensor) -> bool:
-    return str(tensor.dtype).removeprefix("torch.") in _NUMBERS
+        if key in wanted or key.endswith(SCALE):
+            tensor = weights[key].to(device)
+            kept = key in stored or key not in wanted
+            tensor = tensor if kept or key in rounded else tensor.to(wanted[key].dtype)
+            check_finite(weights, key, tensor)
+            if key in rounded and not kept:
+                codes, scales = quantise_weight(tensor)
+                yield key, codes
+                yield f"{key}_scale", scales
+            else:
+                yield key, tensor
 
 
 def check(weights: Weights, wanted: dict[str, Sequence[int]]) -> None:
@@ -373,7 +344,7 @@ def check(weights: Weights, wanted: dict[str, Sequence[int]]) -> None:
     unknown = sorted(
         key
         for key in weights.keys() - wanted.keys()
-        if not (key.endswith(_BESIDE) and f"{key.rpartition('.')[0]}.weight" in scaled & wanted.keys())
+        if not (key.endswith(BESIDE) and f"{key.rpartition('.')[0]}.weight" in scaled & wanted.keys())
     )
     if missing or unknown:
         problem = (
@@ -391,7 +362,7 @@ def check(weights: Weights, wanted: dict[str, Sequence[int]]) -> None:
                 f"{weights.path} has {key} of shape {list(weights.meta[key].shape)} where {list(shape)} was expected; "
                 "nothing was loaded"
             )
-        if not packed and not _has_numbers(weights.meta[key]):
+        if not packed and not has_numbers(weights.meta[key]):
             kind = str(weights.meta[key].dtype).removeprefix("torch.")
             raise WeightError(
                 f"{weights.path} has {key} as {kind} where floating-point numbers were expected; use the original file"

@@ -1,12 +1,11 @@
 """Convert weight files to safetensors with canonical keys, a tensor at a time.
 
-The result says what it is in its metadata. bf16 and 8-bit apply to the transformer's blocks and to the text
+The result says what it is in its metadata. bf16 and fewer bits apply to the transformer's blocks and to the text
 encoder; everything the model computes in fp32 stays fp32, so a converted file edits like the original.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..defaults import KINDS
+from ..runtime.formats import Float8, Format, Int8, Nvfp4, int8_rotated
 from ..text.encoder import blank_encoder, encoder_weights
 from .checkpoints import (
     KIND,
@@ -33,6 +33,7 @@ from .checkpoints import (
     part_of,
     told_kind,
 )  # fmt: skip
+from .quantised import quantised, told
 from .reading import printable
 from .safe_write import check_free, make_folder
 from .tensor_files import Facts, write_in_turn
@@ -40,18 +41,29 @@ from .weights import WeightError, Weights, check_finite, open_weights
 
 logger = logging.getLogger(__name__)
 
-PRECISIONS = ("fp32", "bf16", "fp8")
+FORMS: Mapping[str, Callable[[bool, tuple[int, int]], tuple[Format, ...]]] = {
+    "fp8": lambda down, shape: (Float8(),),
+    "int8": lambda down, shape: (int8_rotated(shape) if down else Int8(),),
+    "nvfp4": lambda down, shape: (Float8(),) if down else (Nvfp4(), Float8()),
+}
+"""How a precision stores a matrix: the first of these formats that takes its shape. down: whether it is a
+down-projection, which reads outliers."""
+PRECISIONS = ("fp32", "bf16", *FORMS)
+_MATRIX = re.compile(r"(encoder\.)?block\.|blocks\.\d+\.(sa\.mat|sa\.proj|ca\.mat|ca\.proj|ffn)")
+_DOWN = re.compile(r"\.ffn\.fc2\.|\.DenseReluDense\.wo\.")
 ARCHITECTURES = {TRANSFORMER: "varedit", TOKENIZER: "varedit-tokenizer", TEXT_ENCODER: "t5-encoder"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the result: where it comes from, its type and shape, and whether it is 8-bit or a scale."""
+    """One tensor of the result: what it is made of, its type and shape; the format of its matrix, and which part of it
+    this is."""
 
     source: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    role: str = "plain"
+    stored: Format | None = None
+    part: str = "weight"
 
     @property
     def nbytes(self) -> int:
@@ -68,8 +80,9 @@ def convert(
 ) -> dict[str, str]:
     """Convert a transformer, VAE or text encoder file or folder; returns the metadata written.
 
-    precision: "fp32", "bf16", or "fp8" (float8_e4m3fn with one fp32 scale a matrix). on_tensor(done, total):
-    bytes written. kind: what a transformer was trained for, "edit" or "text-to-image"; auto keeps what the file says
+    precision: "fp32", "bf16", or the blocks' matrices in fewer bits: "fp8" (float8_e4m3fn with one scale a matrix),
+    "int8" (with one scale an output channel; the down-projection's inputs are rotated), "nvfp4" (4 bits with a scale
+    for every 16 numbers; the down-projection as in fp8). on_tensor(done, total): bytes written. kind: what a transformer was trained for, "edit" or "text-to-image"; auto keeps what the file says
     (see `checkpoints.told_kind`), and says nothing where it does not. Reads and writes one tensor at a time. Raises
     WeightError for unusable input, FileExistsError where the target exists, ValueError for a bad choice.
     """
@@ -108,42 +121,44 @@ def _checked(weights: Weights, part: str, source: Path) -> Weights:
 
 def _plan(weights: Weights, part: str, precision: str) -> dict[str, Entry]:
     plan: dict[str, Entry] = {}
+    already = quantised(weights)
     for key, meta in weights.meta.items():
-        shape, dtype = tuple(meta.shape), _dtype(part, key, meta, precision)
-        if f"{key.removesuffix('.weight')}.weight_scale" in weights:
-            raise WeightError(f"{weights.path} is 8-bit already; convert the original file instead")
-        quantised = dtype == torch.float8_e4m3fn
-        plan[key] = Entry(key, dtype, shape, "8-bit" if quantised else "plain")
-        if quantised:
-            plan[f"{key}_scale"] = Entry(key, torch.float32, (), "scale")
+        if key in already:
+            raise WeightError(f"{weights.path} is in fewer bits already; convert the original file instead")
+        shape, dtype = tuple(meta.shape), _dtype(part, key, precision)
+        stored = _stored(part, key, meta, precision) if dtype == torch.bfloat16 else None
+        if stored is None:
+            plan[key] = Entry(key, dtype, shape)
+            continue
+        name = key.removesuffix(".weight")
+        plan |= {f"{name}.{n}": Entry(key, kind, s, stored, n) for n, (kind, s) in stored.kinds(shape).items()}
     return plan
 
 
-def _dtype(part: str, key: str, meta: Tensor, precision: str) -> torch.dtype:
-    block = (
-        re.match(r"(encoder\.)?block\.", key)
-        if part == TEXT_ENCODER
-        else re.match(r"blocks\.\d+\.(sa\.mat|sa\.proj|ca\.mat|ca\.proj|ffn)", key)
-    )
-    if part == TOKENIZER or precision == "fp32" or not (block or part == TEXT_ENCODER):
-        return torch.float32
+def _dtype(part: str, key: str, precision: str) -> torch.dtype:
+    narrow = part == TEXT_ENCODER or (part == TRANSFORMER and _MATRIX.match(key))
+    return torch.bfloat16 if narrow and precision != "fp32" else torch.float32
+
+
+def _stored(part: str, key: str, meta: Tensor, precision: str) -> Format | None:
+    """The format of a matrix; None where it stays in bf16."""
     matrix = key.endswith(".weight") and meta.ndim == 2 and "relative_attention_bias" not in key
-    return torch.float8_e4m3fn if precision == "fp8" and matrix and block else torch.bfloat16
+    if precision not in FORMS or not (matrix and _MATRIX.match(key)):
+        return None
+    shape = tuple(meta.shape)
+    forms = FORMS[precision](bool(_DOWN.search(key)), shape)
+    return next((form for form in forms if form.fits(shape)), None)
 
 
 def _metadata(plan: Mapping[str, Entry], part: str, precision: str, source: Path) -> dict[str, str]:
-    metadata = {
+    layers = {entry.source.removesuffix(".weight"): entry.stored for entry in plan.values() if entry.stored}
+    return {
         "format": "pt",
         "varedit.architecture": ARCHITECTURES[part],
         "varedit.precision": "fp32" if part == TOKENIZER else precision,
+        "varedit.converted_from": printable(source.name),
+        **told(layers),
     }
-    metadata["varedit.converted_from"] = printable(source.name)
-    layers = {
-        key.removesuffix(".weight"): {"format": "float8_e4m3fn"} for key, entry in plan.items() if entry.role == "8-bit"
-    }
-    if layers:
-        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
-    return metadata
 
 
 def facts_of(plan: Mapping[str, Entry]) -> Facts:
@@ -170,16 +185,11 @@ def check_space(target: Path, needed: int) -> None:
 
 
 def _tensors(weights: Weights, plan: Mapping[str, Entry]) -> Iterator[Tensor]:
-    scale = torch.ones(())
+    source, parts = None, {}
     for entry in plan.values():
-        if entry.role == "scale":
-            yield scale
-            continue
-        tensor = weights[entry.source]
-        if entry.role == "8-bit":
-            tensor = tensor.float()
-            scale = (tensor.abs().amax() / torch.finfo(entry.dtype).max).clamp_min(1e-12)
-            tensor = tensor / scale
-        tensor = tensor.to(entry.dtype)
-        check_finite(weights, entry.source, tensor)  # as it came, and what is too large for its type
-        yield tensor
+        if entry.source != source:
+            source, tensor = entry.source, weights[entry.source]
+            check_finite(weights, source, tensor)
+            parts = entry.stored.round(tensor) if entry.stored else {"weight": tensor.to(entry.dtype)}
+            check_finite(weights, source, parts["weight"])  # what is too large for its type
+        yield parts[entry.part]

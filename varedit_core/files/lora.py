@@ -194,8 +194,8 @@ def check_lora(checkpoint: str | Path, lora: str | Path, strength: float = 1.0) 
 def apply_lora(transformer: Transformer, lora: str | Path, strength: float = 1.0) -> int:
     """Merge a LoRA file into a loaded transformer's weights; several may follow each other. How many layers it changed.
 
-    Computed in fp32 and rounded to the weight's own type. Updated 8-bit layers become layers of the transformer's
-    `dtype`, at its cost in memory, rather than being rounded to 8 bits again. Raises WeightError, before anything has
+    Computed in fp32 and rounded to the weight's own type. Updated layers in fewer bits become layers of the
+    transformer's `dtype`, at its cost in memory, rather than being rounded again. Raises WeightError, before anything has
     changed, where the file is no LoRA for this transformer, and ValueError for a strength that is no number or layers
     of `eight_bit`.
     """
@@ -210,13 +210,11 @@ def apply_lora(transformer: Transformer, lora: str | Path, strength: float = 1.0
     for name, update in updates.items():
         layer = transformer.get_submodule(name)
         merged = file.difference(update, strength, layer.weight.device)
-        scale = getattr(layer, "weight_scale", None)
-        if scale is None:
+        if getattr(layer, "stored", None) is None:
             layer.weight.copy_(merged.add_(layer.weight))
         else:
-            merged += layer.weight.float() * scale.float()
-            layer.weight = nn.Parameter(merged.to(transformer.dtype), requires_grad=False)
-            layer.weight_scale = None
+            merged += layer.matrix(torch.float32)
+            layer.store(None, merged.to(transformer.dtype))
     return len(updates)
 
 

@@ -11,25 +11,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import layers
-from .kernels import add_pictures, fuses_pictures, group_norm_silu
+from .formats import Float8, Format, Parts
+from .kernels import add_pictures, fuses_pictures, group_norm_silu, rotate
 
 
-class ScaledLinear(nn.Linear):
-    """Linear layer whose stored weight may be 8-bit with one scale: weight = stored * weight_scale."""
+class StoredLinear(nn.Linear):
+    """Linear layer whose weight may be stored in fewer bits: see `formats`. It multiplies with the numbers they stand
+    for."""
+
+    stored: Format | None = None
 
     def __init__(self, *args, **kw) -> None:
         super().__init__(*args, **kw)
         self.register_buffer("weight_scale", None)
+        self.register_buffer("weight_scale_2", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dtype == x.dtype and self.weight_scale is None:
+        if self.weight.dtype == x.dtype:
             return F.linear(x, self.weight, self.bias)
-        return F.linear(x, self.matrix(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.stored is None:
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        turned = rotate(x, self.stored.group) if self.stored.group else x
+        return F.linear(turned, self.stored.turned(self.parts, x.dtype), bias)
+
+    @property
+    def parts(self) -> Parts:
+        """The tensors of the stored weight."""
+        return {"weight": self.weight, "weight_scale": self.weight_scale, "weight_scale_2": self.weight_scale_2}
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] in a type, scale applied."""
-        weight = self.weight.to(dtype)
-        return weight if self.weight_scale is None else weight * self.weight_scale.to(dtype)
+        """The weight [out, in] in a type."""
+        return self.weight.to(dtype) if self.stored is None else self.stored.matrix(self.parts, dtype)
+
+    def store(self, stored: Format | None, weight: Tensor | None = None) -> None:
+        """Take a weight [out, in] and store it so; None: its numbers as they are. Without one: make room, on the meta
+        device, for parts that are loaded."""
+        if stored is None:
+            parts = {"weight": weight}
+        elif weight is None:
+            shape = (self.out_features, self.in_features)
+            parts = {n: torch.empty(s, dtype=d, device="meta") for n, (d, s) in stored.kinds(shape).items()}
+        else:
+            parts = stored.round(weight)
+        self.stored, self.weight = stored, nn.Parameter(parts["weight"], requires_grad=False)
+        self.weight_scale, self.weight_scale_2 = parts.get("weight_scale"), parts.get("weight_scale_2")
 
     def gelu(self, x: Tensor) -> Tensor:
         """The layer and GELU(tanh) behind it, where cuBLAS does both in one kernel."""
@@ -38,8 +64,13 @@ class ScaledLinear(nn.Linear):
         return linear_gelu(x, self.weight, self.bias)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        scale = state_dict.get(prefix + "weight_scale")
-        self.weight_scale = None if scale is None else torch.empty_like(scale, device=self.weight.device)
+        for name in ("weight_scale", "weight_scale_2"):
+            scale = state_dict.get(prefix + name)
+            setattr(self, name, None if scale is None else torch.empty_like(scale, device=self.weight.device))
+        if self.weight_scale is None:
+            self.stored = None
+        elif self.stored is None:  # files of other programs may say nothing else
+            self.stored = Float8()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -62,9 +93,9 @@ class Conv2d(nn.Conv2d):
 
 
 class Operations(layers.Operations):
-    """torch.nn's layers; linear layers also read 8-bit scaled weights, and what can be fused is."""
+    """torch.nn's layers; linear layers also have weights in fewer bits, and what can be fused is."""
 
-    Linear = ScaledLinear
+    Linear = StoredLinear
     Conv2d = Conv2d
     GroupNorm = GroupNorm
 

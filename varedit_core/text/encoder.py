@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..defaults import TEXT_TOKENS
-from ..files.checkpoints import TEXT_ENCODER, check, check_scales, expected, select
+from ..files.checkpoints import TEXT_ENCODER, check, expected, placed, select
+from ..files.quantised import store
 from ..files.reading import read_json
 from ..files.shapes import checked
-from ..files.weights import WeightError, Weights, check_finite, open_weights
+from ..files.weights import WeightError, Weights, open_weights
 from ..runtime.graphs import Recorder
 from ..runtime.layers import Operations
 from ..runtime.unfilled import Unfilled
@@ -128,8 +129,7 @@ def load_text_encoder(
     weights = encoder_weights(open_weights(path))
     tokenize = load_tokenizer(tokenizer or path)
     model = blank_encoder(Path(path), weights, operations, dtype)
-    state = {key: _read(weights, key, device, tensor.dtype) for key, tensor in expected(model).items()}
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(dict(placed(expected(model), _own(weights, expected(model)), device)), assign=True)
     return TextEncoder(model.eval().requires_grad_(False), tokenize, device)
 
 
@@ -148,7 +148,7 @@ def blank_encoder(path: Path, weights: Weights, operations=Operations, dtype: to
     with Unfilled():
         model = T5Encoder(encoder_config(path, weights), operations, dtype, device="meta")
     check_encoder(weights, expected(model))
-    check_scales(weights.renamed({key: key for key in weights if key.startswith(_BLOCKS)}), model)
+    store(model, _own(weights, expected(model)))
     return model
 
 
@@ -163,17 +163,12 @@ def check_encoder(weights: Weights, wanted: dict[str, Tensor]) -> None:
             f"{weights.path} has {layers_of(weights)} layers where its configuration names {layers}; correct or "
             "download the configuration again"
         )
-    own = weights.renamed({key: key for key in weights if key in wanted or key.startswith(_BLOCKS)})
-    check(own, {key: tensor.shape for key, tensor in wanted.items()})
+    check(_own(weights, wanted), {key: tensor.shape for key, tensor in wanted.items()})
 
 
-def _read(weights: Weights, key: str, device, dtype: torch.dtype) -> Tensor:
-    """A tensor, brought back from 8 bits where it has a scale."""
-    scale = f"{key}_scale"
-    tensor = weights[key].float() * weights[scale].float() if scale in weights else weights[key]
-    tensor = tensor.to(device, dtype)
-    check_finite(weights, key, tensor)
-    return tensor
+def _own(weights: Weights, wanted: dict[str, Tensor]) -> Weights:
+    """The tensors of an encoder, and what stands beside them."""
+    return weights.renamed({key: key for key in weights if key in wanted or key.startswith(_BLOCKS)})
 
 
 def encoder_config(path: Path, weights: Weights) -> T5Config:

@@ -27,6 +27,7 @@ from .probes import tried_once
 T = TypeVar("T")
 FEW_QUERIES = 64
 """So many queries do not keep a GPU busy with one program a head."""
+_LEAST_WHOLE = 16  # rows, at most, that torch does not multiply as whole numbers
 _LEAST_SEEN = 512  # fewer keys are not worth two kernels
 FEW_ROWS, _NARROW_ROWS, _NARROW = 64, 128, 4096
 """8-bit products of so many rows, or of more but few columns, are bound by reading the weight: cuBLAS is slow at it."""
@@ -304,43 +305,98 @@ def multiplies_eight_bit(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= ((8, 9) if version >= (2, 7) else (9, 0))
 
 
-def quantise_rows(x_nC: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
-    """Codes (float8_e4m3fn [n, C]) of rows and their scales (fp32 [n]): a row's largest number becomes 448.
+@lru_cache(maxsize=8)
+def multiplies_whole(device: torch.device) -> bool:
+    """Whether a device multiplies matrices of whole numbers in 8 bits: Turing and later."""
+    return (
+        device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (7, 5)
+    )
+
+
+def quantise_rows(
+    x_nC: Tensor, kind: torch.dtype = torch.float8_e4m3fn, gelu: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Codes (of the type kind, float8_e4m3fn or int8, [n, C]) of rows and their scales (fp32 [n]): a row's largest
+    number becomes 448 or 127.
 
     gelu: of GELU(tanh) of the rows.
     """
-    return _rows_form(x_nC).quantise_rows(x_nC, gelu)
+    return _rows_form(x_nC, kind).quantise_rows(x_nC, gelu, kind)
 
 
 def dequantise_rows(codes_nC: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """codes * scales in `dtype`, rounded once."""
-    return _rows_form(codes_nC).dequantise_rows(codes_nC, scales, dtype)
+    return _rows_form(codes_nC, codes_nC.dtype).dequantise_rows(codes_nC, scales, dtype)
 
 
-def _rows_form(x: Tensor):
-    return _triton("eight_bit") if fusable(x) and multiplies_eight_bit(x.device) else plain
+def _rows_form(x: Tensor, kind: torch.dtype):
+    return _triton("eight_bit") if fusable(x) and _multiplies(x.device, kind) else plain
+
+
+def _multiplies(device: torch.device, kind: torch.dtype) -> bool:
+    """Whether a device multiplies matrices of an 8-bit type."""
+    return multiplies_whole(device) if kind == torch.int8 else multiplies_eight_bit(device)
+
+
+def nvfp4_matrix(codes_nK: Tensor, scales: Tensor, most: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix [n, K] in `dtype` of 4-bit codes (uint8 [n, K / 2]), scales in tiles (see `plain.nvfp4_places`) and
+    the number that multiplies all."""
+    form = _triton("eight_bit") if fusable(codes_nK) and multiplies_eight_bit(codes_nK.device) else plain
+    return form.nvfp4_matrix(codes_nK, scales, most, dtype)
+
+
+def rotate(x: Tensor, group: int) -> Tensor:
+    """x [..., C], every `group` channels multiplied by a Hadamard matrix of unit rows, which is its own inverse
+    (arXiv 2404.00456): outliers are spread over their group."""
+    return (x.unflatten(-1, (-1, group)) @ _hadamard(group, x.dtype, x.device)).flatten(-2)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)
+def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[size, size], a power of four: the one of four whose rows have three ones and a minus one, times itself."""
+    four, made = 1 - 2 * torch.eye(4).flip(0), torch.ones(1, 1)
+    while len(made) < size:
+        made = torch.kron(made, four)
+    return (made / size**0.5).to(device, dtype)
 
 
 def linear_eight_bit(
-    x: Tensor | Rounded, weight: Tensor, scales: Tensor, bias: Tensor | None, gelu: bool = False
+    x: Tensor | Rounded, weight: Tensor, scales: Tensor, bias: Tensor | None, gelu: bool = False, group: int = 0
 ) -> Tensor:
     """x @ weight.T + bias: [..., C] -> [..., N], both factors in 8 bits. gelu: GELU(tanh) of x in its place.
 
     weight, scales: codes and scales of N rows (see `quantise_rows`); x is rounded the same way, token by token, unless
-    it is already. Where the device cannot multiply in 8 bits, and in other types than bf16, the rounded factors are
-    multiplied in the result's type.
+    it is already. group: x is rotated before (see `rotate`), as the weight was. Where the device cannot multiply in 8
+    bits, and float8 in other types than bf16, the rounded factors are multiplied in the result's type.
     """
-    dtype = x.dtype
+    dtype, kind = x.dtype, weight.dtype
     if isinstance(x, Rounded):
         shape, codes, own = x.codes.shape[:-1], x.codes.flatten(0, -2), x.scales.flatten()
     else:
-        shape, (codes, own) = x.shape[:-1], quantise_rows(x.flatten(0, -2), gelu)
+        if group:
+            x, gelu = rotate(F.gelu(x, approximate="tanh") if gelu else x, group), False
+        shape, (codes, own) = x.shape[:-1], quantise_rows(x.flatten(0, -2), kind, gelu)
     sixteenths = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0
-    if not (dtype == torch.bfloat16 and sixteenths and multiplies_eight_bit(codes.device)):
+    able = _multiplies(codes.device, kind) and (dtype == torch.bfloat16 or kind == torch.int8)
+    if not (able and sixteenths):
         y = F.linear(dequantise_rows(codes, own, dtype), dequantise_rows(weight, scales, dtype), bias)
-    elif len(codes) <= FEW_ROWS or (len(codes) <= _NARROW_ROWS and len(weight) <= _NARROW):
+    elif fusable(codes) and (len(codes) <= FEW_ROWS or (len(codes) <= _NARROW_ROWS and len(weight) <= _NARROW)):
         y = _triton("eight_bit").few_rows(codes, own, weight, scales, bias, dtype)
+    elif kind == torch.int8:
+        y = _whole_products(codes, own, weight, scales, bias, dtype)
     else:
-        own = own[:, None]
-        y = torch._scaled_mm(codes, weight.t(), own, scales[None], bias, out_dtype=dtype, use_fast_accum=True)
+        more = (0, 0, 0, max(0, FEW_ROWS + 1 - len(codes)))  # fewer rows are refused for some widths
+        factors = F.pad(codes.view(torch.uint8), more).view(kind), weight.t(), F.pad(own[:, None], more), scales[None]
+        y = torch._scaled_mm(*factors, bias, out_dtype=dtype, use_fast_accum=True)[: len(codes)]
     return y.unflatten(0, shape)
+
+
+def _whole_products(
+    codes: Tensor, own: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`linear_eight_bit` of whole numbers, which cuBLAS multiplies where there are more than 16 rows."""
+    count, form = len(codes), _triton("eight_bit") if fusable(codes) else plain
+    if count <= _LEAST_WHOLE:
+        codes = F.pad(codes, (0, 0, 0, _LEAST_WHOLE + 1 - count))
+    return form.scale_products(torch._int_mm(codes, weight.t())[:count], own, scales, bias, dtype)

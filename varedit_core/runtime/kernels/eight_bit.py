@@ -1,4 +1,5 @@
-"""Numbers in 8 bits as Triton kernels: the KV cache (integers), and what 8-bit products read (float8_e4m3fn).
+"""Numbers in 8 bits as Triton kernels: the KV cache (integers), what 8-bit products read (float8_e4m3fn, integers),
+and weights in 4 bits (nvfp4).
 
 `plain` has their meaning, `__init__` chooses. All arithmetic is fp32, divisions are exact to the last digit, and every
 scale belongs to one row of numbers that one program sees whole, so results are those of the plain forms.
@@ -11,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import kernel
-from .plain import FLOAT8_MOST, LEAST, PackedHeads
+from .plain import LEAST, MOST, NVFP4_BLOCK, PackedHeads
 
 _TOKENS = 64  # always: another number would be compiled anew
 _TILE = 2048  # numbers of a weight that a program holds at once
@@ -112,18 +113,23 @@ def _quantise_rows(
     if GELU:  # (1 + tanh(u)) / 2 is the sigmoid of 2 u
         x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), 0), LEAST), MOST)
-    codes = tl.div_rn(x, scale).to(codes_ptr.dtype.element_ty)
+    codes = tl.div_rn(x, scale)
+    if codes_ptr.dtype.element_ty == tl.int8:  # whole numbers, half to even: as in `_pack`
+        codes = (codes + 12582912.0) - 12582912.0
+    codes = codes.to(codes_ptr.dtype.element_ty)
     tl.store(codes_ptr + row * width + at, codes, at < width)
     tl.store(scales_ptr + row, scale)
 
 
-def quantise_rows(x_nC: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
+def quantise_rows(
+    x_nC: Tensor, gelu: bool = False, kind: torch.dtype = torch.float8_e4m3fn
+) -> tuple[Tensor, Tensor]:
     x = x_nC.contiguous()
     count, width = x.shape
-    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    codes = torch.empty(x.shape, dtype=kind, device=x.device)
     scales = torch.empty(count, dtype=torch.float32, device=x.device)
     _quantise_rows[(count,)](
-        x, codes, scales, width, GELU=gelu, MOST=FLOAT8_MOST, LEAST=LEAST, BLOCK=triton.next_power_of_2(width),
+        x, codes, scales, width, GELU=gelu, MOST=MOST[kind], LEAST=LEAST, BLOCK=triton.next_power_of_2(width),
         num_warps=8 if width > 1024 else 4,
     )  # fmt: skip
     return codes, scales
@@ -154,12 +160,14 @@ def _few_rows(
     there, real = row < n, column < columns
     x_ptr = codes_ptr + row[:, None].to(tl.int64) * width
     w_ptr = weight_ptr + column[None].to(tl.int64) * width
-    out = tl.zeros((ROWS, COLUMNS), tl.float32)
+    whole = codes_ptr.dtype.element_ty == tl.int8
+    out = tl.zeros((ROWS, COLUMNS), tl.int32 if whole else tl.float32)
     for first in range(0, width, STEP):
         at = first + tl.arange(0, STEP)
         x = tl.load(x_ptr + at[None], there[:, None] & (at < width)[None], other=0.0)
         w = tl.load(w_ptr + at[:, None], real[None] & (at < width)[:, None], other=0.0)
         out = tl.dot(x, w, out)
+    out = out.to(tl.float32)
     out *= tl.load(own_ptr + row, there, other=0.0)[:, None] * tl.load(scales_ptr + column, real, other=0.0)[None]
     if BIAS:
         out += tl.load(bias_ptr + column, real, other=0.0).to(tl.float32)[None]
@@ -178,4 +186,56 @@ def few_rows(
         codes_nC, own, weight, scales, scales if bias is None else bias, out, count, width, len(weight),
         BIAS=bias is not None, ROWS=rows, COLUMNS=columns, STEP=256, num_warps=4, num_stages=4,
     )  # fmt: skip
+    return out
+
+
+@kernel(do_not_specialize=["n"])
+def _scale_products(
+    sums_ptr, own_ptr, scales_ptr, bias_ptr, out_ptr, n, columns, BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = at < columns
+    y = tl.load(sums_ptr + row * columns + at, there, other=0).to(tl.float32)
+    y = y * tl.load(own_ptr + row) * tl.load(scales_ptr + at, there, other=0.0)
+    if BIAS:
+        y += tl.load(bias_ptr + at, there, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * columns + at, y.to(out_ptr.dtype.element_ty), there)
+
+
+def scale_products(sums_nN: Tensor, own: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    count, columns = sums_nN.shape
+    out = torch.empty(sums_nN.shape, dtype=dtype, device=sums_nN.device)
+    _scale_products[(triton.cdiv(columns, _TILE), count)](
+        sums_nN, own, scales, scales if bias is None else bias, out, count, columns,
+        BIAS=bias is not None, BLOCK=_TILE, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@kernel()
+def _nvfp4_matrix(
+    codes_ptr, scales_ptr, most_ptr, out_ptr, width, tiles,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = at < width
+    code = tl.load(codes_ptr + row * (width // 2) + at // 2, there, other=0).to(tl.int32)
+    code = (code >> (4 * (1 - at % 2))) & 15
+    exponent, half = (code >> 1) & 3, (code & 1).to(tl.float32) * 0.5
+    step = tl.where(exponent == 0, half, (1 + half) * (1 << tl.maximum(exponent - 1, 0)).to(tl.float32))
+    step = tl.where(code >= 8, -step, step)
+    block = at // GROUP
+    place = ((row // 128) * tiles + block // 4) * 512 + (row % 32) * 16 + (row % 128) // 32 * 4 + block % 4
+    scale = tl.load(scales_ptr + place, there, other=0.0).to(tl.float32) * tl.load(most_ptr)
+    tl.store(out_ptr + row * width + at, (step * scale).to(out_ptr.dtype.element_ty), there)
+
+
+def nvfp4_matrix(codes_nK: Tensor, scales: Tensor, most: Tensor, dtype: torch.dtype) -> Tensor:
+    rows, width = len(codes_nK), 2 * codes_nK.shape[1]
+    out = torch.empty(rows, width, dtype=dtype, device=codes_nK.device)
+    _nvfp4_matrix[(triton.cdiv(width, _TILE), rows)](
+        codes_nK, scales, most, out, width, scales.shape[1] // 4, GROUP=NVFP4_BLOCK, BLOCK=_TILE, num_warps=4
+    )
     return out

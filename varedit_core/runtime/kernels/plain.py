@@ -14,6 +14,14 @@ from torch import Tensor
 
 LEAST = 1e-12  # scales of all-zero rows are made of it
 FLOAT8_MOST = 448.0  # the largest number of float8_e4m3fn
+MOST = {torch.float8_e4m3fn: FLOAT8_MOST, torch.int8: 127.0}
+"""What the largest number of a row becomes, by the type of its codes."""
+NVFP4_BLOCK, NVFP4_MOST = 16, 6.0  # numbers with one scale, and the largest of their 4-bit codes
+_NVFP4_STEPS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Above them a number of fp32 is nearer to the next step, or as near and that one is even.
+_NVFP4_HALVES = (0.25, 0.75 - 2**-24, 1.25, 1.75 - 2**-23, 2.5, 3.5 - 2**-22, 5.0)
+_NVFP4_TOPS = (6.0, 4.0)
+"""What the largest number of a block may become: between 4 and 6 there is no step, so that 4 is often nearer."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +81,65 @@ def unpack_heads(packed: PackedHeads, rows: slice, end: int, staged: Tensor) -> 
     values.copy_(x[:, coded:])
 
 
-def quantise_rows(x_nC: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
+def quantise_rows(
+    x_nC: Tensor, gelu: bool = False, kind: torch.dtype = torch.float8_e4m3fn
+) -> tuple[Tensor, Tensor]:
     x = F.gelu(x_nC.float(), approximate="tanh") if gelu else x_nC.float()
-    scales = x.abs().amax(-1).clamp_min(LEAST) / FLOAT8_MOST
-    return (x / scales[..., None]).to(torch.float8_e4m3fn), scales
+    scales = x.abs().amax(-1).clamp_min(LEAST) / MOST[kind]
+    x = x / scales[..., None]
+    return (x if kind.is_floating_point else x.round()).to(kind), scales
 
 
 def dequantise_rows(codes_nC: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (codes_nC.float() * scales[..., None]).to(dtype)
+
+
+def scale_products(sums_nN: Tensor, own: Tensor, scales: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    y = sums_nN.float() * own[:, None] * scales
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def nvfp4_codes(rows_nK: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (uint8 [n, K / 2], the first of two in the high bits) and scales (float8_e4m3fn [n, K / 16]) of rows.
+
+    most: the number that all scales are multiplied with, fp32 []. Of _NVFP4_TOPS every block takes what is nearest.
+    """
+    blocks = rows_nK.float().unflatten(-1, (-1, NVFP4_BLOCK))
+    largest, best = blocks.abs().amax(-1), None
+    for top in _NVFP4_TOPS:
+        scales = (largest / top / most).clamp(max=FLOAT8_MOST).to(torch.float8_e4m3fn)
+        steps = (scales.float() * most)[..., None]
+        codes = torch.bucketize(
+            (blocks.abs() / steps.clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=NVFP4_MOST),
+            torch.tensor(_NVFP4_HALVES, device=rows_nK.device),
+        )
+        errors = (_steps(rows_nK.device)[codes] * steps - blocks.abs()).square().sum(-1)
+        if best is None:
+            best = codes, scales.view(torch.uint8), errors
+        else:
+            nearer = errors < best[2]
+            best = (
+                torch.where(nearer[..., None], codes, best[0]), torch.where(nearer, scales.view(torch.uint8), best[1]),
+                errors,
+            )  # fmt: skip
+    codes = (best[0] + 8 * (blocks < 0)).flatten(-2).to(torch.uint8)
+    return codes[:, ::2] << 4 | codes[:, 1::2], best[1].view(torch.float8_e4m3fn)
+
+
+def _steps(device: torch.device) -> Tensor:
+    return torch.tensor(_NVFP4_STEPS, device=device)
+
+
+def nvfp4_places(shape: tuple[int, int]) -> tuple[int, int]:
+    """The shape of a matrix's scales as they are stored, in tiles of 128 rows and 4 blocks."""
+    rows, width = shape
+    return -(-rows // 128) * 128, -(-width // (4 * NVFP4_BLOCK)) * 4
+
+
+def nvfp4_matrix(codes_nK: Tensor, scales: Tensor, most: Tensor, dtype: torch.dtype) -> Tensor:
+    rows, blocks = len(codes_nK), 2 * codes_nK.shape[1] // NVFP4_BLOCK
+    tiles = scales.view(torch.uint8).view(-1, scales.shape[1] // 4, 32, 4, 4).permute(0, 3, 2, 1, 4)
+    scales = tiles.reshape(scales.shape)[:rows, :blocks].view(torch.float8_e4m3fn).float() * most
+    steps = torch.cat((_steps(codes_nK.device), -_steps(codes_nK.device)))
+    numbers = torch.stack((steps[(codes_nK >> 4).int()], steps[(codes_nK & 15).int()]), -1)
+    return (numbers.view(rows, blocks, NVFP4_BLOCK) * scales[..., None]).to(dtype).flatten(1)
