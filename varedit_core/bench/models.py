@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..editor import Editor
-from ..files.published import AUTOENCODERS, TRANSFORMERS
+from ..files.published import AUTOENCODERS, TEXT, TRANSFORMERS
 from ..model.config import AutoencoderConfig, TransformerConfig
 from ..model.transformer import Transformer
 from ..runtime.fp8 import LINEARS, eight_bit
@@ -42,10 +42,9 @@ class Sizes:
     text: T5Config
 
 
-FLAN_T5_XL = T5Config(32128, 2048, 64, 5120, 24, 32, gated=True)
 MODELS = {
-    "8B": Sizes(TRANSFORMERS["8B"], AUTOENCODERS["8B"], FLAN_T5_XL),
-    "2B": Sizes(TRANSFORMERS["2B"], AUTOENCODERS["2B"], FLAN_T5_XL),
+    "8B": Sizes(TRANSFORMERS["8B"], AUTOENCODERS["8B"], TEXT),
+    "2B": Sizes(TRANSFORMERS["2B"], AUTOENCODERS["2B"], TEXT),
     "tiny": Sizes(
         TransformerConfig(2, 128, 2, 56, 128, 512, 512, 15),
         AutoencoderConfig(14, 32, (32, 32, 64, 64), (32, 32, 64, 64), 1, 2, 8),
@@ -67,7 +66,7 @@ def build(name: str, device: torch.device, linears: str = LINEARS[0]) -> Editor:
         eight_bit(transformer)
     with Unfilled():
         autoencoder = Autoencoder(sizes.autoencoder, Operations, device=device, decode_dtype=dtype)
-        encoder = T5Encoder(sizes.text, dtype=torch.float16 if cuda else torch.float32, device=device)
+        encoder = T5Encoder(sizes.text, Operations, torch.float16 if cuda else torch.float32, device)
     generator = torch.Generator(device).manual_seed(1)
     for network in (autoencoder, encoder):
         fill(network, generator)

@@ -120,11 +120,15 @@ def _checked(weights: Weights, part: str, source: Path) -> Weights:
 
 
 def _plan(weights: Weights, part: str, precision: str) -> dict[str, Entry]:
+    if quantised(weights):
+        raise WeightError(f"{weights.path} is in fewer bits already; convert the original file instead")
+    return planned(weights.meta, part, precision)
+
+
+def planned(tensors: Mapping[str, Tensor], part: str, precision: str) -> dict[str, Entry]:
+    """The tensors of a converted file. tensors: those of the part, by their keys here; none of them is read."""
     plan: dict[str, Entry] = {}
-    already = quantised(weights)
-    for key, meta in weights.meta.items():
-        if key in already:
-            raise WeightError(f"{weights.path} is in fewer bits already; convert the original file instead")
+    for key, meta in tensors.items():
         shape, dtype = tuple(meta.shape), _dtype(part, key, precision)
         stored = _stored(part, key, meta, precision) if dtype == torch.bfloat16 else None
         if stored is None:
@@ -186,10 +190,11 @@ def check_space(target: Path, needed: int) -> None:
 
 def _tensors(weights: Weights, plan: Mapping[str, Entry]) -> Iterator[Tensor]:
     source, parts = None, {}
+    fast = "cuda" if torch.cuda.is_available() else "cpu"  # the same numbers on both
     for entry in plan.values():
         if entry.source != source:
             source, tensor = entry.source, weights[entry.source]
             check_finite(weights, source, tensor)
-            parts = entry.stored.round(tensor) if entry.stored else {"weight": tensor.to(entry.dtype)}
+            parts = entry.stored.round(tensor.to(fast)) if entry.stored else {"weight": tensor.to(entry.dtype)}
             check_finite(weights, source, parts["weight"])  # what is too large for its type
         yield parts[entry.part]

@@ -18,8 +18,6 @@ MOST = {torch.float8_e4m3fn: FLOAT8_MOST, torch.int8: 127.0}
 """What the largest number of a row becomes, by the type of its codes."""
 NVFP4_BLOCK, NVFP4_MOST = 16, 6.0  # numbers with one scale, and the largest of their 4-bit codes
 _NVFP4_STEPS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-# Above them a number of fp32 is nearer to the next step, or as near and that one is even.
-_NVFP4_HALVES = (0.25, 0.75 - 2**-24, 1.25, 1.75 - 2**-23, 2.5, 3.5 - 2**-22, 5.0)
 _NVFP4_TOPS = (6.0, 4.0)
 """What the largest number of a block may become: between 4 and 6 there is no step, so that 4 is often nearer."""
 
@@ -99,31 +97,45 @@ def scale_products(sums_nN: Tensor, own: Tensor, scales: Tensor, bias: Tensor | 
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
+def rotate(x: Tensor, group: int) -> Tensor:
+    """`kernels.rotate` by sums of four in a fixed order, so that every device makes the same numbers of fp32."""
+    stages = (group.bit_length() - 1) // 2
+    x = x.unflatten(-1, (-1, *[4] * stages))
+    for axis in range(-stages, 0):
+        a, b, c, d = x.unbind(axis)
+        total = (a + b) + (c + d)
+        x = torch.stack([total - 2 * part for part in (d, c, b, a)], axis) / 2
+    return x.flatten(-stages - 1)
+
+
 def nvfp4_codes(rows_nK: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (uint8 [n, K / 2], the first of two in the high bits) and scales (float8_e4m3fn [n, K / 16]) of rows.
 
     most: the number that all scales are multiplied with, fp32 []. Of _NVFP4_TOPS every block takes what is nearest.
     """
     blocks = rows_nK.float().unflatten(-1, (-1, NVFP4_BLOCK))
-    largest, best = blocks.abs().amax(-1), None
+    sizes, best = blocks.abs(), None
+    largest = sizes.amax(-1)
     for top in _NVFP4_TOPS:
         scales = (largest / top / most).clamp(max=FLOAT8_MOST).to(torch.float8_e4m3fn)
         steps = (scales.float() * most)[..., None]
-        codes = torch.bucketize(
-            (blocks.abs() / steps.clamp_min(torch.finfo(torch.float32).tiny)).clamp(max=NVFP4_MOST),
-            torch.tensor(_NVFP4_HALVES, device=rows_nK.device),
-        )
-        errors = (_steps(rows_nK.device)[codes] * steps - blocks.abs()).square().sum(-1)
-        if best is None:
-            best = codes, scales.view(torch.uint8), errors
-        else:
+        nearest = _nearest((sizes / steps.clamp_min(torch.finfo(torch.float32).tiny)).clamp_(max=NVFP4_MOST))
+        errors = (nearest * steps).sub_(sizes).square_().sum(-1)
+        found = nearest, scales.view(torch.uint8), errors
+        if best is not None:
             nearer = errors < best[2]
-            best = (
-                torch.where(nearer[..., None], codes, best[0]), torch.where(nearer, scales.view(torch.uint8), best[1]),
-                errors,
-            )  # fmt: skip
-    codes = (best[0] + 8 * (blocks < 0)).flatten(-2).to(torch.uint8)
+            found = [torch.where(nearer[..., None] if x.ndim == 3 else nearer, x, y) for x, y in zip(found, best)]
+        best = found
+    nearest = best[0]
+    codes = torch.where(nearest < 2, 2 * nearest, torch.where(nearest < 4, nearest + 2, nearest / 2 + 4))
+    codes = (codes.to(torch.uint8) + 8 * (blocks < 0).to(torch.uint8)).flatten(-2)
     return codes[:, ::2] << 4 | codes[:, 1::2], best[1].view(torch.float8_e4m3fn)
+
+
+def _nearest(sizes: Tensor) -> Tensor:
+    """Of _NVFP4_STEPS the nearest to numbers from 0 to 6; between two the even one."""
+    per_one = torch.where(sizes < 2, 2.0, torch.where(sizes < 4, 1.0, 0.5))
+    return (sizes * per_one).round_().div_(per_one)
 
 
 def _steps(device: torch.device) -> Tensor:
