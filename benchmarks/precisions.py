@@ -155,6 +155,9 @@ def text_encoder(options: argparse.Namespace) -> dict:
     device, found, exact = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}, None
     for precision in ("fp16", *options.texts):
         editor = build(options.models[-1], device)
+        for name, weight in editor.text.model.named_parameters():
+            if name.endswith("SelfAttention.q.weight"):  # as T5 begins: its attention knows no scale
+                weight.data *= editor.text.model.config.head_size**-0.5
         if precision != "fp16":
             stored(editor.text.model, precision)
         features = editor.encode_text(["a"])[0].float()

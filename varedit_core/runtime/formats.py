@@ -75,7 +75,8 @@ class Float8(Format):
 
     def round(self, matrix: Tensor) -> dict[str, Tensor]:
         matrix = matrix.float()
-        scale = (matrix.abs().amax() / FLOAT8_MOST).clamp_min(LEAST)
+        most = matrix.abs().amax()
+        scale = (most / torch.full_like(most, FLOAT8_MOST)).clamp_min(LEAST)
         return {"weight": (matrix / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
 
     def turned(self, parts: Parts, dtype: torch.dtype) -> Tensor:
@@ -133,7 +134,8 @@ class Nvfp4(Format):
         return shape[0] % NVFP4_BLOCK == 0 and shape[1] % NVFP4_BLOCK == 0
 
     def round(self, matrix: Tensor) -> dict[str, Tensor]:
-        most = (matrix.float().abs().amax() / (FLOAT8_MOST * NVFP4_MOST)).clamp_min(torch.finfo(torch.float32).tiny)
+        most = matrix.float().abs().amax()
+        most = (most / torch.full_like(most, FLOAT8_MOST * NVFP4_MOST)).clamp_min(torch.finfo(torch.float32).tiny)
         made = [nvfp4_codes(rows, most) for rows in _split(matrix)]
         codes, scales = (torch.cat(kind) for kind in zip(*made))
         return {"weight": codes, "weight_scale": _swizzled(scales), "weight_scale_2": most}

@@ -341,7 +341,7 @@ def _multiplies(device: torch.device, kind: torch.dtype) -> bool:
 def nvfp4_matrix(codes_nK: Tensor, scales: Tensor, most: Tensor, dtype: torch.dtype) -> Tensor:
     """The matrix [n, K] in `dtype` of 4-bit codes (uint8 [n, K / 2]), scales in tiles (see `plain.nvfp4_places`) and
     the number that multiplies all."""
-    form = _triton("eight_bit") if fusable(codes_nK) and multiplies_eight_bit(codes_nK.device) else plain
+    form = _triton("eight_bit") if fusable(codes_nK) else plain
     return form.nvfp4_matrix(codes_nK, scales, most, dtype)
 
 

@@ -153,20 +153,19 @@ def dequantise_rows(codes_nC: Tensor, scales: Tensor, dtype: torch.dtype) -> Ten
 @kernel(do_not_specialize=["n"])
 def _few_rows(
     codes_ptr, own_ptr, weight_ptr, scales_ptr, bias_ptr, out_ptr, n, width, columns,
-    BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    BIAS: tl.constexpr, SUMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there, real = row < n, column < columns
     x_ptr = codes_ptr + row[:, None].to(tl.int64) * width
     w_ptr = weight_ptr + column[None].to(tl.int64) * width
-    whole = codes_ptr.dtype.element_ty == tl.int8
-    out = tl.zeros((ROWS, COLUMNS), tl.int32 if whole else tl.float32)
+    out = tl.zeros((ROWS, COLUMNS), SUMS)
     for first in range(0, width, STEP):
         at = first + tl.arange(0, STEP)
         x = tl.load(x_ptr + at[None], there[:, None] & (at < width)[None], other=0.0)
         w = tl.load(w_ptr + at[:, None], real[None] & (at < width)[:, None], other=0.0)
-        out = tl.dot(x, w, out)
+        out = tl.dot(x, w, out, out_dtype=SUMS)
     out = out.to(tl.float32)
     out *= tl.load(own_ptr + row, there, other=0.0)[:, None] * tl.load(scales_ptr + column, real, other=0.0)[None]
     if BIAS:
@@ -184,7 +183,8 @@ def few_rows(
     rows, columns = 16 if count <= 16 else 64, 32
     _few_rows[(triton.cdiv(len(weight), columns), triton.cdiv(count, rows))](
         codes_nC, own, weight, scales, scales if bias is None else bias, out, count, width, len(weight),
-        BIAS=bias is not None, ROWS=rows, COLUMNS=columns, STEP=256, num_warps=4, num_stages=4,
+        BIAS=bias is not None, SUMS=tl.int32 if codes_nC.dtype == torch.int8 else tl.float32, ROWS=rows,
+        COLUMNS=columns, STEP=256, num_warps=4, num_stages=4,
     )  # fmt: skip
     return out
 
@@ -228,7 +228,10 @@ def _nvfp4_matrix(
     step = tl.where(code >= 8, -step, step)
     block = at // GROUP
     place = ((row // 128) * tiles + block // 4) * 512 + (row % 32) * 16 + (row % 128) // 32 * 4 + block % 4
-    scale = tl.load(scales_ptr + place, there, other=0.0).to(tl.float32) * tl.load(most_ptr)
+    # float8_e4m3fn by its bits, as GPUs before Ada do not know it.
+    bits = tl.load(scales_ptr + place, there, other=0).to(tl.int32)
+    normal = (((bits & 127) << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    scale = tl.where(bits < 8, bits.to(tl.float32) / 512, normal) * tl.load(most_ptr)
     tl.store(out_ptr + row * width + at, (step * scale).to(out_ptr.dtype.element_ty), there)
 
 
@@ -236,6 +239,6 @@ def nvfp4_matrix(codes_nK: Tensor, scales: Tensor, most: Tensor, dtype: torch.dt
     rows, width = len(codes_nK), 2 * codes_nK.shape[1]
     out = torch.empty(rows, width, dtype=dtype, device=codes_nK.device)
     _nvfp4_matrix[(triton.cdiv(width, _TILE), rows)](
-        codes_nK, scales, most, out, width, scales.shape[1] // 4, GROUP=NVFP4_BLOCK, BLOCK=_TILE, num_warps=4
+        codes_nK, scales.view(torch.uint8), most, out, width, scales.shape[1] // 4, GROUP=NVFP4_BLOCK, BLOCK=_TILE, num_warps=4
     )
     return out

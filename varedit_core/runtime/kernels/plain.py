@@ -117,7 +117,8 @@ def nvfp4_codes(rows_nK: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
     sizes, best = blocks.abs(), None
     largest = sizes.amax(-1)
     for top in _NVFP4_TOPS:
-        scales = (largest / top / most).clamp(max=FLOAT8_MOST).to(torch.float8_e4m3fn)
+        # Divided by a tensor: by a number a GPU multiplies with its inverse.
+        scales = (largest / torch.full_like(most, top) / most).clamp(max=FLOAT8_MOST).to(torch.float8_e4m3fn)
         steps = (scales.float() * most)[..., None]
         nearest = _nearest((sizes / steps.clamp_min(torch.finfo(torch.float32).tiny)).clamp_(max=NVFP4_MOST))
         errors = (nearest * steps).sub_(sizes).square_().sum(-1)
