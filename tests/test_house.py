@@ -39,6 +39,7 @@ ALLOWED = {
     "controls": ALGORITHM,
     "runtime": ALGORITHM,
     "pictures": {"controls", "defaults", "files", "fitting", "sampling", "tokenizer", "wording"},
+    "hub": {"defaults", "files", "wording"},
     "files": {"defaults", "fitting", "runtime", "sampling", "wording", *NETWORKS},
     "coder": {"defaults", "made_for", "pictures", "runtime", "text", "tokenizer"},
     "request": LIBRARY,

@@ -29,11 +29,13 @@ from ..shapeedit.cli import app as shapeedit
 from ..training.cli import train
 from . import common as options
 from .advice import Command, Commands, OnePicture
+from .card import card
 from .common import DTYPES, choice, console, progress
 from .decode import decode
 from .demo import demo
 from .edit import edit
 from .generate import generate
+from .get import get
 from .sweep import sweep
 
 app = typer.Typer(
@@ -171,6 +173,8 @@ app.command()(edit)
 app.command()(decode)
 app.command()(demo)
 app.command()(sweep)
+app.command()(get)
+app.command()(card)
 app.command()(train)
 app.command()(bench)
 

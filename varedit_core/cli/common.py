@@ -28,8 +28,11 @@ from ..demo import GUIDANCE as DEMO_GUIDANCE
 from ..demo import demo_files
 from ..editor import Editor
 from ..files.checkpoints import TRANSFORMER, canonical
+from ..files.convert import PRECISIONS
 from ..files.lora import apply_lora, check_lora
 from ..files.weights import open_weights
+from ..hub import find
+from ..hub.catalogue import PRECISION, SETS
 from ..made_for import MadeFor
 from ..pictures.composite import Region
 from ..pictures.images import SourceImage, load_mask
@@ -91,6 +94,27 @@ NEGATIVE = "Negative prompt, in place of the learned unconditional features."
 PER_SCALE = "one number, one a scale (3,3,2,1), or from the first to the last (3:1)."
 
 
+Weights = Annotated[
+    Optional[str],
+    typer.Option(
+        help=f"Published weights that varedit get put here, in place of naming files: {', '.join(SETS)}.",
+    ),
+]
+Precision = Annotated[
+    Optional[str],
+    typer.Option(
+        help=f"Which of the --weights that are here: {', '.join(PRECISIONS)}.",
+        show_default=f"{PRECISION}, else the one with most bits",
+    ),
+]
+TextPrecision = Annotated[
+    Optional[str],
+    typer.Option(
+        help="The same of their text encoder.", show_default=f"{PRECISION}, or what varedit get took beside them"
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Files:
     """The model of a command, and how it is loaded."""
@@ -114,10 +138,31 @@ class Files:
         str,
         typer.Option(help="Of the transformer's blocks: exact, or 8-bit (half the memory, faster, an approximation)."),
     ] = LINEARS[0]
+    weights: Weights = None
+    precision: Precision = None
+    text_precision: TextPrecision = None
 
-    def check(self, demo: bool = True) -> None:
-        """Raise where options do not belong together or are unknown, before anything is loaded. demo: whether the demo
-        model is taken whole or not at all."""
+    def checked(self, demo: bool = True) -> Files:
+        """The same, with the files of --weights named. ValueError where options do not belong together, are unknown, or
+        name weights that are not here; before anything is loaded. demo: whether the demo model is taken whole or not at
+        all."""
+        if self.weights is None and (self.precision or self.text_precision):
+            raise ValueError(
+                "--precision and --text-precision choose among files of --weights; add that, or leave them out"
+            )
+        if self.weights is None:
+            self._check(demo)
+            return self
+        if any((self.model, self.vae, self.text_encoder, self.tokenizer)):
+            raise ValueError(
+                "--weights names all files of a model; leave out --model, --vae, --text-encoder and --tokenizer"
+            )
+        self._check(False)
+        model, vae, text_encoder = find(self.weights, self.precision, self.text_precision)
+        return replace(self, model=model, vae=vae, text_encoder=text_encoder)
+
+    def _check(self, demo: bool) -> None:
+        """Raise where options that name files do not belong together, and for unknown choices."""
         if demo and self.model is None and any((self.vae, self.text_encoder, self.tokenizer)):
             raise ValueError("--vae, --text-encoder and --tokenizer belong to a model of yours; name it with --model")
         if self.tokenizer and not self.text_encoder:
@@ -133,7 +178,7 @@ class Files:
             return demo_files()
         if words and self.text_encoder is None:
             raise ValueError(f"{words} needs --text-encoder")
-        if self.text_encoder and not words:
+        if self.text_encoder and not (words or self.weights):
             raise ValueError("--text-encoder has nothing to read beside --features; leave it out")
         return self.model, self.vae or self.model, self.text_encoder if words else None
 
@@ -463,3 +508,11 @@ def progress() -> Iterator[Progress]:
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with bar if console.is_terminal else nullcontext():  # rich before 14.3 ends a disabled one with an empty line
         yield bar
+
+
+@contextmanager
+def watching() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar as a function of what is done, how much of it, and how much there is."""
+    with progress() as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)

@@ -14,6 +14,7 @@ from ..demo import demo_files
 from ..files.checkpoints import load_autoencoder
 from ..files.reading import printable
 from ..files.safe_write import together
+from ..hub.finding import vae_of
 from ..pictures.composite import found_mask, masked
 from ..pictures.images import FittedImage, SourceImage, load_image, save_image, to_uint8, unfit
 from ..runtime.devices import device_of
@@ -42,8 +43,12 @@ def decode(
         ),
     ] = None,
     strip: options.Strip = False,
+    weights: options.Weights = None,
 ) -> None:
     """Decode the tokens of edits to pictures again, or of their first scales to drafts."""
+    if weights and vae:
+        raise ValueError("--weights has a VAE of its own; leave --vae out")
+    vae = vae_of(weights) if weights else vae
     target, found = output or tokens.with_suffix(".png"), Tokens.load(tokens)
     found = found.first(scales) if scales else found
     source, targets = _source(image, found), numbered(target, found.images)

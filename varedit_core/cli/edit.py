@@ -244,7 +244,7 @@ def edit(
 
     Shortcuts save time and are not exact; docs/SPEED.md says what each costs. Controls are neutral by default.
     """
-    files.check()
+    files = files.checked()
     named, saved = controls.values(), shortcuts.values()
     if bool(files.drafter) != bool(saved.drafted):
         raise ValueError("--drafter and --drafted go together: a second transformer, and how many scales it draws")

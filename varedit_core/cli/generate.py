@@ -135,9 +135,9 @@ def generate(
 
     Shortcuts save time and are not exact; docs/SPEED.md says what each costs.
     """
+    files = files.checked()
     if files.model is None:
         raise ValueError("name an Infinity transformer with --model; the demo model edits pictures")
-    files.check()
     named, saved = controls.values(), shortcuts.values()
     shape.check(prompt, named)
     area, ratio, regions = area_of(shape.size, files.model), _ratio(shape.ratio), shape.regions()

@@ -70,7 +70,7 @@ def sweep(
     mask: options.Mask = None,
 ) -> None:
     """Edit a picture at several values of one or two settings, and lay the results out as a labelled grid."""
-    files.check()
+    files = files.checked()
     check_words(instruction)
     if outputs.strip and not outputs.folder:
         raise ValueError("--strip is for the edits that --folder keeps, a grid carries nothing; leave it out")

@@ -99,8 +99,8 @@ def evaluate_command(files: Files, asked: Samples, draws: Draw, shortcuts: _Shor
 
     --seed is that of the samples and of the draws; --model, --vae and --text-encoder are the demo model's by default.
     """
+    files = files.checked(demo=False)
     settings, saved, schedule = draws.settings(files.model), shortcuts.values(), schedule_for(AREA)
-    files.check(demo=False)
     outputs.check()
     if saved.inside and not asked.masked:
         raise ValueError("--inside computes inside a mask only; add --masked")
