@@ -54,8 +54,7 @@ class Hub:
     waiting: Callable[[], None] | None = None
 
     def __enter__(self) -> Hub:
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Answers", (Answers,), {"hub": self}))
-        self.server.daemon_threads = True
+        self.server = Server(("127.0.0.1", 0), type("Answers", (Answers,), {"hub": self}))
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         self.address = f"http://127.0.0.1:{self.server.server_port}"
         return self
@@ -67,6 +66,15 @@ class Hub:
     def ranges(self, name: str) -> list[str]:
         """The ranges in which a file was asked for, "" for the whole."""
         return [ranged for method, path, ranged in self.asked if method == "GET" and path.endswith(f"/cdn/{name}")]
+
+
+class Server(ThreadingHTTPServer):
+    """Quiet about who went away in the middle."""
+
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        pass
 
 
 class Answers(BaseHTTPRequestHandler):

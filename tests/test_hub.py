@@ -1,10 +1,9 @@
 """Published weights by their name, from a hub on this machine: fetched, interrupted, damaged, found, and used."""
 
+import multiprocessing
 import os
 import re
 import shlex
-import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import huggingface_hub.file_download
 import pytest
+import typer
 from hub import INFINITY, T5, VAREDIT, Hub, kept, repositories
 from PIL import Image
 from safetensors import safe_open
@@ -28,6 +28,7 @@ from varedit_core.hub.manifest import Manifest, path_of
 from varedit_core.hub.places import Place, home
 from varedit_core.made_for import MadeFor
 
+COMMAND = typer.main.get_command(app)
 LORAS = ROOT / "demo" / "loras"
 VAE = "infinity_vae_d56_f8_14_patchify"
 
@@ -43,13 +44,16 @@ def hub(published, tmp_path, monkeypatch):
     every = {name: type(one)(dict(one.files), one.card, one.revision) for name, one in published.items()}
     with Hub(every) as hub:
         constants = huggingface_hub.constants
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{hub.address}/{{repo_id}}/resolve/{{revision}}/"
-                            "{filename}")  # fmt: skip
+        template = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", hub.address)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 12)
         monkeypatch.setattr(huggingface_hub.file_download, "time", SimpleNamespace(sleep=lambda seconds: None))
         monkeypatch.setenv("VAREDIT_HOME", str(tmp_path / "home"))
+        # The commands are put together once: typer takes a tenth of a second each time.
+        monkeypatch.setattr("typer.testing._get_command", lambda app: COMMAND)
+        monkeypatch.setattr("varedit_core.cli.app.app", COMMAND)
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HF_TOKEN"):
             monkeypatch.delenv(name, raising=False)
         yield hub
@@ -192,22 +196,20 @@ def test_a_network_that_fails_for_good_goes_on_at_the_next_run(hub, failed):
     assert run("get", "--check").exit_code == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that ends without a word is a fork of this one")
 def test_a_killed_process_goes_on(hub):
     """In a process of its own: nothing of Python's cleans up."""
     begun = threading.Event()
     hub.cut["8B-512.pth"], hub.waiting = [60000], lambda: (begun.set(), threading.Event().wait(60))
-    code = (
-        "import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = 4096\n"
-        "from varedit_core.hub import get\nget('8B-512')"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"HF_ENDPOINT": hub.address})
+    process = multiprocessing.get_context("fork").Process(target=get, args=("8B-512",))
+    process.start()
     try:
         assert begun.wait(60)
         while not (found := [one for one in (home() / "originals").rglob("*.part") if one.stat().st_size > 50000]):
-            assert process.poll() is None
+            assert process.is_alive()
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     size, hub.waiting = found[0].stat().st_size, None
     hub.asked.clear()
     fetched("8B-512")
