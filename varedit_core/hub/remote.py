@@ -60,7 +60,7 @@ def look_up(part: Part, revision: str | None = None) -> Remote:
     """Ask the hub for the files of a part. ValueError, one sentence, where there are none, or it cannot be asked."""
     hub = _library()
     with _told(hub, part.repo, revision):
-        info = hub.HfApi(endpoint=hub.constants.ENDPOINT).model_info(part.repo, revision=revision, files_metadata=True)
+        info = hub.HfApi(endpoint=_endpoint(hub)).model_info(part.repo, revision=revision, files_metadata=True)
     known = {file.rfilename: file for file in info.siblings or ()}
     wanted, lacking = part.wanted(sorted(known))
     if lacking:
@@ -83,11 +83,8 @@ def download(remote: Remote, file: RemoteFile, target: Path, watch: Watch) -> No
     """
     part = unfinished(target, file)
     make_folder(part.parent)
-    begun = part.stat().st_size if part.is_file() else 0
-    if begun < file.bytes:
-        _grow(remote, file, part, begun, watch)
-    found = sum_of(part, watch) if part.is_file() else Sum(0, "")
-    if file.bytes and not file.is_in(part, found):
+    _grow(remote, file, part, watch)
+    if not file.is_in(part, sum_of(part, watch)):
         part.unlink(missing_ok=True)
         raise ValueError(
             f"{file.name} of {remote.repo} did not come as the hub has it (its checksum is another); run the command "
@@ -101,15 +98,23 @@ def unfinished(target: Path, file: RemoteFile) -> Path:
     return target.with_name(f"{target.name}.{(file.sha256 or file.blob)[:12]}.part")
 
 
-def _grow(remote: Remote, file: RemoteFile, part: Path, begun: int, watch: Watch) -> None:
-    """Append what is missing to an unfinished file."""
+def _grow(remote: Remote, file: RemoteFile, part: Path, watch: Watch) -> None:
+    """Append what is missing to an unfinished file. A transfer that ended early is begun again while each brings
+    something: of the library's versions not all do that."""
     hub = _library()
-    address = hub.hf_hub_url(remote.repo, file.name, revision=remote.revision, endpoint=hub.constants.ENDPOINT)
+    address = hub.hf_hub_url(remote.repo, file.name, revision=remote.revision, endpoint=_endpoint(hub))
     with open(part, "ab", buffering=0) as opened:
         sink = _Sink(opened, part, lambda done: watch(f"downloading {file.name}", done, file.bytes))
         with _told(hub, remote.repo, remote.revision), _without_bars(hub):
-            headers = hub.utils.build_hf_headers()
-            hub.file_download.http_get(address, sink, resume_size=begun, headers=headers, expected_size=file.bytes)
+            while (begun := opened.tell()) < file.bytes:
+                headers = hub.utils.build_hf_headers()
+                try:
+                    hub.file_download.http_get(
+                        address, sink, resume_size=begun, headers=headers, expected_size=file.bytes
+                    )
+                except _failures(hub):
+                    if opened.tell() <= begun:
+                        raise
 
 
 class _Sink:
@@ -148,6 +153,11 @@ def _library() -> ModuleType:
     return huggingface_hub
 
 
+def _endpoint(hub: ModuleType) -> str:
+    """The hub's address: HF_ENDPOINT as it is now, which the library reads once."""
+    return os.environ.get("HF_ENDPOINT", hub.constants.ENDPOINT).rstrip("/")
+
+
 @contextmanager
 def _without_bars(hub: ModuleType) -> Iterator[None]:
     """Without the library's own bars of progress."""
@@ -165,15 +175,19 @@ def _without_bars(hub: ModuleType) -> Iterator[None]:
 @contextmanager
 def _told(hub: ModuleType, repo: str, revision: str | None) -> Iterator[None]:
     """Around requests: what fails is one sentence that says what to do."""
-    failures = (OSError, *hub.errors.HfHubHTTPError.__bases__)  # of whichever library it asks the network with
     try:
         yield
-    except failures as error:
+    except _failures(hub) as error:
         raise ValueError(_sentence(hub, error, repo, revision)) from error
 
 
+def _failures(hub: ModuleType) -> tuple[type[Exception], ...]:
+    """What requests raise, of whichever library the hub's asks the network with."""
+    return OSError, *hub.errors.HfHubHTTPError.__bases__
+
+
 def _sentence(hub: ModuleType, error: Exception, repo: str, revision: str | None) -> str:
-    errors, at = hub.errors, hub.constants.ENDPOINT
+    errors, at = hub.errors, _endpoint(hub)
     code = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"HF_HUB_OFFLINE forbids downloads, and files of {repo} are missing here; unset it"
