@@ -419,6 +419,26 @@ def test_downloads_are_kept_where_that_is_asked_for(hub, failed):
     hub.asked.clear()
     fetched("8B-512", "--precision", "fp32")
     assert not hub.ranges("8B-512.pth"), "converted of the download that was kept"
+    assert not (folder / "8B-512.pth").exists(), "which this time was not to be kept"
+
+
+def test_a_kept_download_that_was_damaged_is_not_converted(hub, failed):
+    fetched("8B-512", "--keep-original")
+    original = home() / "originals" / "HiDream-ai" / "111111111111" / "VAREdit" / "8B-512.pth"
+    original.write_bytes(original.read_bytes()[:-1] + b"x")
+    assert f"{original} is damaged" in failed("get", "8B-512", "--yes", "--precision", "fp32")
+    original.unlink()
+    fetched("8B-512", "--precision", "fp32")
+    assert run("get", "--check").exit_code == 0
+
+
+def test_a_place_that_may_not_be_written_is_told_before_the_download(hub, failed, tmp_path):
+    comfyui = tmp_path / "ComfyUI"
+    (comfyui / "models").mkdir(parents=True)
+    (comfyui / "main.py").touch()
+    (comfyui / "models" / "vae").write_text("no folder")
+    assert "cannot make the folder" in failed("get", "8B-512", "--yes", "--comfyui", comfyui)
+    assert not hub.ranges("8B-512.pth")
 
 
 def test_the_list(hub):
@@ -515,6 +535,7 @@ def test_a_card_of_any_file(published_file, tmp_path, failed):
     assert "exists; choose another name or allow overwriting" in failed("card", target)
     assert run("card", target, "-o", tmp_path / "README.md").exit_code == 0
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == card
+    assert "--model mine.safetensors" in card and "--vae ITS-VAE" in card, "which VAE that is the file does not tell"
     assert "would replace" in failed("card", target, "-o", target, "--overwrite")
     assert "is no converted transformer, VAE or text encoder" in failed(
         "card", LORAS / "varedit_demo_duotone.safetensors"

@@ -118,8 +118,8 @@ def _list(names: list[str]) -> None:
     """Every set with its parts: published where, here in which precisions."""
     for name in names:
         print(name)
+        found = all_here([name])
         for part in parts_of(name):
-            found = all_here([name])
             own = [one for one in found if one.part == part]
             for one in own:
                 lack = one.manifest.lacking(one.weights.parent)

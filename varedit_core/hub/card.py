@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from ..defaults import TEXT_TO_IMAGE
-from ..files.checkpoints import KIND, TEXT_ENCODER, TOKENIZER, TRANSFORMER, part_of
+from ..files.checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER, part_of, told_kind
 from ..files.info import inspect
 from ..files.reading import printable
 from ..files.weights import WeightError, Weights, open_weights
@@ -53,20 +53,20 @@ def card_of(weights: Path, made: Manifest) -> str:
     facts, opened = inspect(weights), open_weights(weights)
     part = part_of(opened)[0]
     paragraphs = [
-        _head(facts, part, made.source), f"# {weights.stem}", _what(facts), "## Source", _source(made.source),
+        _head(opened, part, made.source), f"# {weights.stem}", _what(facts), "## Source", _source(made.source),
         "## Licence", _licence(made.source), "## Types", _types(opened), "## Files", _files(made),
-        "## How it was made", _made(facts, made), "## How to use it", _use(weights, part, made),
+        "## How it was made", _made(facts, made), "## How to use it", _use(opened, part, made),
     ]  # fmt: skip
     return "\n\n".join(paragraphs) + "\n"
 
 
-def _head(facts: dict, part: str, source: Source) -> str:
+def _head(weights: Weights, part: str, source: Source) -> str:
     """What the hub reads: in YAML, whose strings JSON writes, too."""
     lines = [f"{name}: {_quoted(text)}" for name, text in source.licence.items()]
     lines += [f"base_model: {_quoted(source.repo)}"] if source.repo else []
     lines += ["tags:", *(f"- {tag}" for tag in _TAGS[part])]
     if part == TRANSFORMER:
-        lines.append(f"pipeline_tag: {'text-to-image' if _kind(facts) == TEXT_TO_IMAGE else 'image-to-image'}")
+        lines.append(f"pipeline_tag: {'text-to-image' if _of_text_alone(weights) else 'image-to-image'}")
     return "\n".join(["---", *lines, "---"])
 
 
@@ -75,8 +75,8 @@ def _quoted(text: str) -> str:
     return text if re.fullmatch(r"[A-Za-z][\w./-]*", text) else json.dumps(text)
 
 
-def _kind(facts: dict) -> str:
-    return facts["metadata"].get(KIND, "edit")
+def _of_text_alone(weights: Weights) -> bool:
+    return told_kind(weights) == TEXT_TO_IMAGE
 
 
 def _what(facts: dict) -> str:
@@ -140,25 +140,23 @@ def _made(facts: dict, made: Manifest) -> str:
     return f"Converted from `{printable(source)}` by `varedit convert --precision {printable(precision)}`."
 
 
-def _use(weights: Path, part: str, made: Manifest) -> str:
-    """Command lines with this file, and with the published names of the others."""
-    names = {TRANSFORMER: "8B-512-bf16.safetensors", TOKENIZER: f"{_beside(made.part, 1)}.safetensors",
-             TEXT_ENCODER: _beside(made.part, 2)}  # fmt: skip
-    names[part] = weights.parent.name if part == TEXT_ENCODER and len(made.files) > 1 else weights.name
-    text_alone = open_weights(weights).metadata.get(KIND) == TEXT_TO_IMAGE
-    command = 'generate "a red fox"' if text_alone else 'edit photo.jpg "make it a rainy night"'
-    rest = " \\\n    ".join(
-        f"--{option} {names[of]}"
-        for option, of in (("model", TRANSFORMER), ("vae", TOKENIZER), ("text-encoder", TEXT_ENCODER))
-    )
+def _use(weights: Weights, part: str, made: Manifest) -> str:
+    """Command lines with this file, and with the others of its set, by the names that `varedit get` gives them."""
+    names = _set_of(made.part)
+    names[part] = weights.path.parent.name if part == TEXT_ENCODER and len(made.files) > 1 else weights.path.name
+    options = ((TRANSFORMER, "model"), (TOKENIZER, "vae"), (TEXT_ENCODER, "text-encoder"))
+    command = 'generate "a red fox"' if _of_text_alone(weights) else 'edit photo.jpg "make it a rainy night"'
+    lines = " \\\n    ".join([f"varedit {command}", *(f"--{option} {names[of]}" for of, option in options)])
     return (
-        f"With the command line of [varedit]({_PROJECT}):\n\n```\nvaredit {command} \\\n    {rest}\n```\n\n"
+        f"With the command line of [varedit]({_PROJECT}):\n\n```\n{lines}\n```\n\n"
         f"In ComfyUI, with its nodes, the file belongs into `models/{FOLDERS[part]}`."
     )
 
 
-def _beside(name: str, place: int) -> str:
-    """The name of a part of the set that a part of this name belongs to."""
-    sets = [parts for parts in SETS.values() if any(part.name == name for part in parts)]
-    part = (sets or list(SETS.values()))[0][place]
-    return part.stem(part.precision(PRECISION))
+def _set_of(name: str) -> dict[str, str]:
+    """What to name for each part in the first set that has a part of this name; what is not known is in capitals."""
+    found = next((parts for parts in SETS.values() if any(part.name == name for part in parts)), None)
+    if found is None:
+        return {TRANSFORMER: "TRANSFORMER", TOKENIZER: "ITS-VAE", TEXT_ENCODER: "ITS-TEXT-ENCODER"}
+    stems = {part.what: part.stem(part.precision(PRECISION)) for part in found}
+    return {what: stem if what == TEXT_ENCODER else f"{stem}.safetensors" for what, stem in stems.items()}

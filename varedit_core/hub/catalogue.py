@@ -40,11 +40,6 @@ class Part:
     kept: float = 1.0
     kind: str = "auto"
 
-    @property
-    def weights(self) -> str:
-        """A name of the weights for messages."""
-        return self.source or self.name
-
     def wanted(self, files: list[str]) -> tuple[list[str], list[str]]:
         """Of a repository's files those that are fetched, and the patterns that none matches."""
         matches = {one: [name for name in files if _matches(name, one)] for one in self.patterns}

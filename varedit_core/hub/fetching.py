@@ -16,13 +16,13 @@ from pathlib import Path
 
 from ..files.convert import convert
 from ..files.reading import printable
-from ..files.safe_write import make_folder, write_bytes, write_text
+from ..files.safe_write import check_target, make_folder, write_bytes, write_text
 from ..files.weights import open_weights
 from .card import card_of, card_path
 from .catalogue import FOLDERS, PRECISION, Part, check_precision, parts_of, text_precision
-from .manifest import Manifest, Source, Watch, path_of, sum_of
+from .manifest import Manifest, Source, Sum, Watch, path_of, sum_of
 from .places import Place, home, of_comfyui, originals, own, remember
-from .remote import Remote, download, look_up, unfinished
+from .remote import Remote, RemoteFile, download, look_up, unfinished
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,11 @@ class Step:
         """Download, convert and say it in a manifest. ValueError or OSError, one sentence, where that fails."""
         if not self.weights.exists():
             path_of(self.weights).unlink(missing_ok=True)  # of ones that are gone
-        for file in self.remote.files:
-            if not (self.folder / file.name).is_file():
-                download(self.remote, file, self.folder / file.name, watch)
+        sums = {file.name: self._original(file, watch) for file in self.remote.files}
         self._convert(watch)
         names = [self.weights.name, *self.part.beside]
         for name in self.part.beside:
             write_bytes(self.weights.parent / name, (self.folder / name).read_bytes())
-        sums = {file.name: sum_of(self.folder / file.name, watch) for file in self.remote.files}
         source = Source(self.remote.repo, self.remote.revision, self.remote.licence, sums)
         ours = {name: sum_of(self.weights.parent / name, watch) for name in names}
         made = Manifest(self.part.name, self.precision, source, ours, command, keep_original)
@@ -70,6 +67,16 @@ class Step:
         if not keep_original:
             _discard(source)
         return made
+
+    def _original(self, file: RemoteFile, watch: Watch) -> Sum:
+        """Have a file of the download here. ValueError for one that was kept, and is not what it was."""
+        target = self.folder / file.name
+        if not target.is_file():
+            return download(self.remote, file, target, watch)
+        found = sum_of(target, watch)
+        if not file.is_in(target, found):
+            raise ValueError(f"{target} is damaged: its checksum is not the hub's; delete it and run the command again")
+        return found
 
     def _convert(self, watch: Watch) -> None:
         """Write the converted weights, unless an earlier run did, and was interrupted later."""
@@ -140,6 +147,8 @@ class Plan:
             return
         with _alone():
             self.check_space()
+            for step in self.open:
+                check_target(path_of(step.weights))
             for source in stale:  # of a run that ended before it could delete them
                 _discard(source)
             for step in self.open:
@@ -232,7 +241,7 @@ def _revisions(texts: Sequence[str], parts: Sequence[Part]) -> dict[str, str]:
     return asked
 
 
-def _size(path: Path, file) -> int:
+def _size(path: Path, file: RemoteFile) -> int:
     """Bytes of a file that are here, of an unfinished one too."""
     unready = unfinished(path, file)
     if path.is_file():

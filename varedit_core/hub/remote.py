@@ -75,8 +75,9 @@ def look_up(part: Part, revision: str | None = None) -> Remote:
     return Remote(part.repo, info.sha, _licence(info), files)
 
 
-def download(remote: Remote, file: RemoteFile, target: Path, watch: Watch) -> None:
-    """Fetch a file, from where an earlier download of it ended; it takes its name when its checksum is the hub's.
+def download(remote: Remote, file: RemoteFile, target: Path, watch: Watch) -> Sum:
+    """Fetch a file, from where an earlier download of it ended; it takes its name when its checksum is the hub's, which
+    is returned.
 
     ValueError, one sentence, for all that can go wrong; what was fetched stays for the next time, but where the
     checksum is another.
@@ -84,13 +85,15 @@ def download(remote: Remote, file: RemoteFile, target: Path, watch: Watch) -> No
     part = unfinished(target, file)
     make_folder(part.parent)
     _grow(remote, file, part, watch)
-    if not file.is_in(part, sum_of(part, watch)):
+    found = sum_of(part, watch)
+    if not file.is_in(part, found):
         part.unlink(missing_ok=True)
         raise ValueError(
             f"{file.name} of {remote.repo} did not come as the hub has it (its checksum is another); run the command "
             "again"
         )
     os.replace(part, target)
+    return found
 
 
 def unfinished(target: Path, file: RemoteFile) -> Path:
