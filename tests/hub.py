@@ -44,19 +44,23 @@ class Repository:
 @dataclass
 class Hub:
     """A server of repositories. asked: every request as (method, path, range). cut: file -> bytes after which each
-    answer ends, for as many answers as there are numbers; wrong: files that come with other bytes; waiting: called
-    in place of a cut."""
+    answer ends, for as many answers as there are numbers; wrong: files that come with other bytes; short: that come
+    without their end; waiting: called
+    in place of a cut; tokens: what the hub, and the other address of large files, were given to know the user by."""
 
     repositories: dict[str, Repository]
     asked: list[tuple[str, str, str]] = field(default_factory=list)
     cut: dict[str, list[int]] = field(default_factory=dict)
     wrong: set[str] = field(default_factory=set)
+    short: set[str] = field(default_factory=set)
     waiting: Callable[[], None] | None = None
+    tokens: dict[str, set[str]] = field(default_factory=lambda: {"hub": set(), "cdn": set()})
 
     def __enter__(self) -> Hub:
         self.server = Server(("127.0.0.1", 0), type("Answers", (Answers,), {"hub": self}))
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         self.address = f"http://127.0.0.1:{self.server.server_port}"
+        self.other = f"http://localhost:{self.server.server_port}"
         return self
 
     def __exit__(self, *about) -> None:
@@ -93,6 +97,7 @@ class Answers(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.hub.asked.append((self.command, path, self.headers.get("Range", "")))
         words = path.strip("/").split("/")
+        self.hub.tokens["cdn" if words[2] == "cdn" else "hub"].add(self.headers.get("Authorization", ""))
         owner = words[2:4] if words[:2] == ["api", "models"] else words[:2]
         repository = self.hub.repositories.get("/".join(owner))
         if repository is None:
@@ -105,7 +110,7 @@ class Answers(BaseHTTPRequestHandler):
         if name not in repository.files:
             return self.refuse(404, "EntryNotFound")
         if kind == "resolve" and name.endswith(LARGE):
-            return self.answer(302, b"", Location=f"{self.hub.address}/{'/'.join(owner)}/cdn/{name}")
+            return self.answer(302, b"", Location=f"{self.hub.other}/{'/'.join(owner)}/cdn/{name}")
         self.give(name, repository.files[name])
 
     def tell(self, name: str, repository: Repository, revision: str) -> None:
@@ -125,7 +130,7 @@ class Answers(BaseHTTPRequestHandler):
     def give(self, name: str, data: bytes) -> None:
         """A file, or the rest of it; cut where that is asked for."""
         begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
-        rest = bytearray(data[begin:])
+        rest = bytearray(data[begin : -99 if name in self.hub.short else None])
         if name in self.hub.wrong:
             rest[-1] ^= 255
         headers = {"Content-Range": f"bytes {begin}-{len(data) - 1}/{len(data)}"} if begin else {}

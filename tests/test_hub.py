@@ -1,5 +1,6 @@
 """Published weights by their name, from a hub on this machine: fetched, interrupted, damaged, found, and used."""
 
+import ast
 import multiprocessing
 import os
 import re
@@ -260,12 +261,18 @@ def test_two_at_once(hub, failed):
 
 
 def test_a_download_that_is_not_what_the_hub_has(hub, failed):
+    whole = len(hub.repositories[VAREDIT].files["8B-512.pth"])
+    hub.short = {"8B-512.pth"}
+    assert "cannot be reached, or ended the transfer (Consistency check failed" in failed("get", "8B-512", "--yes")
+    hub.short.clear()
+    hub.asked.clear()
     for name in ("8B-512.pth", "config.json"):
         hub.wrong = {name}
         assert f"{name} of " in (said := failed("get", "8B-512", "--yes")) and "its checksum is another" in said
         hub.wrong = set()
         assert not [file for file in kept(home()) if name in file], "nothing of it is left to go on from"
     fetched("8B-512")
+    assert hub.ranges("8B-512.pth") == [f"bytes={whole - 99}-", ""]
     assert run("get", "--check").exit_code == 0
 
 
@@ -298,6 +305,20 @@ def test_offline(hub, failed, monkeypatch):
     fetched("8B-512")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "there is nothing to download" in fetched("8B-512") and len(find("8B-512")) == 3
+
+
+def test_a_token_is_for_the_hub_alone(hub, monkeypatch):
+    """Not for the address to which it sends for large files."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    fetched("8B-512")
+    assert hub.tokens == {"hub": {"Bearer hf_secret"}, "cdn": {""}}
+
+
+def test_the_library_is_imported_when_it_is_needed():
+    for path in sorted((ROOT / "varedit_core").rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert "huggingface_hub" not in ast.unparse(node), path
 
 
 def test_without_the_library(hub, failed, monkeypatch):

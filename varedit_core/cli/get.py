@@ -151,4 +151,6 @@ def _say(text: str) -> None:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.3g} MB"
+    """Bytes in words."""
+    unit, name = next((one for one in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= one[0]), (1, "bytes"))
+    return f"{count / unit:.3g} {name}"
