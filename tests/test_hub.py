@@ -576,6 +576,9 @@ def test_names_that_no_repository_may_have(hub, monkeypatch):
     hub.repositories[VAREDIT].files["../../x.pth"] = b"x"
     with pytest.raises(ValueError, match="lists ../../x.pth without a name, size or checksum that is one"):
         remote.look_up(SETS["8B-512"][0])
+    hub.repositories[VAREDIT].revision = "../../../x"
+    with pytest.raises(ValueError, match="has no commit that is one"):
+        remote.look_up(SETS["8B-512"][0])
 
 
 def test_where_the_folder_of_our_own_is(monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ from ..files.reading import printable
 from ..hub.catalogue import PRECISION, SETS, parts_of, text_precision
 from ..hub.fetching import Plan, Step, leftovers, plan
 from ..hub.finding import all_here, cure
+from ..hub.places import originals
 from .common import command, console, watching
 
 
@@ -99,7 +100,7 @@ def _tell(made: Plan) -> None:
         return _say(f"{_named(made)} here; there is nothing to download")
     _say(
         f"to download: {_size(made.missing)}; takes about {_size(made.result)} in {made.place.folder}, and at most "
-        f"about {_size(made.most)} in between"
+        f"about {_size(made.most)} in between, when a download lies in {originals()} to be converted"
     )
 
 

@@ -8,6 +8,7 @@ of gigabytes. Nothing is taken for whole before its checksum was that of the hub
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,10 +69,14 @@ def look_up(part: Part, revision: str | None = None) -> Remote:
             f"{part.repo} has no {', '.join(lacking)} at the revision {info.sha}; name another with --revision"
         )
     files = tuple(map(_file, (known[name] for name in wanted)))
+    if not re.fullmatch(r"[0-9a-f]{12,64}", info.sha or ""):
+        raise ValueError(f"{part.repo} has no commit that is one; choose another HF_ENDPOINT")
     for file in files:
         if ".." in file.name.split("/") or "\\" in file.name or file.bytes is None or not (file.sha256 or file.blob):
-            raise ValueError(f"{part.repo} lists {printable(file.name)} without a name, size or checksum that is one; "
-                             "choose another HF_ENDPOINT")  # fmt: skip
+            raise ValueError(
+                f"{part.repo} lists {printable(file.name)} without a name, size or checksum that is one; choose "
+                "another HF_ENDPOINT"
+            )
     return Remote(part.repo, info.sha, _licence(info), files)
 
 
