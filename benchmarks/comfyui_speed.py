@@ -28,10 +28,12 @@ from benchmarks.common import GB, ROOT, device_name, finish, fresh, parsed, pars
 
 WAYS = {"default": ("dynamic", "cudaMallocAsync"), "static": ("static", "native")}
 """How ComfyUI is started: its way to manage memory (see `comfyui.KINDS`), and torch's allocator."""
-EDITS = ("plain", "lora", "fp8")
+EDITS = ("plain", "lora", "fp8", "int8", "nvfp4")
+"""With the bf16 file, a LoRA for it, and files of other precisions beside a text encoder in int8."""
 OURS = ("source", "sampler", "decode")
 """Nodes of an edit that run again for every picture."""
 LORA_RANK = 16
+TEXT = "int8.safetensors"
 
 
 def prepared(options: argparse.Namespace) -> None:
@@ -40,15 +42,19 @@ def prepared(options: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     from varedit_core.bench.models import MODELS
-    from varedit_core.files.convert import convert
+    from varedit_core.files.convert import PRECISIONS, convert
 
     for name in options.models:
         folder, sizes = options.folder / name, MODELS[name].transformer
         original = folder / "diffusion_models" / FILES["diffusion_models"]
         if not original.exists():
             write(folder, sizes.depth, sizes.width, sizes.text_width, name, sizes.token_bits)
-        if "fp8" in options.edits and not (folder / "diffusion_models" / "fp8.safetensors").exists():
-            convert(original, folder / "diffusion_models" / "fp8.safetensors", "fp8")
+        wanted = {edit for edit in (*options.edits, *(edit for _, edit in options.free)) if edit in PRECISIONS}
+        for precision in sorted(wanted):
+            if not (target := folder / "diffusion_models" / f"{precision}.safetensors").exists():
+                convert(original, target, precision)
+        if wanted and not (target := folder / "text_encoders" / TEXT).exists():
+            convert(folder / "text_encoders" / FILES["text_encoders"], target, "int8")
         if "lora" in options.edits:
             (folder / "loras").mkdir(exist_ok=True)
             torch.manual_seed(3)
@@ -80,10 +86,11 @@ def library(options: argparse.Namespace, model: str, size: str) -> dict:
 
 def prompt(model: str, edit: str, size: str, picture: int, seed: int) -> dict[str, dict]:
     """The graph, its nodes by what the table calls them."""
-    file = "fp8.safetensors" if edit == "fp8" else FILES["diffusion_models"]
+    plain = edit in ("plain", "lora")
+    file = FILES["diffusion_models"] if plain else f"{edit}.safetensors"
     found = {
         "model": node("VAREditModelLoader", model_name=file, precision="auto"),
-        "clip": node("VAREditTextEncoderLoader", text_encoder_name=FILES["text_encoders"]),
+        "clip": node("VAREditTextEncoderLoader", text_encoder_name=FILES["text_encoders"] if plain else TEXT),
         "vae": node("VAREditVAELoader", vae_name=FILES["vae"]),
         "picture": node("BenchPicture", index=picture),
         "text": node("VAREditTextEncode", clip=["clip", 0], text="make it a rainy night"),
@@ -202,12 +209,17 @@ def main() -> None:
     options.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS)
     options.add_argument("--edits", nargs="*", default=list(EDITS), choices=EDITS)
     options.add_argument("--limits", type=float, nargs="*", default=[0, 24, 16, 12], help="GB free; 0: all")
+    options.add_argument(
+        "--free", type=lambda text: (float(text.split("=")[0]), text.split("=")[1]), nargs="*", default=[],
+        metavar="GB=EDIT", help="further edits with that much free, such as 12=int8",
+    )  # fmt: skip
     options.add_argument("--runs", type=int, default=5)
     options.add_argument("--warmups", type=int, default=3)
     options.add_argument("--seconds", type=float, help="the longest that a case may take")
     options.add_argument("--cold", action="store_true", help="let every case compile its kernels anew")
     options.add_argument("--case", help=argparse.SUPPRESS)
-    tiny = dict(models=["tiny"], sizes=["256"], ways=["static"], edits=["plain", "lora"], limits=[0], runs=1, warmups=1)
+    tiny = dict(models=["tiny"], sizes=["256"], ways=["static"], edits=["plain", "lora", "int8"], limits=[0])
+    tiny |= dict(runs=1, warmups=1)
     args = parsed(options, **tiny)
     if args.case:
         model, size, way, edit, limit = args.case.split(",")
@@ -237,7 +249,8 @@ def main() -> None:
 def rows(args: argparse.Namespace) -> list[tuple[str, str, float]]:
     """The cases of a model and size: every way and edit with all of the device, and plain edits in less of it."""
     free = [(way, edit, 0.0) for way in args.ways for edit in args.edits if 0 in args.limits]
-    return free + [(way, "plain", limit) for way in args.ways for limit in args.limits if limit]
+    plain = [(way, "plain", limit) for way in args.ways for limit in args.limits if limit]
+    return free + plain + [(way, edit, limit) for way in args.ways for limit, edit in args.free]
 
 
 if __name__ == "__main__":

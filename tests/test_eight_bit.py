@@ -74,7 +74,7 @@ def kernels() -> dict[str, float]:
             for count in (3, 20):
                 y = fused.few_rows(pair[0][:count], pair[1][:count], *weight, bias, kind)
                 found[f"few rows, {count} {kind} {codes_kind}"] = beyond(y, exact[:count] + bias.double())
-        sums = (pair[0].int() @ weight[0].int().t(), pair[1], weight[1])
+        sums = ((pair[0].cpu().int() @ weight[0].cpu().int().t()).to(device), pair[1], weight[1])
         y = fused.scale_products(*sums, bias, kind)
         found[f"scaled {kind}"] = beyond(y, exact + bias.double())
         found[f"scaled, plain {kind}"] = beyond(plain.scale_products(*sums, bias, kind), exact + bias.double())

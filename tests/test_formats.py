@@ -51,7 +51,9 @@ def test_a_format_keeps_a_matrix(kind, matrix):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_what_a_file_says_is_read_again(kind):
     assert read(json.loads(json.dumps(kind.settings))) == kind
-    assert read({"format": kind.name, "params": {key: x for key, x in kind.settings.items() if key != "format"}}) == kind
+    assert (
+        read({"format": kind.name, "params": {key: x for key, x in kind.settings.items() if key != "format"}}) == kind
+    )
 
 
 def test_steps_of_four_bits(monkeypatch):

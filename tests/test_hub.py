@@ -22,9 +22,8 @@ from typer.testing import CliRunner
 
 from varedit_core import Editor
 from varedit_core.cli.app import app, main
-from varedit_core.files.convert import PRECISIONS
 from varedit_core.hub import fetching, find, get, plan, remote
-from varedit_core.hub.catalogue import SETS, bits_of
+from varedit_core.hub.catalogue import SETS
 from varedit_core.hub.manifest import Manifest, path_of
 from varedit_core.hub.places import Place, home
 from varedit_core.made_for import MadeFor
@@ -148,8 +147,6 @@ def test_the_precision_that_is_asked_for(hub, failed):
         "8B-512-bf16.safetensors", f"{VAE}-fp32.safetensors", "flan-t5-xl-bf16"
     ]  # fmt: skip
     assert [path.name for path in find("8B-512", "fp8", "fp32")][::2] == ["8B-512-fp8.safetensors", "flan-t5-xl-fp32"]
-    for precision in PRECISIONS:
-        assert bits_of(precision) in (4, 8, 16, 32), "a precision's name says its bits"
 
 
 def test_into_a_comfyui(hub, tmp_path, failed):

@@ -8,13 +8,14 @@ all is on the GPU at once; 8 bits, also with the KV cache in host memory; then 4
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-from .files.checkpoints import TEXT_ENCODER, TRANSFORMER
-from .files.convert import planned
+from .files.checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER
+from .files.convert import PRECISIONS, planned
 from .files.published import AUTOENCODERS, TEXT, TRANSFORMERS
 from .model.transformer import Transformer
 from .runtime.memory import SPARE
@@ -25,6 +26,8 @@ from .tokenizer.schedule import schedule_for
 from .tokenizer.vae import Autoencoder
 
 FOUR_BITS = "nvfp4"
+TEXT_BITS = "int8"
+_SYSTEM = 0.6e9  # bytes of a GPU that the system and CUDA itself take
 _TEXT_TOKENS = 64  # of an instruction that is long; the text's keys and values are small beside all else
 
 
@@ -51,16 +54,46 @@ def choose(model: str, area: str, free: float, host: float = math.inf, eight: st
     """
     stores = [("bf16", "exact"), *((eight, store) for store in ("exact", "host", "8-bit"))]
     for precision, store in [*stores, *((FOUR_BITS, store) for store in ("exact", "host", "8-bit"))]:
-        for text in dict.fromkeys(("bf16" if precision == "bf16" else eight, eight)):
+        for text in dict.fromkeys((beside(precision), TEXT_BITS)):
             found = _fitting(model, area, precision, text, store, free, host)
             if found is not None:
                 return found
     return None
 
 
-def _fitting(
-    model: str, area: str, precision: str, text: str, store: str, free: float, host: float
-) -> Choice | None:
+def beside(precision: str) -> str:
+    """The text encoder's precision beside a transformer's, where none is named: in int8 its features move least."""
+    return precision if precision in ("fp32", "bf16") else TEXT_BITS
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU. free: bytes that edits may take, with nothing else on it. eight: the 8-bit precision that it multiplies."""
+
+    name: str
+    free: float
+    eight: str
+
+    @classmethod
+    def here(cls) -> Card | None:
+        """The first CUDA device; None without one."""
+        if not torch.cuda.is_available():
+            return None
+        facts = torch.cuda.get_device_properties(0)
+        fast = (facts.major, facts.minor) >= (8, 9)
+        return cls(facts.name, facts.total_memory - _SYSTEM, "fp8" if fast else "int8")
+
+    def advice(self, asked: Sequence[tuple[str, str]]) -> tuple[str, str]:
+        """The precision to take for models and areas, and why, in one sentence."""
+        found = [choose(model, area, self.free, eight=self.eight) for model, area in asked]
+        memory = f"{self.name} has {(self.free + _SYSTEM) / 1e9:.3g} GB"
+        if None in found:
+            return FOUR_BITS, f"{memory}: even in {FOUR_BITS} ComfyUI has to stream the weights"
+        least = max((choice.precision for choice in found), key=PRECISIONS.index)
+        return least, f"{memory}: {least} is the nearest to the original that runs whole there"
+
+
+def _fitting(model: str, area: str, precision: str, text: str, store: str, free: float, host: float) -> Choice | None:
     encoder, vae = text_bytes(text), autoencoder_bytes(model)
     weights = transformer_bytes(model, precision) + encoder + vae
     job = Job(TRANSFORMERS[model], schedule_for(area), 1, True, torch.bfloat16, text_tokens=_TEXT_TOKENS)
@@ -92,3 +125,14 @@ def autoencoder_bytes(model: str) -> int:
     """Bytes of a published VAE, in fp32."""
     with Unfilled():
         return sum(x.nbytes for x in Autoencoder(AUTOENCODERS[model], device="meta").state_dict().values())
+
+
+def share(part: str, precision: str) -> float:
+    """What a part takes in a precision, as a share of fp32."""
+    if part == TOKENIZER:
+        return 1.0
+    found = {
+        kind: text_bytes(kind) if part == TEXT_ENCODER else transformer_bytes("8B", kind)
+        for kind in (precision, "fp32")
+    }
+    return found[precision] / found["fp32"]

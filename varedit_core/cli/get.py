@@ -9,13 +9,16 @@ from typing import Annotated, Optional
 
 import typer
 
+from ..cards import Card, beside
 from ..files.convert import PRECISIONS
 from ..files.reading import printable
-from ..hub.catalogue import PRECISION, SETS, parts_of, text_precision
+from ..hub.catalogue import PRECISION, SETS, parts_of
 from ..hub.fetching import Plan, Step, leftovers, plan
 from ..hub.finding import all_here, cure
 from ..hub.places import originals
 from .common import command, console, watching
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,17 @@ class Wanted:
     """How weights are fetched."""
 
     precision: Annotated[
-        str, typer.Option(help=f"Of the transformer's matrices: {', '.join(PRECISIONS)}. A VAE is kept in fp32.")
-    ] = PRECISION
+        str,
+        typer.Option(
+            help=f"Of the transformer's matrices: {', '.join((AUTO, *PRECISIONS))}. A VAE is kept in fp32. {AUTO}: what "
+            f"the GPU here runs best, {PRECISION} without one."
+        ),
+    ] = AUTO
     text_precision: Annotated[
         Optional[str],
         typer.Option(
             help=f"The same of the text encoder's: {', '.join(PRECISIONS)}.",
-            show_default=f"{text_precision(PRECISION)}; fp32 with --precision fp32",
+            show_default=f"{beside('fp8')} with a transformer in fewer bits than 16, else its own",
         ),
     ] = None
     comfyui: Annotated[
@@ -45,7 +52,14 @@ class Wanted:
 
     def plan(self, names: list[str]) -> Plan:
         """What is to be done. Raises as `hub.plan`."""
-        return plan(names, self.precision, self.text_precision, self.comfyui, self.revision or (), self.keep_original)
+        precision, card = self.precision, Card.here() if self.precision == AUTO and names else None
+        if self.precision == AUTO:
+            precision, why = PRECISION, "no GPU is found here"
+            if card:
+                precision, why = card.advice([parts_of(name)[0].sizes for name in names])
+            if names:
+                _say(f"precision {precision}: {why}; --precision takes another")
+        return plan(names, precision, self.text_precision, self.comfyui, self.revision or (), self.keep_original)
 
     def check_idle(self, option: str) -> None:
         """ValueError where anything is set, beside an option that fetches nothing."""

@@ -126,7 +126,9 @@ def store(network: nn.Module, weights: Weights) -> None:
 
 def _check_parts(weights: Weights, name: str, stored: Format, shape: tuple[int, int]) -> None:
     if not stored.fits(shape):
-        raise WeightError(f"{weights.path} stores {name} as {stored.name}, which its shape does not take; convert it again")
+        raise WeightError(
+            f"{weights.path} stores {name} as {stored.name}, which its shape does not take; convert it again"
+        )
     kinds = stored.kinds(shape)
     beside = {key for key in weights if key.rpartition(".")[0] == name and key.endswith(BESIDE)}
     unknown = beside - {f"{name}.{part}" for part in kinds} - {f"{name}{end}" for end in _UNREAD}

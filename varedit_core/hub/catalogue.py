@@ -5,11 +5,11 @@ It holds names only. Sizes, checksums, revisions and licences are asked of the h
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+from ..cards import share
 from ..defaults import EDIT, TEXT_TO_IMAGE
 from ..files.checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER
 from ..files.convert import PRECISIONS
@@ -17,8 +17,6 @@ from ..files.convert import PRECISIONS
 PRECISION = "bf16"
 FOLDERS = {TRANSFORMER: "diffusion_models", TOKENIZER: "vae", TEXT_ENCODER: "text_encoders"}
 """Where ComfyUI looks for each part, below its folder `models`."""
-_PUBLISHED_BITS = 32
-"""Of a published number. What a conversion takes is told by it before the file is here to be asked."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Part:
     name: what our files begin with. what: a key of FOLDERS. repo: OWNER/NAME at the hub. source: the file in it, a
     folder, or "" for the whole repository. patterns: of the files that are fetched; each has to match one. beside:
     those of them that stay beside the converted weights. kept: the share of the numbers that a conversion keeps. kind:
-    what a transformer was trained for.
+    what a transformer was trained for. sizes: its size and area, as `cards.choose` takes them.
     """
 
     name: str
@@ -39,6 +37,7 @@ class Part:
     beside: tuple[str, ...] = ()
     kept: float = 1.0
     kind: str = "auto"
+    sizes: tuple[str, str] | None = None
 
     def wanted(self, files: list[str]) -> tuple[list[str], list[str]]:
         """Of a repository's files those that are fetched, and the patterns that none matches."""
@@ -56,7 +55,7 @@ class Part:
 
     def estimate(self, original: int, precision: str) -> int:
         """About how many bytes it takes in a precision. original: bytes as published."""
-        return round(original * self.kept * bits_of(precision) / _PUBLISHED_BITS)
+        return round(original * self.kept * share(self.what, precision))
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -64,8 +63,8 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) and name.count("/") == pattern.count("/")
 
 
-def _file(name: str, what: str, repo: str, source: str, kind: str = "auto") -> Part:
-    return Part(name, what, repo, source, (source,), kind=kind)
+def _file(name: str, what: str, repo: str, source: str, kind: str = "auto", sizes: tuple | None = None) -> Part:
+    return Part(name, what, repo, source, (source,), kind=kind, sizes=sizes)
 
 
 _VAREDIT, _INFINITY = "HiDream-ai/VAREdit", "FoundationVision/infinity"
@@ -77,15 +76,21 @@ _TEXT = Part(
     ("model*.safetensors", "model.safetensors.index.json", *_WORDS), _WORDS, kept=0.5,  # without its decoder
 )  # fmt: skip
 _INFINITY_8B = Part(
-    "infinity_8b", TRANSFORMER, _INFINITY, "infinity_8b_weights", ("infinity_8b_weights/*",), kind=TEXT_TO_IMAGE
+    "infinity_8b",
+    TRANSFORMER,
+    _INFINITY,
+    "infinity_8b_weights",
+    ("infinity_8b_weights/*",),
+    kind=TEXT_TO_IMAGE,
+    sizes=("8B", "1M"),
 )
 
 SETS: dict[str, tuple[Part, Part, Part]] = {
-    "8B-512": (_file("8B-512", TRANSFORMER, _VAREDIT, "8B-512.pth", EDIT), _VAE_8B, _TEXT),
-    "8B-1024": (_file("8B-1024", TRANSFORMER, _VAREDIT, "8B-1024.pth", EDIT), _VAE_8B, _TEXT),
-    "2B-512": (_file("2B-512", TRANSFORMER, _VAREDIT, "2B-512.pth", EDIT), _VAE_2B, _TEXT),
+    "8B-512": (_file("8B-512", TRANSFORMER, _VAREDIT, "8B-512.pth", EDIT, ("8B", "0.25M")), _VAE_8B, _TEXT),
+    "8B-1024": (_file("8B-1024", TRANSFORMER, _VAREDIT, "8B-1024.pth", EDIT, ("8B", "1M")), _VAE_8B, _TEXT),
+    "2B-512": (_file("2B-512", TRANSFORMER, _VAREDIT, "2B-512.pth", EDIT, ("2B", "0.25M")), _VAE_2B, _TEXT),
     "infinity-2b": (
-        _file("infinity_2b_reg", TRANSFORMER, _INFINITY, "infinity_2b_reg.pth", TEXT_TO_IMAGE), _VAE_2B, _TEXT,
+        _file("infinity_2b_reg", TRANSFORMER, _INFINITY, "infinity_2b_reg.pth", TEXT_TO_IMAGE, ("2B", "1M")), _VAE_2B, _TEXT,
     ),
     "infinity-8b": (_INFINITY_8B, _VAE_8B, _TEXT),
 }  # fmt: skip
@@ -103,18 +108,7 @@ def parts_of(name: str) -> tuple[Part, Part, Part]:
     raise ValueError(f"there are no weights {name!r}, but {', '.join(SETS)}; {guess}")
 
 
-def text_precision(precision: str) -> str:
-    """The text encoder's where none is named: bf16, and fp32 beside a transformer in fp32. It is small beside the
-    transformer, so that fewer bits would save little."""
-    return precision if bits_of(precision) >= _PUBLISHED_BITS else PRECISION
-
-
 def check_precision(precision: str | None) -> None:
     """ValueError for a name that is none of PRECISIONS."""
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
-
-
-def bits_of(precision: str) -> int:
-    """Bits of a number in a precision, which its name says: 16 for bf16."""
-    return int(re.search(r"\d+", precision)[0])

@@ -14,12 +14,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..cards import beside
 from ..files.convert import convert
 from ..files.reading import printable
 from ..files.safe_write import check_target, make_folder, write_bytes, write_text
 from ..files.weights import open_weights
 from .card import card_of, card_path
-from .catalogue import FOLDERS, PRECISION, Part, check_precision, parts_of, text_precision
+from .catalogue import FOLDERS, PRECISION, Part, check_precision, parts_of
 from .manifest import Manifest, Source, Sum, Watch, path_of, sum_of
 from .places import Place, home, of_comfyui, originals, own, remember
 from .remote import Remote, RemoteFile, download, look_up, unfinished
@@ -172,7 +173,7 @@ def plan(
 ) -> Plan:
     """What is to be done for sets of weights to be here; the hub is asked for what is missing, nothing is written.
 
-    precision: of the transformer; text: of its encoder, by default see `catalogue.text_precision`. comfyui: a ComfyUI
+    precision: of the transformer; text: of its encoder, by default see `cards.beside`. comfyui: a ComfyUI
     folder to put the files into, else `places.own`. revisions: OWNER/NAME@REVISION. ValueError, one sentence, for
     unknown names, a folder that is none, what the hub does not give, and files that are in the way.
     """
@@ -182,7 +183,7 @@ def plan(
         raise ValueError("name the weights to fetch; varedit get --list says which there are")
     parts = list(dict.fromkeys(part for name in names for part in parts_of(name)))
     place, asked = of_comfyui(Path(comfyui)) if comfyui else own(), _revisions(revisions, parts)
-    words = text or text_precision(precision)
+    words = text or beside(precision)
     steps = [_step(part, words if part.beside else precision, place, asked.get(part.repo)) for part in parts]
     if keep_original and all(step.made for step in steps):
         raise ValueError("all is here, so that there is no download to keep; leave --keep-original out")

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..cards import beside
 from ..files.convert import PRECISIONS
-from .catalogue import PRECISION, SETS, Part, check_precision, parts_of, text_precision
+from .catalogue import PRECISION, SETS, Part, check_precision, parts_of
 from .manifest import Manifest, Watch
 from .places import Place, places
 
@@ -58,8 +59,8 @@ def find(name: str, precision: str | None = None, text: str | None = None) -> tu
     for given in (precision, text):
         check_precision(given)
     first = _one(name, transformer, [precision] if precision else [])
-    beside = [text] if text else [text_precision(first.precision), *ORDER]
-    return first.path, _one(name, vae, []).path, _one(name, encoder, beside, "--text-precision").path
+    wanted = [text] if text else [beside(first.precision), *ORDER]
+    return first.path, _one(name, vae, []).path, _one(name, encoder, wanted, "--text-precision").path
 
 
 def vae_of(name: str) -> Path:

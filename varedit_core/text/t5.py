@@ -84,10 +84,11 @@ class T5Config:
     def from_shapes(cls, shapes: Mapping[str, tuple[int, ...]]) -> T5Config:
         """Read the sizes off the weights' shapes. KeyError for a weight that is not there."""
         buckets, heads = _matrix(shapes, f"{_ATTENTION}.relative_attention_bias.weight")
-        inner, width = _matrix(shapes, f"{_ATTENTION}.q.weight")
+        inner, _ = _matrix(shapes, f"{_ATTENTION}.q.weight")  # in 4 bits it holds two numbers a byte
+        vocabulary, width = _matrix(shapes, "shared.weight")
         gated = f"{_FEED}.wi_0.weight" in shapes
         return cls(
-            vocabulary=_matrix(shapes, "shared.weight")[0],
+            vocabulary=vocabulary,
             width=width,
             head_size=inner // heads,
             hidden=_matrix(shapes, f"{_FEED}.{'wi_0' if gated else 'wi'}.weight")[0],

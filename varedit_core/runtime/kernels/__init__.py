@@ -308,14 +308,10 @@ def multiplies_eight_bit(device: torch.device) -> bool:
 @lru_cache(maxsize=8)
 def multiplies_whole(device: torch.device) -> bool:
     """Whether a device multiplies matrices of whole numbers in 8 bits: Turing and later."""
-    return (
-        device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (7, 5)
-    )
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (7, 5)
 
 
-def quantise_rows(
-    x_nC: Tensor, kind: torch.dtype = torch.float8_e4m3fn, gelu: bool = False
-) -> tuple[Tensor, Tensor]:
+def quantise_rows(x_nC: Tensor, kind: torch.dtype = torch.float8_e4m3fn, gelu: bool = False) -> tuple[Tensor, Tensor]:
     """Codes (of the type kind, float8_e4m3fn or int8, [n, C]) of rows and their scales (fp32 [n]): a row's largest
     number becomes 448 or 127.
 

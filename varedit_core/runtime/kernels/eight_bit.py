@@ -121,9 +121,7 @@ def _quantise_rows(
     tl.store(scales_ptr + row, scale)
 
 
-def quantise_rows(
-    x_nC: Tensor, gelu: bool = False, kind: torch.dtype = torch.float8_e4m3fn
-) -> tuple[Tensor, Tensor]:
+def quantise_rows(x_nC: Tensor, gelu: bool = False, kind: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
     x = x_nC.contiguous()
     count, width = x.shape
     codes = torch.empty(x.shape, dtype=kind, device=x.device)
@@ -239,6 +237,14 @@ def nvfp4_matrix(codes_nK: Tensor, scales: Tensor, most: Tensor, dtype: torch.dt
     rows, width = len(codes_nK), 2 * codes_nK.shape[1]
     out = torch.empty(rows, width, dtype=dtype, device=codes_nK.device)
     _nvfp4_matrix[(triton.cdiv(width, _TILE), rows)](
-        codes_nK, scales.view(torch.uint8), most, out, width, scales.shape[1] // 4, GROUP=NVFP4_BLOCK, BLOCK=_TILE, num_warps=4
+        codes_nK,
+        scales.view(torch.uint8),
+        most,
+        out,
+        width,
+        scales.shape[1] // 4,
+        GROUP=NVFP4_BLOCK,
+        BLOCK=_TILE,
+        num_warps=4,
     )
     return out

@@ -79,9 +79,7 @@ def unpack_heads(packed: PackedHeads, rows: slice, end: int, staged: Tensor) -> 
     values.copy_(x[:, coded:])
 
 
-def quantise_rows(
-    x_nC: Tensor, gelu: bool = False, kind: torch.dtype = torch.float8_e4m3fn
-) -> tuple[Tensor, Tensor]:
+def quantise_rows(x_nC: Tensor, gelu: bool = False, kind: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
     x = F.gelu(x_nC.float(), approximate="tanh") if gelu else x_nC.float()
     scales = x.abs().amax(-1).clamp_min(LEAST) / MOST[kind]
     x = x / scales[..., None]
