@@ -175,7 +175,8 @@ def test_loras_are_merged_into_the_numbers(files, tmp_path, precision):
 LAYER = "blocks.1.sa.proj"
 WRONG = {
     "int8: no scale": ("int8", {f"{LAYER}.weight_scale": None}, "where floating-point numbers were expected"),
-    "int8: a scale of another length": ("int8", {f"{LAYER}.weight_scale": torch.ones(3, 1)}, "where int8_tensorwise has"),
+    "int8: a scale of another length": (
+        "int8", {f"{LAYER}.weight_scale": torch.ones(3, 1)}, "where int8_tensorwise has"),
     "nvfp4: scales of another shape": (
         "nvfp4", {f"{LAYER}.weight_scale": torch.ones(4, 4).to(torch.float8_e4m3fn)}, "where nvfp4 has"),
     "nvfp4: no second scale": ("nvfp4", {f"{LAYER}.weight_scale_2": None}, "lacks blocks.1.sa.proj.weight_scale_2"),

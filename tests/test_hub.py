@@ -21,6 +21,7 @@ from support import ROOT
 from typer.testing import CliRunner
 
 from varedit_core import Editor
+from varedit_core.cards import Card
 from varedit_core.cli.app import app, main
 from varedit_core.hub import fetching, find, get, plan, remote
 from varedit_core.hub.catalogue import SETS
@@ -132,7 +133,7 @@ def test_sets_share_their_parts(hub):
 def test_infinity_makes_pictures_of_text(hub, name, stem):
     fetched(name, "--precision", "fp8")
     transformer, vae, text = find(name)
-    assert (transformer.name, text.name) == (f"{stem}-fp8.safetensors", "flan-t5-xl-bf16")
+    assert (transformer.name, text.name) == (f"{stem}-fp8.safetensors", "flan-t5-xl-int8")
     assert not Editor.load(transformer, vae, text, device="cpu").transformer.config.source
     assert "pipeline_tag: text-to-image" in transformer.with_suffix(".md").read_text()
 
@@ -147,6 +148,19 @@ def test_the_precision_that_is_asked_for(hub, failed):
         "8B-512-bf16.safetensors", f"{VAE}-fp32.safetensors", "flan-t5-xl-bf16"
     ]  # fmt: skip
     assert [path.name for path in find("8B-512", "fp8", "fp32")][::2] == ["8B-512-fp8.safetensors", "flan-t5-xl-fp32"]
+
+
+def test_the_precision_that_a_card_takes(hub, monkeypatch):
+    assert "precision bf16: no GPU is found here" in fetched("2B-512")
+    for free, eight, names, precision in (
+        (24e9, "fp8", ["8B-512"], "bf16"), (12e9, "int8", ["8B-512"], "int8"), (16e9, "fp8", ["8B-1024"], "fp8"),
+        (24e9, "fp8", ["8B-512", "8B-1024"], "fp8"), (8e9, "fp8", ["8B-512"], "nvfp4"), (3e9, "fp8", ["8B-512"], "nvfp4"),
+    ):  # fmt: skip
+        card = Card("a card", free, eight)
+        monkeypatch.setattr(Card, "here", lambda card=card: card)
+        said = " ".join(run("get", *names).output.split())
+        assert f"precision {precision}: a card has" in said and "--precision takes another" in said
+        assert ("has to stream the weights" in said) == (free == 3e9)
 
 
 def test_into_a_comfyui(hub, tmp_path, failed):
@@ -530,11 +544,11 @@ def test_a_card_of_what_was_fetched(hub):
     made = Manifest.read(transformer)
     for said in (
         made.files[transformer.name].sha256, made.source.files["8B-512.pth"].sha256, "1" * 40, "float8_e4m3fn",
-        "published by HiDream-ai", "varedit get 8B-512 --precision fp8 --text-precision bf16",
+        "published by HiDream-ai", "varedit get 8B-512 --precision fp8 --text-precision int8",
         f"--model {transformer.name}", f"--vae {vae.name}", f"--text-encoder {text.name}", "mit, as the card of",
     ):  # fmt: skip
         assert said in card, said
-    words = (text / "flan-t5-xl-bf16.md").read_text(encoding="utf-8")
+    words = (text / "flan-t5-xl-int8.md").read_text(encoding="utf-8")
     assert "license" not in yaml.safe_load(words.split("---\n")[1]) and "nothing here tells the licence" in words
     other = yaml.safe_load(vae.with_suffix(".md").read_text().split("---\n")[1])
     assert (other["license"], other["license_name"]) == (

@@ -126,6 +126,13 @@ def fresh_eight_bit(monkeypatch, results):
     return lambda: kernels.multiplies_eight_bit(torch.device("cuda", 7))
 
 
+def fresh_whole(monkeypatch, results):
+    kernels.multiplies_whole.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", flaky(results))
+    return lambda: kernels.multiplies_whole(torch.device("cuda", 7))
+
+
 def fresh_stream(monkeypatch, results):
     graphs._recording_stream.cache_clear()
     monkeypatch.setattr(torch.cuda, "Stream", flaky(results))
@@ -139,6 +146,7 @@ PROBES = {
     "varedit_core.runtime.kernels._widens": (fresh_products, torch.ones(1), True),
     "varedit_core.runtime.kernels._processors": (fresh_processors, SimpleNamespace(multi_processor_count=132), 132),
     "varedit_core.runtime.kernels.multiplies_eight_bit": (fresh_eight_bit, (9, 0), True),
+    "varedit_core.runtime.kernels.multiplies_whole": (fresh_whole, (8, 6), True),
     "varedit_core.runtime.graphs._recording_stream": (fresh_stream, "stream", "stream"),
 }
 PURE = {
@@ -155,6 +163,10 @@ PURE = {
     "varedit_core.runtime.kept._kind",
     "varedit_core.runtime.kept._returns_views",
     "varedit_core.runtime.kernels._triton",
+    "varedit_core.runtime.kernels._hadamard",
+    "varedit_core.cards.transformer_bytes",
+    "varedit_core.cards.text_bytes",
+    "varedit_core.cards.autoencoder_bytes",
     "varedit_core.runtime.kernels.cuda_c.kernel",
     "varedit_core.sampling.batch.EditBatch.active",
     "varedit_core.sampling.batch.EditBatch.plan",

@@ -33,12 +33,14 @@ _TEXT_TOKENS = 64  # of an instruction that is long; the text's keys and values 
 
 @dataclass(frozen=True)
 class Choice:
-    """How an edit of one picture with guidance runs. weights: bytes of all weights. plan: see `runtime.plan`."""
+    """How an edit of one picture with guidance runs. weights: bytes of all weights on the GPU. plan: see
+    `runtime.plan`. text_on_host: whether the text encoder runs on the processor."""
 
     precision: str
     text_precision: str
     weights: int
     plan: Plan
+    text_on_host: bool
 
     @property
     def needed(self) -> int:
@@ -93,15 +95,20 @@ class Card:
         return least, f"{memory}: {least} is the nearest to the original that runs whole there"
 
 
-def _fitting(model: str, area: str, precision: str, text: str, store: str, free: float, host: float) -> Choice | None:
-    encoder, vae = text_bytes(text), autoencoder_bytes(model)
-    weights = transformer_bytes(model, precision) + encoder + vae
+def _fitting(
+    model: str, area: str, precision: str, text: str, store: str, free: float, host: float
+) -> Choice | None:  # fmt: skip
+    """A choice whose KV cache is in this store, the text encoder on the GPU where it has room when all is loaded, else
+    on the processor."""
+    encoder, others = text_bytes(text), transformer_bytes(model, precision) + autoencoder_bytes(model)
+    weights = others + encoder if others + encoder + SPARE <= free else others
     job = Job(TRANSFORMERS[model], schedule_for(area), 1, True, torch.bfloat16, text_tokens=_TEXT_TOKENS)
-    ways = (way for way in plans(job, movable=encoder + vae) if way.store == store)
-    # Before and after the loop all networks are on the GPU.
-    fits = weights + SPARE <= free
-    way = next((way for way in ways if fits and way.fits(free - weights - SPARE, host)), None)
-    return None if way is None else Choice(precision, text, weights, way)
+    room = free - weights - SPARE
+    if room <= 0:
+        return None
+    ways = (way for way in plans(job, weights - transformer_bytes(model, precision)) if way.store == store)
+    way = next((way for way in ways if way.fits(room, host)), None)
+    return None if way is None else Choice(precision, text, weights, way, weights == others)
 
 
 @cache

@@ -118,8 +118,8 @@ def check_formats(weights: Weights) -> None:
         fields = _fields(kind["comfy_tensor_layout"]) if kind and rotated else {"convrot"}
         if kind is None or (rotated and "convrot" not in fields):
             raise ValueError(
-                f"{weights.path} stores weights as {name}, which this ComfyUI does not run; update ComfyUI, or convert the "
-                "original to another precision"
+                f"{weights.path} stores weights as {name}, which this ComfyUI does not run; update ComfyUI, or convert "
+                "the original to another precision"
             )
 
 

@@ -28,8 +28,8 @@ class Wanted:
     precision: Annotated[
         str,
         typer.Option(
-            help=f"Of the transformer's matrices: {', '.join((AUTO, *PRECISIONS))}. A VAE is kept in fp32. {AUTO}: what "
-            f"the GPU here runs best, {PRECISION} without one."
+            help=f"Of the transformer's matrices: {', '.join((AUTO, *PRECISIONS))}. A VAE is kept in fp32. "
+            f"{AUTO}: what the GPU here runs best, {PRECISION} without one."
         ),
     ] = AUTO
     text_precision: Annotated[

@@ -82,9 +82,10 @@ def convert(
 
     precision: "fp32", "bf16", or the blocks' matrices in fewer bits: "fp8" (float8_e4m3fn with one scale a matrix),
     "int8" (with one scale an output channel; the down-projection's inputs are rotated), "nvfp4" (4 bits with a scale
-    for every 16 numbers; the down-projection as in fp8). on_tensor(done, total): bytes written. kind: what a transformer was trained for, "edit" or "text-to-image"; auto keeps what the file says
-    (see `checkpoints.told_kind`), and says nothing where it does not. Reads and writes one tensor at a time. Raises
-    WeightError for unusable input, FileExistsError where the target exists, ValueError for a bad choice.
+    for every 16 numbers; the down-projection as in fp8). on_tensor(done, total): bytes written. kind: what a
+    transformer was trained for, "edit" or "text-to-image"; auto keeps what the file says (see `checkpoints.told_kind`),
+    and says nothing where it does not. Reads and writes one tensor at a time. Raises WeightError for unusable input,
+    FileExistsError where the target exists, ValueError for a bad choice.
     """
     source, target = Path(source), Path(target)
     if precision not in PRECISIONS:

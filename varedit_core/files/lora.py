@@ -195,9 +195,9 @@ def apply_lora(transformer: Transformer, lora: str | Path, strength: float = 1.0
     """Merge a LoRA file into a loaded transformer's weights; several may follow each other. How many layers it changed.
 
     Computed in fp32 and rounded to the weight's own type. Updated layers in fewer bits become layers of the
-    transformer's `dtype`, at its cost in memory, rather than being rounded again. Raises WeightError, before anything has
-    changed, where the file is no LoRA for this transformer, and ValueError for a strength that is no number or layers
-    of `eight_bit`.
+    transformer's `dtype`, at its cost in memory, rather than being rounded again. Raises WeightError, before anything
+    has changed, where the file is no LoRA for this transformer, and ValueError for a strength that is no number or
+    layers of `eight_bit`.
     """
     _check_strength(strength)
     file = read_lora(lora)

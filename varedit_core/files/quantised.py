@@ -1,7 +1,7 @@
 """What a file says of weights that it stores in fewer bits, and whether their parts are those of the formats we run.
 
-Files say it in ComfyUI's ways: in `_quantization_metadata`, or in a tensor `comfy_quant` beside every weight, both JSON.
-A scale beside a weight in float8 alone is enough, too.
+Files say it in ComfyUI's ways: in `_quantization_metadata`, or in a tensor `comfy_quant` beside every weight, both in
+JSON. A scale beside a weight in float8 alone is enough, too.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def _check_parts(weights: Weights, name: str, stored: Format, shape: tuple[int, 
     unknown = beside - {f"{name}.{part}" for part in kinds} - {f"{name}{end}" for end in _UNREAD}
     if unknown:
         raise WeightError(
-            f"{weights.path} is quantised in a way that only ComfyUI runs ({min(unknown)}); use the original or convert "
-            "it with `varedit convert`"
+            f"{weights.path} is quantised in a way that only ComfyUI runs ({min(unknown)}); use the original or "
+            "convert it with `varedit convert`"
         )
     for part, (dtype, wanted) in kinds.items():
         meta = weights.meta.get(f"{name}.{part}")

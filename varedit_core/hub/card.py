@@ -10,6 +10,7 @@ import math
 import re
 from pathlib import Path
 
+from ..cards import beside
 from ..defaults import TEXT_TO_IMAGE
 from ..files.checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER, part_of, told_kind
 from ..files.info import inspect
@@ -142,7 +143,7 @@ def _made(facts: dict, made: Manifest) -> str:
 
 def _use(weights: Weights, part: str, made: Manifest) -> str:
     """Command lines with this file, and with the others of its set, by the names that `varedit get` gives them."""
-    names = _set_of(made.part)
+    names = _set_of(made.part, made.precision)
     names[part] = weights.path.parent.name if part == TEXT_ENCODER and len(made.files) > 1 else weights.path.name
     options = ((TRANSFORMER, "model"), (TOKENIZER, "vae"), (TEXT_ENCODER, "text-encoder"))
     command = 'generate "a red fox"' if _of_text_alone(weights) else 'edit photo.jpg "make it a rainy night"'
@@ -153,10 +154,11 @@ def _use(weights: Weights, part: str, made: Manifest) -> str:
     )
 
 
-def _set_of(name: str) -> dict[str, str]:
+def _set_of(name: str, precision: str) -> dict[str, str]:
     """What to name for each part in the first set that has a part of this name; what is not known is in capitals."""
     found = next((parts for parts in SETS.values() if any(part.name == name for part in parts)), None)
     if found is None:
         return {TRANSFORMER: "TRANSFORMER", TOKENIZER: "ITS-VAE", TEXT_ENCODER: "ITS-TEXT-ENCODER"}
-    stems = {part.what: part.stem(part.precision(PRECISION)) for part in found}
+    chosen = {part.what: part.precision(PRECISION) for part in found} | {TEXT_ENCODER: beside(precision or PRECISION)}
+    stems = {part.what: part.stem(chosen[part.what]) for part in found}
     return {what: stem if what == TEXT_ENCODER else f"{stem}.safetensors" for what, stem in stems.items()}

@@ -90,7 +90,8 @@ SETS: dict[str, tuple[Part, Part, Part]] = {
     "8B-1024": (_file("8B-1024", TRANSFORMER, _VAREDIT, "8B-1024.pth", EDIT, ("8B", "1M")), _VAE_8B, _TEXT),
     "2B-512": (_file("2B-512", TRANSFORMER, _VAREDIT, "2B-512.pth", EDIT, ("2B", "0.25M")), _VAE_2B, _TEXT),
     "infinity-2b": (
-        _file("infinity_2b_reg", TRANSFORMER, _INFINITY, "infinity_2b_reg.pth", TEXT_TO_IMAGE, ("2B", "1M")), _VAE_2B, _TEXT,
+        _file("infinity_2b_reg", TRANSFORMER, _INFINITY, "infinity_2b_reg.pth", TEXT_TO_IMAGE, ("2B", "1M")), _VAE_2B,
+        _TEXT,
     ),
     "infinity-8b": (_INFINITY_8B, _VAE_8B, _TEXT),
 }  # fmt: skip
