@@ -1,6 +1,7 @@
 """Weight files: every container and key style loads alike; what cannot be used is explained in one sentence."""
 
 import json
+import re
 import struct
 
 import pytest
@@ -43,7 +44,7 @@ def vae_state():
     }
 
 
-def sharded(state, folder, suffix, shards=3):
+def sharded(state, folder, suffix, shards=3, index=True):
     folder.mkdir()
     weight_map = {}
     for number in range(shards):
@@ -51,8 +52,15 @@ def sharded(state, folder, suffix, shards=3):
         name = f"model-{number + 1:05d}-of-{shards:05d}.{suffix}"
         save_file(part, folder / name) if suffix == "safetensors" else torch.save(part, folder / name)
         weight_map |= dict.fromkeys(part, name)
-    (folder / f"model.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    if index:
+        (folder / f"model.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+def shard(number, suffix, index=False):
+    """One of a model's three files, named with or without an index beside it."""
+    name = f"model-{number:05d}-of-00003.{suffix}"
+    return lambda state, folder: sharded(state, folder / "s", suffix, index=index) / name
 
 
 CONTAINERS = {
@@ -71,6 +79,12 @@ CONTAINERS = {
     "sharded safetensors": lambda state, folder: sharded(state, folder / "s", "safetensors"),
     "sharded pickles": lambda state, folder: sharded(state, folder / "s", "bin"),
     "index file": lambda state, folder: sharded(state, folder / "s", "safetensors") / "model.safetensors.index.json",
+    "shards of torch with an index": lambda state, folder: sharded(state, folder / "s", "pth"),
+    "shard beside its index": shard(2, "safetensors", index=True),
+    "shards without an index": lambda state, folder: sharded(state, folder / "s", "safetensors", index=False),
+    "first of the shards without an index": shard(1, "safetensors"),
+    "last of the shards without an index": shard(3, "safetensors"),
+    "pickled shard without an index": shard(2, "bin"),
 }
 
 
@@ -81,8 +95,6 @@ def test_every_container_loads_alike(published_state, reference, tmp_path, conta
 
 def test_blocks_in_one_list(published_state, reference, tmp_path):
     """Training checkpoints without chunks name the blocks `blocks.N`."""
-    import re
-
     flat = {
         re.sub(r"block_chunks\.(\d+)\.module\.0", r"blocks.\1", key): tensor for key, tensor in published_state.items()
     }
@@ -122,8 +134,6 @@ def test_a_key_bias_is_kept(published_state, tmp_path):
 
 @pytest.mark.parametrize("style", ["wrapped", "plain", "vae container", "with training parts"])
 def test_tokenizer_key_styles(vae_state, tmp_path, style):
-    import re
-
     state = dict(vae_state)
     if style == "plain":
         state = {re.sub(r"\.(conv|norm)\.(weight|bias)$", r".\2", key): tensor for key, tensor in state.items()}
@@ -384,6 +394,23 @@ def test_shards_that_are_not_there(published_state, tmp_path):
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(WeightError, match="is not a shard index"):
         load_transformer(folder)
+
+
+def test_shards_without_an_index_are_all_there_or_none_is_loaded(published_state, tmp_path):
+    folder = sharded(published_state, tmp_path / "s", "safetensors", index=False)
+    second = folder / "model-00002-of-00003.safetensors"
+    held = load_file(second)
+    for path in (folder, second.with_name("model-00003-of-00003.safetensors")):
+        second.unlink(missing_ok=True)
+        with pytest.raises(WeightError) as error:
+            open_weights(path)
+        explained(error, "lacks model-00002-of-00003.safetensors", "download it into that folder")
+    twice = next(iter(load_file(folder / "model-00001-of-00003.safetensors").items()))
+    save_file({**held, twice[0]: twice[1]}, second)
+    with pytest.raises(WeightError, match=f"has {re.escape(twice[0])} twice, in model-00001-of-00003.safetensors and"):
+        open_weights(folder)
+    save_file(held, folder / "model-00004-of-00003.safetensors")  # no number of a set
+    assert open_weights(folder / "model-00004-of-00003.safetensors").keys() == held.keys()
 
 
 def test_folders_and_names_that_say_nothing(tmp_path):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...varedit_core.files import quantised
 from ...varedit_core.files.checkpoints import expected
-from ...varedit_core.files.reading import read_json
+from ...varedit_core.files.shards import parts_of
 from ...varedit_core.files.weights import SAFETENSORS, WeightError, Weights, open_weights
 from .layers import Casting
 from .layers import quantised as quantised_layers
@@ -31,35 +31,16 @@ def open_file(path: Path) -> Weights:
     One of several files of a model stands for all of them. Raises ValueError for a file that cannot be used.
     """
     try:
-        opened = open_weights(_index_of(path) or path)
+        opened = open_weights(path)
     except WeightError as error:
         raise plain(error) from error
-    if path.suffix not in SAFETENSORS or opened.path.is_dir():
+    if path.suffix not in SAFETENSORS or len(parts_of(path)) > 1:
         return opened
     state, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
     weights = Weights(path, {key: tensor.to("meta") for key, tensor in state.items()}, state.__getitem__, metadata)
     check_formats(weights)
     return weights
-
-
-def _index_of(path: Path) -> Path | None:
-    """The index beside a file that names it as one of several."""
-    indices = sorted(path.parent.glob("*.index.json"))
-    return next((index for index in indices if path.name in _listed(index)), None)
-
-
-def _listed(index: Path) -> set[str]:
-    try:
-        return {str(name) for name in read_json(index, "shard index")["weight_map"].values()}
-    except (ValueError, OSError, KeyError, TypeError, AttributeError):
-        return set()
-
-
-def parts_of(path: Path) -> set[str]:
-    """The names of all files of a model in several files, by one of them; empty for a model in one."""
-    index = _index_of(path)
-    return _listed(index) if index else set()
 
 
 def plain(error: Exception) -> ValueError:

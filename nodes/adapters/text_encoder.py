@@ -31,7 +31,7 @@ from ...varedit_core.text.encoder import (
 )  # fmt: skip
 from ...varedit_core.text.t5 import T5Config, T5Encoder
 from .foreign import Asked, Missing
-from .state import Layers, fill, is_quantised, open_file, parameters, parts_of, plain
+from .state import Layers, fill, is_quantised, open_file, parameters, plain
 
 KEY = "varedit_t5"
 MARK = "varedit_text"
@@ -161,7 +161,7 @@ def _patcher(path: Path, disable_dynamic: bool = False):
 def _alone(path: Path) -> bool:
     """Whether a folder holds this model alone, so that its config.json and tokenizer are the model's."""
     files = {file.name for file in path.parent.iterdir() if file.suffix in SAFETENSORS | PICKLED}
-    return files == {path.name} or files <= parts_of(path)
+    return files <= parts_of(path)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Weight files, opened without reading their tensors: safetensors, `.pth`, and sharded folders with an index.
+"""Weight files, opened without reading their tensors: safetensors, `.pth`, and models in several files.
 
 Knows containers and bytes; what the tensors mean is the business of `checkpoints`. Pickled files are read, never run
 (see `pickles`). What a file declares is held against its size before anything is made of it.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .pickles import MAX_NAME, MAX_TENSORS, Unread, find_tensors, map_tensors
 from .reading import check_file, printable, read_json
+from .shards import INDEX, index_of, numbered
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,10 @@ class Weights(Mapping[str, Tensor]):
 
 
 def open_weights(path: str | Path) -> Weights:
-    """Open a weight file or sharded folder. Raises WeightError (missing, truncated, unsafe, unknown format)."""
+    """Open a weight file, or a model in several files by its folder, its index or any one of them (see `shards`).
+
+    Raises WeightError (missing, truncated, unsafe, unknown format).
+    """
     path = Path(path)
     if path.is_dir():
         return _open_folder(path)
@@ -108,7 +112,8 @@ def open_weights(path: str | Path) -> Weights:
         check_file(path, "weight file", WeightError)
     except FileNotFoundError:
         raise WeightError(f"{path} does not exist; check the path or download the file first") from None
-    return _open_index(path) if path.name.endswith(".index.json") else _open_file(path)
+    index = path if path.name.endswith(INDEX) else index_of(path)
+    return _open_index(index) if index else _open_numbered(path)
 
 
 def _open_file(path: Path) -> Weights:
@@ -183,11 +188,11 @@ def _open_folder(path: Path) -> Weights:
         files = sorted(path.iterdir())
     except OSError as error:
         raise WeightError(f"{path} cannot be read ({error.strerror}); change its permissions") from error
-    index = next((file for file in files if file.name.endswith(".index.json")), None)
+    index = next((file for file in files if file.name.endswith(INDEX)), None)
     if index:
         return open_weights(index)
     found = [file for file in files if file.suffix in SAFETENSORS] or [file for file in files if file.suffix in PICKLED]
-    if len(found) == 1 and not found[0].is_dir():
+    if found and set(found) <= set(numbered(found[0])) and not found[0].is_dir():
         return open_weights(found[0])
     names = ", ".join(file.name for file in found) or "no weight file"
     raise WeightError(f"{path} holds {names} and no *.index.json; name the file, or put the index beside the shards")
@@ -214,9 +219,36 @@ def _open_index(path: Path) -> Weights:
             "%s does not list %d tensors of its shards, such as %s; they are left out", path, len(unlisted),
             printable(unlisted[0]),
         )  # fmt: skip
+    return _joined(path.parent, shards, shard_of)
+
+
+def _open_numbered(path: Path) -> Weights:
+    """A file that holds tensors, or all files that its number makes it one of."""
+    files = numbered(path)
+    if len(files) == 1:
+        return _open_file(path)
+    shards, shard_of = {}, {}
+    for file in files:
+        try:
+            shards[file.name] = _open_file(check_file(file, "shard", WeightError))
+        except FileNotFoundError:
+            raise WeightError(
+                f"{path.parent} lacks {file.name}, without which {path.name} is not whole; download it into that folder"
+            ) from None
+        for key in shards[file.name]:
+            if key in shard_of:
+                raise WeightError(
+                    f"{path.parent} has {key} twice, in {shard_of[key]} and {file.name}; download both again"
+                )
+            shard_of[key] = file.name
+    return _joined(path, shards, shard_of)
+
+
+def _joined(path: Path, shards: Mapping[str, Weights], shard_of: Mapping[str, str]) -> Weights:
+    """The tensors of several files as those of one. shard_of: key -> name of its file."""
     metadata = {key: value for shard in shards.values() for key, value in shard.metadata.items()}
     return Weights(
-        path.parent,
+        path,
         {key: shards[name].meta[key] for key, name in shard_of.items()},
         lambda key: shards[shard_of[key]][key],
         metadata,
