@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...varedit_core.defaults import KINDS
-from ...varedit_core.files.checkpoints import OF_TEXT_ALONE, TRANSFORMER, blank, canonical, checked_kind
+from ...varedit_core.files.checkpoints import OF_TEXT_ALONE, TRANSFORMER, blank, canonical, checked_kind, tell_taken
 from ...varedit_core.files.weights import WeightError
 from ...varedit_core.made_for import UNKNOWN, MadeFor
 from ...varedit_core.model.transformer import Transformer
@@ -102,6 +102,7 @@ def load_model(path: Path, precision: str = "auto", disable_dynamic: bool = Fals
         config = blank(weights, TRANSFORMER, kind=checked_kind(kind)).config
     except WeightError as error:
         raise plain(error) from error
+    tell_taken(weights, TRANSFORMER)
     special = is_quantised(weights)
     stored = mm.unet_dtype(device, parameters(weights), DTYPES, None if special else main_dtype(weights))
     computed = _PRECISIONS[precision] or _computed(None if special else stored, stored, device)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...varedit_core.files.safe_write import write_bytes
+from ...varedit_core.files.shards import parts_of
 from ...varedit_core.files.weights import PICKLED, SAFETENSORS, WeightError, Weights
 from ...varedit_core.runtime.unfilled import Unfilled
 from ...varedit_core.text.encoder import (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...varedit_core.coder import RECORDED_SIDE
-from ...varedit_core.files.checkpoints import TOKENIZER, blank, canonical
+from ...varedit_core.files.checkpoints import TOKENIZER, blank, canonical, tell_taken
 from ...varedit_core.files.weights import WeightError
 from ...varedit_core.pictures.preview import ColourMap, fit_colours
 from ...varedit_core.runtime.graphs import Recorder
@@ -95,6 +95,7 @@ class VAREditVAE(comfy.sd.VAE):
 
     def __init__(self, weights, disable_dynamic: bool = False) -> None:
         config = blank(weights, TOKENIZER).config
+        tell_taken(weights, TOKENIZER)
         stride, heaviness = config.stride, config.decoder_widths[0] / _STEM
         self.memory_used_encode = lambda shape, dtype: _ENCODE * heaviness * shape[2] * shape[3] * mm.dtype_size(dtype)
         self.memory_used_decode = lambda shape, dtype: (

@@ -25,7 +25,9 @@ from ..runtime.unfilled import Unfilled
 from ..runtime.warm_up import warm_up
 from ..tokenizer.vae import Autoencoder
 from ..wording import with_article
+from .places import told as place_told
 from .quantised import BESIDE, SCALE, has_numbers, quantised, store
+from .reading import printable
 from .shapes import autoencoder_config, transformer_config
 from .token_header import FORMAT as TOKENS
 from .weights import WeightError, Weights, check_finite, open_weights, under
@@ -50,6 +52,7 @@ _OTHERS = {
     "a CLIP text encoder": r"text_model\.embeddings\.token_embedding\.weight",
     "a language model": r"layers\.0\.self_attn\.q_proj\.weight",
     "a LoRA": r".*\.lora_(A|B|up|down)\.weight",
+    "the state of an optimiser, without weights": r"(exp_avg(_sq)?|momentum_buffer)(\..*)?",
 }
 # Beside encoder and decoder a VAE's file may hold the quantiser's constants and what only training needs.
 _IGNORED_IN_TOKENIZER = re.compile(
@@ -215,7 +218,26 @@ def canonical(weights: Weights, part: str) -> Weights:
         return recipes[key].make(*(selected[s] for s in recipes[key].sources))
 
     told = {KIND: TEXT_TO_IMAGE} if OF_TEXT_ALONE in selected else {}
-    return Weights(weights.path, meta, read, told | weights.metadata)
+    return Weights(weights.path, meta, read, told | weights.metadata).of(selected.place, selected.others)
+
+
+def tell_taken(weights: Weights, part: str) -> None:
+    """Warn where a file holds several copies of a network: which one is taken, and how to take another."""
+    if weights.others:
+        taken, other = weights.place or "the one without a name", weights.others[0]
+        logger.warning(
+            "%s holds several copies of a %s: %s is taken; name %s:%s, to `varedit convert` say, to take that one",
+            weights.path, part, *map(printable, (taken, weights.path.name, other)),
+        )  # fmt: skip
+
+
+def where_taken(weights: Weights) -> str:
+    """Where in its file a network lies, in a few words; nothing where the file is the network."""
+    words = place_told(weights.place)
+    if not weights.others:
+        return words
+    words = words or f"where {weights.place or 'the copy without a name'} is taken"
+    return f"{words}; {weights.path.name}:{weights.others[0]} takes another"
 
 
 def load_transformer(
@@ -309,6 +331,7 @@ def expected(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _filled(network: Transformer | Autoencoder, weights: Weights, device) -> Transformer | Autoencoder:
+    tell_taken(weights, TRANSFORMER if isinstance(network, Transformer) else TOKENIZER)
     rounded = {f"{name}.weight" for name, m in network.named_modules() if isinstance(m, EightBitLinear)}
     network.load_state_dict(dict(placed(expected(network), weights, device, rounded)), assign=True)
     return network.eval().requires_grad_(False)

@@ -31,6 +31,7 @@ from .checkpoints import (
     describe,
     holds,
     part_of,
+    tell_taken,
     told_kind,
 )  # fmt: skip
 from .quantised import quantised, told
@@ -117,6 +118,7 @@ def _checked(weights: Weights, part: str, source: Path) -> Weights:
         return weights.renamed({key: key for key in weights if key in own or key.removesuffix("_scale") in own})
     weights = canonical(weights, part)
     blank(weights, part)
+    tell_taken(weights, part)
     return weights
 
 

@@ -9,7 +9,17 @@ from functools import partial
 from pathlib import Path
 
 from ..text.encoder import blank_encoder, encoder_weights
-from .checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER, blank, canonical, describe, part_of, told_kind
+from .checkpoints import (
+    TEXT_ENCODER,
+    TOKENIZER,
+    TRANSFORMER,
+    blank,
+    canonical,
+    describe,
+    part_of,
+    told_kind,
+    where_taken,
+)
 from .lora import read_lora
 from .published import TRANSFORMERS
 from .shapes import autoencoder_config, transformer_config
@@ -36,6 +46,10 @@ def inspect(path: str | Path) -> dict:
             + (" with its VAE" if TOKENIZER in facts else "")
             + (f", {told}" if told else "")
         )
+    for part in _CONFIGS:
+        if part in facts and (where := where_taken(canonical(weights, part))):
+            facts["is"] += f", {where}"
+            break
     whole = [partial(blank, canonical(weights, part), part) for part in _CONFIGS if part in facts]
     if facts["is"] == f"a {TEXT_ENCODER}":
         whole = [lambda: blank_encoder(Path(path), encoder_weights(weights))]

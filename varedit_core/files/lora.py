@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..model.transformer import Transformer
 from ..runtime.fp8 import EightBitLinear
-from .checkpoints import KIND, TOKENIZER, TRANSFORMER, blank, canonical, describe, holds, told_kind
+from .checkpoints import KIND, TOKENIZER, TRANSFORMER, blank, canonical, describe, holds, tell_taken, told_kind
 from .convert import ARCHITECTURES, Entry, check_result, check_space, facts_of
 from .reading import printable
 from .tensor_files import write_in_turn
@@ -237,6 +237,7 @@ def merge_lora(
     check_result(out, overwrite)
     opened = open_weights(checkpoint)
     weights = canonical(opened, TRANSFORMER)
+    tell_taken(weights, TRANSFORMER)
     if holds(opened, TOKENIZER):
         logger.warning("%s holds a VAE too, which is left out; keep the file for it", checkpoint)
     eight_bit = [key for key, meta in weights.meta.items() if meta.dtype.itemsize == 1]

@@ -48,7 +48,8 @@ _TYPES = {
 _PASSED = {
     "collections Counter", "collections defaultdict", "builtins set", "__builtin__ set", "builtins complex",
     "builtins dict", "builtins list", "builtins int", "builtins float", "builtins str", "builtins bytearray",
-    "_codecs encode", "torch device", "torch.Size",
+    "_codecs encode", "torch device", "torch.Size", "argparse Namespace", "numpy dtype", "numpy.core.multiarray scalar",
+    "numpy._core.multiarray scalar",
 }  # fmt: skip
 _TENSORS = {"torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3"}
 _PARAMETERS = {"torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state"}

@@ -7,8 +7,8 @@ Knows containers and bytes; what the tensors mean is the business of `checkpoint
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .pickles import MAX_NAME, MAX_TENSORS, Unread, find_tensors, map_tensors
+from .places import is_optimisers, places, unwrapped
 from .reading import check_file, printable, read_json
 from .shards import INDEX, index_of, numbered
 
@@ -65,8 +66,12 @@ class _Mapped:
 class Weights(Mapping[str, Tensor]):
     """Tensors of one file or folder by key; each is read when asked for.
 
-    meta: key -> empty tensor on the `meta` device with the stored shape and dtype. metadata: the file's own.
+    meta: key -> empty tensor on the `meta` device with the stored shape and dtype. metadata: the file's own. place:
+    the part of the file that they are, "" for the whole; others: parts that hold the same network (see `places`).
     """
+
+    place: str = ""
+    others: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -95,16 +100,23 @@ class Weights(Mapping[str, Tensor]):
 
     def renamed(self, names: Mapping[str, str]) -> Weights:
         """The same tensors under new keys (new -> old); keys not named are left out."""
-        return Weights(
-            self.path, {new: self.meta[old] for new, old in names.items()}, lambda key: self[names[key]], self.metadata
-        )
+        meta = {new: self.meta[old] for new, old in names.items()}
+        return Weights(self.path, meta, lambda key: self[names[key]], self.metadata).of(self.place, self.others)
+
+    def of(self, place: str, others: Sequence[str] = ()) -> Weights:
+        """The same, named as a part of the file."""
+        self.place, self.others = place, tuple(others)
+        return self
 
 
 def open_weights(path: str | Path) -> Weights:
     """Open a weight file, or a model in several files by its folder, its index or any one of them (see `shards`).
 
-    Raises WeightError (missing, truncated, unsafe, unknown format).
+    FILE:PART is what a file holds below the name PART. Raises WeightError (missing, truncated, unsafe, unknown format).
     """
+    file, _, part = str(path).rpartition(":")
+    if part and os.path.exists(file) and not os.path.exists(path):
+        return _below(open_weights(file), part)
     path = Path(path)
     if path.is_dir():
         return _open_folder(path)
@@ -281,13 +293,35 @@ def check_finite(weights: Weights, key: str, tensor: Tensor) -> None:
 
 
 def under(weights: Weights, marker: str) -> Weights | None:
-    """The tensors below a prefix in front of a key that ends in the regular expression `marker`; None without one.
-
-    Of several prefixes the shortest counts, and averaged weights (`ema`) only where there are no others.
-    """
-    pattern = re.compile(rf"(?:^|(?<=\.)){marker}$")
-    prefixes = [key[: match.start()] for key in weights for match in [pattern.search(key)] if match]
-    if not prefixes:
+    """The tensors of the part of a file (see `places`) that has one whose key ends in the regular expression `marker`;
+    None without one. Their keys are those in that part."""
+    names = {key: unwrapped(key) for key in weights if not is_optimisers(key)}
+    found = places(names.values(), marker)
+    if not found:
         return None
-    prefix = min(prefixes, key=lambda name: (bool(re.search(r"(^|[._])ema[._]", name)), len(name)))
-    return weights.renamed({key[len(prefix) :]: key for key in weights if key.startswith(prefix)})
+    place, *others = found
+    prefix = f"{place}." if place else ""
+    copies = tuple(f"{other}." for other in others if other.startswith(prefix))
+    taken: dict[str, str] = {}
+    for key, name in names.items():
+        if (
+            name.startswith(prefix)
+            and not name.startswith(copies)
+            and taken.setdefault(name[len(prefix) :], key) != key
+        ):
+            first = taken[name[len(prefix) :]]
+            raise WeightError(f"{weights.path} has {name} twice, as {first} and {key}; save it again with one of them")
+    place, *others = (".".join(filter(None, (weights.place, one))) for one in found)
+    return weights.renamed(taken).of(place, others)
+
+
+def _below(weights: Weights, part: str) -> Weights:
+    """What a file holds below a name. WeightError where there is nothing, or an optimiser's state."""
+    prefix = f"{part}."
+    names = {key[len(prefix) :]: key for key in weights if key.startswith(prefix)}
+    if is_optimisers(part):
+        raise WeightError(f"{weights.path}:{part} is the state of an optimiser; name a part that holds weights")
+    if not names:
+        known = ", ".join(sorted({key.rpartition(".")[0] for key in weights}, key=len)[:3])
+        raise WeightError(f"{weights.path} holds nothing under {part}; name one of its parts, such as {known}")
+    return weights.renamed(names).of(part)
