@@ -10,7 +10,9 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,13 +26,17 @@ accelerate = pytest.importorskip("accelerate")
 
 from varedit_core import Editor  # noqa: E402
 from varedit_core.model.config import AutoencoderConfig  # noqa: E402
+from varedit_core.pictures.images import fit as fitted  # noqa: E402
+from varedit_core.pictures.images import load_image  # noqa: E402
+from varedit_core.runtime.fp8 import EightBitLinear, quantise_weight  # noqa: E402
 from varedit_core.sampling.settings import SamplingSettings  # noqa: E402
 from varedit_core.tokenizer.quantizer import encode, latent_grids, to_tokens  # noqa: E402
 from varedit_core.tokenizer.schedule import schedule_for  # noqa: E402
 from varedit_core.tokenizer.vae import Autoencoder  # noqa: E402
-from varedit_core.training import engine, pairs, states, tasks  # noqa: E402
+from varedit_core.training import engine, pairs, settings, states, tasks  # noqa: E402
 from varedit_core.training.data import Pair, PairError  # noqa: E402
-from varedit_core.training.objective import draw_flips, teach, token_weights  # noqa: E402
+from varedit_core.training.eight_bit_base import FrozenLinear  # noqa: E402
+from varedit_core.training.objective import bit_accuracy, draw_flips, teach, token_weights  # noqa: E402
 from varedit_core.training.parallel import BlockCausal, parallel_logits  # noqa: E402
 from varedit_core.training.run import _check, run  # noqa: E402
 from varedit_core.training.settings import NewText, NewTransformer, load_stages  # noqa: E402
@@ -54,6 +60,25 @@ def parts(tmp_path_factory) -> Path:
     tasks.save_text(folder / "text_encoder", new_text_encoder(NewText(128, 1, 2, 64), 300), folder / "text_encoder")
     make_pairs(folder / "pairs")
     return folder
+
+
+def published_pairs(folder: Path) -> Path:
+    """The same pairs as the published training reads them, targets of twice the size among them: a list and shards."""
+    pytest.importorskip("webdataset")
+    path = folder / "pairs" / "list.txt"
+    with tarfile.open(path.with_name("wds_x_0000.tar"), "w") as tar:
+        for index in range(PAIRS):
+            target = Image.open(folder / "pairs" / f"t{index}.png")
+            parts = {"src.jpg": Image.open(folder / "pairs" / f"s{index}.png"), "tgt.jpg": target.resize((96, 80))}
+            for suffix, part in {**parts, "txt": f"add circle number {index}".encode()}.items():
+                data = BytesIO(part if isinstance(part, bytes) else b"")
+                if not isinstance(part, bytes):
+                    part.save(data, "JPEG")
+                info = tarfile.TarInfo(f"{index:04}.{suffix}")
+                info.size = len(data.getvalue())
+                tar.addfile(info, BytesIO(data.getvalue()))
+    path.write_text(f"x\t{PAIRS}\t1\n")
+    return path
 
 
 def make_pairs(folder: Path) -> None:
@@ -103,9 +128,13 @@ def edits(parts: Path, *changes: str, task: str = "transformer", steps: int = 3,
     )
 
 
-def losses(folder: Path) -> list[float]:
+def figures(folder: Path, name: str) -> list:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines]
+    return [line[name] for line in lines if name in line]
+
+
+def losses(folder: Path) -> list[float]:
+    return figures(folder, "loss")
 
 
 class Killed(Exception):
@@ -243,6 +272,18 @@ def test_labels_without_flips_are_the_quantisers_bits():
     assert [tuple(i.shape[1:]) for i in taught.inputs] == [(n, 4 * BITS) for n in SCHEDULE.tokens[1:]]
 
 
+def test_bit_accuracy_counts_every_bit_once():
+    labels = [
+        torch.tensor([[[True, False]]]),
+        torch.tensor([[[True, True], [True, False], [False, False], [True, True]]]),
+    ]
+    logits = [torch.stack([torch.zeros(label.shape), label.float() - 0.5], -1) for label in labels]
+    assert [float(x) for x in bit_accuracy(logits, labels)[1]] == [100, 100]
+    logits[1][0, 0, 0] = torch.tensor([3.0, 2.0])  # one of eight
+    whole, scales = bit_accuracy(logits, labels)
+    assert scales.tolist() == [100, 87.5] and float(whole) == pytest.approx(90)
+
+
 def test_flips_change_later_labels_only():
     x = features()
     plain = teach(x, SCHEDULE, 2)
@@ -333,6 +374,20 @@ def test_pairs_are_fitted_as_for_editing():
     assert region[:110, 210:].all() and not region[:, :174].any() and not region[166:].any()
 
 
+@pytest.mark.parametrize("fit", settings.square_fits())
+def test_pairs_are_fitted_by_the_name_that_editing_knows(parts, fit):
+    """Whatever fit editing gets, training has it too, if its canvas is a square."""
+    (stage,) = edits(parts, f"a.data.fit={fit}")
+    whole = load_image(parts / "pairs" / "s0.png")
+    wanted = fitted(whole, "0.06M", fit).pixels[0]
+    assert any(torch.equal(source, wanted) for source in pairs.first_pairs(stage, PAIRS)[0])
+
+
+def test_fits_of_several_shapes_are_refused(parts):
+    with pytest.raises(ValueError, match="data.fit must be one of square, .*, got 'aspect'"):
+        edits(parts, "a.data.fit=aspect")
+
+
 class Share:
     """What `pairs` needs of an accelerator."""
 
@@ -411,7 +466,10 @@ CASES = {
     "tokenizer": lambda parts: stages_of(parts, TOKENIZER, "a.batch=1", "a.steps=2"),
     "transformer": lambda parts: edits(parts, "a.data.block=4", "a.data.reuse=2", "a.data.workers=0", more=NEW),
     "pairs": lambda parts: edits(parts, "a.optimisation.accumulate=2", "a.data.workers=1"),
-    "lora": lambda parts: edits(parts, task="lora", more=OWN),
+    "lora": lambda parts: edits(parts, "a.lora.base=8-bit", "a.sample_every=3", task="lora", more=OWN),
+    "published data": lambda parts: edits(
+        parts, f"a.data.source={published_pairs(parts)}", "a.data.fit=published", "a.data.resize_targets=true"
+    ),
 }
 
 
@@ -428,11 +486,61 @@ def test_a_killed_training_goes_on_to_the_same_losses(parts, tmp_path, monkeypat
     assert run([stage], tmp_path / "broken", resume=True)
     first, second = (tmp_path / name / "a" for name in ("unbroken", "broken"))
     assert losses(first) == losses(second) and len(losses(first)) == stage.steps
+    for name in ["bit_accuracy", "bit_accuracy_by_scale"] if case != "tokenizer" else []:
+        right = figures(first, name)
+        assert right == figures(second, name) and all(0 < one < 100 for one in torch.tensor(right).flatten())
     files = json.loads((first / "finished.json").read_text())["files"]
     for file in (name for name in files if name.endswith(".safetensors")):
         one, other = load_file(first / file), load_file(second / file)
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
     assert run([stage], tmp_path / "broken", resume=True), "a finished stage has nothing to do"
+
+
+def test_a_frozen_matrix_of_8_bits_passes_gradients_on_and_is_kept_by_nobody():
+    torch.manual_seed(0)
+    codes = EightBitLinear(96, 64, True)
+    codes.weight, codes.weight_scale = map_codes(torch.randn(64, 96))
+    codes.bias = torch.nn.Parameter(torch.randn(64))
+    layer, matrix, kept = FrozenLinear(codes, torch.float32), codes.matrix(torch.float32), []
+    x = torch.randn(2, 5, 96, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert sum(t.nbytes for t in kept) == codes.weight.nbytes + codes.weight_scale.nbytes
+    assert torch.allclose(y, torch.nn.functional.linear(x, matrix, codes.bias), atol=1e-6)
+    y.square().sum().backward()
+    assert torch.allclose(x.grad, (2 * y.detach()) @ matrix, atol=1e-4) and layer.weight.grad is None
+
+
+def map_codes(weight: torch.Tensor):
+    codes, scales = quantise_weight(weight)
+    return torch.nn.Parameter(codes, requires_grad=False), scales
+
+
+def test_a_base_of_8_bits_trains_nearly_as_the_exact_one(parts, tmp_path):
+    """What is trained alone is in a checkpoint; those of earlier releases, with frozen weights in them and
+    fewer settings, go on."""
+    alike = ("a.objective.flips=0", "a.objective.text_dropout=0", "a.save_every=2")
+    for base in ("exact", "8-bit"):
+        (stage,) = edits(parts, f"a.lora.base={base}", *alike, task="lora", more=OWN)
+        run([stage], tmp_path / base, stop_after=0)
+    exact, rounded = (losses(tmp_path / base / "a") for base in ("exact", "8-bit"))
+    assert exact[0] != rounded[0] and exact == pytest.approx(rounded, rel=0.01)
+    state = tmp_path / "exact" / "a" / "state-1"
+    held, base = load_file(state / "model.safetensors"), load_file(parts / "transformer.safetensors")
+    assert held and all("lora_" in name for name in held)
+    save_file(
+        held | {"transformer.blocks.0.ada_gss.weight": base["blocks.0.ada_gss.weight"]}, state / "model.safetensors"
+    )
+    facts = json.loads((state / "state.json").read_text())
+    facts["files"] |= states._sums(state, ["model.safetensors"])
+    (state / "state.json").write_text(json.dumps(facts))
+    settings_file = state.with_name("settings.json")
+    known = json.loads(settings_file.read_text())
+    del known["lora"]["base"], known["data"]["fit"]
+    settings_file.write_text(json.dumps(known))
+    (stage,) = edits(parts, *alike, task="lora", more=OWN)
+    assert run([stage], tmp_path / "exact", resume=True)
+    assert len(losses(tmp_path / "exact" / "a")) == stage.steps
 
 
 def test_accumulated_batches_equal_a_large_one(parts, tmp_path):
@@ -746,13 +854,24 @@ def test_sharded_training_is_the_same(parts, tmp_path):
         assert all(torch.allclose(ours[key].float(), theirs[key].float(), rtol=1e-2, atol=1e-4) for key in ours)
 
 
-@pytest.mark.parametrize("change, message", [({"average": 0.9}, "moving average"), ({"optimizer": "muon"}, "muon")])
-def test_what_sharding_cannot_do_is_refused(parts, change, message):
-    (stage,) = edits(parts)
-    optimisation = replace(stage.optimisation, **{"average": 0.0} | change)
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (["a.optimisation.average=0.9"], "moving average"),
+        (["a.optimisation.optimizer=muon"], "muon"),
+        (["a.task=lora", "a.transformer=transformer.safetensors", "a.lora.base=8-bit"], "8-bit base cannot be sharded"),
+    ],
+)
+def test_what_sharding_cannot_do_is_refused(parts, changes, message):
+    (stage,) = edits(parts, "a.optimisation.average=0.0", *changes)
     sharding = SimpleNamespace(distributed_type="FSDP")
     with pytest.raises(ValueError, match=message):
-        engine.train(None, replace(stage, optimisation=optimisation), parts, sharding, False)
+        engine.train(None, stage, parts, sharding, False)
+
+
+def test_an_8_bit_base_is_not_compiled(parts):
+    with pytest.raises(ValueError, match='an 8-bit base is not compiled; set compile = false or lora.base = "exact"'):
+        edits(parts, "a.lora.base=8-bit", "a.compile=true", task="lora", more=OWN)
 
 
 def test_editing_does_not_import_training():

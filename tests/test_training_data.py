@@ -425,6 +425,106 @@ def test_impossible_settings_are_refused(options, message, tmp_path):
         open_pairs(folder, **options)
 
 
+# Data of the published training scripts
+
+
+def published_shards(folder: Path, change=lambda index, parts: parts) -> Path:
+    """COUNT samples as VAREdit's own reader takes them, in three shards, and their list."""
+    pytest.importorskip("webdataset")
+    for number, part in enumerate((range(0, 3), range(3, 5), range(5, COUNT))):
+        named = {"x": part} if number < 2 else {"y": part}
+        for name, indices in named.items():
+            samples = {
+                f"{index:06}": change(
+                    index,
+                    {
+                        "src.jpg": encoded(picture(10 * index), "JPEG"),
+                        "tgt.jpg": encoded(picture(10 * index + 5), "JPEG"),
+                        "txt": f"edit {index}".encode(),
+                    },
+                )
+                for index in indices
+            }
+            shard(folder / f"wds_{name}_{number % 2:04}.tar", samples)
+    (folder / "list.txt").write_text("x\t5\t2\ny\t2\t1\n")
+    return folder / "list.txt"
+
+
+def pixels_of(source, count: int) -> list[tuple]:
+    return [(p.instruction, p.source.tobytes(), p.target.tobytes()) for p in islice(source.stream(), count)]
+
+
+def test_lists_and_members_of_the_published_training(tmp_path):
+    path = published_shards(tmp_path)
+    assert check_pairs(path).good == COUNT
+    whole = open_pairs(path, seed=3)
+    assert set(words(whole, COUNT)) == {f"edit {index}" for index in range(COUNT)}
+    assert words(whole, COUNT, 11) == words(whole, 2 * COUNT + 4)[11:]
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    published_shards(
+        ours, lambda i, parts: {f"{k.replace('src', 'source').replace('tgt', 'target')}": v for k, v in parts.items()}
+    )
+    assert pixels_of(open_pairs(str(tmp_path / "wds_*.tar"), seed=3), 20) == pixels_of(whole, 20)
+    assert pixels_of(open_pairs(ours / "list.txt", seed=3), 20) == pixels_of(whole, 20)
+
+
+def test_both_names_of_a_member_are_one_too_many(tmp_path):
+    path = published_shards(tmp_path, lambda i, parts: parts | ({"source.jpg": parts["src.jpg"]} if i == 3 else {}))
+    (sentence,) = check_pairs(path).bad
+    assert "sample 000003 has src.jpg and source.jpg; keep one of them" in sentence
+    assert check_pairs(path, {"source": "src"}).bad == ()
+    assert len(check_pairs(path, {"source": "source"}).bad) == COUNT - 1
+
+
+def test_targets_of_another_size_are_resized_where_that_is_asked_for(tmp_path):
+    larger = {"tgt.jpg": encoded(picture(90, (12, 8)), "JPEG")}
+    path = published_shards(tmp_path, lambda index, parts: parts | (larger if index == 2 else {}))
+    (sentence,) = check_pairs(path).bad
+    assert "the source is 6x4 but the target 12x8; make them the same size, or set resize_targets = true" in sentence
+    assert check_pairs(path, resize_targets=True).good == COUNT
+    pairs = islice(open_pairs(path, resize_targets=True).stream(), COUNT)
+    (pair,) = (pair for pair in pairs if pair.instruction == "edit 2")
+    assert pair.target.size == pair.source.size == (6, 4) and pair.target.getpixel((3, 2)) == (90, 90, 90)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "names no shards; write NAME, samples"),
+        ("x 5 2", "line 1 names no shards; write NAME"),
+        ("x\t5\t2\n\n../x\t5\t1", "line 3 names no shards; write NAME"),
+        ("x\t5\t9999999", "line 1 names no shards; write NAME"),
+        ("x\t5\t3", "lists wds_x_0002.tar, which is not beside it; put the list"),
+        ("a photograph of a cat", "line 1 names no shards; write NAME"),
+    ],
+)
+def test_lists_that_do_not_fit_are_told(text, message, tmp_path):
+    path = published_shards(tmp_path)
+    path.write_text(text)
+    with pytest.raises(PairError) as error:
+        open_pairs(path)
+    assert message in sentence_of(error)
+
+
+def test_infinitys_splits_are_pictures_and_no_pairs(tmp_path):
+    """A folder of `RATIO_COUNT.jsonl`, a line a picture with its captions."""
+    for number, ratio in enumerate(("0.500_000000002", "1.000_000000001")):
+        lines = [
+            {"image_path": f"s{n}.png", "h_div_w": 1.0, "long_caption": "a", "text": "b"}
+            for n in range(2 * number, 2 * number + 2 - number)
+        ]
+        (tmp_path / f"{ratio}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for n in range(3):
+        picture(10 * n).save(tmp_path / f"s{n}.png")
+    report = check_pairs(tmp_path)
+    assert report.good == 0 and len(report.bad) == 3
+    assert "0.500_000000002.jsonl line 2 has one picture with captions, as Infinity trains on, but an" in report.bad[1]
+    assert check_pairs(tmp_path, pictures=True).good == 3
+    shown = {pair.source.getpixel((0, 0))[0] for pair in islice(open_pairs(tmp_path, pictures=True).stream(), 3)}
+    assert shown == {0, 10, 20}
+
+
 # What is found on the way
 
 

@@ -70,10 +70,11 @@ def _check_data(stages) -> None:
     checked, bad = {}, 0
     for stage in stages:
         source, pictures = stage.data.source, stage.task == "tokenizer"
-        key = source, tuple(stage.data.columns.items()), pictures
+        resize = stage.data.resize_targets
+        key = source, tuple(stage.data.columns.items()), pictures, resize
         if source == SHAPEEDIT or key in checked:
             continue
-        report = checked[key] = check_pairs(source, stage.data.columns, pictures)
+        report = checked[key] = check_pairs(source, stage.data.columns, pictures, resize)
         for sentence in report.bad:
             print(sentence)
         print(f"{stage.name}: {report.good} of {report.count} samples of {source} are good")

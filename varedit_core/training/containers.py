@@ -25,13 +25,14 @@ from PIL import Image
 from ..files.reading import check_file
 from ..pictures.images import SourceImage, load_image
 from .settings import HUB
+from .upstream import LIST, MAX_SHARDS, MEMBERS, PICTURE, listed_shards
 
 FIELDS = ("source", "target", "instruction", "mask")
 SHUFFLE_BUFFER = 128  # samples of tar shards held undecoded, a few hundred MB at a megapixel in each worker
 ORDER, WORDING = range(2)  # what random numbers are drawn for
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 MAX_LINE, MAX_TEXT = 1 << 20, 20_000  # bytes of a line, letters of an instruction or name
-MAX_MEMBER, MAX_SHARDS = 64 << 20, 1_000_000
+MAX_MEMBER = 64 << 20
 TOO_LARGE = object()
 _TARS = (".tar", ".tar.gz", ".tgz")
 _SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk leaves in a folder
@@ -71,23 +72,31 @@ class Record:
 
 
 class Lines:
-    """Samples of a JSON Lines file; only the places of the good lines are kept. problems: one for a bad line."""
+    """Samples of JSON Lines files; only the places of the good lines are kept. problems: one for a bad line.
 
-    def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
-        self.where, self._path, self._columns, self.problems = str(path), path, columns, []
-        places, place = [], 0
+    pictures: a line may name one picture alone, as Infinity's do, which is then source and target.
+    """
+
+    def __init__(self, where: str, paths: Sequence[Path], columns: Mapping[str, str], pictures: bool = False) -> None:
+        self.where, self._paths, self._columns, self.problems = where, paths, columns, []
+        self._pictures = pictures
+        places = [place for number, path in enumerate(paths) for place in self._good(path, number)]
+        self._places = np.array(places, np.int64).reshape(-1, 3)
+        if not places and not self.problems:
+            raise PairError(f"{where} holds no samples; write one JSON object a line")
+
+    def _good(self, path: Path, file_number: int) -> Iterator[tuple[int, int, int]]:
+        """Number of the file, place and number of every good line."""
+        place = 0
         with open(check_file(path, "file of pairs", PairError), "rb") as file:
             for number, line in enumerate(_lines(file), 1):
                 if line.strip():
                     try:
-                        self._parse(line, number)
-                        places.append((place, number))
+                        self._parse(path, line, number)
+                        yield file_number, place, number
                     except PairError as error:
                         self.problems.append(str(error))
                 place = file.tell()
-        self._places = np.array(places, np.int64).reshape(-1, 2)
-        if not places and not self.problems:
-            raise PairError(f"{path} holds no samples; write one JSON object a line")
 
     def __len__(self) -> int:
         return len(self._places)
@@ -96,13 +105,13 @@ class Lines:
         return iter(range(len(self)))
 
     def record(self, item: int) -> Record:
-        place, number = self._places[item].tolist()
-        with open(self._path, "rb") as file:
+        file_number, place, number = self._places[item].tolist()
+        with open(self._paths[file_number], "rb") as file:
             file.seek(place)
-            return self._parse(file.readline(MAX_LINE + 1), number)
+            return self._parse(self._paths[file_number], file.readline(MAX_LINE + 1), number)
 
-    def _parse(self, line: bytes, number: int) -> Record:
-        name = f"{self.where} line {number}"
+    def _parse(self, path: Path, line: bytes, number: int) -> Record:
+        name = f"{path} line {number}"
         if len(line) > MAX_LINE:
             raise PairError(f"{name} is longer than {MAX_LINE} bytes; name pictures in it, and write one object a line")
         try:
@@ -111,10 +120,18 @@ class Lines:
             raise PairError(f"{name} is not JSON in UTF-8 ({_short(error)}); write one object a line") from None
         if not isinstance(row, dict):
             raise PairError(f"{name} is not a JSON object; write {{...}} with {', '.join(FIELDS[:3])}")
+        if PICTURE in row and self._columns["source"] not in row:
+            if not self._pictures:
+                raise PairError(
+                    f"{name} has one picture with captions, as Infinity trains on, but an edit takes two; name them "
+                    "source and target, and write an instruction"
+                )
+            picture = path.parent / _text(name, PICTURE, row[PICTURE])
+            return Record(name, picture, picture, ("",), None)
         values = {field: row.get(self._columns[field]) for field in FIELDS}
         for field in ("source", "target", "mask"):
             if values[field] is not None:
-                values[field] = self._path.parent / _text(name, self._columns[field], values[field])
+                values[field] = path.parent / _text(name, self._columns[field], values[field])
         return _record(name, values, self._columns)
 
 
@@ -165,9 +182,20 @@ class Shards:
 
     problems = ()
 
-    def __init__(self, where: str, columns: Mapping[str, str]) -> None:
-        self.where, self._columns = where, columns
-        self._paths: dict[str, None] = {}
+    def __init__(
+        self, where: str, paths: Sequence[Path], columns: Mapping[str, str], chosen: Mapping[str, str]
+    ) -> None:
+        self.where, self._paths, self._columns = where, [str(path) for path in paths], columns
+        also = {field: name for field, name in MEMBERS.items() if field not in chosen}
+        self._names = {
+            field: tuple(f"{n}.".lower() for n in (columns[field], also.get(field)) if n) for field in FIELDS
+        }
+        _library("webdataset")
+
+    @classmethod
+    def named(cls, where: str, columns: Mapping[str, str], chosen: Mapping[str, str]) -> Shards:
+        """Of a pattern: {000..012} and * stand for several."""
+        paths: dict[Path, None] = {}
         # With forward slashes: the expansion of braces takes a backslash for an escape.
         spans = [int(end) - int(first) + 1 for first, end in re.findall(r"\{(\d{1,9})\.\.(\d{1,9})\}", where)]
         if math.prod(spans) > MAX_SHARDS or re.search(r"\.\.\d{10}", where):
@@ -178,11 +206,12 @@ class Shards:
                 raise PairError(f"there is no shard {pattern}; check the path and the range in braces")
             for path in found:
                 check_file(path, "shard", PairError)
-            self._paths.update(dict.fromkeys(str(Path(path)) for path in found))
+            paths.update(dict.fromkeys(map(Path, found)))
+        return cls(where, list(paths), columns, chosen)
 
     def items(self, seed: int | None = None, epoch: int = 0) -> Iterator[dict | PairError]:
         """Members of each sample by suffix, and a PairError where a shard breaks off. seed None: unshuffled."""
-        paths = list(self._paths)
+        paths = self._paths
         if seed is None:
             return (item for path in paths for item in self._read(path))
         order = seeded(seed, ORDER, epoch).permutation(len(paths))
@@ -213,8 +242,7 @@ class Shards:
         return _record(name, values, self._columns)
 
     def _picture(self, item: dict, name: str, field: str) -> bytes | None:
-        prefix = self._columns[field].lower() + "."
-        found = [suffix for suffix in item if suffix.startswith(prefix)]
+        found = [suffix for suffix in item if suffix.startswith(self._names[field])]
         if len(found) > 1:
             raise PairError(f"{name} has {' and '.join(found)}; keep one of them")
         return item[found[0]] if found else None
@@ -260,20 +288,23 @@ def open_data(where: str, columns: Mapping[str, str], pictures: bool = False) ->
     if where.startswith(HUB):
         return Table(where, _dataset(where), names, columns)
     if where.endswith(_TARS):
-        return Shards(where, names)
+        return Shards.named(where, names, columns)
+    if path.suffix == LIST and path.is_file():
+        return Shards(where, listed_shards(path, PairError), names, columns)
     if (path / "metadata.jsonl").is_file():
-        return Lines(path / "metadata.jsonl", names)
+        return Lines(str(path / "metadata.jsonl"), [path / "metadata.jsonl"], names, pictures)
     if any((path / name).is_file() for name in _SAVED):
         return Table(where, _dataset(where), names, columns)
-    if path.suffix == ".jsonl" and path.is_file():
-        return Lines(path, names)
+    lines = [path] if path.suffix == ".jsonl" else sorted(path.glob("*.jsonl"))
+    if lines and all(file.is_file() for file in lines):
+        return Lines(where, lines, names, pictures)
     if pictures and path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES and not file.is_dir())
         if not found:
             raise PairError(f"{where} holds no pictures; choose a folder with {', '.join(PICTURES)}")
         return Pictures(where, found)
     if path.exists():
-        raise PairError(f"{where} is no set of pairs; pass a .jsonl, a folder with metadata.jsonl, or shards as *.tar")
+        raise PairError(f"{where} is no set of pairs; pass a .jsonl, a folder with .jsonl files, or shards as *.tar")
     raise PairError(f"there is no {where}; check the path, or write hf:owner/name for a Hugging Face dataset")
 
 
@@ -349,16 +380,18 @@ def _text(name: str, field: str, value: Any) -> str:
     return value.strip()
 
 
-def decode(record: Record, wording: int) -> Pair:
-    """The pair with its instruction in that wording. PairError for pictures that cannot be read or differ in size."""
+def decode(record: Record, wording: int, resize: bool = False) -> Pair:
+    """The pair with its instruction in that wording. resize: a target of another size is brought to the source's.
+    PairError for pictures that cannot be read or differ in size."""
     source = _load(record, "source", record.source).rgb
     target = source if record.target is record.source else _load(record, "target", record.target).rgb
+    target = target.resize(source.size, Image.Resampling.BICUBIC) if resize else target
     mask = None if record.mask is None else _load(record, "mask", record.mask)
-    for field, picture in (("target", target), ("mask", mask)):
+    for field, picture, cure in (("target", target, ", or set resize_targets = true"), ("mask", mask, "")):
         if picture is not None and picture.size != source.size:
             raise PairError(
                 f"{record.name}: the source is {source.width}x{source.height} but the {field} "
-                f"{picture.size[0]}x{picture.size[1]}; make them the same size"
+                f"{picture.size[0]}x{picture.size[1]}; make them the same size{cure}"
             )
     if mask is not None and mask.alpha is not None:
         raise PairError(f"{record.name}: the mask has transparency; save it as a grey picture without")

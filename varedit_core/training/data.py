@@ -70,18 +70,21 @@ def open_pairs(
     on_error: str = "stop",
     seed: int = 0,
     pictures: bool = False,
+    resize_targets: bool = False,
 ) -> PairSource:
     """Open edit pairs; pictures are read when the stream comes to them.
 
-    where: a .jsonl file or a folder with metadata.jsonl (paths in it are relative to its folder);
+    where: a .jsonl file, a folder with metadata.jsonl or other .jsonl files (paths in them are relative to the folder);
     `hf:owner/name[:split]` (split: train) or a folder written by `save_to_disk`; tar shards by name, with
-    {000..012} or * (members KEY.source.png, KEY.target.png, KEY.txt or KEY.json, and KEY.mask.png or none).
+    {000..012} or * (members KEY.source.png or KEY.src.png, KEY.target.png or KEY.tgt.png, KEY.txt or KEY.json, and
+    KEY.mask.png or none), or by a list of the published training (see `upstream`).
     An instruction may be a list of wordings, of which seed and n pick one. Lines and rows are read where they
     lie; every rank and worker reads all shards through, and resuming skips undecoded samples.
     columns: names other than those of FIELDS, e.g. {"source": "input_image"}: JSON keys, dataset columns, or
     what stands for `source` in KEY.source.png.
     on_error: "stop" raises at the first bad sample, "skip" logs it as a warning and goes on. seed: 0 to 2**32-1.
     pictures: take any other folder for one of pictures, each its own source and target with an empty instruction.
+    resize_targets: bring targets of another size than their source's to it; else they are bad.
     Raises PairError for what cannot be opened, holds nothing, or (with "stop") has a bad line; ValueError for
     another setting.
     """
@@ -90,21 +93,24 @@ def open_pairs(
     if not 0 <= seed < 2**32:
         raise ValueError(f"the seed is {seed}; choose one from 0 to {2**32 - 1}")
     data = open_data(os.fspath(where), columns or {}, pictures)
-    return (_Streamed if isinstance(data, Shards) else _Indexed)(data, seed, on_error)
+    return (_Streamed if isinstance(data, Shards) else _Indexed)(data, seed, on_error, resize_targets)
 
 
 def check_pairs(
-    where: str | os.PathLike[str], columns: Mapping[str, str] | None = None, pictures: bool = False
+    where: str | os.PathLike[str],
+    columns: Mapping[str, str] | None = None,
+    pictures: bool = False,
+    resize_targets: bool = False,
 ) -> Report:
     """Read every sample once, pictures too, and list the bad ones.
 
-    where, columns, pictures: as for `open_pairs`. Raises PairError for what cannot be opened at all.
+    Arguments as of `open_pairs`. Raises PairError for what cannot be opened at all.
     """
     data = open_data(os.fspath(where), columns or {}, pictures)
     good, bad = 0, [*data.problems]
     for item in data.items():
         try:
-            decode(data.record(item), 0)
+            decode(data.record(item), 0, resize_targets)
             good += 1
         except PairError as error:
             bad.append(str(error))
@@ -114,8 +120,10 @@ def check_pairs(
 class PairSource(ABC):
     """Pairs in the order that a seed gives them; made by `open_pairs`. Can be pickled for worker processes."""
 
-    def __init__(self, data: Lines | Table | Shards | Pictures, seed: int, on_error: str) -> None:
-        self.seed, self.on_error, self._data = seed, on_error, data
+    def __init__(
+        self, data: Lines | Table | Shards | Pictures, seed: int, on_error: str, resize_targets: bool = False
+    ) -> None:
+        self.seed, self.on_error, self._data, self._resize = seed, on_error, data, resize_targets
         self._bad: dict[str, None] = {}
         for problem in data.problems:
             self._reject(PairError(problem))
@@ -138,7 +146,7 @@ class PairSource(ABC):
         try:
             record = self._data.record(item)
             wording = int(seeded(self.seed, WORDING, n).randint(len(record.instructions)))
-            return decode(record, wording)
+            return decode(record, wording, self._resize)
         except PairError as error:
             self._reject(error)
             return None
@@ -157,8 +165,8 @@ class PairSource(ABC):
 class _Indexed(PairSource):
     """Rows in reach by number: a permutation for every epoch."""
 
-    def __init__(self, data: Lines | Table | Pictures, seed: int, on_error: str) -> None:
-        super().__init__(data, seed, on_error)
+    def __init__(self, data: Lines | Table | Pictures, *how) -> None:
+        super().__init__(data, *how)
         if not len(data):
             raise self._exhausted()
         self._order = (-1, np.arange(0))

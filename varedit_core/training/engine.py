@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..files.reading import read_json
 from ..files.safe_write import write_json
+from ..runtime.fp8 import LINEARS
 from .muon import Muon
 from .report import Report
 from .settings import Optimisation, Stage
@@ -220,6 +221,8 @@ def train(
 def _check_sharded(stage: Stage) -> None:
     if stage.optimisation.average:
         raise ValueError(f"stage {stage.name}: a moving average of sharded weights cannot be kept; set average = 0")
+    if stage.task == "lora" and stage.lora.base != LINEARS[0]:
+        raise ValueError(f'stage {stage.name}: an 8-bit base cannot be sharded; set lora.base = "exact"')
     if stage.optimisation.optimizer == "muon":
         raise ValueError(f'stage {stage.name}: muon needs whole matrices, not sharded ones; set optimizer = "adamw"')
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .settings import SHAPEEDIT, TASKS, Stage
 
-_PLAIN = Stage("plain", TASKS[0], 1, 1)
+PLAIN = Stage("plain", TASKS[0], 1, 1)
 
 
 class Place(NamedTuple):
@@ -38,6 +38,8 @@ COUNTS = {
     "data.reuse": _PAIRS,
     "data.columns": _READ,
     "data.on_error": _READ,
+    "data.fit": _READ,
+    "data.resize_targets": _READ,
     "data.workers": _READ,
     "optimisation.muon_rate": Place(lambda stage: stage.optimisation.optimizer == "muon", "the optimizer muon"),
     "objective": _EDITS,
@@ -63,7 +65,7 @@ ALWAYS = frozenset(
 
 def idle(stage: Stage) -> list[str]:
     """Sentences on settings that are not at their defaults, but count in other stages only."""
-    plain, found = settings_of(_PLAIN), []
+    plain, found = settings_of(PLAIN), []
     changed = [name for name, value in settings_of(stage).items() if value != plain.get(name)]
     for setting, place in COUNTS.items():
         given = [name for name in changed if name == setting or name.startswith(f"{setting}.")]

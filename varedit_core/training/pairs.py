@@ -22,6 +22,7 @@ from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..defaults import FIT
 from ..pictures.images import SourceImage, fit
 from ..shapeedit.metrics import changed
 from .data import Pair, PairStream, open_pairs
@@ -83,27 +84,29 @@ def picture_batches(stage: Stage, start: int, accelerator) -> Iterator[Tensor]:
 
 def first_pairs(stage: Stage, count: int) -> tuple[Tensor, Tensor, list[str]]:
     """The first `count` pairs of a training, to look at: pixels [B, 3, Y, X] of both sides, and instructions."""
-    pairs = (fitted(pair, stage.data.size) for pair in islice(_open(stage).stream(), count))
+    pairs = (fitted(pair, stage.data.size, stage.data.fit) for pair in islice(_open(stage).stream(), count))
     sources, targets, _, instructions = zip(*pairs)
     return torch.stack(sources), torch.stack(targets), list(instructions)
 
 
-def fitted(pair: Pair, size: str) -> Sample:
+def fitted(pair: Pair, size: str, method: str = FIT) -> Sample:
     """A pair as the model sees it: pixels [3, Y, X] of both sides, boolean region [Y, X], the instruction.
 
-    Pictures are fitted as for editing: padded at the right and bottom to a square, then resized.
+    Pictures are fitted as for editing (see `images.fit`): by default padded at the right and bottom to a square, then
+    resized.
     """
-    source, target = (fit(SourceImage(picture), size, "square").pixels[0] for picture in (pair.source, pair.target))
+    source, target = (fit(SourceImage(picture), size, method).pixels[0] for picture in (pair.source, pair.target))
     if pair.mask is None:
         return source, target, changed(source[None], target[None])[0], pair.instruction
     # Inverted, because white is padded.
-    kept = fit(SourceImage(ImageOps.invert(pair.mask).convert("RGB")), size, "square").pixels[0, 0]
+    kept = fit(SourceImage(ImageOps.invert(pair.mask).convert("RGB")), size, method).pixels[0, 0]
     return source, target, kept < 0, pair.instruction
 
 
 def _open(stage: Stage) -> PairSource:
     data = stage.data
-    return open_pairs(data.source, data.columns, data.on_error, stage.seed, pictures=stage.task == "tokenizer")
+    pictures = stage.task == "tokenizer"
+    return open_pairs(data.source, data.columns, data.on_error, stage.seed, pictures, data.resize_targets)
 
 
 def _first(stage: Stage, start: int, accelerator) -> int:
@@ -114,7 +117,7 @@ def _first(stage: Stage, start: int, accelerator) -> int:
 def _samples(stage: Stage, start: int, accelerator) -> Iterator[Sample]:
     """This process's samples from step `start` on."""
     first, share = _first(stage, start, accelerator), (accelerator.process_index, accelerator.num_processes)
-    stream = PairStream(_open(stage), first, *share, partial(fitted, size=stage.data.size))
+    stream = PairStream(_open(stage), first, *share, partial(fitted, size=stage.data.size, method=stage.data.fit))
     try:
         yield from DataLoader(stream, batch_size=None, num_workers=stage.data.workers, worker_init_fn=follow_parent)
     except RuntimeError as error:

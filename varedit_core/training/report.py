@@ -7,6 +7,7 @@ import logging
 from io import BytesIO
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..files.reading import check_file
@@ -51,10 +52,23 @@ class Report:
         left = (self.stage.steps - step - 1) * spent / max(step + 1 - self.since, 1)
         self.seconds, self.since = seconds, step + 1
         if self.main:
-            self.figures(step + 1, values | {"samples_per_second": round(rate, 1), "seconds": round(seconds, 2)})
+            values |= {"samples_per_second": round(rate, 3), "seconds": round(seconds, 2)}
+            if torch.cuda.is_available():
+                values["gpu_peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+            self.figures(step + 1, values)
+            right = f"  bits right {values['bit_accuracy']:.1f}%" if "bit_accuracy" in values else ""
             logger.info(
-                "%s step %d of %d  loss %.4f  %.0f samples/s  %d s left",
-                *(self.stage.name, step + 1, self.stage.steps, values["loss"], rate, left),
+                "%s step %d of %d  loss %.4f%s  %.*f samples/s  %d s left",
+                *(
+                    self.stage.name,
+                    step + 1,
+                    self.stage.steps,
+                    values["loss"],
+                    right,
+                    0 if rate >= 10 else 2,
+                    rate,
+                    left,
+                ),
             )
 
     def figures(self, step: int, values: dict) -> None:

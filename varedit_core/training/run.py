@@ -16,6 +16,7 @@ import torch
 from ..files.reading import read_json
 from ..files.safe_write import make_folder, write_json
 from .engine import finished, never, train
+from .idle import PLAIN
 from .pairs import check_source
 from .settings import EARLIER, Stage, shown
 from .tasks import LORA_FILE, TASKS, TEXT_FOLDER, TOKENIZER_FILE, TRANSFORMER_FILE
@@ -118,7 +119,9 @@ def _check(folder: Path, stage: Stage, resume: bool) -> None:
     held = read_json(path, "file of a stage's settings", cure="put it back, or choose another --output")
     if not isinstance(held, dict):
         raise ValueError(f"{path} does not hold a stage's settings; put it back, or choose another --output")
-    before, now = _leaves(held), _leaves(json.loads(json.dumps(dataclasses.asdict(stage))))
+    # What an earlier release did not know had the value that is now the default.
+    plain, now = (_leaves(json.loads(json.dumps(dataclasses.asdict(one)))) for one in (PLAIN, stage))
+    before = plain | _leaves(held)
     # Compiled blocks attend by another kernel where they are not recomputed.
     free = set(CHANGEABLE) - ({"checkpointing"} if stage.compile else set())
     other = [name for name in now | before if now.get(name) != before.get(name) and name not in free]

@@ -16,10 +16,13 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..defaults import FIT
 from ..files.reading import check_file
+from ..pictures.images import FITS, fitting_for
+from ..runtime.fp8 import LINEARS
 from ..shapeedit.edits import FAMILIES
 from ..shapeedit.scenes import STYLES
-from ..tokenizer.schedule import AREAS
+from ..tokenizer.schedule import AREAS, schedule_for
 
 TASKS = ("tokenizer", "transformer", "lora")
 OPTIMIZERS = ("adamw", "muon")
@@ -79,9 +82,10 @@ class Optimisation:
 class Data:
     """source: "shapeedit", a folder or .jsonl of pairs, "hf:owner/name", or WebDataset shards (see `data`).
 
-    size: as when editing; pictures are fitted to a square. For pairs: on_error "stop" or "skip"; columns that have
-    other names than source, target, instruction and mask; processes (workers) that read. A VAE may also be
-    trained on any folder of pictures.
+    size: as when editing. For pairs: how they are fitted to a square, as when editing; on_error "stop" or "skip";
+    columns that have other names than source, target, instruction and mask; whether targets of another size than their
+    source's are brought to it (resize_targets); processes (workers) that read. A VAE may also be trained on any folder
+    of pictures.
     For ShapeEdit: pairs are drawn, rendered and encoded `block` at a time and every block is used `reuse` times;
     pictures: share of cluttered pictures; families, styles: relative frequency of each, 1 where not named
     (0 for the style `duotone`).
@@ -89,8 +93,10 @@ class Data:
 
     source: str = SHAPEEDIT
     size: str = "0.06M"
+    fit: str = FIT
     on_error: str = "stop"
     columns: dict[str, str] = field(default_factory=dict)
+    resize_targets: bool = False
     workers: int = number(2, 0, 256)
     block: int = number(8192, 1, 1 << 20)
     reuse: int = number(4, 1, MANY)
@@ -137,11 +143,13 @@ class NewText:
 
 @dataclass(frozen=True)
 class Lora:
-    """rank and targets of the adapters (see `lora`); alpha: defaults to the rank."""
+    """rank and targets of the adapters (see `lora`); alpha: defaults to the rank. base: what the frozen linear layers
+    are held in, one of `fp8.LINEARS`: "exact" is the training's precision, "8-bit" half the memory of bf16."""
 
     rank: int = number(16, 1, 65536)
     alpha: float | None = number(None, 1e-9, FAR)
     targets: str = "all"
+    base: str = LINEARS[0]
 
 
 @dataclass(frozen=True)
@@ -209,7 +217,9 @@ class Stage:
             ("task", [self.task], TASKS),
             ("precision", [self.precision], PRECISIONS),
             ("optimizer", [self.optimisation.optimizer], OPTIMIZERS),
+            ("lora.base", [self.lora.base], LINEARS),
             ("data.size", [self.data.size], tuple(AREAS)),
+            ("data.fit", [self.data.fit], square_fits()),
             ("data.on_error", [self.data.on_error], ON_ERROR),
             ("data.families", self.data.families, tuple(FAMILIES)),
             ("data.styles", self.data.styles, STYLES[1:]),
@@ -226,6 +236,8 @@ class Stage:
             raise ValueError(f"stage {self.name}: name the text encoder with text_encoder, or give [stage.new_text]")
         if self.task == "lora" and (self.train_text or self.new_text):
             raise ValueError(f"{where}: the file of a LoRA holds no text encoder; leave out train_text and new_text")
+        if self.task == "lora" and self.compile and self.lora.base != LINEARS[0]:
+            raise ValueError(f'{where}: an 8-bit base is not compiled; set compile = false or lora.base = "exact"')
         if self.task == "lora" and not self.transformer:
             raise ValueError(f"stage {self.name}: name the transformer that the LoRA is for with transformer")
 
@@ -239,6 +251,12 @@ class Stage:
             raise ValueError(
                 f"{where}: a block of {data.block} pairs is no multiple of the batch {self.batch}; change data.block"
             )
+
+
+def square_fits() -> tuple[str, ...]:
+    """The fits that bring every picture to a square, which is what training knows."""
+    area = next(iter(AREAS))
+    return tuple(name for name in FITS if fitting_for((1, 2), area, name).schedule == schedule_for(area))
 
 
 def load_stages(path: str | Path, changes: Sequence[str] = ()) -> list[Stage]:

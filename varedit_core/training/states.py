@@ -1,18 +1,20 @@
 """Checkpoints of a training: `state-N` folders of safetensors and JSON. Reading one never runs code.
 
-Weights, optimisers' state and moving average are written once, by each process its own part where they are sharded;
-states of random numbers by every process. `state.json` lists the files with their sizes and checksums: a folder that
+Trained weights, optimisers' state and moving average are written once, by each process its own part where they are
+sharded; states of random numbers by every process. `state.json` lists the files with their sizes and checksums: a folder that
 lacks one, or holds another, is not gone on with. A folder takes its name when it is whole, and loses it before it goes.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import random
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,18 +81,26 @@ class Trained:
         make_folder(folder)
         if self.sharded or self.rank == 0:
             held = {f"optimizer_{i}": optimizer_state(optimizer) for i, optimizer in enumerate(self.optimizers)}
-            held |= {"model": _distinct(self.model.state_dict()), "average": self.average.state()}
+            held |= {"model": _distinct(self.trained()), "average": self.average.state()}
             for part, tensors in held.items():
                 ours = {name: local(tensor).contiguous() for name, tensor in tensors.items()}
                 write_tensors(folder / self._named(part, self.rank), ours, {"format": "pt"})
         write_tensors(folder / f"random-{self.rank}.safetensors", random_state(), {"format": "pt"})
 
+    def trained(self) -> dict[str, Tensor]:
+        """The model's state without what is frozen, which comes from files of its own."""
+        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
+        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in frozen}
+
     @torch.no_grad()
     def read(self, folder: Path, processes: int) -> None:
         """Take over this process's files of a whole checkpoint. Broken where they are another training's."""
-        into = {"model": _distinct(self.model.state_dict()), "average": self.average.state()}
+        trained = self.trained()
+        frozen = self.model.state_dict().keys() - trained.keys()  # earlier releases wrote them, too
+        into = {"model": _distinct(trained), "average": self.average.state()}
         for part, held in into.items():
-            _copy(folder / self._named(part, self.rank), {name: local(tensor) for name, tensor in held.items()})
+            ours = {name: local(tensor) for name, tensor in held.items()}
+            _copy(folder / self._named(part, self.rank), ours, frozen if part == "model" else frozenset())
         for i, optimizer in enumerate(self.optimizers):
             path = folder / self._named(f"optimizer_{i}", self.rank)
             load_optimizer(optimizer, _tensors(path), path)
@@ -188,17 +198,19 @@ def check_whole(state: Path, trained: Trained) -> None:
     facts = _facts(state)
     if facts["sharded"] != trained.sharded:
         return  # another sentence's: see `_check_processes`
-    for name in trained.files(facts["processes"]):
-        path = state / name
+    names = trained.files(facts["processes"])
+    for name in names:
         if name not in facts["files"]:
-            raise Broken(f"{path} is not listed in its {STATE}")
-        try:
-            check_file(path, "part of a checkpoint", Broken)
-            same = [path.stat().st_size, _checksum(path)] == facts["files"][name]
-        except OSError as error:
-            raise Broken(str(error).split(";")[0]) from None
-        if not same:
-            raise Broken(f"{path} is not what was written")
+            raise Broken(f"{state / name} is not listed in its {STATE}")
+    try:
+        for name in names:
+            check_file(state / name, "part of a checkpoint", Broken)
+        found = _sums(state, names)
+    except OSError as error:
+        raise Broken(str(error).split(";")[0]) from None
+    for name in names:
+        if found[name] != facts["files"][name]:
+            raise Broken(f"{state / name} is not what was written")
 
 
 def _facts(state: Path) -> dict[str, Any]:
@@ -233,8 +245,7 @@ def _check_processes(state: Path, facts: Mapping[str, Any], trained: Trained) ->
 
 
 def _describe(partial: Path, trained: Trained) -> None:
-    names = trained.files(trained.processes)
-    files = {name: [(partial / name).stat().st_size, _checksum(partial / name)] for name in names}
+    files = _sums(partial, trained.files(trained.processes))
     progress = {"format": FORMAT, "step": trained.progress.step, "seconds": trained.progress.seconds}
     write_json(
         partial / STATE,
@@ -253,6 +264,13 @@ def _remove(state: Path) -> None:
         shutil.rmtree(state)
     else:
         state.unlink()
+
+
+def _sums(folder: Path, names: Sequence[str]) -> dict[str, list[int]]:
+    """[size, checksum] of files, several at once: a large network's have a hundred gigabytes together."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        sums = pool.map(_checksum, [folder / name for name in names])
+        return {name: [(folder / name).stat().st_size, one] for name, one in zip(names, sums)}
 
 
 def _checksum(path: Path) -> int:
@@ -282,18 +300,19 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise Broken(f"{path} cannot be read ({error}); put it back, or begin anew with another --output") from None
 
 
-def _copy(path: Path, held: Mapping[str, Tensor]) -> None:
-    """Copy a file's tensors over those of the same names."""
+def _copy(path: Path, held: Mapping[str, Tensor], but: Set[str] = frozenset()) -> None:
+    """Copy a file's tensors over those of the same names. but: names that a file may have and that are left."""
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys() if name not in but}
     except SafetensorError as error:
         raise Broken(f"{path} cannot be read ({error}); put it back, or begin anew with another --output") from None
     other = [name for name in {**held, **shapes} if name not in held or shapes.get(name) != tuple(held[name].shape)]
     if other:
         raise Broken(f"{path} is of another network ({other[0]} differs); begin anew with another --output")
     for name, tensor in _tensors(path):
-        held[name].copy_(tensor)
+        if name in held:
+            held[name].copy_(tensor)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

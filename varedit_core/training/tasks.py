@@ -13,6 +13,7 @@ from random import Random
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from ..defaults import EDIT, TEXT_TOKENS
@@ -23,6 +24,7 @@ from ..files.tensor_files import write_tensors
 from ..model.config import AutoencoderConfig, TransformerConfig
 from ..model.transformer import Transformer
 from ..pictures.images import save_image
+from ..runtime.fp8 import LINEARS
 from ..runtime.layers import Operations
 from ..runtime.session import sample
 from ..sampling.checks import patch_size
@@ -37,8 +39,9 @@ from ..text.t5 import T5Encoder
 from ..tokenizer.quantizer import encode, latent_grids, to_tokens
 from ..tokenizer.schedule import TOKEN_PIXELS, Schedule, schedule_for
 from ..tokenizer.vae import Autoencoder, ResidualBlock
+from .eight_bit_base import freeze
 from .lora import add_lora, lora_state, save_lora
-from .objective import bit_loss, draw_flips, teach, token_weights, tokenizer_loss
+from .objective import bit_accuracy, bit_loss, draw_flips, teach, token_weights, tokenizer_loss
 from .pairs import first_pairs, pair_batches, picture_batches
 from .parallel import BlockCausal, TeacherForced, parallel_logits
 from .settings import SHAPEEDIT, NewTokenizer, NewTransformer, Reconstruction, Stage
@@ -131,7 +134,7 @@ class EditModel(nn.Module):
         self.schedule, self.patch, self.settings = store.schedule, patch, stage.objective
         self.teach = torch.compile(teach, dynamic=False) if stage.compile else teach
 
-    def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         device, settings, count = batch["source"].device, self.settings, len(batch["source"])
         draw = torch.rand(2, count, generator=generator, device=device)
         flips = draw_flips(batch["target"].shape, self.schedule, self.patch, draw[0] * settings.flips, generator)
@@ -144,7 +147,9 @@ class EditModel(nn.Module):
         source = to_tokens(source, self.patch)
         logits = parallel_logits(self.transformer, source, taught.inputs, texts, self.store, real=batch["real"])
         weights = token_weights(self.schedule, batch.get("region"), settings.inside, settings.power)
-        return bit_loss(logits, taught.labels, weights)
+        loss, scales = bit_loss(logits, taught.labels, weights)
+        right, right_by_scale = bit_accuracy(logits, taught.labels)
+        return loss, {"bits": scales, "bit_accuracy": right, "bit_accuracy_by_scale": right_by_scale}
 
     def _texts(self, batch: dict[str, Tensor], dropped: Tensor) -> Tensor:
         if self.text is None:
@@ -177,6 +182,9 @@ class TransformerTask:
         if trained is not None:
             trained.train().requires_grad_(True)
         self.model = EditModel(self.transformer, trained, self._store(), self.patch, stage)
+        # Every process has read what is frozen: nothing of it is sent, nor has NCCL types for all of it.
+        frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
         if stage.compile:
             torch._dynamo.config.allow_unspec_int_on_nn_module = True
             _compile(self.transformer.blocks)
@@ -201,7 +209,9 @@ class TransformerTask:
             self.vocabulary = path
             return tokenise, text.to(device)
         self.vocabulary = Path(stage.text_encoder)
-        encoder = load_text_encoder(stage.text_encoder, device=device)
+        # Beside a base in 8 bits the text encoder is as editing holds it.
+        half = stage.task == "lora" and stage.lora.base != LINEARS[0] and device.type == "cuda"
+        encoder = load_text_encoder(stage.text_encoder, dtype=torch.float16 if half else torch.float32, device=device)
         return encoder.ids, encoder.model
 
     def _vocabulary(self) -> Path:
@@ -212,12 +222,16 @@ class TransformerTask:
         return path
 
     def _transformer(self) -> Transformer:
-        stage = self.stage
+        stage, device = self.stage, self.accelerator.device
         if stage.transformer:
-            kind = torch.bfloat16 if stage.task == "lora" and stage.precision == "bf16" else torch.float32
+            lora = stage.task == "lora"
+            kind = torch.bfloat16 if lora and stage.precision == "bf16" else torch.float32
+            linears = stage.lora.base if lora else LINEARS[0]
             # An Infinity checkpoint may be where a transformer begins to learn to edit.
-            network = load_transformer(stage.transformer, dtype=kind, device=self.accelerator.device, kind=EDIT).train()
-            return network.requires_grad_(stage.task == "transformer")
+            network = load_transformer(stage.transformer, dtype=kind, device=device, linears=linears, kind=EDIT).train()
+            if linears != LINEARS[0]:
+                freeze(network, kind)
+            return network.requires_grad_(not lora)
         width = self.text.config.width
         length = stage.new_text.length if stage.new_text else TEXT_TOKENS
         sizes = stage.new_transformer or NewTransformer()
@@ -251,8 +265,7 @@ class TransformerTask:
         return batch | {"features": self.text(batch["ids"], batch["real"]).float()}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, scales = model(batch, generator)
-        return loss, {"bits": scales}
+        return model(batch, generator)
 
     @torch.no_grad()
     def look(self, folder: Path, step: int) -> dict[str, float]:
@@ -369,16 +382,17 @@ def _compile(modules) -> None:
 
 
 def _save(path: Path, state: dict[str, Tensor], part: str, accelerator) -> None:
-    rounded = _rounded(state)
-    if accelerator.is_main_process:
+    rounded = _rounded(state, accelerator.is_main_process)
+    if rounded:
         make_folder(path.parent)
         metadata = {"format": "pt", "varedit.architecture": ARCHITECTURES[part], "varedit.precision": "bf16"}
         write_tensors(path, rounded, metadata)
 
 
-def _rounded(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state as files hold it. All processes must ask (see `whole`)."""
-    return {key: whole(tensor).to("cpu", torch.bfloat16).contiguous() for key, tensor in state.items()}
+def _rounded(state: dict[str, Tensor], kept: bool) -> dict[str, Tensor]:
+    """A state as files hold it. All processes must ask (see `whole`); kept: whether this one keeps what it gets."""
+    parts = ((key, whole(tensor)) for key, tensor in state.items())
+    return {key: part.to("cpu", torch.bfloat16).contiguous() for key, part in parts if kept}
 
 
 def save_text(folder: Path, text: T5Encoder, vocabulary: Path, write: bool = True) -> None:
@@ -386,7 +400,7 @@ def save_text(folder: Path, text: T5Encoder, vocabulary: Path, write: bool = Tru
 
     write: False in all but one of several processes, which then only hand over their parts (see `whole`).
     """
-    state = _rounded(text.state_dict())
+    state = _rounded(text.state_dict(), write)
     if not write:
         return
     make_folder(folder)
