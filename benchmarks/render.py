@@ -32,6 +32,28 @@ PAGES = [
 """Every page that has a table to fill."""
 
 
+def training_cost() -> str:
+    """Costs of trainings, of every device that was measured."""
+    rows, device = [], ""
+    for path in sorted(FOLDER.glob("training_cost_*.json")):
+        facts = json.loads(path.read_text())
+        device = facts["device"]
+        for case in (case for case in facts["cases"] if "failed" not in case):
+            within = f" (held to {case['limit_gib']:g} GiB)" if case["limit_gib"] else ""
+            rows.append(
+                [
+                    f"{case['name']}, {case['blocks']} blocks",
+                    f"{case['gpus']}",
+                    f"{case['seconds_a_step']:.2f} s",
+                    f"{case['gpu_peak_gb']:.1f} GB{within}",
+                    f"{case['state_gb']:.1f} GB, {case['save_seconds']:.0f} s",
+                    f"{case['result_gb']:.1f} GB, {case['export_seconds']:.0f} s",
+                ]
+            )
+    head = [f"8B at 512 pixels, one pair a GPU, {device}", "GPUs", "step", "peak of a GPU", "checkpoint", "result"]
+    return table(head, rows) if rows else "Not measured yet."
+
+
 def table(heading: list[str], rows: list[list[str]]) -> str:
     lines = [heading, ["---"] * len(heading), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -404,7 +426,13 @@ TABLES = {
     "shapeedit": shapeedit,
     "parity": parity,
 }
-TABLES |= {"real size": real_size, "speed": speed, "shortcuts": shortcuts, "library memory": library_memory}
+TABLES |= {
+    "real size": real_size,
+    "training cost": training_cost,
+    "speed": speed,
+    "shortcuts": shortcuts,
+    "library memory": library_memory,
+}
 TABLES |= {"masks": masks, "dials": dials, "auto masks": auto_masks, "chains": chains, "presets": presets}
 
 

@@ -16,6 +16,7 @@ IN_COMFYUI = ("comfyui_memory", "comfyui_soak", "comfyui_speed")
 FOLDERS = {
     "comfyui_memory": "--folder", "comfyui_soak": "--folder", "comfyui_speed": "--folder",
     "control_pictures": "--folder", "library_memory": "--pictures", "real_size": "--folder", "render": "--folder",
+    "training_cost": "--folder",
 }  # fmt: skip
 """Where scripts take a folder for what they write beside their result."""
 RECORDS = {
