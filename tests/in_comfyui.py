@@ -414,6 +414,49 @@ class Probe:
         ops.QUANT_ALGOS.update(real)
         return said
 
+    def forms(self) -> dict:
+        """Whether the loaders take networks out of a training's checkpoint and of several files as they take the bare
+        ones."""
+        from safetensors.torch import load_file, save_file
+
+        load = {name: self.module(f"nodes.adapters.{name}") for name in ("model", "vae")}
+        bare = (
+            DEMO / "diffusion_models" / "varedit_demo.safetensors",
+            DEMO / "vae" / "varedit_demo_tokenizer.safetensors",
+        )
+        net, vae = map(load_file, bare)
+        average = {key: t + 1 for key, t in net.items()}
+        trainer = {"vae_local": vae, "gpt_fsdp": {f"_orig_mod.{key}": t for key, t in net.items()}}
+        trainer |= {"gpt_ema_fsdp": average, "gpt_fsdp_opt": {"state": {key: {"exp_avg": t} for key, t in net.items()}}}
+        whole = self.scratch / "trainer.pth"
+        self.torch.save({"trainer": trainer, "epoch": 1, "args": {"tlen": 512}}, whole)
+        flat = self.scratch / "trainer.safetensors"
+        parts = {"trainer.vae_local": vae, "trainer.gpt_fsdp": net, "trainer.gpt_ema_fsdp": average}
+        save_file({f"{name}.{key}": t for name, part in parts.items() for key, t in part.items()}, flat)
+        shards = [self.scratch / f"net-{n:05}-of-00002.safetensors" for n in (1, 2)]
+        for n, shard in enumerate(shards):
+            save_file({key: net[key] for key in sorted(net)[n::2]}, shard)
+
+        def state(network):
+            return {key: t.cpu() for key, t in network.state_dict().items()}
+
+        def model(path):
+            return state(load["model"].load_model(path).model.diffusion_model)
+
+        def tokenizer(path):
+            return state(load["vae"].load_vae(path).first_stage_model)
+
+        ways = [(model, bare[0], (whole, flat, *shards)), (tokenizer, bare[1], (whole, flat))]
+        found = {}
+        for take, plain, others in ways:
+            wanted = take(plain)
+            for path in others:
+                ours = take(path)
+                equal = ours.keys() == wanted.keys() and all(self.torch.equal(ours[key], wanted[key]) for key in wanted)
+                found[f"{take.__name__} of {path.name}"] = equal
+        shards[0].unlink()
+        return found | {"lacking": self.error(load["model"].load_model, shards[1])}
+
     def formats(self) -> dict:
         """The transformer's file in ComfyUI's quantised formats: layers, and share of bits that stay."""
         from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
@@ -1602,7 +1645,7 @@ def name(way) -> str:
 
 PARTS = (
     "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text",
-    "ladder", "formats", "partial", "leftovers", "keeping", "variations", "shortcuts", "controls", "text_to_image",
+    "ladder", "forms", "formats", "partial", "leftovers", "keeping", "variations", "shortcuts", "controls", "text_to_image",
     "layers", "held", "streaming", "without_triton", "listing", "way", "recording", "told", "asked_back", "colours",
     "same_job", "plan", "stray_masks", "given", "says",
 )  # fmt: skip

@@ -43,6 +43,13 @@ def test_a_stock_lora_loader_does_what_the_library_does(found):
     assert result["lora as the library"] > 0.8
 
 
+def test_every_form_of_a_checkpoint_loads_as_the_bare_one(found):
+    result = dict(facts(found, "forms"))
+    lacking = result.pop("lacking")
+    assert len(result) == 6 and all(result.values()), result
+    assert lacking.startswith(SENTENCE) and "lacks net-00001-of-00002.safetensors, without which" in lacking
+
+
 def test_compilation_attention_and_device_nodes_work(found):
     result = facts(found, "wrappers")
     assert result["equal"] == [True, True, True] and result["again"]
