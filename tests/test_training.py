@@ -40,6 +40,7 @@ from varedit_core.training.objective import bit_accuracy, draw_flips, teach, tok
 from varedit_core.training.parallel import BlockCausal, parallel_logits  # noqa: E402
 from varedit_core.training.run import _check, run  # noqa: E402
 from varedit_core.training.settings import NewText, NewTransformer, load_stages  # noqa: E402
+from varedit_core.training.sharded import keep_exact  # noqa: E402
 from varedit_core.training.words import make_vocabulary, new_text_encoder  # noqa: E402
 
 PAIRS = 6
@@ -505,7 +506,7 @@ def test_a_frozen_matrix_of_8_bits_passes_gradients_on_and_is_kept_by_nobody():
     x = torch.randn(2, 5, 96, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         y = layer(x)
-    assert sum(t.nbytes for t in kept) == codes.weight.nbytes + codes.weight_scale.nbytes
+    assert not kept, "neither the matrix nor what came in"
     assert torch.allclose(y, torch.nn.functional.linear(x, matrix, codes.bias), atol=1e-6)
     y.square().sum().backward()
     assert torch.allclose(x.grad, (2 * y.detach()) @ matrix, atol=1e-4) and layer.weight.grad is None
@@ -834,7 +835,7 @@ if __name__ == "__main__":
 def test_sharded_training_is_the_same(parts, tmp_path):
     """Every weight is read by calling its layer, as FSDP needs, and results are gathered from all processes. It stops
     after one step and goes on from a checkpoint of which each process wrote its part."""
-    changes = ("a.train_text=true", "a.optimisation.average=0.0")
+    changes = ("a.train_text=true", "a.optimisation.average=0.0", "a.checkpointing=true")
     edits(parts, batch=1, steps=2, more=NEW + OWN)
     (tmp_path / "sharded.py").write_text(_SHARDED)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -867,6 +868,17 @@ def test_what_sharding_cannot_do_is_refused(parts, changes, message):
     sharding = SimpleNamespace(distributed_type="FSDP")
     with pytest.raises(ValueError, match=message):
         engine.train(None, stage, parts, sharding, False)
+
+
+def test_sharding_multiplies_in_bf16_and_rounds_nothing_else():
+    plugin = SimpleNamespace(fsdp_version=2, mixed_precision_policy="accelerate's")
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no")
+    keep_exact(accelerator)
+    assert plugin.mixed_precision_policy == "accelerate's"
+    accelerator.mixed_precision = "bf16"
+    keep_exact(accelerator)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
 
 
 def test_an_8_bit_base_is_not_compiled(parts):

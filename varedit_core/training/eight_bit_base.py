@@ -11,37 +11,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..runtime.fp8 import EightBitLinear
-from ..runtime.kernels import dequantise_rows
 
 
-class FrozenLinear(nn.Linear):
+class FrozenLinear(EightBitLinear):
     """An 8-bit layer whose products pass gradients on to what comes in. dtype: of the products."""
 
-    def __init__(self, layer: EightBitLinear, dtype: torch.dtype) -> None:
-        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, "meta", layer.weight.dtype)
-        self.weight, self.bias, self.dtype = layer.weight, layer.bias, dtype
-        self.register_buffer("weight_scale", layer.weight_scale)
+    reads_rounded = False
 
-    def reset_parameters(self) -> None:
-        """Nothing: torch cannot fill 8-bit weights."""
+    def __init__(self, layer: EightBitLinear, dtype: torch.dtype) -> None:
+        has_bias = layer.bias is not None
+        super().__init__(layer.in_features, layer.out_features, has_bias, layer.weight.dtype, layer.group)
+        self.weight, self.bias, self.weight_scale, self.dtype = layer.weight, layer.bias, layer.weight_scale, dtype
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        return _Product.apply(x.to(self.dtype), self.weight, self.weight_scale, bias)
+        return _Product.apply(x.to(self.dtype), self, bias)
+
+    def after_gelu(self, x: Tensor) -> Tensor:
+        return self(F.gelu(x, approximate="tanh"))
 
 
 class _Product(torch.autograd.Function):
-    """x @ weight.T + bias, of which only x has a gradient."""
+    """x @ matrix.T + bias, of which only x has a gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(codes, scales)
-        return F.linear(x, dequantise_rows(codes, scales, x.dtype), bias)
+    def forward(ctx, x: Tensor, layer: FrozenLinear, bias: Tensor | None) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.matrix(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        codes, scales = ctx.saved_tensors
-        return gradient @ dequantise_rows(codes, scales, gradient.dtype), None, None, None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient @ ctx.layer.matrix(gradient.dtype), None, None
 
 
 def freeze(network: nn.Module, dtype: torch.dtype) -> None:

@@ -23,7 +23,7 @@ from ..runtime.fp8 import LINEARS
 from .muon import Muon
 from .report import Report
 from .settings import Optimisation, Stage
-from .sharded import local
+from .sharded import keep_exact, local
 from .states import Progress, Trained, load_state, save_state
 
 logger = logging.getLogger(__name__)
@@ -168,6 +168,7 @@ def train(
     """
     if accelerator.distributed_type == "FSDP":
         _check_sharded(stage)
+        keep_exact(accelerator)
     model, *prepared = accelerator.prepare(task.model, *optimizers(task.model, stage.optimisation))
     bare, progress = accelerator.unwrap_model(model), Progress()
     average = Average(bare, stage.optimisation.average)

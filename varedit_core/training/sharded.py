@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+
+def keep_exact(accelerator) -> None:
+    """Let FSDP 2 multiply in bf16 where the training does, and round nothing else: accelerate's own policy rounds sums
+    of gradients, and the loss, too."""
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version == 2 and accelerator.mixed_precision == "bf16":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -123,6 +123,14 @@ class TokenizerTask:
         return [path]
 
 
+class Exact:
+    """A batch that wrappers of a module hand on as it is: FSDP rounds the numbers in tensors and dictionaries, and the
+    signs of the target's features are what is learned."""
+
+    def __init__(self, batch: dict[str, Tensor]) -> None:
+        self.batch = batch
+
+
 class EditModel(nn.Module):
     """Transformer and, where it is trained too, text encoder, with the loss of a batch of encoded pairs."""
 
@@ -134,7 +142,8 @@ class EditModel(nn.Module):
         self.schedule, self.patch, self.settings = store.schedule, patch, stage.objective
         self.teach = torch.compile(teach, dynamic=False) if stage.compile else teach
 
-    def forward(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, given: Exact, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = given.batch
         device, settings, count = batch["source"].device, self.settings, len(batch["source"])
         draw = torch.rand(2, count, generator=generator, device=device)
         flips = draw_flips(batch["target"].shape, self.schedule, self.patch, draw[0] * settings.flips, generator)
@@ -265,7 +274,7 @@ class TransformerTask:
         return batch | {"features": self.text(batch["ids"], batch["real"]).float()}
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor], generator) -> tuple[Tensor, dict[str, Tensor]]:
-        return model(batch, generator)
+        return model(Exact(batch), generator)
 
     @torch.no_grad()
     def look(self, folder: Path, step: int) -> dict[str, float]:
