@@ -1,8 +1,9 @@
 """Checkpoints of a training: `state-N` folders of safetensors and JSON. Reading one never runs code.
 
 Trained weights, optimisers' state and moving average are written once, by each process its own part where they are
-sharded; states of random numbers by every process. `state.json` lists the files with their sizes and checksums: a folder that
-lacks one, or holds another, is not gone on with. A folder takes its name when it is whole, and loses it before it goes.
+sharded; what is frozen stays in its own files; states of random numbers by every process. `state.json` lists the files
+with their sizes and checksums: a folder that lacks one, or holds another, is not gone on with. A folder takes its name
+when it is whole, and loses it before it goes.
 """
 
 from __future__ import annotations
