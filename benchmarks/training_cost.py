@@ -96,7 +96,7 @@ def make_weights(folder: Path, model: str, depth: int) -> None:
     sizes, rounded = MODELS[model], {"format": "pt", "varedit.precision": "bf16"}
     path = folder / f"weights-{depth}" / WEIGHTS
     if not path.exists():
-        path.parent.mkdir()
+        path.parent.mkdir(exist_ok=True)
         network = random_transformer(dataclasses.replace(sizes.transformer, depth=depth), device)
         write_tensors(path, {key: t.bfloat16() for key, t in network.state_dict().items()}, rounded)
         del network

@@ -1646,8 +1646,8 @@ def name(way) -> str:
 PARTS = (
     "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text",
     "ladder", "forms", "formats", "partial", "leftovers", "keeping", "variations", "shortcuts", "controls",
-    "text_to_image", "layers", "held", "streaming", "without_triton", "listing", "way", "recording", "told", "asked_back", "colours",
-    "same_job", "plan", "stray_masks", "given", "says",
+    "text_to_image", "layers", "held", "streaming", "without_triton", "listing", "way", "recording", "told",
+    "asked_back", "colours", "same_job", "plan", "stray_masks", "given", "says",
 )  # fmt: skip
 ONE_EDIT = ("pictures", "formats", "variations")  # parts that decode one edit again and again
 
