@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from varedit_core.files.convert import convert
+from varedit_core.files.info import inspect
 from varedit_core.files.weights import WeightError
 from varedit_core.text.encoder import load_text_encoder, load_tokenizer
 
@@ -144,6 +145,31 @@ def test_never_a_part(folder, tmp_path, lost):
     save_file(state, tmp_path / "t5.safetensors")
     with pytest.raises(WeightError, match="lacks|where"):
         load_text_encoder(tmp_path / "t5.safetensors", tokenizer=folder)
+
+
+@pytest.mark.parametrize("order", ["of the network", "of the names"])
+def test_the_decoder_may_be_left_out_of_a_model_in_several_files(folder, encoder, tmp_path, order):
+    """The first files are enough as soon as the encoder is whole, as it is in flan-t5-xl's first of two."""
+    state = T5ForConditionalGeneration.from_pretrained(folder).state_dict()
+    own = [key for key in state if not key.endswith("embed_tokens.weight")]
+    keys = sorted(own) if order == "of the names" else own
+    count = 12
+    names = [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
+    parts = [keys[len(keys) * n // count : len(keys) * (n + 1) // count] for n in range(count)]
+    for name, part in zip(names, parts):
+        save_file({key: state[key].clone() for key in part}, tmp_path / name)
+    last = max(n for n, part in enumerate(parts) if any(not key.startswith(("decoder.", "lm_head.")) for key in part))
+    assert last > 3
+    for n in reversed(range(count)):
+        if n >= last:
+            alone = load_text_encoder(tmp_path / names[0], tokenizer=folder)
+            assert all(torch.equal(a, b) for a, b in zip(alone.encode(PROMPTS), encoder.encode(PROMPTS)))
+            assert inspect(tmp_path)["is"] == "a T5 text encoder"
+            convert(tmp_path, tmp_path / "out" / "t5.safetensors", "bf16", overwrite=True)
+        else:
+            with pytest.raises(WeightError, match="lacks"):
+                load_text_encoder(tmp_path / names[0], tokenizer=folder)
+        (tmp_path / names[n]).unlink()
 
 
 def test_sentencepiece_model(tmp_path):

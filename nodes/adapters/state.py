@@ -20,18 +20,19 @@ from torch import Tensor, nn
 from ...varedit_core.files import quantised
 from ...varedit_core.files.checkpoints import expected
 from ...varedit_core.files.shards import parts_of
-from ...varedit_core.files.weights import SAFETENSORS, WeightError, Weights, open_weights
+from ...varedit_core.files.weights import SAFETENSORS, Enough, WeightError, Weights, open_weights
 from .layers import Casting
 from .layers import quantised as quantised_layers
 
 
-def open_file(path: Path) -> Weights:
+def open_file(path: Path, enough: Enough = lambda keys: False) -> Weights:
     """A weight file as ComfyUI reads it: safetensors stay file-backed, old quantised formats take the present form.
 
-    One of several files of a model stands for all of them. Raises ValueError for a file that cannot be used.
+    One of several files of a model stands for all of them. enough: see `open_weights`. Raises ValueError for a file
+    that cannot be used.
     """
     try:
-        opened = open_weights(path)
+        opened = open_weights(path, enough)
     except WeightError as error:
         raise plain(error) from error
     if path.suffix not in SAFETENSORS or len(parts_of(path)) > 1:

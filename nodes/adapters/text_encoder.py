@@ -17,6 +17,7 @@ import comfy.text_encoders
 import torch
 from torch import Tensor, nn
 
+from ...varedit_core.files.checkpoints import has_encoder
 from ...varedit_core.files.safe_write import write_bytes
 from ...varedit_core.files.shards import parts_of
 from ...varedit_core.files.weights import PICKLED, SAFETENSORS, WeightError, Weights
@@ -132,7 +133,7 @@ class TextModel(Asked, nn.Module):
 def load_clip(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """A T5 encoder's file as a CLIP. Raises ValueError for a file that is none or is not whole."""
     try:
-        weights = encoder_weights(open_file(path))
+        weights = encoder_weights(open_file(path, has_encoder))
         with _beside(path, weights) as folder:
             config = encoder_config(folder, weights) if folder else T5Config.from_shapes(weights.shapes)
             with Unfilled():

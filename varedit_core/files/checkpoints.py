@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -93,6 +93,12 @@ def select(weights: Weights, part: str) -> Weights:
     if found is None or (part == TRANSFORMER and "lvl_embed.weight" not in found):
         raise WeightError(f"{weights.path} is {describe(weights)}, not {EXPECTED[part]}; choose the right file")
     return found
+
+
+def has_encoder(keys: Iterable[str]) -> bool:
+    """Whether the first files of a T5 hold all of its encoder, so that the decoder's are not needed: they are filled in
+    the order of the network or of the names, and in both the encoder ends with its norm."""
+    return any(re.search(r"(^|\.)encoder\.final_layer_norm\.weight$", key) for key in keys)
 
 
 def holds(weights: Weights, part: str) -> bool:

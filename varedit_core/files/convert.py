@@ -29,6 +29,7 @@ from .checkpoints import (
     canonical,
     checked_kind,
     describe,
+    has_encoder,
     holds,
     part_of,
     tell_taken,
@@ -93,7 +94,7 @@ def convert(
         raise ValueError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     check_result(target, overwrite)
     chosen = checked_kind(kind)
-    opened = open_weights(source)
+    opened = open_weights(source, has_encoder)
     part, _ = part_of(opened)
     if part is None:
         raise WeightError(f"{source} is {describe(opened)}; expected a VAREdit transformer, a VAE or a T5 encoder")

@@ -16,6 +16,7 @@ from .checkpoints import (
     blank,
     canonical,
     describe,
+    has_encoder,
     part_of,
     told_kind,
     where_taken,
@@ -33,7 +34,7 @@ def inspect(path: str | Path) -> dict:
 
     Raises WeightError where the file cannot be opened; an unknown model is described, not refused.
     """
-    weights = open_weights(path)
+    weights = open_weights(path, has_encoder)
     facts: dict = {"file": str(path), "is": describe(weights)}
     for part, kind in _CONFIGS.items():
         sizes = _sizes(weights, part, kind)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
@@ -37,6 +37,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     name: getattr(torch, dtype) for name, dtype in _NAMES.items() if hasattr(torch, dtype)
 }
 """The types of a safetensors file that this version of torch has."""
+Enough = Callable[[Iterable[str]], bool]
+"""Whether tensors of these keys are all that is needed."""
 
 
 class WeightError(ValueError):
@@ -109,23 +111,24 @@ class Weights(Mapping[str, Tensor]):
         return self
 
 
-def open_weights(path: str | Path) -> Weights:
+def open_weights(path: str | Path, enough: Enough = lambda keys: False) -> Weights:
     """Open a weight file, or a model in several files by its folder, its index or any one of them (see `shards`).
 
-    FILE:PART is what a file holds below the name PART. Raises WeightError (missing, truncated, unsafe, unknown format).
+    FILE:PART is what a file holds below the name PART. enough: asked where one of numbered files is not there, whether
+    the keys of those before it are all that is needed. Raises WeightError (missing, truncated, unsafe, unknown format).
     """
     file, _, part = str(path).rpartition(":")
     if part and os.path.exists(file) and not os.path.exists(path):
-        return _below(open_weights(file), part)
+        return _below(open_weights(file, enough), part)
     path = Path(path)
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, enough)
     try:
         check_file(path, "weight file", WeightError)
     except FileNotFoundError:
         raise WeightError(f"{path} does not exist; check the path or download the file first") from None
     index = path if path.name.endswith(INDEX) else index_of(path)
-    return _open_index(index) if index else _open_numbered(path)
+    return _open_index(index) if index else _open_numbered(path, enough)
 
 
 def _open_file(path: Path) -> Weights:
@@ -195,7 +198,7 @@ def _empty(path: Path, key: str, shape, dtype: torch.dtype | str) -> Tensor:
         ) from error
 
 
-def _open_folder(path: Path) -> Weights:
+def _open_folder(path: Path, enough: Enough) -> Weights:
     try:
         files = sorted(path.iterdir())
     except OSError as error:
@@ -205,7 +208,7 @@ def _open_folder(path: Path) -> Weights:
         return open_weights(index)
     found = [file for file in files if file.suffix in SAFETENSORS] or [file for file in files if file.suffix in PICKLED]
     if found and set(found) <= set(numbered(found[0])) and not found[0].is_dir():
-        return open_weights(found[0])
+        return open_weights(found[0], enough)
     names = ", ".join(file.name for file in found) or "no weight file"
     raise WeightError(f"{path} holds {names} and no *.index.json; name the file, or put the index beside the shards")
 
@@ -234,8 +237,9 @@ def _open_index(path: Path) -> Weights:
     return _joined(path.parent, shards, shard_of)
 
 
-def _open_numbered(path: Path) -> Weights:
-    """A file that holds tensors, or all files that its number makes it one of."""
+def _open_numbered(path: Path, enough: Enough) -> Weights:
+    """A file that holds tensors, or all files that its number makes it one of; the first of them, if they are
+    enough."""
     files = numbered(path)
     if len(files) == 1:
         return _open_file(path)
@@ -244,6 +248,8 @@ def _open_numbered(path: Path) -> Weights:
         try:
             shards[file.name] = _open_file(check_file(file, "shard", WeightError))
         except FileNotFoundError:
+            if enough(shard_of):
+                break
             raise WeightError(
                 f"{path.parent} lacks {file.name}, without which {path.name} is not whole; download it into that folder"
             ) from None

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..defaults import TEXT_TOKENS
-from ..files.checkpoints import TEXT_ENCODER, check, expected, placed, select
+from ..files.checkpoints import TEXT_ENCODER, check, expected, has_encoder, placed, select
 from ..files.quantised import store
 from ..files.reading import read_json
 from ..files.shapes import checked
@@ -126,7 +126,7 @@ def load_text_encoder(
     tokenizer: folder or file with `tokenizer.json` or `spiece.model`; by default it is looked for with the
     weights. Raises WeightError; never loads a part.
     """
-    weights = encoder_weights(open_weights(path))
+    weights = encoder_weights(open_weights(path, has_encoder))
     tokenize = load_tokenizer(tokenizer or path)
     model = blank_encoder(Path(path), weights, operations, dtype)
     model.load_state_dict(dict(placed(expected(model), _own(weights, expected(model)), device)), assign=True)
