@@ -9,7 +9,7 @@ from pathlib import Path
 import folder_paths
 
 from ._api import io, ui
-from .files import stamp
+from .files import names, stamp
 
 FOLDERS = ("diffusion_models", "vae", "text_encoders")
 NO_FILE = "no weight file found"
@@ -71,7 +71,7 @@ class VAREditFileInfo(io.ComfyNode):
 
 
 def _files() -> list[str]:
-    return [f"{folder}/{name}" for folder in FOLDERS for name in folder_paths.get_filename_list(folder)]
+    return [f"{folder}/{name}" for folder in FOLDERS for name in names(folder)]
 
 
 def _find(file: str) -> Path | None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import folder_paths
+
+from ..varedit_core.defaults import PUBLISHED_TRANSFORMERS, PUBLISHED_VAES
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 """Has a folder for each of ComfyUI's that the demo model has files for."""
 NO_FILE = "no file found"
 PUBLISHED = {
-    "diffusion_models": "8B-1024.pth, 8B-512.pth or 2B-512.pth of https://huggingface.co/HiDream-ai/VAREdit",
-    "vae": "infinity_vae_d56_f8_14_patchify.pth (8B) or infinity_vae_d32reg.pth (2B) of "
-    "https://huggingface.co/FoundationVision/infinity",
+    "diffusion_models": f"{', '.join(PUBLISHED_TRANSFORMERS[:-1])} or {PUBLISHED_TRANSFORMERS[-1]} of "
+    "https://huggingface.co/HiDream-ai/VAREdit",
+    "vae": " or ".join(f"{name} ({size})" for size, name in PUBLISHED_VAES.items())
+    + " of https://huggingface.co/FoundationVision/infinity",
     "text_encoders": "the encoder of https://huggingface.co/google/flan-t5-xl",
 }
 """Where the files of a folder are published."""
@@ -27,7 +31,13 @@ def add_demo_folders() -> None:
 
 def listed(folder: str) -> list[str]:
     """The choices of a folder; never empty, as an empty list would show "undefined" and fail as a missing link."""
-    return folder_paths.get_filename_list(folder) or [NO_FILE]
+    return names(folder) or [NO_FILE]
+
+
+def names(folder: str) -> list[str]:
+    """The files of a folder, with "/" between folders on every system: a graph made on one names its files on
+    another, and the page compares names letter by letter. ComfyUI finds files by either."""
+    return [name.replace(os.sep, "/") for name in folder_paths.get_filename_list(folder)]
 
 
 def find(folder: str, name: str) -> Path:

@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
-from support import ROOT
+from support import GOLDEN, ROOT
 
 DEMO = ROOT / "demo"
 CAT, SCENE = ROOT / "samples" / "cat.jpg", ROOT / "samples" / "scene.png"
@@ -315,6 +315,46 @@ class Probe:
             "nan vae": self.error(self.run, "Decode", spoiled, {"samples": self.sepia}),
             "missing": self.error(self.run, "ModelLoader", "8B-1024.safetensors", "auto"),
         }  # fmt: skip
+
+    def wrong_pairs(self) -> dict:
+        """Errors wherever a published size's layout meets the other's VAE, latent or model; the size of a picture by
+        parts that belong together."""
+        load = {name: self.module(f"nodes.adapters.{name}") for name in ("model", "vae", "token_latents")}
+        files = {"8B": GOLDEN / "patchify_256.safetensors", "2B": GOLDEN / "plain_256.safetensors"}
+        models = {size: self._converted(file, f"{size}-transformer.safetensors") for size, file in files.items()}
+        vaes = {size: load["vae"].load_vae(file) for size, file in files.items()}
+        features, edits, found = self.torch.ones(1, 3, 256), {}, {}
+        text = [[features, {self.module("nodes.adapters.text_encoder").MARK: features}]]
+        sources = {size: self.run("SourceEncode", vae, self.cat, "256", "square") for size, vae in vaes.items()}
+        for size in files:
+            given = models[size], sources[size], text, 0, 1.0, 0.0
+            edits[size] = self.nodes["VAREditSampler"].execute(*given, vae=vaes[size]).result
+            load["token_latents"].save_tokens(edits[size][0], self.scratch / f"{size}.safetensors", {})
+        drafted = self.run("Shortcuts", 0, 0, 0.0, 0, 2)
+        for size, other in (("8B", "2B"), ("2B", "8B")):
+            model, vae, source, wrong = models[size], vaes[size], sources[size], vaes[other]
+            latent, scales, *_ = edits[size]
+            given = model, source, text, wrong, 0, 1.0, 0.0, "guidance", "1", "none", ""
+            error, tokens = self.error, self.scratch / f"{size}.safetensors"
+            found[size] = {
+                "source": error(self.sample, model, sources[other], text),
+                "latent of a stock node": error(self.sample, model, {"samples": sources[other]["samples"]}, text),
+                "vae of the sampler": error(self.sample, model, source, text, vae=wrong),
+                "begun": error(self.sample, model, source, text, begun=edits[other][0]),
+                "drafter": error(self.sample, model, source, text, drafter=models[other], shortcuts=drafted),
+                "sweep": error(self.run, "Sweep", *given),
+                "decode": error(self.run, "Decode", wrong, latent),
+                "stock decode": error(self.core.VAEDecode().decode, wrong, latent),
+                "scale preview": error(self.run, "ScalePreview", wrong, scales, "full"),
+                "tokens": error(load["token_latents"].load_tokens, tokens, wrong),
+            }
+            found[size]["right"] = list(self.run("Decode", vae, latent).shape)
+        return found
+
+    def _converted(self, file: Path, name: str):
+        """The transformer of a recording, whose numbers lie there in 8 bits."""
+        self.module("varedit_core.files.convert").convert(file, self.scratch / name, "fp32", overwrite=True)
+        return self.module("nodes.adapters.model").load_model(self.scratch / name)
 
     def long_text(self) -> dict:
         """A text of more than 512 tokens."""
@@ -1647,7 +1687,7 @@ PARTS = (
     "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text",
     "ladder", "forms", "formats", "partial", "leftovers", "keeping", "variations", "shortcuts", "controls",
     "text_to_image", "layers", "held", "streaming", "without_triton", "listing", "way", "recording", "told",
-    "asked_back", "colours", "same_job", "plan", "stray_masks", "given", "says",
+    "asked_back", "colours", "same_job", "plan", "stray_masks", "given", "says", "wrong_pairs",
 )  # fmt: skip
 ONE_EDIT = ("pictures", "formats", "variations")  # parts that decode one edit again and again
 

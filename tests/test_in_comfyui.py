@@ -6,6 +6,7 @@ import pytest
 from support import ROOT
 
 from varedit_core.controls.registry import knobs
+from varedit_core.defaults import PUBLISHED_VAES
 from varedit_core.files.convert import FORMS
 
 SENTENCE = "builtins.ValueError: "
@@ -172,6 +173,17 @@ def test_a_preview_without_its_vae_is_one_sentence(found):
 def test_bad_input_is_one_sentence(found, name, message):
     error = facts(found, "bad_input")[name]
     assert error.startswith(SENTENCE) and message in error and "\n" not in error
+
+
+@pytest.mark.parametrize(("size", "vae"), PUBLISHED_VAES.items())
+def test_parts_of_two_sizes_are_refused_by_the_name_of_the_right_one(found, size, vae):
+    result = dict(facts(found, "wrong_pairs")[size])
+    assert result.pop("right") == [1, 300, 451, 3]
+    assert len(result) == 10
+    for way, error in result.items():
+        assert error.startswith(SENTENCE) and "\n" not in error, (way, error)
+        own = {"begun": "; go on with the model that made them", "drafter": "; choose another drafter"}
+        assert error.endswith(own.get(way, f" ({vae} for {size})")), (way, error)
 
 
 def test_an_empty_negative_is_none(found):

@@ -6,7 +6,9 @@ from PIL import Image
 from support import GOLDEN, ROOT
 
 from varedit_core import Editor, SamplingSettings
+from varedit_core.cli.decode import decode
 from varedit_core.controls.registry import Shortcuts
+from varedit_core.defaults import PUBLISHED_VAES
 from varedit_core.demo import demo_files
 from varedit_core.files.weights import open_weights
 from varedit_core.runtime.session import Session
@@ -75,9 +77,31 @@ def test_an_instruction_without_a_text_encoder(editor):
         editor.edit(CAT, "make it red", size="0.06M")
 
 
-def test_networks_that_do_not_belong_together():
-    with pytest.raises(ValueError, match="load the VAE the transformer was trained with"):
-        Editor.load(GOLDEN / "patchify_256.safetensors", GOLDEN / "plain_256.safetensors", device="cpu")
+LAYOUTS = {"8B": GOLDEN / "patchify_256.safetensors", "2B": GOLDEN / "plain_256.safetensors"}
+
+
+@pytest.mark.parametrize(("size", "other"), [("8B", "2B"), ("2B", "8B")])
+def test_parts_of_two_sizes_are_refused_by_the_name_of_the_right_one(size, other, tmp_path):
+    """Wherever the layout of a published size meets the other's VAE, features or edit."""
+    editor, foreign = (Editor.load(LAYOUTS[one], LAYOUTS[one], device="cpu") for one in (size, other))
+    words, small = torch.ones(3, 256), dict(size="0.06M")
+    edit = foreign.run(CAT, words, **small)
+    edit.tokens.save(tmp_path / "edit.safetensors")
+    editor.drafter = foreign.transformer
+    right, theirs = (f" ({PUBLISHED_VAES[one]} for {one})" for one in (size, other))
+    ways = {
+        "load": (lambda: Editor.load(LAYOUTS[size], LAYOUTS[other], device="cpu"), right),
+        "features": (lambda: editor.run(CAT, words, features=edit.tokens.total(), **small), right),
+        "an edit of an edit": (lambda: editor.run(edit, words), theirs),
+        "its tokens": (lambda: editor.run(edit.tokens, words), theirs),
+        "its first scales": (lambda: editor.run(CAT, words, given=edit.tokens.first(3), **small), "; go on with the"),
+        "its file": (lambda: decode(tmp_path / "edit.safetensors", LAYOUTS[size], device="cpu"), f"--vae{theirs}"),
+        "drafter": (lambda: editor.run(CAT, words, shortcuts=Shortcuts(drafted=2), **small), "; choose another dr"),
+    }
+    for way, (act, advice) in ways.items():
+        with pytest.raises(ValueError) as error:
+            act()
+        assert advice in str(error.value) and "\n" not in str(error.value), way
 
 
 def test_one_negative_serves_every_picture(editor, text, monkeypatch):

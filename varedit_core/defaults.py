@@ -1,4 +1,4 @@
-"""The plain defaults: sizes, fits, fills, previews. It loads no torch.
+"""The plain defaults: sizes, fits, fills, previews, the published files' names. It loads no torch.
 
 Those of a draw are in `sampling.settings`, those of a control in its own file in `controls`.
 """
@@ -20,6 +20,11 @@ EDIT, TEXT_TO_IMAGE = "edit", "text-to-image"
 KINDS = ("auto", EDIT, TEXT_TO_IMAGE)
 """What a transformer was trained for, which its tensors do not tell: auto asks the file (see
 `checkpoints.told_kind`)."""
+PUBLISHED_TRANSFORMERS = ("8B-1024.pth", "8B-512.pth", "2B-512.pth")
+PUBLISHED_VAES = {"8B": "infinity_vae_d56_f8_14_patchify.pth", "2B": "infinity_vae_d32reg.pth"}
+"""Size of a published transformer -> its VAE."""
+PUBLISHED_BITS = {14: "8B", 56: "8B", 32: "2B"}
+"""Bits of a latent position or of a token -> the size of the published models that have so many."""
 RATIOS = {
     "1:1": 1.0, "4:5": 1.25, "3:4": 1.333, "2:3": 1.5, "4:7": 1.75, "1:2": 2.0, "2:5": 2.5, "1:3": 3.0,
     "5:4": 0.8, "4:3": 0.75, "3:2": 0.666, "7:4": 0.571, "2:1": 0.5, "5:2": 0.4, "3:1": 0.333,

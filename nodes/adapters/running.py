@@ -28,7 +28,7 @@ from ...varedit_core.runtime.memory import engine_of, kept_bytes
 from ...varedit_core.runtime.plan import STORES, Job, Plan
 from ...varedit_core.runtime.workspace import Shape, Workspace
 from ...varedit_core.sampling.batch import EditBatch
-from ...varedit_core.sampling.checks import facts, patch_size
+from ...varedit_core.sampling.checks import facts, patch_size, published_vae
 from ...varedit_core.sampling.driver import Wanted, run
 from ...varedit_core.sampling.parts import moved
 from ...varedit_core.sampling.scale import Scale
@@ -252,7 +252,8 @@ def sample_latent(model, source: dict, edit: Edit, preview: str, vae, tell: Tell
     """
     network = checked_model(model)
     check_patches(model)
-    vae = checked_vae(vae) if vae is not None else None
+    if vae is not None:
+        patch_size(network.diffusion_model.config, checked_vae(vae).first_stage_model.config)
     origin = _origin(network, source, vae)
     method = preview_method(preview, vae, origin)
     batch, known = _batch(edit, source, origin, network.diffusion_model.config.source, tell)
@@ -420,6 +421,7 @@ def _origin(network: VAREditModel, source: dict, vae: VAREditVAE | None) -> Orig
         raise ValueError(
             f"the source has the shape {list(samples.shape)} but the model predicts tokens of {config.token_bits} "
             "bits; encode it with VAREdit Source Encode and the VAE that belongs to the model"
+            f"{published_vae(config.token_bits)}"
         )
     origin = origin_in(source)
     if origin is not None and origin.scales:
@@ -430,7 +432,6 @@ def _origin(network: VAREditModel, source: dict, vae: VAREditVAE | None) -> Orig
         return origin
     if vae is None:
         return exactly(samples, stride)
-    patch_size(config, vae.first_stage_model.config)
     return exactly(samples, vae.stride, vae.colours)
 
 

@@ -20,6 +20,7 @@ from ...varedit_core.files.weights import WeightError
 from ...varedit_core.pictures.preview import ColourMap, fit_colours
 from ...varedit_core.runtime.graphs import Recorder
 from ...varedit_core.runtime.warm_up import warm_up
+from ...varedit_core.sampling.checks import published_vae
 from ...varedit_core.tokenizer.vae import Autoencoder
 from .foreign import Asked, Missing
 from .holding import holder_of
@@ -182,9 +183,10 @@ class VAREditVAE(comfy.sd.VAE):
     def checked(self, samples: Tensor) -> Tensor:
         """The same latents. ValueError where they are another model's."""
         if not flat(samples) or samples.shape[1] != self.latent_channels:
+            named = published_vae(samples.shape[1]) if flat(samples) else ""
             raise ValueError(
                 f"the latent has the shape {list(samples.shape)} but the VAE takes {self.latent_channels} channels; "
-                "connect a latent of VAREdit, and the VAE that belongs to its model"
+                f"connect a latent of VAREdit, and the VAE that belongs to its model{named}"
             )
         return samples
 

@@ -37,10 +37,17 @@ class Prefix(Control):
             scale.bits = self.bits[scale.index]
 
 
-def checked_prefix(prefix: Sequence[Tensor], grids: Sequence[Grid], counts: tuple[int, int]) -> Sequence[Tensor]:
+def checked_prefix(
+    prefix: Sequence[Tensor], grids: Sequence[Grid], counts: tuple[int, int], depth: int
+) -> Sequence[Tensor]:
     """Bits [B, d, h, w] of the first scales as they came. ValueError where they are not of these latent grids, or of
-    another number of edits. counts: of pictures and of results."""
+    another number of edits or of another model. counts: of pictures and of results. depth: bits a position."""
     for k, (bits, grid) in enumerate(zip(prefix, grids)):
+        if bits.shape[1] != depth:
+            raise ValueError(
+                f"the tokens to go on from have {bits.shape[1]} bits a position but this model's have {depth}; go on "
+                "with the model that made them"
+            )
         if len(bits) not in counts:
             raise ValueError(one_edit_each(len(bits), counts[0]))
         if bits.shape[-2:] != grid:

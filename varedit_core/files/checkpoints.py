@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..defaults import EDIT, KINDS, TEXT_TO_IMAGE
+from ..defaults import EDIT, KINDS, PUBLISHED_TRANSFORMERS, PUBLISHED_VAES, TEXT_TO_IMAGE
 from ..model.transformer import Transformer
 from ..runtime.fp8 import LINEARS, EightBitLinear, check_linears, prepare, quantise_weight
 from ..runtime.kernels import has_triton
@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 TRANSFORMER, TOKENIZER, TEXT_ENCODER = "VAREdit transformer", "VAREdit VAE", "T5 text encoder"
 EXPECTED = {
-    TRANSFORMER: "a VAREdit transformer such as 8B-1024.pth",
-    TOKENIZER: "a VAE such as infinity_vae_d56_f8_14_patchify.pth",
+    TRANSFORMER: f"a VAREdit transformer such as {' or '.join(PUBLISHED_TRANSFORMERS[::2])}",
+    TOKENIZER: f"a VAE such as {PUBLISHED_VAES['8B']} (8B) or {PUBLISHED_VAES['2B']} (2B)",
     TEXT_ENCODER: "a T5 encoder such as the flan-t5-xl folder",
 }
 _MARKERS = {

@@ -13,7 +13,7 @@ from ..controls.base import Known
 from ..controls.mask import checked_mask
 from ..controls.prefix import checked_prefix
 from ..controls.registry import Controls, Shortcuts
-from ..defaults import SIZES
+from ..defaults import PUBLISHED_BITS, PUBLISHED_VAES, SIZES
 from ..model.config import AutoencoderConfig, TransformerConfig
 from ..tokenizer.schedule import AREAS
 from .settings import SamplingSettings
@@ -61,7 +61,7 @@ def agree(batch: EditBatch) -> None:
         )
     if batch.mask is not None:
         checked_mask(batch.mask, pictures)
-    checked_prefix(batch.prefix, batch.grids, (pictures, len(batch.seeds)))
+    checked_prefix(batch.prefix, batch.grids, (pictures, len(batch.seeds)), batch.features.shape[1])
 
 
 def can_draft(batch: EditBatch, drafter: bool) -> None:
@@ -86,7 +86,7 @@ def _fits(batch: EditBatch, config: TransformerConfig) -> None:
         raise ValueError(
             f"source features of shape {tuple(batch.features.shape)} do not fit a {rows}x{columns} grid of tokens of "
             f"{config.token_bits} bits; encode the image at {schedule.pixels[1]}x{schedule.pixels[0]} with the model's "
-            "VAE"
+            f"VAE{published_vae(config.token_bits)}"
         )
     check_scales(len(schedule), config.levels)
     texts = [text for of_picture in batch.texts for text in of_picture]
@@ -121,8 +121,14 @@ def patch_size(transformer: TransformerConfig, autoencoder: AutoencoderConfig) -
     raise ValueError(
         f"the transformer predicts tokens of {transformer.token_bits} bits but the VAE (stride "
         f"{autoencoder.stride}, {bits} bits a position) makes tokens of {side * side * bits}; load the VAE the "
-        "transformer was trained with"
+        f"transformer was trained with{published_vae(transformer.token_bits)}"
     )
+
+
+def published_vae(bits: int) -> str:
+    """The published VAE of latents or tokens of so many bits, in brackets to stand behind advice; "" for others."""
+    size = PUBLISHED_BITS.get(bits)
+    return f" ({PUBLISHED_VAES[size]} for {size})" if size else ""
 
 
 def whole_number(name: str, value: object, low: int, high: int) -> int:

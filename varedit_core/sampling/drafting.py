@@ -26,7 +26,8 @@ class Drafting:
         if (ours.token_bits, ours.text_width) != (theirs.token_bits, theirs.text_width):
             raise ValueError(
                 f"drafter and refiner must share VAE and text encoder, but predict {ours.token_bits} and "
-                f"{theirs.token_bits} bits a token from {ours.text_width} and {theirs.text_width} text channels"
+                f"{theirs.token_bits} bits a token from {ours.text_width} and {theirs.text_width} text channels; "
+                "choose another drafter"
             )
         if ours.source != theirs.source:
             raise ValueError("drafter and refiner must both edit or both make pictures of text; choose another drafter")

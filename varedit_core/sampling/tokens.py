@@ -15,6 +15,7 @@ from torch import Tensor
 from ..fitting import Fitting
 from ..tokenizer.quantizer import codes, linear_resize
 from ..tokenizer.schedule import Grid, Schedule
+from .checks import published_vae
 
 LOST = ("transparency", "colour profile", "details")
 """What a picture may have that its tokens do not hold."""
@@ -106,7 +107,7 @@ class Tokens:
         if bits != channels or height != self.grid[0] * stride:
             raise ValueError(
                 f"{name} are of {bits} bits on a grid of {self.grid[1]}x{self.grid[0]} but the VAE takes {channels} "
-                f"channels on {width // stride}x{height // stride}{advice}"
+                f"channels on {width // stride}x{height // stride}{advice}{published_vae(bits)}"
             )
 
     def save(
