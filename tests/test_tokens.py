@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from varedit_core import Controls, Editor, SamplingSettings
 from varedit_core.cli.app import app, main
+from varedit_core.defaults import PUBLISHED_VAES
 from varedit_core.demo import SAMPLES, demo_files
 from varedit_core.files.token_header import MAX_HEADER
 from varedit_core.files.tokens import DIGEST, MAX_CHAIN, MAX_EDITS, load_tokens, save_tokens
@@ -394,9 +395,10 @@ def test_tokens_of_another_model_are_one_sentence_that_names_the_vae(edited, tmp
     drawn(images=1, channels=14).save(tmp_path / "t.safetensors")
     words = " of 14 bits on a grid of 32x32 but the VAE takes 16 channels on 32x32; "
     said = sentence(monkeypatch, capsys, "decode", tmp_path / "t.safetensors")
-    assert said == f"the tokens of t.safetensors are{words}name the VAE of the model that made them with --vae"
+    vae = f"({PUBLISHED_VAES['8B']} for 8B)"
+    assert said == f"the tokens of t.safetensors are{words}name the VAE of the model that made them with --vae {vae}"
     said = sentence(monkeypatch, capsys, "edit", tmp_path / "t.safetensors", SQUARE)
-    assert said == f"the tokens are{words}load the VAE of the model that made them"
+    assert said == f"the tokens are{words}load the VAE of the model that made them {vae}"
     assert [path.name for path in tmp_path.iterdir()] == ["t.safetensors"]
     varedit("decode", tmp_path / "t.safetensors", "--vae", GOLDEN / "patchify_256.safetensors")
     assert Image.open(tmp_path / "t.png").size == (256, 256)

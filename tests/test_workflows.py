@@ -2,9 +2,12 @@
 
 import copy
 import json
+import re
 import shutil
 import urllib.request
+from collections.abc import Callable
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from support import GOLDEN, ROOT
 
+from benchmarks.real_size import published_shapes, random_tensor
+from varedit_core.defaults import PUBLISHED_VAES
 from varedit_core.files.checkpoints import TOKENIZER, canonical
+from varedit_core.files.shards import numbered
 from varedit_core.files.weights import open_weights
 from varedit_core.text.t5 import T5Config, T5Encoder
 
@@ -29,12 +35,17 @@ TEXT = "text_to_image_published"  # it makes pictures of words alone
 PUBLISHED = [name for name in EDITS if "published" in name]
 DEMO = [name for name in EDITS if name not in PUBLISHED]
 NOTE, SOURCE = "MarkdownNote", "VAREditSampleImage"
+ENCODER = "flan-t5-xl/model-00001-of-00002.safetensors"
 TITLE, THUMBNAIL = 30, 60_000  # pixels above a node; bytes
 LOADERS = {
     "VAREditModelLoader": "model_name",
     "VAREditTextEncoderLoader": "text_encoder_name",
     "VAREditVAELoader": "vae_name",
 }
+FOLDERS = ("diffusion_models", "text_encoders", "vae")
+"""Of the loaders' files."""
+SMALL = {PUBLISHED_VAES["8B"]: ("patchify_256.safetensors", 56), PUBLISHED_VAES["2B"]: ("plain_256.safetensors", 32)}
+"""A recording with a small VAE of the same layout, and the bits of its tokens."""
 
 every_graph = pytest.mark.parametrize("name", GRAPHS)
 every_edit = pytest.mark.parametrize("name", EDITS)
@@ -227,9 +238,38 @@ def test_the_published_weights_get_their_size(name):
         size
     }
     assert {inputs["guidance"] for inputs in of_type(TWINS[name], "VAREditSampler").values()} == {3.0}
-    assert {inputs["model_name"] for inputs in of_type(TWINS[name], "VAREditModelLoader").values()} == {
-        f"8B-{size}.pth"
-    }
+    model = "2B" if "2b" in name else "8B"
+    assert [*files(TWINS[name])] == [f"{model}-{size}.pth", ENCODER, PUBLISHED_VAES[model]]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_the_page_offers_to_download_is_all_that_a_graph_needs(name):
+    """The page lists a loader's file where it is not there, with the address that the node gives for that very name,
+    and downloads what is of a hub and of a kind that it knows; nothing else in `models` is ever listed."""
+    wanted = files(TWINS[name])
+    listed = [model for node in running(GRAPHS[name]) for model in node["properties"].get("models", [])]
+    assert {model["name"]: model["directory"] for model in listed} == wanted and len(listed) == len(wanted) == 3
+    for model in listed:
+        address = re.fullmatch(
+            r"https://huggingface\.co/[\w-]+/[\w-]+/resolve/main/([\w.-]+\.(safetensors|pth))", model["url"]
+        )
+        assert address and address[1] == model["name"].split("/")[-1] and "\\" not in model["name"]
+        folder = "/".join([model["directory"], *model["name"].split("/")[:-1]])
+        (note,) = (node["widgets_values"][0] for node in GRAPHS[name]["nodes"] if node["type"] == NOTE)
+        assert f"| `{folder}` | [{address[1]}]({model['url']}) |" in note
+        assert numbered(Path(address[1]))[0].name == address[1], "a model in one file, or its first"
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != TEXT])
+def test_a_note_has_the_measured_figures(name):
+    cases = json.loads((ROOT / "benchmarks" / "comfyui_speed_h200.json").read_text())["cases"]
+    model, size = next(iter(files(TWINS[name]))).removesuffix(".pth").split("-")
+    chosen = {"way": "default", "model": model, "size": size, "edit": "plain", "limit_gb": 0}
+    (case,) = (case for case in cases if chosen.items() <= case.items())
+    (note,) = (node["widgets_values"][0] for node in GRAPHS[name]["nodes"] if node["type"] == NOTE)
+    for figure in (f" {case['all']:.2f} s for an edit", f" {case['other_seed']:.2f} s for another seed"):
+        assert figure in note
+    assert f" {case['taken_gb']:.1f} GB of GPU memory" in note
 
 
 def test_the_text_to_image_graph_has_infinitys_settings():
@@ -567,54 +607,72 @@ def test_the_published_workflow_lacks_nothing_but_its_files(server, name):
         assert twin[key]["inputs"][name] in error["details"] and "https://huggingface.co/" in error["details"]
 
 
-@pytest.fixture
-def published_server(server, published_file):
-    """The server with small networks of random weights under the names of the files that 512 pixels want."""
-    made = {
-        folder: server.base / "models" / folder / name for name, folder in files(TWINS["edit_512_published"]).items()
-    }
-    for path in made.values():
-        path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(published_file, made["diffusion_models"])
-    tokenizer = canonical(open_weights(GOLDEN / "patchify_256.safetensors"), TOKENIZER)
-    torch.save({key: tokenizer[key] for key in tokenizer}, made["vae"])
-    write_text_encoder(made["text_encoders"].parent)
-    yield server
-    for path in made.values():
-        path.unlink()
-
-
 def files(twin: dict) -> dict[str, str]:
     """The files that a twin's loaders want, with their folders."""
-    folders = dict(zip(LOADERS, ("diffusion_models", "text_encoders", "vae")))
+    folders = dict(zip(LOADERS, FOLDERS))
     return {inputs[LOADERS[k]]: folder for k, folder in folders.items() for inputs in of_type(twin, k).values()}
 
 
-def write_text_encoder(folder) -> None:
-    """A small T5 in two files, as wide as the small transformer wants; the tokenizer is the demo model's."""
-    torch.manual_seed(5)
-    config = T5Config(vocabulary=456, width=256, head_size=32, hidden=128, layers=1, heads=2, gated=True)
-    state = {key: tensor.contiguous() for key, tensor in T5Encoder(config, dtype=torch.float32).state_dict().items()}
-    keys, names = sorted(state), [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    where = {key: names[i % 2] for i, key in enumerate(keys)}
-    for name in names:
-        save_file({key: state[key] for key in keys if where[key] == name}, folder / name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    shutil.copy(ROOT / "demo" / "text_encoders" / "tokenizer.json", folder)
+def write_small(twin: dict, models: Path, write: Callable[[Path], list[Path]]) -> list[Path]:
+    """Small networks of random weights in place of the published files that a twin wants. write: of its encoder."""
+    transformer, encoder, vae = (models / folder / name for name, folder in files(twin).items())
+    record, bits = SMALL[vae.name]
+    for path in (transformer, encoder, vae):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(3)
+    shapes = published_shapes(depth=8, width=128, heads=2, token_bits=bits, text=256)
+    torch.save({key: random_tensor(key, shape, "cpu") for key, shape in shapes.items()}, transformer)
+    state = canonical(open_weights(GOLDEN / record), TOKENIZER)
+    torch.save({key: state[key] for key in state}, vae)
+    return [transformer, vae, *write(encoder)]
 
 
-def test_a_published_workflow_runs_with_small_weights(published_server):
-    twin = TWINS["edit_512_published"]
-    (result,), before = pictures(published_server, twin), source(published_server, twin)
+def small_encoder(vocabulary: int) -> dict[str, torch.Tensor]:
+    """A T5 encoder as wide as the small transformers want."""
+    config = T5Config(vocabulary, width=256, head_size=32, hidden=128, layers=1, heads=2, gated=True)
+    return {key: tensor.contiguous() for key, tensor in T5Encoder(config, dtype=torch.float32).state_dict().items()}
+
+
+def first_of_two(path: Path) -> list[Path]:
+    """As flan-t5-xl's first file has it, alone: the whole encoder and the decoder's beginning. The tokenizer is
+    ComfyUI's."""
+    save_file(small_encoder(32128) | {"decoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(64, 256)}, path)
+    return [path]
+
+
+def folder_of_two(path: Path) -> list[Path]:
+    """In two files, with their index and a tokenizer of their own, the demo model's."""
+    state = small_encoder(456)
+    keys, paths = sorted(state), [path, path.with_name("model-00002-of-00002.safetensors")]
+    for n, part in enumerate(paths):
+        save_file({key: state[key] for key in keys[n::2]}, part)
+    index = path.with_name("model.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": {key: paths[n % 2].name for n, key in enumerate(keys)}}))
+    return [*paths, index, Path(shutil.copy(ROOT / "demo" / "text_encoders" / "tokenizer.json", path.parent))]
+
+
+@pytest.fixture
+def small(server, request):
+    """A published graph's twin, with small networks where its files belong."""
+    name, write = request.param
+    twin = TWINS[name]
+    made = write_small(twin, server.base / "models", write)
+    yield twin
+    for path in made:
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "small", [("edit_512_published", folder_of_two), ("edit_512_2b_published", first_of_two)], indirect=True
+)
+def test_a_published_workflow_runs_with_small_weights(server, small):
+    (result,), before = pictures(server, small), source(server, small)
     assert result.shape == before.shape and np.abs(result - before).mean() > 5, "random weights keep no picture"
 
 
-def test_the_text_to_image_workflow_runs_with_small_weights(published_server):
-    """The demo-sized networks of 512 pixels under other names: what tells the kind is the loader's choice."""
-    twin = changed(TWINS[TEXT], kind="text-to-image", size="512")
-    for name, folder in files(TWINS["edit_512_published"]).items():
-        for key, inputs in of_type(twin, *LOADERS).items():
-            if folder == dict(zip(LOADERS, ("diffusion_models", "text_encoders", "vae")))[twin[key]["class_type"]]:
-                inputs[LOADERS[twin[key]["class_type"]]] = name
-    (result,), (again,) = pictures(published_server, twin), pictures(published_server, changed(twin, seed=1))
+@pytest.mark.parametrize("small", [(TEXT, first_of_two)], indirect=True)
+def test_the_text_to_image_workflow_runs_with_small_weights(server, small):
+    """At 512 pixels, which take less time."""
+    twin = changed(small, size="512")
+    (result,), (again,) = pictures(server, twin), pictures(server, changed(twin, seed=1))
     assert result.shape == (416, 624, 3) and np.abs(result - again).mean() > 5
