@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -164,6 +164,45 @@ class Page:
     def refresh(self) -> None:
         """Ask the server for new files, as the R key does."""
         self.page.evaluate("() => app.refreshComboInNodes()")
+
+    def missing_models(self) -> dict[str, str]:
+        """The files that the page lists as missing models, and the folders that it names for them."""
+        details = self.page.locator(f"{_ERROR_BOX} button", has_text="View details")
+        rows = self.page.locator("[data-testid=missing-model-importable-rows]")
+        details.or_(rows).first.wait_for()
+        if details.count():
+            details.click()
+        name, folder, button = (rows.inner_text().split("\n")[n::3] for n in range(3))
+        assert set(button) == {"Download"}, button
+        return dict(zip(name, folder, strict=True))
+
+    def download_all(self, hub: Mapping[str, str], folder: Path) -> list[Path]:
+        """Press *Download all* beside the missing models; what the browser saves by that, in `folder`.
+
+        hub: where the files that Hugging Face has lie on this machine, by its addresses: it answers with another, too.
+        """
+        saved = []
+
+        def answer(route) -> None:
+            place = hub.get(route.request.url)
+            route.fulfill(**dict(status=302, headers={"location": place}) if place else dict(status=404))
+
+        def watch(page) -> None:  # a link opens a tab, which becomes a download
+            page.on("download", lambda download: saved.append(download))
+
+        context = self.page.context
+        context.route("https://huggingface.co/**", answer)
+        context.on("page", watch)
+        watch(self.page)
+        self.page.locator("[data-testid=missing-model-actions] button").click()
+        end = time.monotonic() + 60
+        while len(saved) < len(hub) and time.monotonic() < end:
+            self.page.wait_for_timeout(100)
+        self._settle()  # time for more than there should be
+        paths = [folder / download.suggested_filename for download in saved]
+        for path, download in zip(paths, saved):
+            download.save_as(path)
+        return paths
 
     def graph(self) -> dict:
         """The workflow as the page would save it."""

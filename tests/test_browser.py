@@ -6,6 +6,7 @@ VAREDIT_SCREENSHOTS names a folder to keep a picture of each workflow in.
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from browser import NotFound, Page, chromium
 from drop_in import RECORD
 from safetensors.torch import save_file
 from support import ROOT
-from test_workflows import enlarger
+from test_workflows import PUBLISHED, TWINS, enlarger, files, first_of_two, write_small
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 SHOWN = ("VAREditSampleImage", "VAREditScalePreview")  # nodes of the pack that show a picture
@@ -95,6 +96,48 @@ def test_a_workflow_in_the_page(page, path):
         page.reload()
         assert not page.problems(), page.problems()
         assert page.pictured(*SHOWN, count=len(shown)) == shown
+
+
+@pytest.fixture(scope="module")
+def other_page(browser, server) -> Iterator[Page]:
+    """Beside the others', as the list of what is missing stays open."""
+    page = Page(browser, server)
+    yield page
+    page.page.close()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_page_offers_all_files_of_a_published_workflow(other_page, name):
+    other_page.load(read(ROOT / "workflows" / f"{name}.json"))
+    assert other_page.missing_models() == files(TWINS[name])
+
+
+def test_a_published_workflow_runs_with_what_download_all_brings(other_page, server, tmp_path):
+    """With small networks under the published addresses: what the browser saved is moved to where the page says."""
+    name, models = "edit_512_2b_published", server.base / "models"
+    workflow, wanted = read(ROOT / "workflows" / f"{name}.json"), files(TWINS[name])
+    listed = [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
+    hub = {}
+    for made in write_small(TWINS[name], tmp_path / "hub", first_of_two):
+        shutil.copy(made, server.base / "input")
+        (address,) = (model["url"] for model in listed if model["url"].endswith(f"/{made.name}"))
+        hub[address] = f"{server.url}/view?type=input&filename={made.name}"
+    other_page.load(workflow)
+    offered = other_page.missing_models()
+    saved = {path.name: path for path in other_page.download_all(hub, tmp_path)}
+    assert len(saved) == len(wanted)
+    places = [models / folder / file for file, folder in offered.items()]
+    for place in places:
+        place.parent.mkdir(exist_ok=True)
+        saved[place.name].rename(place)
+    other_page.refresh()
+    other_page.load(workflow)
+    assert not other_page.problems(), other_page.problems()
+    assert other_page.run() == {}
+    assert list((server.base / "output" / "varedit").glob("edit_512_2b_*.png"))
+    for place in places:
+        place.unlink()
+        (server.base / "input" / place.name).unlink()
 
 
 def graph_of(*nodes: dict) -> dict:

@@ -662,9 +662,7 @@ def small(server, request):
         path.unlink()
 
 
-@pytest.mark.parametrize(
-    "small", [("edit_512_published", folder_of_two), ("edit_512_2b_published", first_of_two)], indirect=True
-)
+@pytest.mark.parametrize("small", [("edit_512_published", folder_of_two)], indirect=True)
 def test_a_published_workflow_runs_with_small_weights(server, small):
     (result,), before = pictures(server, small), source(server, small)
     assert result.shape == before.shape and np.abs(result - before).mean() > 5, "random weights keep no picture"
