@@ -61,8 +61,8 @@ class VAREditSourceEncode(io.ComfyNode):
                     "size",
                     options=list(SIZES),
                     default=SIDE,
-                    tooltip="Working size in pixels: the one the weights were trained for (demo 256, 8B-512 512, "
-                    "8B-1024 1024).",
+                    tooltip="Working size in pixels: the one the weights were trained for (demo 256, 8B-512 and 2B-512 "
+                    "512, 8B-1024 1024).",
                 ),
                 io.Combo.Input(
                     "fit",

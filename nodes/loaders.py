@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..varedit_core.defaults import KINDS, PRECISIONS
+from ..varedit_core.defaults import KINDS, PRECISIONS, PUBLISHED_VAES
 from ._api import io
 from .files import check, find, fingerprint, listed
 from .widgets import chosen
@@ -29,8 +29,8 @@ class VAREditModelLoader(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=listed("diffusion_models"),
-                    tooltip="A transformer in ComfyUI's folder diffusion_models. varedit_demo is a toy that comes with "
-                    "the pack.",
+                    tooltip="A transformer in ComfyUI's folder diffusion_models: 8B-1024, 8B-512, or 2B-512, which is "
+                    "the smallest and fastest. varedit_demo is a toy that comes with the pack.",
                 ),
                 io.Combo.Input(
                     "precision",
@@ -87,8 +87,8 @@ class VAREditTextEncoderLoader(io.ComfyNode):
                     "text_encoder_name",
                     options=listed("text_encoders"),
                     tooltip=(
-                        "A T5 encoder in ComfyUI's folder text_encoders; of one in several files, choose any. "
-                        "varedit_demo_t5 belongs to the demo model."
+                        "A T5 encoder in ComfyUI's folder text_encoders: flan-t5-xl for 8B and 2B; of one in several "
+                        "files, choose any. varedit_demo_t5 belongs to the demo model."
                     ),
                 )
             ],
@@ -127,7 +127,8 @@ class VAREditVAELoader(io.ComfyNode):
                 io.Combo.Input(
                     "vae_name",
                     options=listed("vae"),
-                    tooltip="A VAE in ComfyUI's folder vae. varedit_demo_tokenizer belongs to the demo model.",
+                    tooltip=f"A VAE in ComfyUI's folder vae: {PUBLISHED_VAES['8B']} for 8B, {PUBLISHED_VAES['2B']} "
+                    "for 2B. varedit_demo_tokenizer belongs to the demo model.",
                 )
             ],
             outputs=[
