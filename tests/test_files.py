@@ -10,11 +10,15 @@ from safetensors.torch import load_file, save_file
 from support import GOLDEN
 
 from varedit_core import load_autoencoder, load_transformer
+from varedit_core.files import info
 from varedit_core.files import weights as weights_module
 from varedit_core.files.checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER, canonical, select
 from varedit_core.files.convert import convert
 from varedit_core.files.info import inspect
-from varedit_core.files.weights import WeightError, open_weights
+from varedit_core.files.published import AUTOENCODERS, TRANSFORMERS
+from varedit_core.files.weights import WeightError, Weights, open_weights
+from varedit_core.model.transformer import Transformer
+from varedit_core.tokenizer.vae import Autoencoder
 
 RECORD = GOLDEN / "patchify_256.safetensors"
 
@@ -439,6 +443,18 @@ def test_select_and_canonical_agree_on_parts():
     )
     with pytest.raises(WeightError, match="not a T5 encoder such as"):
         select(weights, TEXT_ENCODER)
+
+
+@pytest.mark.parametrize("size", ["8B", "2B"])
+def test_info_names_the_published_sizes(monkeypatch, tmp_path, size):
+    networks = {
+        f"a VAREdit VAE, that of {size}": Autoencoder(AUTOENCODERS[size], device="meta"),
+        f"a VAREdit transformer, {size} (": Transformer(TRANSFORMERS[size], device="meta"),
+    }
+    for words, network in networks.items():
+        weights = Weights(tmp_path / "x.safetensors", network.state_dict(), dict.__getitem__)
+        monkeypatch.setattr(info, "open_weights", lambda path, enough, weights=weights: weights)
+        assert inspect(tmp_path / "x.safetensors")["is"].startswith(words)
 
 
 def test_info(published_file, tmp_path):

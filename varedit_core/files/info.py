@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from ..model.config import AutoencoderConfig, TransformerConfig
 from ..text.encoder import blank_encoder, encoder_weights
 from .checkpoints import (
     TEXT_ENCODER,
@@ -22,7 +24,7 @@ from .checkpoints import (
     where_taken,
 )
 from .lora import read_lora
-from .published import TRANSFORMERS
+from .published import AUTOENCODERS, TRANSFORMERS
 from .shapes import autoencoder_config, transformer_config
 from .weights import WeightError, Weights, open_weights
 
@@ -47,6 +49,8 @@ def inspect(path: str | Path) -> dict:
             + (" with its VAE" if TOKENIZER in facts else "")
             + (f", {told}" if told else "")
         )
+    elif facts["is"] == f"a {TOKENIZER}" and (size := _published(facts.get(TOKENIZER), AUTOENCODERS)):
+        facts["is"] += f", that of {size}"
     for part in _CONFIGS:
         if part in facts and (where := where_taken(canonical(weights, part))):
             facts["is"] += f", {where}"
@@ -90,5 +94,10 @@ def _sizes(weights: Weights, part: str, config) -> dict | None:
 
 def _name(sizes: dict) -> str:
     text = f"{sizes['depth']} blocks of width {sizes['width']}"
-    known = [name for name, config in TRANSFORMERS.items() if asdict(config) == sizes | {"source": True}]
-    return f"{known[0]} ({text})" if known else text
+    known = _published(sizes | {"source": True}, TRANSFORMERS)
+    return f"{known} ({text})" if known else text
+
+
+def _published(sizes: dict | None, table: Mapping[str, TransformerConfig | AutoencoderConfig]) -> str:
+    """The name of a published model's sizes; "" for others."""
+    return next((name for name, config in table.items() if asdict(config) == sizes), "")
