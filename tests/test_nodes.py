@@ -14,6 +14,7 @@ import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import schemas as released
@@ -585,6 +586,16 @@ def test_a_pack_without_the_demo_model_offers_the_users_files(pack, models, monk
     monkeypatch.setattr(sys.modules["pack_x_varedit.nodes.files"], "DEMO", models / "nothing")
     loader = next(node for node in nodes_of(pack, loaded=True) if node.__name__ == "VAREditVAELoader")
     assert loader.define_schema().inputs[0].options == ["no file found"]
+
+
+def test_files_in_folders_have_one_name_on_every_system(nodes, comfy, monkeypatch):
+    """That of the workflows; the page would miss a file that is listed by another."""
+    names = ["flan-t5-xl\\a.safetensors"]  # as on Windows
+    monkeypatch.setattr(sys.modules["pack_x_varedit.nodes.files"], "os", SimpleNamespace(sep="\\"))
+    monkeypatch.setattr(comfy["folder_paths"], "get_filename_list", lambda folder: names)
+    for name, folder in LOADERS.items():
+        assert nodes[name].define_schema().inputs[0].options == ["flan-t5-xl/a.safetensors"], folder
+    assert "text_encoders/flan-t5-xl/a.safetensors" in nodes["VAREditFileInfo"].define_schema().inputs[0].options
 
 
 def test_a_node_tells_the_page_and_the_log(pack, comfy, nodes, monkeypatch, caplog):
