@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..varedit_core.defaults import CROP_MARGIN, FEATHER, FILL, FILLS, FIT, FITS, LEAST_MARGIN, LENGTHS, OVERLAP
+from ..varedit_core.defaults import CROP_MARGIN, FEATHER, FILL, FILLS, FIT, LEAST_MARGIN, LENGTHS, OVERLAP
+from ..varedit_core.fitting import FITS
 from ._api import io, tell
 
 RegionType = io.Custom("VAREDIT_REGION")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..varedit_core.defaults import FIT, FITS, RATIO, RATIOS, SIDE, SIZES
+from ..varedit_core.defaults import FIT, RATIO, RATIOS, SIDE, SIZES
+from ..varedit_core.fitting import FITS, FITS_HELP
 from ._api import io, tell
 from .widgets import chosen
 
@@ -68,8 +69,7 @@ class VAREditSourceEncode(io.ComfyNode):
                     "fit",
                     options=list(FITS),
                     default=FIT,
-                    tooltip="square pads to a square; aspect takes the nearest of 15 shapes (experimental); published "
-                    "has white right at the border.",
+                    tooltip=f"How it is brought to the model's shape: {FITS_HELP}.",
                     advanced=True,
                 ),
             ],
@@ -80,13 +80,15 @@ class VAREditSourceEncode(io.ComfyNode):
                     tooltip="For the sampler's source; remembers the picture's size for VAREdit Decode.",
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, vae, image, size: str, fit: str) -> io.NodeOutput:
         from .adapters.pictures import encode_source
 
-        return io.NodeOutput(encode_source(vae, image, SIZES[chosen("size", size, SIZES)], fit))
+        area = SIZES[chosen("size", size, SIZES)]
+        return io.NodeOutput(encode_source(vae, image, area, fit, lambda text: tell(cls, text)))
 
 
 class VAREditEmptySource(io.ComfyNode):

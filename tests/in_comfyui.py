@@ -233,6 +233,7 @@ class Probe:
             "empty mask": torch.equal(decode(self.vae, latent, images, torch.zeros(1, 64, 64)).result[0], with_alpha),
             "grey": list(decode(self.vae, grey_latent, grey, torch.ones(4, 4)).result[0].shape),
             "aspect": list(wide["samples"].shape),
+            "crop": self._crop(images[:1]),
             "untouched": torch.equal(images, before),
             "errors": {
                 "mask without image": self.error(decode, self.vae, latent, None, mask),
@@ -241,6 +242,24 @@ class Probe:
                 "nan image": self.error(self.run, "SourceEncode", self.vae, images * float("nan"), "256", "square"),
                 "resized latent": self.error(decode, self.vae, {**latent, "samples": latent["samples"][..., :8, :8]}),
             },
+        }  # fmt: skip
+
+    def _crop(self, image) -> dict:
+        """The fit that edits the middle alone, with the picture and without."""
+        torch, decode = self.torch, self.nodes["VAREditDecode"].execute
+        told, warned = [], []
+        sys.modules["varedit_pack.nodes.encode"].tell = lambda node, text: told.append(text)
+        sys.modules["varedit_pack.nodes.decode"].tell = lambda node, text: warned.append(text)
+        source = self.run("SourceEncode", self.vae, image, "256", "crop")
+        latent = self.run("Sampler", self.model, source, self.text, 3, 2.0, 0.1)
+        shown, weight = decode(self.vae, latent, image).result
+        alone, _ = decode(self.vae, latent).result
+        beside = weight[0] == 0
+        return {
+            "beside": beside.sum().item(), "told": told[:], "warned": warned[:],
+            "kept": torch.equal(shown[0][beside], image[0][beside]),
+            "edited": torch.equal(shown[0][~beside][:, :3], alone[0][~beside][:, :3]),
+            "white": alone[0][beside].min().item(),
         }  # fmt: skip
 
     def scales(self) -> dict:

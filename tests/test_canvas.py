@@ -11,8 +11,8 @@ from PIL import Image
 from test_images import noise, one_sentence
 from test_nodes import comfy, models, nodes, pack  # noqa: F401  fixtures
 
-from varedit_core.defaults import CROP_MARGIN, FILLS, FITS, LEAST_MARGIN, OVERLAP
-from varedit_core.fitting import MAX_CANVAS_PIXELS
+from varedit_core.defaults import CROP_MARGIN, FILLS, LEAST_MARGIN, OVERLAP
+from varedit_core.fitting import FITS, MAX_CANVAS_PIXELS
 from varedit_core.pictures import canvas
 from varedit_core.pictures.canvas import Crop, crop, crop_around, extend, sides_from, stitch
 from varedit_core.pictures.images import SourceImage, fit, load_image
@@ -65,7 +65,7 @@ def levels(image) -> np.ndarray:
 
 
 @BOUNDED
-@given(marked(), MARGINS, st.sampled_from(FITS))
+@given(marked(), MARGINS, st.sampled_from(list(FITS)))
 @example(((300, 300), (0, 0, 300, 300)), 0.0, "square")
 @example(((300, 1), (7, 0, 9, 1)), 2.0, "aspect")
 @example(((1, 1), (0, 0, 1, 1)), 0.0, "aspect")
@@ -79,7 +79,7 @@ def test_a_crop_lies_in_the_picture_around_what_is_marked(case, margin, shape):
 
 
 @BOUNDED
-@given(marked(), st.sampled_from(FITS))
+@given(marked(), st.sampled_from(list(FITS)))
 def test_a_crop_has_its_shape_where_the_picture_is_large_enough(case, shape):
     (width, height), box = case
     size, box = (width + 6000, height + 6000), tuple(edge + 3000 for edge in box)
@@ -159,7 +159,7 @@ def test_what_is_hardly_marked_does_not_count():
 
 
 @BOUNDED
-@given(masks(), st.integers(0, 9), st.sampled_from(FITS))
+@given(masks(), st.integers(0, 9), st.sampled_from(list(FITS)))
 def test_outside_the_mask_nothing_changes_and_inside_a_hard_one_all_does(mask, feather, shape):
     size = mask.shape[::-1]
     source = load_image(picture(size))

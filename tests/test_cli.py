@@ -135,7 +135,7 @@ def test_mistakes_are_explained_in_one_sentence(failed, tmp_path, arguments, mes
     ("arguments", "message"),
     [
         (["--size", "300"], "unknown size"),
-        (["--fit", "crop"], "unknown fit"),
+        (["--fit", "cover"], "unknown fit"),
         (["--dtype", "fp4"], "unknown dtype"),
         (["--guidance", "a"], "neither a number"),
     ],

@@ -100,7 +100,7 @@ def test_every_folder_imports_what_it_may():
 
 def test_schemas_of_nodes_import_only_what_they_state():
     """ComfyUI reads every schema when it starts: networks and pictures are for `execute` and the adapters."""
-    states = {"defaults", "controls", "files.token_header", "sampling.settings"}
+    states = {"defaults", "controls", "fitting", "files.token_header", "sampling.settings"}
     for path in sorted(NODES.glob("*.py")):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):  # what is imported within a function is imported when it runs

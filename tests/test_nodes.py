@@ -27,6 +27,7 @@ from varedit_core import defaults
 from varedit_core.controls.best_of import SCORES
 from varedit_core.controls.curves import FLAT, PRESET, PRESETS
 from varedit_core.controls.registry import NEUTRAL, NO_SHORTCUTS, SWEPT, Controls, Shortcuts, knobs
+from varedit_core.fitting import FITS
 from varedit_core.sampling.settings import DEFAULT_SETTINGS, SamplingSettings
 
 RECORD = GOLDEN / "patchify_256.safetensors"
@@ -307,7 +308,7 @@ def test_the_defaults_are_those_of_the_library(schemas):
         ("VAREditEmptySource", "size"): (side, tuple(defaults.SIZES)),
         ("VAREditEmptySource", "ratio"): (defaults.RATIO, tuple(defaults.RATIOS)),
         ("VAREditEmptySource", "batch_size"): (1, None),
-        ("VAREditSourceEncode", "fit"): (defaults.FIT, defaults.FITS),
+        ("VAREditSourceEncode", "fit"): (defaults.FIT, tuple(FITS)),
         ("VAREditSampler", "seed"): (settings.seed, None),
         ("VAREditSampler", "guidance"): (settings.guidance, None),
         ("VAREditSampler", "temperature"): (settings.temperature, None),
@@ -320,7 +321,7 @@ def test_the_defaults_are_those_of_the_library(schemas):
         ("VAREditMemoryPlan", "guided"): (settings.guided, None),
         ("VAREditSampleImage", "picture"): ("scene.png", ("scene.png", "cat.jpg")),
         ("VAREditCropRegion", "margin"): (defaults.CROP_MARGIN, None),
-        ("VAREditCropRegion", "shape"): (defaults.FIT, defaults.FITS),
+        ("VAREditCropRegion", "shape"): (defaults.FIT, tuple(FITS)),
         ("VAREditStitch", "feather"): (defaults.FEATHER, None),
         **{("VAREditExtendCanvas", side): (0, None) for side in ("left", "top", "right", "bottom")},
         ("VAREditExtendCanvas", "unit"): (defaults.LENGTHS[0], defaults.LENGTHS),
@@ -757,7 +758,7 @@ print(json.dumps([sorted(brought), sorted(set(sys.modules) - known)]))
     controls = [path.stem for path in (ROOT / "varedit_core" / "controls").glob("*.py") if path.stem != "__init__"]
     assert {name.removeprefix("varedit_core.") for name in own if name.startswith("varedit_core")} == {
         "varedit_core", "defaults", "controls", *(f"controls.{name}" for name in controls),
-        "files", "files.token_header",
+        "files", "files.token_header", "fitting",
         "sampling", "sampling.settings", "tokenizer", "tokenizer.quantizer", "tokenizer.schedule",
     }  # fmt: skip
     assert {name for name in own if name.startswith("nodes.")} == {

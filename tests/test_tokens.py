@@ -174,6 +174,18 @@ LIES = {
         lambda f: told(f, **sized([600, 300], [300, 230])),
         "does not fit a canvas of 600x300",
     ),
+    **{
+        f"a part {where}": (lambda f, box=box: told(f, fitting={**sized([4, 4], [9, 4])["fitting"], "box": box}), what)
+        for where, box, what in (
+            ("that is none", 7, "the part of its picture is 7, no left"),
+            ("of three sides", [0, 0, 4], "no left, top, right and bottom"),
+            ("of fractions", [0.5, 0, 4.5, 4], "no left, top, right and bottom"),
+            ("outside", [6, 0, 10, 4], "the part of its picture [6, 0, 10, 4] does not lie in 9x4"),
+            ("turned round", [4, 0, 0, 4], "does not lie in 9x4"),
+            ("that is all", [0, 0, 9, 4], "does not lie in 9x4"),
+            ("of another shape", [0, 0, 5, 4], "its picture of 5x4 does not fit a canvas of 4x4"),
+        )
+    },
     "a picture of nothing": (lambda f: told(f, **sized([300, 300], [0, 230])), "its picture has no size"),
     "half a fitting": (lambda f: told(f, fitting={"size": [300, 230]}), "its picture has no size"),
     "a fitting that is none": (lambda f: told(f, fitting=3), "its picture has no size: 3"),

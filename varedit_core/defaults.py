@@ -9,9 +9,8 @@ MOST_SCALES = 13
 """Scales of the largest size."""
 SIDE = "512"
 SIZE = SIZES[SIDE]
-FITS = FIT, ASPECT, PUBLISHED = "square", "aspect", "published"
-"""Padded to a square; to the nearest table's shape (experimental); to a square with white from the border on, as
-published."""
+FIT = "square"
+"""How a picture is brought to the model's shape: one of `fitting.FITS`."""
 TEXT_TOKENS = 512
 NEGATIVE_PROMPT = ""
 PRECISIONS = ("auto", "bf16", "fp32")

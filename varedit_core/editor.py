@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from .coder import Coder, Picture
-from .defaults import FIT, FITS, KINDS
+from .defaults import FIT, KINDS
 from .files.checkpoints import load_autoencoder, load_transformer
-from .fitting import nearest_ratio
+from .fitting import ASPECT, nearest_ratio
 from .made_for import MadeFor
 from .model.transformer import Transformer
 from .pictures.composite import check_rest
@@ -189,6 +189,8 @@ class Editor(Coder):
             fitted, source = sources(self, pictures, size or self.made_for.size, method, size is not None)
             if size is not None:
                 self._doubt(fitted[0].schedule)
+            for image in fitted:
+                self._tell(image.fitting.told)
             settings = self.made_for.settings if settings is None else settings
             return self._edited(Request.of(fitted, instructions, negatives, settings, wanted, source), on_scale)
 
@@ -238,14 +240,17 @@ class Editor(Coder):
             if picture is None:
                 made = empty(schedule_for(size, nearest_ratio(ratio)))
             else:
-                made = self.fit(picture, size, FITS[1])
+                made = self.fit(picture, size, ASPECT)
             if asked:
                 self._doubt(made.schedule)
             return self._edited(Request.of([made] * max(1, len(texts)), texts, negatives, settings, wanted), on_scale)
 
     def _doubt(self, schedule: Schedule) -> None:
         """Tell, once, that weights were made for another size."""
-        said = self.made_for.doubt(schedule)
+        self._tell(self.made_for.doubt(schedule))
+
+    def _tell(self, said: str) -> None:
+        """Log a sentence, if there is one, once."""
         if said and said not in self._told:
             self._told.add(said)
             logger.warning(said)

@@ -12,9 +12,10 @@ from torch import Tensor
 from .coder import Coder, Picture
 from .controls.registry import NEUTRAL, NO_SHORTCUTS, Controls, Shortcuts, problems
 from .defaults import FIT, MOST_FEATHER, MOST_VARIATIONS
+from .fitting import Fitting, fitting_for
 from .pictures.composite import Region, areas, check_masks, check_regions, drawn_masks
 from .pictures.edited import Decoded, Edited
-from .pictures.images import FittedImage, fitting_for, load_image, load_mask, to_uint8, unfit
+from .pictures.images import FittedImage, load_image, load_mask, to_uint8, unfit
 from .pictures.reading import NO_DETAILS, is_picture
 from .sampling.batch import EditBatch
 from .sampling.checks import facts, right_kinds, whole_number
@@ -200,13 +201,18 @@ def sources(
         raise ValueError("the pictures of this edit have different sizes; go on from edits of one picture each")
     for tokens in known:
         tokens.check_vae(coder.autoencoder.config.bits, coder.autoencoder.config.stride)
-        if (sized or method != FIT) and fitting_for(tokens.shown.size, size, method).schedule != tokens.schedule:
+        if (sized or method != FIT) and not _alike(fitting_for(tokens.shown.size, size, method), tokens.shown, method):
             raise ValueError("tokens have the size and fit they were made with; leave out size and method")
     source, shown = joined(known).to(coder.device), []
     for picture, tokens in zip(pictures, known):
         seen = picture.pictures if isinstance(picture, Edited) else _shown(coder, tokens.to(coder.device))
         shown += [FittedImage(torch.empty(0), tokens.shown, load_image(one)) for one in seen]
     return shown, source
+
+
+def _alike(fitting: Fitting, own: Fitting, method: str) -> bool:
+    """Whether tokens have the size that is asked for and, where that is asked for, the fit."""
+    return fitting.schedule == own.schedule and (method == FIT or fitting.box == own.box)
 
 
 def _shown(coder: Coder, tokens: Tokens) -> list[Image.Image]:
@@ -247,9 +253,10 @@ def _check_begun(given: Tokens, fitted: list[FittedImage]) -> None:
         raise ValueError(
             f"these tokens are of all {len(given)} scales, so that nothing is left to draw; keep fewer of them"
         )
-    sizes = {image.fitting.size for image in fitted}
-    if given.fitting is not None and sizes != {given.fitting.size}:
-        raise ValueError(
-            f"the tokens are of a {given.fitting.size[0]}x{given.fitting.size[1]} picture, not of this one; go on with "
-            "theirs"
-        )
+    if given.fitting is None:
+        return
+    width, height = given.fitting.size
+    if {image.fitting.size for image in fitted} != {(width, height)}:
+        raise ValueError(f"the tokens are of a {width}x{height} picture, not of this one; go on with theirs")
+    if {image.fitting.box for image in fitted} != {given.fitting.box}:
+        raise ValueError("the tokens were made with another fit; choose the one that they were made with")

@@ -173,7 +173,7 @@ def _prints(samples: Tensor) -> tuple[bytes, ...]:
 def _check_sizes(origins: Sequence[Origin]) -> None:
     sizes = list(dict.fromkeys(origin.fitting for origin in origins))
     if len(sizes) > 1:
-        names = " and ".join(dict.fromkeys("{}x{}".format(*fitting.size) for fitting in sizes))
+        names = " and ".join(dict.fromkeys(map(str, sizes)))
         raise ValueError(
             f"this batch of latents is of pictures of different sizes ({names}); take them one by one, by Latent From "
             "Batch, or batch pictures of one size"

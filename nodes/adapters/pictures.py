@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ...varedit_core.fitting import Fitting
 from ...varedit_core.pictures.canvas import blended, faded
 from ...varedit_core.pictures.composite import check_seen, found_mask
 from ...varedit_core.pictures.contact_sheet import Row, contact_sheet
-from ...varedit_core.pictures.images import Fitting, fit_mask, fitted_levels, load_image, unfit, unfit_mask
+from ...varedit_core.pictures.images import fit_mask, fitted_levels, load_image, seen_mask, unfit, unfit_mask
 from ...varedit_core.pictures.preview import LEAST_DECODED, SIDE, at_own_size, enlarged
 from ...varedit_core.sampling.tokens import Tokens
 from ...varedit_core.tokenizer.schedule import schedule_for
@@ -39,8 +40,9 @@ def to_image(pictures: list[Image.Image]) -> Tensor:
     return (torch.from_numpy(arrays) / 255).to(mm.intermediate_device())
 
 
-def encode_source(vae, image: Tensor, area: str, method: str) -> dict:
-    """The LATENT of pictures to edit: unquantised features [B, d, h, w], each picture encoded alone."""
+def encode_source(vae, image: Tensor, area: str, method: str, tell: Callable[[str], None]) -> dict:
+    """The LATENT of pictures to edit: unquantised features [B, d, h, w], each picture encoded alone. tell: what to do
+    with a sentence for the user."""
     vae = checked_vae(vae)
     fitted = [fitted_levels(load_image(to_pillow(one)), area, method) for one in image]
     # One by one, as the library does: convolutions of a batch round differently.
@@ -49,6 +51,8 @@ def encode_source(vae, image: Tensor, area: str, method: str) -> dict:
         raise ValueError(
             "the encoded picture holds undefined numbers; the VAE's weights are damaged; load or convert them again"
         )
+    if said := fitted[0][1].told:
+        tell(said)
     return made(features, Origin(fitted[0][1], vae.colours))
 
 
@@ -81,6 +85,11 @@ def decode_edit(
         )
     if origin.doubt and not origin.auto_mask:  # see _found
         tell(origin.doubt)
+    if fitting.box and image is None:
+        tell(
+            f"the edit is of a part of its picture, {fitting}; connect the picture that was encoded to image, else all "
+            "beside that part is white"
+        )
     levels = [_levels(vae, one) for one in samples]
     edited = to_image([unfit(one, fitting) for one in levels])
     image = image if image is None else _for_each(image, edited)
@@ -90,8 +99,12 @@ def decode_edit(
     if shown is None:
         shown = _found(vae, origin, origin.own(samples.device), levels, image, tell)
     weight = torch.ones(edited.shape[:3], device=edited.device)
+    if fitting.box:
+        beside = torch.ones_like(edited) if image is None else image
+        edited, weight = _composited(edited, beside, [seen_mask(fitting)] * len(edited), 0)
     if shown is not None:
-        edited, weight = _composited(edited, image, shown, seam)
+        edited, own = _composited(edited, image, shown, seam)
+        weight = weight * own
     if image is not None and image.shape[3] == 4:
         edited = torch.cat([edited[..., :3], image[..., 3:].to(edited)], dim=-1)
     return edited, weight
@@ -132,9 +145,9 @@ def unfitted_mask(mask_BHW: Tensor, fitting: Fitting) -> Tensor:
 def scale_picture(
     vae: VAREditVAE | None, running_sum_BdHW: Tensor, grid, origin: Origin, method: str, side: int = SIDE
 ) -> Image.Image:
-    """The picture of one running sum [1, d, H, W]: decoded at the final size (full) or its own, or as colours
-    (fast)."""
-    fitting = origin.fitting
+    """What the model sees of a picture, of one running sum [1, d, H, W]: decoded at the final size (full) or its own,
+    or as colours (fast)."""
+    fitting = origin.fitting.seen
     if method == "full":
         return unfit(_levels(vae, running_sum_BdHW[0]), fitting)
     part = tuple(own / all for own, all in zip(fitting.size, fitting.padded_size))
@@ -236,7 +249,7 @@ def fitted_mask(mask: Tensor, fitting: Fitting, images: int) -> Tensor | None:
         raise ValueError(f"there are {len(masks)} masks for {images} pictures; connect one, or one for each")
     levels = (masks * 255).ceil().to(torch.uint8).numpy()
     fitted = torch.cat([fit_mask(Image.fromarray(one), fitting) for one in levels])
-    check_seen(fitted[masks.flatten(1).any(1)], "mask")
+    check_seen(fitted[masks.flatten(1).any(1)], "mask", fitting.box is not None)
     return fitted
 
 

@@ -325,6 +325,10 @@ def _batch(edit: Edit, source: dict, origin: Origin, reads: bool, tell: Tell) ->
                 f"the latent to go on from is an edit of a {sizes[0]} picture, and the source is one of {sizes[1]}; "
                 "connect the source that it is an edit of"
             )
+        if begun is not None and begun.fitting.box != origin.fitting.box:
+            raise ValueError(
+                "the latent to go on from was encoded with another fit than the source; choose one fit for both"
+            )
         prefix = tokens.bits
         if tokens.complete:
             tell(

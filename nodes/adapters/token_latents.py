@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ...varedit_core.controls.auto_mask import changed
 from ...varedit_core.files.token_header import MAX_HEADER
-from ...varedit_core.fitting import Fitting
 from ...varedit_core.sampling.tokens import Tokens
 from ...varedit_core.tokenizer.quantizer import encode, latent_grids
 from .latents import Origin, made, numbers_of, origin_in, tokens_in
@@ -92,7 +91,7 @@ def change_map(vae, latent: dict, source: dict, amount: float) -> tuple[Tensor, 
     other = origin_of(source, before, vae).fitting
     if fitting != other:
         raise ValueError(
-            f"the edit is of a picture of {_size(fitting)} but the source of one of {_size(other)}; connect the source "
+            f"the edit is of a picture of {fitting} but the source of one of {other}; connect the source "
             "that was edited"
         )
     if not len(before) or len(edits) % len(before):
@@ -130,7 +129,3 @@ def _source_total(vae: VAREditVAE, source: dict) -> Tensor:
 def _pixels(vae: VAREditVAE, latent_dHW: Tensor) -> Tensor:
     """Pixels [1, 3, y, x] in [-1, 1]."""
     return vae.decode(latent_dHW[None]).movedim(-1, 1) * 2 - 1
-
-
-def _size(fitting: Fitting) -> str:
-    return "{}x{}".format(*fitting.size)

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ..controls.base import Knob, Known
 from ..controls.curves import PRESET
 from ..controls.registry import Controls, Shortcuts, check, knob, knobs, problems
-from ..defaults import FIT, FITS, KINDS, MOST_FEATHER, MOST_VARIATIONS, NEGATIVE_PROMPT, SIZE
+from ..defaults import FIT, KINDS, MOST_FEATHER, MOST_VARIATIONS, NEGATIVE_PROMPT, SIZE
 from ..defaults import SIZES as SIDES
 from ..demo import GUIDANCE as DEMO_GUIDANCE
 from ..demo import demo_files
@@ -31,6 +31,7 @@ from ..files.checkpoints import TRANSFORMER, canonical
 from ..files.convert import PRECISIONS
 from ..files.lora import apply_lora, check_lora
 from ..files.weights import open_weights
+from ..fitting import FITS, FITS_HELP
 from ..hub import find
 from ..hub.catalogue import PRECISION, SETS
 from ..made_for import MadeFor
@@ -296,7 +297,7 @@ class Canvas:
     ] = None
     fit: Annotated[
         Optional[str],
-        typer.Option(help="square, aspect (experimental) or published (white right at the border).", show_default=FIT),
+        typer.Option(help=f"{FITS_HELP[0].upper()}{FITS_HELP[1:]}.", show_default=FIT),
     ] = None
 
     def area(self, model: Path | None) -> str:
@@ -339,9 +340,9 @@ def carried(source: SourceImage | None, strip: bool) -> tuple[bytes | None, Deta
 
 def tell_lost(tokens: Tokens, advice: str) -> None:
     """Say what tokens do not hold of their picture. advice: how to have it again."""
-    if tokens.lost:
+    if tokens.without:
         console.print(
-            f"the picture had more than its tokens hold ({', '.join(tokens.lost)}), and the result is without it; "
+            f"the picture had more than its tokens hold ({', '.join(tokens.without)}), and the result is without it; "
             f"{advice}",
             soft_wrap=True,
         )

@@ -77,7 +77,7 @@ def decode(
     for number in range(found.images):
         one = found.of([number]).to(place)
         shown = levels(one.total()[0])
-        picture = unfit(shown, one.shown)
+        picture = unfit(shown, one.shown, source and source.rgb)
         if source is not None:
             mask = found_mask(one, shown, levels) if one.auto_mask else Image.new("L", picture.size, 255)
             picture = masked(picture, FittedImage(torch.empty(0), one.shown, source), mask)
@@ -99,6 +99,6 @@ def _source(image: Path | None, tokens: Tokens) -> SourceImage | None:
         raise ValueError(
             f"{image} is {sizes[0]} but the edit is of a picture of {sizes[1]}; name the one that was edited"
         )
-    if not tokens.auto_mask and not tokens.lost and source.opaque:
+    if not tokens.auto_mask and not tokens.without and source.opaque:
         raise ValueError("these tokens tell of no auto mask, so nothing of --image would show; leave it out")
     return source

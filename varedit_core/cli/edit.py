@@ -23,11 +23,12 @@ from ..files.reading import printable
 from ..files.safe_write import together
 from ..files.tokens import SUFFIX, save_tokens
 from ..files.weights import open_weights
+from ..fitting import Fitting, fitting_for
 from ..pictures.canvas import Crop, crop, crop_around, extend, sides_from, stitch
 from ..pictures.composite import Region, check_masks, check_regions
 from ..pictures.contact_sheet import contact_sheet
 from ..pictures.edited import Edited
-from ..pictures.images import Fitting, SourceImage, fitting_for, load_image, load_mask, save_image
+from ..pictures.images import SourceImage, load_image, load_mask, save_image
 from ..sampling.tokens import Tokens
 from ..tokenizer.schedule import Schedule
 from . import common as options

@@ -12,12 +12,12 @@ import typer
 
 from ..controls.base import Known
 from ..controls.registry import Controls, Shortcuts
-from ..defaults import FITS, RATIO, RATIOS, SIZE
+from ..defaults import RATIO, RATIOS, SIZE
 from ..files.safe_write import together
 from ..files.tokens import save_tokens
-from ..fitting import nearest_ratio
+from ..fitting import ASPECT, fitting_for, nearest_ratio
 from ..pictures.composite import Region, check_masks, check_regions, check_rest
-from ..pictures.images import fitting_for, load_image, load_mask, save_image
+from ..pictures.images import load_image, load_mask, save_image
 from ..sampling.settings import TEXT_SETTINGS
 from ..tokenizer.schedule import schedule_for
 from . import common as options
@@ -146,7 +146,7 @@ def generate(
         check_masks([mask], regions, [source.size])
     schedule, settings = schedule_for(area, nearest_ratio(ratio)), draw.settings(files.model)
     if source:
-        schedule = fitting_for(source.size, area, FITS[1]).schedule
+        schedule = fitting_for(source.size, area, ASPECT).schedule
     draw.check(settings, len(schedule))
     settings, given = words.bent(settings, len(schedule)), begun.tokens()
     complain(Known(

@@ -17,8 +17,9 @@ from ..defaults import NEGATIVE_PROMPT
 from ..demo import NOTICE
 from ..files.reading import printable
 from ..files.safe_write import together
+from ..fitting import fitting_for
 from ..pictures.composite import check_masks
-from ..pictures.images import fitting_for, load_image, load_mask, save_image
+from ..pictures.images import load_image, load_mask, save_image
 from ..sweep import CELL, Axis, Cell, Swept, check, grid, planned
 from ..sweep import sweep as swept
 from . import common as options

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..fitting import MAX_CANVAS_PIXELS, Fitting, canvas_size
+from ..fitting import MAX_CANVAS_PIXELS, Fitting, Size, canvas_size
 from ..sampling.tokens import LOST, Tokens
 from ..tokenizer.schedule import TABLES, TOKEN_PIXELS, Grid, Schedule
 from .reading import check_file
@@ -108,6 +108,8 @@ def _put(tokens: Tokens, tensors: dict[str, Tensor], prefix: str) -> dict:
         facts["lost"] = list(tokens.lost)
     if tokens.fitting is not None:
         facts["fitting"] = {"padded_size": list(tokens.fitting.padded_size), "size": list(tokens.fitting.size)}
+        if tokens.fitting.box is not None:
+            facts["fitting"]["box"] = list(tokens.fitting.box)
     if tokens.free is not None:
         tensors[f"{prefix}free"] = _packed(tokens.free)
         facts |= {"free": list(tokens.free.shape), "under": _put(tokens.under, tensors, f"{prefix}under.")}
@@ -163,7 +165,8 @@ def _take(packed: Mapping[str, np.ndarray], facts: dict, prefix: str) -> Tokens:
     """The tokens of facts and bits that are checked."""
     schedule, own, free, under = _schedule(facts), facts["fitting"], None, None
     bits = tuple(_unpacked(packed[f"{prefix}scale.{k:02d}"], shape) for k, shape in enumerate(facts["shapes"]))
-    fitting = own and Fitting(schedule, tuple(own["padded_size"]), tuple(own["size"]))
+    box = tuple(own["box"]) if own and "box" in own else None
+    fitting = own and Fitting(schedule, tuple(own["padded_size"]), tuple(own["size"]), box)
     if "free" in facts:
         free, under = (
             _unpacked(packed[f"{prefix}free"], facts["free"]),
@@ -238,8 +241,20 @@ def _check_fitting(fitting: object, schedule: Schedule) -> None:
     padded, size = map(tuple, sizes)
     if max(math.prod(padded), math.prod(size)) > MAX_CANVAS_PIXELS:
         raise ValueError(f"its picture has a canvas {_short(padded)} of more than {MAX_CANVAS_PIXELS} pixels")
+    if "box" in fitting:
+        _check_box(fitting["box"], size)
+    size = Fitting(schedule, padded, size, fitting.get("box")).seen.size
     if padded != canvas_size(size, schedule.pixels):
         raise ValueError(f"its picture of {size[0]}x{size[1]} does not fit a canvas of {padded[0]}x{padded[1]}")
+
+
+def _check_box(box: object, size: Size) -> None:
+    """Of the part of a picture that was edited: within it, and not all of it."""
+    if not (isinstance(box, list) and len(box) == 4 and all(map(_whole, box))):
+        raise ValueError(f"the part of its picture is {_short(box)}, no left, top, right and bottom")
+    left, top, right, bottom = box
+    if not (0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]) or (right - left, bottom - top) == size:
+        raise ValueError(f"the part of its picture {_short(box)} does not lie in {size[0]}x{size[1]}")
 
 
 def _check_under(facts: Mapping, schedule: Schedule, shape: Sequence[int], depth: int) -> None:

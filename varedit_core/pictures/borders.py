@@ -14,22 +14,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..fitting import Fitting
+from ..defaults import FIT
+from ..fitting import BAND, FITS, Fit, Fitting
 from ..tokenizer.schedule import TOKEN_PIXELS
 
-BAND = 2
-"""Tokens by which a picture goes on."""
 _FAINT = 8  # alpha of less shows at most 8 levels, and files round its colours too much
 _KNOWN = 128  # a resize may overshoot it without being cut off
 _LEAST_SHARE = 1 / 8  # of a pixel: what 8 bits still tell the colour of
 
 
-def padded(picture: Image.Image, fitting: Fitting, colour: str | int, band: int = BAND) -> Image.Image:
-    """A picture at the top left of its canvas, `colour` around it; before that it goes on, mirrored, for `band`
-    tokens."""
+def padded(picture: Image.Image, fitting: Fitting, colour: str | int, fit: Fit = FITS[FIT]) -> Image.Image:
+    """A picture at the top left of its canvas; beyond it goes on as the fit says, in `colour` where that is white."""
     canvas = Image.new(picture.mode, fitting.padded_size, colour)
     canvas.paste(picture)
-    (width, height), (wide, high) = picture.size, _continued(fitting, band)
+    (width, height), (wide, high) = picture.size, _continued(fitting, fit.mirrored)
     while width < wide:
         more = min(width, wide - width)
         strip = cut(canvas, (width - more, 0, width, height))
@@ -40,6 +38,8 @@ def padded(picture: Image.Image, fitting: Fitting, colour: str | int, band: int 
         strip = cut(canvas, (0, height - more, width, height))
         canvas.paste(strip.transpose(Image.Transpose.FLIP_TOP_BOTTOM), (0, height))
         height += more
+    if fit.edge:
+        _replicated(canvas, width, height)
     return canvas
 
 
@@ -57,14 +57,14 @@ def resized(canvas: Image.Image, fitting: Fitting, method: Image.Resampling) -> 
     return torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1)
 
 
-def without_rim(rgb: Image.Image, alpha: Image.Image, fitting: Fitting) -> Tensor:
+def without_rim(rgb: Image.Image, alpha: Image.Image, fitting: Fitting, fit: Fit) -> Tensor:
     """A picture at the model's size, 8-bit levels [3, H, W], whose seen colours go on under its alpha for BAND tokens;
     farther away it has its own. Colours of seen pixels are mixed with those of seen ones only."""
-    plain = resized(padded(rgb, fitting, "white"), fitting, Image.Resampling.LANCZOS)
+    plain = resized(padded(rgb, fitting, "white", fit), fitting, Image.Resampling.LANCZOS)
     known = alpha.point([0] * _FAINT + [_KNOWN] * (256 - _FAINT))
     seen = Image.new("RGB", rgb.size)
     seen.paste(rgb, mask=known.point([0] * _KNOWN + [255] * (256 - _KNOWN)))
-    known, seen = padded(known, fitting, _KNOWN), padded(seen, fitting, "white")
+    known, seen = padded(known, fitting, _KNOWN, fit), padded(seen, fitting, "white", fit)
     whole = resized(known, fitting, Image.Resampling.LANCZOS) == _KNOWN
     share = resized(known, fitting, Image.Resampling.BILINEAR).float() / _KNOWN  # no weight is negative
     mixed = resized(seen, fitting, Image.Resampling.BILINEAR) / share.clamp(min=_LEAST_SHARE)
@@ -90,7 +90,18 @@ def spread(pixels_BCHW: Tensor, known_11HW: Tensor) -> Tensor:
     return torch.where(known_11HW > 0, pixels_BCHW, rough)
 
 
-def _continued(fitting: Fitting, band: int) -> tuple[int, int]:
-    """(width, height) of a picture with its band, within its canvas."""
+def _replicated(canvas: Image.Image, width: int, height: int) -> None:
+    """Fill a canvas, right and below, with the last pixels of the picture of this size at its top left."""
+    wide, high = canvas.size
+    if width < wide:
+        canvas.paste(cut(canvas, (width - 1, 0, width, height)).resize((wide - width, height)), (width, 0))
+    if height < high:
+        canvas.paste(cut(canvas, (0, height - 1, wide, height)).resize((wide, high - height)), (0, height))
+
+
+def _continued(fitting: Fitting, band: float) -> tuple[int, int]:
+    """(width, height) of a picture with a band of so many tokens, within its canvas."""
+    if band == math.inf:
+        return fitting.padded_size
     sides = zip(fitting.size, fitting.padded_size, fitting.schedule.pixels[::-1])
     return tuple(min(all, own + math.ceil(band * TOKEN_PIXELS * all / pixels)) for own, all, pixels in sides)

@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..defaults import ASPECT, CROP_MARGIN, FEATHER, FILL, FILLS, FIT, FITS, LEAST_MARGIN, OVERLAP, SIZE
-from ..fitting import MAX_CANVAS_PIXELS, Size, canvas_size, nearest_ratio
+from ..defaults import CROP_MARGIN, FEATHER, FILL, FILLS, FIT, LEAST_MARGIN, OVERLAP, SIZE
+from ..fitting import FITS, MAX_CANVAS_PIXELS, Box, Size, canvas_size, nearest_ratio
 from ..tokenizer.schedule import schedule_for
 from .borders import cut, spread
 from .images import SourceImage
 
-Box = tuple[int, int, int, int]
 Sides = Sequence[int | float]
 """(left, top, right, bottom): whole numbers are pixels, floats shares of the picture's width or height."""
 
@@ -281,7 +280,7 @@ def _crop_size(marked: Size, size: Size, margin: float, shape: str) -> Size:
     """Of the crop around a marked part of this size: in the shape wanted, or as near to it as the picture allows."""
     around = 2 * max(math.ceil(margin * max(marked)), LEAST_MARGIN)
     seen = min(marked[0] + around, size[0]), min(marked[1] + around, size[1])
-    ratio = nearest_ratio(seen[1] / seen[0]) if shape == ASPECT else 1.0
+    ratio = nearest_ratio(seen[1] / seen[0]) if FITS[shape].nearest else 1.0
     grid = schedule_for(SIZE, ratio).pixels
     wide, high = canvas_size(seen, grid)
     if wide <= size[0] and high <= size[1]:

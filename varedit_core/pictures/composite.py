@@ -15,10 +15,10 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from ..controls.auto_mask import differing
-from ..fitting import Size
+from ..fitting import CROP, Size
 from ..sampling.tokens import Tokens
 from .canvas import faded
-from .images import FittedImage, check_mask_shape, fit_mask, unfit_mask
+from .images import FittedImage, check_mask_shape, fit_mask, seen_mask, unfit_mask
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,14 +43,25 @@ def fitted_masks(masks: Sequence[Image.Image] | None, fitted: Sequence[FittedIma
     if masks is None:
         return None
     seen = torch.cat([fit_mask(one, image.fitting) for one, image in zip(masks, fitted)])
-    check_seen(seen, "mask")
+    check_seen(seen, "mask", _cropped(fitted))
     return seen
 
 
-def check_seen(masks_PHW: Tensor, what: str) -> None:
-    """ValueError for a mask, none of them empty when it was drawn, of which nothing is left at the model's size."""
-    if not (masks_PHW > 0).flatten(1).any(1).all():
-        raise ValueError(f"the {what} is too small to be seen at the model's size; paint more, or choose a larger size")
+def check_seen(masks_PHW: Tensor, what: str, cropped: bool = False) -> None:
+    """ValueError for a mask, none of them empty when it was drawn, of which nothing is left at the model's size.
+    cropped: whether the model sees a part of the picture only."""
+    if (masks_PHW > 0).flatten(1).any(1).all():
+        return
+    if cropped:
+        raise ValueError(
+            f"the {what} marks nothing in the middle of the picture, which is all that the fit {CROP} edits; paint "
+            "there, or choose another fit"
+        )
+    raise ValueError(f"the {what} is too small to be seen at the model's size; paint more, or choose a larger size")
+
+
+def _cropped(fitted: Sequence[FittedImage]) -> bool:
+    return any(image.fitting.box for image in fitted)
 
 
 def areas(
@@ -65,7 +76,7 @@ def areas(
     masks = [region.mask or whole for region in regions]
     made = torch.stack([torch.cat([fit_mask(mask, image.fitting) for mask in masks]) for image in fitted])
     for number, seen in enumerate(made.unbind(1), start=1):
-        check_seen(seen, f"mask of region {number}")
+        check_seen(seen, f"mask of region {number}", _cropped(fitted))
     if any(region.mask is None for region in regions):
         return made, drawn, where
     size = max(image.source.size for image in fitted)
@@ -129,6 +140,6 @@ def found_mask(tokens: Tokens, levels_3yx: Tensor, decode: Callable[[Tensor], Te
     tokens: of one edit. levels_3yx: of the decoded edit, in 8 bits. decode: the same of a running sum [d, H, W].
     """
     if tokens.free is None:  # nothing was held to the source: all may have changed
-        return Image.new("L", tokens.shown.size, 255)
+        return seen_mask(tokens.shown)
     before = decode(tokens.under.total()[0])
     return unfit_mask(differing(levels_3yx, before, tokens.free[0], tokens.auto_mask), tokens.shown)

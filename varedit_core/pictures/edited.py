@@ -56,7 +56,7 @@ class Decoded:
     @property
     def pictures(self) -> list[Image.Image]:
         """The results at their pictures' sizes, alpha kept."""
-        made = [unfit(levels, image.fitting) for levels, image in zip(self.levels, self.shown)]
+        made = [unfit(levels, image.fitting, image.source.rgb) for levels, image in zip(self.levels, self.shown)]
         for picture, image in zip(made, self.shown):
             if image.source.alpha is not None:
                 picture.putalpha(image.source.alpha)

@@ -20,12 +20,11 @@ import torch
 from PIL import Image, ImageChops
 from torch import Tensor
 
-from ..defaults import ASPECT, FITS, PUBLISHED
 from ..files.safe_write import check_target as check_file_target
 from ..files.safe_write import write_bytes
-from ..fitting import MAX_CANVAS_PIXELS, Fitting, Size, canvas_size, nearest_ratio
-from ..tokenizer.schedule import Schedule, schedule_for
-from .borders import BAND, cut, padded, resized, without_rim
+from ..fitting import FITS, PUBLISHED, Fitting, Size, fitting_for
+from ..tokenizer.schedule import Schedule
+from .borders import cut, padded, resized, without_rim
 from .colours import straight, transparent
 from .reading import NO_DETAILS, Details, opened
 
@@ -149,27 +148,12 @@ def shape_complaint(own: Size, size: Size, name: str = "mask") -> str:
     )
 
 
-def fitting_for(size: Size, area: str, method: str) -> Fitting:
-    """How a picture of a size (width, height) is brought to the model's; arguments and errors as of `fit`."""
-    if method not in FITS:
-        raise ValueError(f"unknown fit {method!r}; choose one of {', '.join(FITS)}")
-    width, height = size
-    schedule = schedule_for(area, nearest_ratio(height / width) if method == ASPECT else 1.0)
-    padded_size = canvas_size(size, schedule.pixels)
-    if padded_size[0] * padded_size[1] > MAX_CANVAS_PIXELS:
-        raise ValueError(
-            f"a {width}x{height} image needs a canvas of {padded_size[0]}x{padded_size[1]}; make it smaller"
-        )
-    return Fitting(schedule, padded_size, size)
-
-
 def fit(source: SourceImage, area: str, method: str) -> FittedImage:
-    """Pad the source with white at the right and bottom, then resize it (Lanczos) to the model's size.
+    """Bring the source to the model's size (Lanczos), what it lacks of the model's shape beside it as `fitting.FITS`
+    says.
 
-    Before the white begins, and under its alpha, the picture goes on for a few tokens (see `borders`).
-    area: a key of schedule.AREAS. method: one of FITS; with "published" white begins at the border, as in the
-    published code, and shows in the result's last rows. Raises ValueError for another area or method and for a canvas
-    of more than MAX_CANVAS_PIXELS.
+    Under its alpha the picture goes on for a few tokens, too (see `borders`). Pixels of "published" are the published
+    code's, whose white shows in the result's last rows. Arguments and errors as of `fitting.fitting_for`.
     """
     levels, fitting = fitted_levels(source, area, method)
     return FittedImage(levels[None].float() / 127.5 - 1, fitting, source)
@@ -178,10 +162,12 @@ def fit(source: SourceImage, area: str, method: str) -> FittedImage:
 def fitted_levels(source: SourceImage, area: str, method: str) -> tuple[Tensor, Fitting]:
     """`fit` in 8-bit levels [3, H, W]."""
     fitting = fitting_for(source.size, area, method)
+    fit, seen, rgb, alpha = FITS[method], fitting.seen, source.rgb, source.alpha
+    if fitting.box:
+        rgb, alpha = cut(rgb, fitting.box), alpha and cut(alpha, fitting.box)
     if method != PUBLISHED and not source.opaque:
-        return without_rim(source.rgb, source.alpha, fitting), fitting
-    canvas = padded(source.rgb, fitting, "white", 0 if method == PUBLISHED else BAND)
-    return resized(canvas, fitting, Image.Resampling.LANCZOS), fitting
+        return without_rim(rgb, alpha, seen, fit), fitting
+    return resized(padded(rgb, seen, "white", fit), seen, Image.Resampling.LANCZOS), fitting
 
 
 def empty(schedule: Schedule) -> FittedImage:
@@ -193,8 +179,9 @@ def empty(schedule: Schedule) -> FittedImage:
 def fit_mask(mask: Image.Image, fitting: Fitting) -> Tensor:
     """A mask of a picture, of any size and stretched over it, as [1, H, W] from 0 to 1 beside the fitted picture. It
     goes on as the picture does, so that what changes at a border changes beyond it, too."""
-    canvas = padded(mask.convert("L").resize(fitting.size, Image.Resampling.BILINEAR), fitting, 0)
-    return resized(canvas, fitting, Image.Resampling.BOX).float() / 255
+    stretched = mask.convert("L").resize(fitting.size, Image.Resampling.BILINEAR)
+    stretched = cut(stretched, fitting.box) if fitting.box else stretched
+    return resized(padded(stretched, fitting.seen, 0), fitting, Image.Resampling.BOX).float() / 255
 
 
 def restore(pixels: Tensor, fitted: FittedImage, rounding: str = PUBLISHED_ROUNDING) -> Image.Image:
@@ -208,23 +195,43 @@ def restore(pixels: Tensor, fitted: FittedImage, rounding: str = PUBLISHED_ROUND
         raise ValueError(
             f"pixels are {list(pixels.shape)} but must be [3, {height}, {width}], one image; pass them one by one"
         )
-    image = unfit(to_uint8(pixels, rounding).reshape(3, height, width), fitted.fitting)
+    image = unfit(to_uint8(pixels, rounding).reshape(3, height, width), fitted.fitting, fitted.source.rgb)
     if fitted.source.alpha is not None:
         image.putalpha(fitted.source.alpha)
     return image
 
 
-def unfit(levels_3HW: Tensor, fitting: Fitting) -> Image.Image:
-    """The source's part of 8-bit levels [3, H, W] of the whole canvas, at exactly the source's size."""
+def unfit(levels_3HW: Tensor, fitting: Fitting, picture: Image.Image | None = None) -> Image.Image:
+    """The source's part of 8-bit levels [3, H, W] of the whole canvas, at exactly the source's size.
+
+    picture: the source, RGB, which shows beside what the model saw of it; white without.
+    """
     array = levels_3HW.permute(1, 2, 0).cpu().numpy()
-    padded = Image.fromarray(np.ascontiguousarray(array)).resize(fitting.padded_size, Image.Resampling.LANCZOS)
-    return cut(padded, (0, 0, *fitting.size))
+    return _placed(Image.fromarray(np.ascontiguousarray(array)), fitting, Image.Resampling.LANCZOS, picture or "white")
 
 
 def unfit_mask(mask_HW: Tensor, fitting: Fitting) -> Image.Image:
-    """The source's part of a mask [H, W] from 0 to 1 of the whole canvas, mode L, at exactly the source's size."""
+    """The source's part of a mask [H, W] from 0 to 1 of the whole canvas, mode L, at exactly the source's size; black
+    beside what the model saw of it."""
     levels = (mask_HW.float() * 255).round().to(torch.uint8).cpu().numpy()
-    return cut(Image.fromarray(levels).resize(fitting.padded_size, Image.Resampling.BILINEAR), (0, 0, *fitting.size))
+    return _placed(Image.fromarray(levels), fitting, Image.Resampling.BILINEAR, 0)
+
+
+def seen_mask(fitting: Fitting) -> Image.Image:
+    """Where a picture can change at all, mode L: white in what the model sees of it."""
+    return unfit_mask(torch.ones(fitting.schedule.pixels), fitting)
+
+
+def _placed(
+    canvas: Image.Image, fitting: Fitting, method: Image.Resampling, rest: Image.Image | str | int
+) -> Image.Image:
+    """What a canvas at the model's size shows of a picture, at the picture's size. rest: what there is beside it."""
+    shown = cut(canvas.resize(fitting.padded_size, method), (0, 0, *fitting.seen.size))
+    if fitting.box is None:
+        return shown
+    whole = rest.copy() if isinstance(rest, Image.Image) else Image.new(canvas.mode, fitting.size, rest)
+    whole.paste(shown, fitting.box[:2])
+    return whole
 
 
 def to_uint8(pixels: Tensor, rounding: str = PUBLISHED_ROUNDING) -> Tensor:

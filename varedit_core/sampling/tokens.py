@@ -58,6 +58,11 @@ class Tokens:
         return self.fitting or Fitting.exact(self.schedule)
 
     @property
+    def without(self) -> tuple[str, ...]:
+        """What their pictures had that they do not hold: of `LOST`, and what the model did not see of the picture."""
+        return (*self.lost, "all beside the part that was edited") if self.shown.box else self.lost
+
+    @property
     def complete(self) -> bool:
         return len(self) == len(self.schedule)
 
