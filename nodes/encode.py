@@ -7,6 +7,9 @@ from ..varedit_core.fitting import FITS, FITS_HELP
 from ._api import io, tell
 from .widgets import chosen
 
+CACHES = ("off", "on")
+"""Whether text features are kept in files."""
+
 
 class VAREditTextEncode(io.ComfyNode):
     @classmethod
@@ -27,6 +30,16 @@ class VAREditTextEncode(io.ComfyNode):
                     tooltip="What to change in the picture, up to 512 tokens (64 with the demo model); parentheses are "
                     "plain text, not weights.",
                 ),
+                io.Combo.Input(
+                    "cache",
+                    options=list(CACHES),
+                    default=CACHES[0],
+                    optional=True,
+                    tooltip="on keeps the text's features in a file of ComfyUI's user folder, and takes them from "
+                    "there the next time: the text encoder is then not loaded onto the GPU. The text itself is not "
+                    "kept.",
+                    advanced=True,
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -37,10 +50,10 @@ class VAREditTextEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, text: str) -> io.NodeOutput:
+    def execute(cls, clip, text: str, cache: str = CACHES[0]) -> io.NodeOutput:
         from .adapters.text_encoder import checked_clip, encode
 
-        conditioning, notice = encode(checked_clip(clip), text)
+        conditioning, notice = encode(checked_clip(clip), text, chosen("cache", cache, CACHES) == CACHES[1])
         if notice:
             tell(cls, notice)
         return io.NodeOutput(conditioning)

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import traceback
 import weakref
 from contextlib import contextmanager, nullcontext
@@ -374,6 +375,37 @@ class Probe:
         """The transformer of a recording, whose numbers lie there in 8 bits."""
         self.module("varedit_core.files.convert").convert(file, self.scratch / name, "fp32", overwrite=True)
         return self.module("nodes.adapters.model").load_model(self.scratch / name)
+
+    def text_cache(self) -> dict:
+        """Features kept in files: the same, and no text encoder is loaded for them."""
+        import comfy.model_management as mm
+        import folder_paths
+
+        before, loads, said = folder_paths.get_user_directory(), [], []
+        encode, load = self.module("nodes.adapters.text_encoder").encode, mm.load_models_gpu
+        sys.modules["varedit_pack.nodes.encode"].tell = lambda node, text: said.append(text)
+        plain = encode(self.clip, "make it sepia")[0]
+        mm.load_models_gpu = lambda *given, **more: (loads.append(1), load(*given, **more))[1]
+        with tempfile.TemporaryDirectory() as folder:
+            folder_paths.set_user_directory(folder)
+            try:
+                made = self.run("TextEncode", self.clip, "make it sepia", "on")
+                first = len(loads)
+                kept = self.run("TextEncode", self.clip, "make it sepia", "on")
+                files = [path for path in Path(folder).rglob("*") if path.is_file()]
+                patched = self.clip.clone()
+                patched.patcher.patches = {"x": []}
+                self.run("TextEncode", patched, "make it sepia", "on")
+                return {
+                    "equal": [self.torch.equal(one[0][0], plain[0][0]) for one in (made, kept)],
+                    "facts": [sorted(one[0][1]) for one in (plain, made, kept)],
+                    "marked": kept[0][1]["varedit_text"] is kept[0][0], "loads": [first, len(loads)],
+                    "files": [path.name for path in files], "words": [b"sepia" in path.read_bytes() for path in files],
+                    "said": said,
+                }  # fmt: skip
+            finally:
+                folder_paths.set_user_directory(before)
+                mm.load_models_gpu = load
 
     def long_text(self) -> dict:
         """A text of more than 512 tokens."""
@@ -1706,7 +1738,7 @@ PARTS = (
     "same_as_the_library", "stock_nodes", "wrappers", "pictures", "scales", "previews", "bad_input", "long_text",
     "ladder", "forms", "formats", "partial", "leftovers", "keeping", "variations", "shortcuts", "controls",
     "text_to_image", "layers", "held", "streaming", "without_triton", "listing", "way", "recording", "told",
-    "asked_back", "colours", "same_job", "plan", "stray_masks", "given", "says", "wrong_pairs",
+    "asked_back", "colours", "same_job", "plan", "stray_masks", "given", "says", "wrong_pairs", "text_cache",
 )  # fmt: skip
 ONE_EDIT = ("pictures", "formats", "variations")  # parts that decode one edit again and again
 

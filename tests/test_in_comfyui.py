@@ -68,6 +68,20 @@ def test_pictures_of_all_kinds(found):
     assert result["rows"] == [1.0, 1.0], "a picture of a batch is its single run with its own seed"
     assert result["aspect"] == [1, 16, 18, 54] and result["grey"] == [1, 20, 20, 3]
     assert result["untouched"]
+    crop = result["crop"]
+    assert crop["beside"] == 37 * (61 - 37) and crop["kept"] and crop["edited"] and crop["white"] == 1
+    assert len(crop["told"]) == 1 and "only the 37x37 in the middle of the 61x37" in crop["told"][0]
+    assert "connect the picture that was encoded" in crop["warned"][0]
+
+
+def test_kept_features_load_no_text_encoder(found):
+    result = facts(found, "text_cache")
+    assert result["equal"] == [True, True] and result["marked"]
+    assert result["facts"][0] == result["facts"][1] == result["facts"][2]
+    assert result["loads"] == [1, 2], "the second text loads nothing, the changed encoder does"
+    assert len(result["files"]) == 1 and len(result["files"][0]) == 64 + len(".safetensors")
+    assert result["words"] == [False], "the text itself is not kept"
+    assert len(result["said"]) == 1 and "a LoRA or a hook changes this text encoder" in result["said"][0]
 
 
 def test_masks_keep_pixels_exactly(found):

@@ -304,6 +304,7 @@ def test_the_defaults_are_those_of_the_library(schemas):
     wanted = {
         ("VAREditModelLoader", "precision"): (defaults.PRECISIONS[0], defaults.PRECISIONS),
         ("VAREditModelLoader", "kind"): (defaults.KINDS[0], defaults.KINDS),
+        ("VAREditTextEncode", "cache"): ("off", ("off", "on")),
         ("VAREditSourceEncode", "size"): (side, tuple(defaults.SIZES)),
         ("VAREditEmptySource", "size"): (side, tuple(defaults.SIZES)),
         ("VAREditEmptySource", "ratio"): (defaults.RATIO, tuple(defaults.RATIOS)),

@@ -87,6 +87,8 @@ IDLE = [
     ([*JUDGE, "--tokenizer", "t.json"], "--tokenizer is that of a --text-encoder"),
     (["generate", "a", "--model", "m.pth", "--tokenizer", "t.json"], "--tokenizer is that of a --text-encoder"),
     (["edit", SCENE, "--features", "f.pth:x", *OWN], "--text-encoder has nothing to read beside --features"),
+    (["edit", SCENE, "--features", "f.pth:x", "--text-cache", "{tmp}"], "--text-cache has no text to keep"),
+    ([*EDIT, "--text-cache", SCENE], "is a file; name a folder, which may be new"),
     (["generate", "a cat"], "name an Infinity transformer with --model"),
     ([*MAKE[:2], "--model", "m.safetensors"], "an instruction needs --text-encoder"),
     (["generate", "", *OWN], "give a prompt, or --region"),
@@ -272,7 +274,7 @@ def test_what_does_something_is_loaded_for(started, arguments):
 ALWAYS = {
     "what is worked on": {"image", "instruction", "prompt", "features", "region", "source", "target", "file", "files",
                           "model", "weights", "names", "lora", "config", "tokens", "x", "y", "folder"},
-    "how it is loaded": {"device", "dtype", "linears", "kind"},
+    "how it is loaded": {"device", "dtype", "linears", "kind", "text_cache"},
     "numbers that always count": {"guidance", "temperature", "precision", "split", "count", "batch", "repeats",
                                   "models", "sizes", "cases", "cell", "family", "changes"},
     "a seed does no harm where nothing is drawn": {"seed"},

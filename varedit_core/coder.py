@@ -18,6 +18,7 @@ from .defaults import FIT, TEXT_TOKENS
 from .made_for import UNKNOWN
 from .pictures.images import FittedImage, Readable, SourceImage, fit, load_image, restore
 from .runtime.graphs import Recorder
+from .text.cache import CachedText
 from .text.encoder import TextEncoder
 from .tokenizer.vae import Autoencoder
 
@@ -30,7 +31,9 @@ Picture = Readable | SourceImage
 class Coder:
     """A VAE and, unless text features are given, a text encoder, on one device. Threads may share it."""
 
-    def __init__(self, autoencoder: Autoencoder, text: TextEncoder | None, device: torch.device | str) -> None:
+    def __init__(
+        self, autoencoder: Autoencoder, text: TextEncoder | CachedText | None, device: torch.device | str
+    ) -> None:
         self.autoencoder, self.text = autoencoder, text
         self.device, self._lock = torch.device(device), RLock()
         _living.add(self)
@@ -55,6 +58,8 @@ class Coder:
             self._last = [], []
             for kept in self.recordings:
                 kept.forget()
+            if isinstance(self.text, CachedText):
+                self.text.let_go()
 
     def fit(self, image: Picture, size: str | None = None, method: str = FIT) -> FittedImage:
         """Bring a picture to a size the model runs at (see `images.fit`), by default what the weights were made for."""

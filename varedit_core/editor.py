@@ -37,6 +37,7 @@ from .sampling.driver import Wanted, check, run
 from .sampling.scale import Scale
 from .sampling.settings import DEFAULT_SETTINGS, TEXT_SETTINGS, SamplingSettings
 from .sampling.tokens import Tokens
+from .text.cache import CachedText, cached_text_encoder
 from .text.encoder import TextEncoder, load_text_encoder
 from .tokenizer.schedule import Schedule, schedule_for
 from .tokenizer.vae import Autoencoder
@@ -53,13 +54,16 @@ class Editor(Coder):
     """
 
     def __init__(
-        self, transformer: Transformer, autoencoder: Autoencoder, text: TextEncoder | None = None, device="cpu"
-    ) -> None:
+        self, transformer: Transformer, autoencoder: Autoencoder, text: TextEncoder | CachedText | None = None,
+        device="cpu",
+    ) -> None:  # fmt: skip
         super().__init__(autoencoder, text, device)
         self.text_length = transformer.config.text_length
         self.patch, self.transformer = patch_size(transformer.config, autoencoder.config), transformer
         self.memory = TorchMemory(transformer, self.device)
         self.memory.recordings = self.recordings
+        if isinstance(text, CachedText):  # loaded when a KV cache of the edit before may be there
+            text.make_room = lambda needed: make_room(self.workspace, self.device, needed)
         self._told = set()
 
     @classmethod
@@ -73,24 +77,28 @@ class Editor(Coder):
         dtype=None,
         linears: str = LINEARS[0],
         kind: str = KINDS[0],
+        text_cache: str | Path | None = None,
     ) -> Editor:
         """Load the parts from files (see `checkpoints` and `text`). Raises WeightError.
 
         device: CUDA where there is one by default. dtype: of the transformer's blocks; bf16 on CUDA, else fp32.
         The text encoder runs in fp16 on CUDA as published. Pictures are encoded in fp32, always, and decoded in fp32
         too, but on CUDA in bf16 where the blocks run in bf16. linears: of the transformer's blocks, "exact" or "8-bit"
-        (an approximation, see `fp8`). kind: what the transformer was trained for (see `load_transformer`).
+        (an approximation, see `fp8`). kind: what the transformer was trained for (see `load_transformer`). text_cache:
+        a folder that keeps text features (see `text.cache`); of a text that is in it the text encoder is not loaded.
         """
         device = device_of(device)
         on_cuda = device.type == "cuda"
         dtype = dtype or (torch.bfloat16 if on_cuda else torch.float32)
-        text = text_encoder and load_text_encoder(
-            text_encoder, tokenizer, torch.float16 if on_cuda else torch.float32, device
-        )
+        text, text_dtype = None, torch.float16 if on_cuda else torch.float32
+        if text_encoder and text_cache:
+            text = cached_text_encoder(text_encoder, text_cache, tokenizer, text_dtype, device)
+        elif text_encoder:
+            text = load_text_encoder(text_encoder, tokenizer, text_dtype, device)
         network = load_transformer(transformer, dtype=dtype, device=device, linears=linears, kind=kind, warm=True)
         decode_dtype = torch.bfloat16 if on_cuda and dtype == torch.bfloat16 else torch.float32
         vae = load_autoencoder(autoencoder, device=device, decode_dtype=decode_dtype, warm=True)
-        editor = cls(network, vae, text or None, device)
+        editor = cls(network, vae, text, device)
         editor.made_for = MadeFor.of(transformer)
         return editor
 
@@ -263,7 +271,7 @@ class Editor(Coder):
         check(batch, self.drafter is not None)
         request.check(batch)
         # Who watches may decode, so that the VAE stays; the text encoder is done.
-        self.memory.others = [*([self.text.model] if self.text else []), *([] if on_scale else [self.autoencoder])]
+        self.memory.others = [*(self.text.networks if self.text else ()), *([] if on_scale else [self.autoencoder])]
         watch = on_scale and (lambda scale, results, of: on_scale(scale, [fitted[p] for p in of]))
         before = bool(options.controls.auto_mask or options.explain)
         wanted = Wanted(before=before, confidence=options.explain)

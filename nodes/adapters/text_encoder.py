@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 import comfy.model_management as mm
 import comfy.sd
 import comfy.text_encoders
+import folder_paths
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from ...varedit_core.files.safe_write import write_bytes
 from ...varedit_core.files.shards import parts_of
 from ...varedit_core.files.weights import PICKLED, SAFETENSORS, WeightError, Weights
 from ...varedit_core.runtime.unfilled import Unfilled
+from ...varedit_core.text.cache import FeatureFolder, fingerprint, identity, key_of
 from ...varedit_core.text.encoder import (
     check_encoder,
     check_letters,
@@ -38,6 +40,8 @@ from .state import Layers, fill, is_quantised, open_file, parameters, plain
 KEY = "varedit_t5"
 MARK = "varedit_text"
 """In a conditioning's facts: its features as they came from here, by which a change of them is noticed."""
+FOLDER = "varedit/text_features"
+"""Of kept features, in ComfyUI's folder for the user."""
 FLAN_VOCABULARY = 32128
 FILES = ("config.json", "tokenizer.json", "spiece.model")
 """What belongs to an encoder beside its weights."""
@@ -101,7 +105,9 @@ class TextModel(Asked, nn.Module):
             computed = torch.float32
         layers = Layers(dtype, computed, load_device, special)
         self.transformer = T5Encoder(config, layers, computed, device)
-        self.execution_device = None
+        self.execution_device, self.computed = None, computed
+        self.file: Path | None = None
+        self._print = ""
 
     def set_clip_options(self, options: dict) -> None:
         if options.get("layer") not in (None, -1):
@@ -123,6 +129,11 @@ class TextModel(Asked, nn.Module):
         ids = torch.tensor([[token[0] for token in tokens[KEY][0]]], device=self.execution_device)
         features = self.transformer(ids).float().to(mm.intermediate_device())
         return features, None, {MARK: features}
+
+    def fingerprint(self) -> str:
+        """Of the weights in the file, read once."""
+        self._print = self._print or fingerprint(encoder_weights(open_file(self.file)))
+        return self._print
 
     def load_sd(self, weights: Weights) -> tuple[list, list]:
         """Called by CLIP, after it has set the flag that says whether ComfyUI streams weights."""
@@ -152,7 +163,7 @@ def load_clip(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
         tokenizer = partial(Tokenizer, tokenize, files)
 
     clip = comfy.sd.CLIP(Target, parameters=parameters(weights), state_dict=[weights], disable_dynamic=disable_dynamic)
-    clip.patcher.cached_patcher_init = (_patcher, (path,))
+    clip.patcher.cached_patcher_init, clip.cond_stage_model.file = (_patcher, (path,)), path
     return clip
 
 
@@ -203,14 +214,46 @@ def checked_clip(clip) -> comfy.sd.CLIP:
     return clip
 
 
-def encode(clip: comfy.sd.CLIP, text: str) -> tuple[list, str | None]:
-    """Conditioning of a text, and a sentence where it had to be cut or is not understood. ValueError for an empty
-    one."""
+def encode(clip: comfy.sd.CLIP, text: str, cache: bool = False) -> tuple[list, str | None]:
+    """Conditioning of a text, and a sentence where it had to be cut or is not understood. cache: whether features are
+    kept in files, and taken from there. ValueError for an empty text."""
     if not text.strip():
         raise ValueError(
             "the text is empty; say what to change, or leave the sampler's negative unconnected for no negative prompt"
         )
     check_letters(text)
-    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     ids = clip.tokenizer.tokenize(text)
-    return conditioning, "; ".join(unread(text, ids, len(ids))) or None
+    said = unread(text, ids, len(ids))
+    reason = _changed(clip) if cache else ""
+    if reason:
+        said.append(f"{reason}, so that its features are not kept; set cache to off")
+    conditioning = _kept(clip, text) if cache and not reason else _made(clip, text)
+    return conditioning, "; ".join(said) or None
+
+
+def _made(clip: comfy.sd.CLIP, text: str) -> list:
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
+def _kept(clip: comfy.sd.CLIP, text: str) -> list:
+    """The same, its features taken from a file where there is one; the weights then stay where they are."""
+    network, ids = clip.cond_stage_model, [number for number, *_ in clip.tokenize(text)[KEY][0]]
+    config, computed = network.transformer.config, f"{network.computed} of {network.stored}"
+    key = key_of(identity(network.fingerprint(), config, computed, clip.patcher.load_device), ids)
+    folder = FeatureFolder(Path(folder_paths.get_user_directory()) / FOLDER)
+    found = folder.get(key)
+    if found is None:
+        conditioning = _made(clip, text)
+        folder.put(key, conditioning[0][0][0])
+        return conditioning
+    features = found[None].to(mm.intermediate_device())
+    return [[features, {"pooled_output": None, MARK: features}]]
+
+
+def _changed(clip: comfy.sd.CLIP) -> str:
+    """Why a text encoder's features are not those of its file; "" where they are."""
+    if clip.patcher.patches or clip.patcher.forced_hooks:
+        return "a LoRA or a hook changes this text encoder"
+    if clip.layer_idx is not None or clip.cond_stage_model.file is None:
+        return "another node changes how this text encoder is read"
+    return ""

@@ -142,6 +142,12 @@ class Files:
     weights: Weights = None
     precision: Precision = None
     text_precision: TextPrecision = None
+    text_cache: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Folder that keeps text features: of a text that was encoded before, the text encoder is not loaded."
+        ),
+    ] = None
 
     def checked(self, demo: bool = True) -> Files:
         """The same, with the files of --weights named. ValueError where options do not belong together, are unknown, or
@@ -171,10 +177,14 @@ class Files:
         if self.dtype:
             choice(self.dtype, DTYPES, "dtype")
         check_linears(self.linears)
+        if self.text_cache and self.text_cache.exists() and not self.text_cache.is_dir():
+            raise ValueError(f"--text-cache {self.text_cache} is a file; name a folder, which may be new")
 
     def paths(self, words: str = "an instruction") -> tuple[Path, Path, Path | None]:
         """Transformer, VAE and text encoder, the demo model's without a model. words: what there is to encode, empty
         for nothing. ValueError where a text encoder is missing, or has nothing to do."""
+        if self.text_cache and not words:
+            raise ValueError("--text-cache has no text to keep the features of; leave it out")
         if self.model is None:
             return demo_files()
         if words and self.text_encoder is None:
@@ -191,7 +201,7 @@ class Files:
         """The editor, LoRAs applied before linear layers are rounded to 8 bits."""
         number = DTYPES[self.dtype] if self.dtype else None
         linears = LINEARS[0] if loras else self.linears
-        editor = Editor.load(*paths, self.tokenizer, self.device, number, linears, self.kind)
+        editor = Editor.load(*paths, self.tokenizer, self.device, number, linears, self.kind, self.text_cache)
         for file, strength in loras:
             changed = apply_lora(editor.transformer, file, strength)
             console.print(f"{file}: {changed} layers changed at a strength of {strength:g}", soft_wrap=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,23 +40,22 @@ _TABLE = "encoder.embed_tokens.weight"  # where some files have shared.weight
 _BLOCKS = "encoder.block."
 
 
-class TextEncoder:
-    """A T5 encoder with its tokenizer. tokenize: prompt -> token ids, the end token included."""
+@dataclass(frozen=True)
+class Prompts:
+    """How prompts become token ids. tokenize: prompt -> token ids, the end token included. vocabulary: how many the
+    encoder knows."""
 
-    def __init__(
-        self, model: T5Encoder, tokenize: Callable[[str], list[int]], device: torch.device | str = "cpu"
-    ) -> None:
-        self.model, self.tokenize, self.device = model, tokenize, torch.device(device)
-        self._recorded = Recorder(model, lambda ids, real: model(ids, real).float())
+    tokenize: Callable[[str], list[int]]
+    vocabulary: int
 
     def ids(self, prompt: str, most: int = TEXT_TOKENS) -> list[int]:
         """Token ids of a prompt, cut to 512 with the end token kept; a cut, and text that is not understood, are logged
         as warnings. most: what the transformer takes. ValueError where it takes less."""
         ids, count = cut_ids(self.tokenize(prompt))
-        if not ids or max(ids) >= self.model.config.vocabulary:
+        if not ids or max(ids) >= self.vocabulary:
             raise ValueError(
                 f"the tokenizer makes {max(ids, default='no tokens')} of the text where the text encoder knows the "
-                f"tokens 0 to {self.model.config.vocabulary - 1}; choose the tokenizer of this text encoder"
+                f"tokens 0 to {self.vocabulary - 1}; choose the tokenizer of this text encoder"
             )
         if count > most and most < TEXT_TOKENS:
             raise ValueError(f"the instruction has {count} text tokens but the model takes {most}; shorten it")
@@ -63,19 +63,45 @@ class TextEncoder:
             logger.warning(sentence)
         return ids
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str], most: int = TEXT_TOKENS) -> list[Tensor]:
-        """Last hidden state [L_i, channels] (fp32) of every prompt, each run alone on its real tokens.
-
-        ValueError for an empty prompt, one that cannot be a text, and as `ids`.
-        """
+    def read(self, prompts: Sequence[str], most: int = TEXT_TOKENS) -> list[list[int]]:
+        """The ids of every prompt. ValueError for an empty prompt, one that cannot be a text, and as `ids`."""
         for prompt in prompts:
             if not prompt.strip():
                 raise ValueError("the instruction is empty; say what to change in the picture")
             check_letters(prompt)
-        return [self._encode(self.ids(prompt, most)) for prompt in prompts]
+        return [self.ids(prompt, most) for prompt in prompts]
 
-    def _encode(self, ids: list[int]) -> Tensor:
+
+class TextEncoder:
+    """A T5 encoder with its tokenizer. tokenize: see `Prompts`."""
+
+    def __init__(
+        self, model: T5Encoder, tokenize: Callable[[str], list[int]], device: torch.device | str = "cpu"
+    ) -> None:
+        self.model, self.tokenize, self.device = model, tokenize, torch.device(device)
+        self._recorded = Recorder(model, lambda ids, real: model(ids, real).float())
+
+    @property
+    def networks(self) -> tuple[T5Encoder, ...]:
+        """What lies on the device."""
+        return (self.model,)
+
+    @property
+    def prompts(self) -> Prompts:
+        return Prompts(self.tokenize, self.model.config.vocabulary)
+
+    def ids(self, prompt: str, most: int = TEXT_TOKENS) -> list[int]:
+        """See `Prompts.ids`."""
+        return self.prompts.ids(prompt, most)
+
+    def encode(self, prompts: Sequence[str], most: int = TEXT_TOKENS) -> list[Tensor]:
+        """Last hidden state [L_i, channels] (fp32) of every prompt, each run alone on its real tokens. ValueError as
+        `Prompts.read`."""
+        return [self.of_ids(ids) for ids in self.prompts.read(prompts, most)]
+
+    @torch.no_grad()
+    def of_ids(self, ids: list[int]) -> Tensor:
+        """The same of token ids."""
         if self.device.type != "cuda":
             return self.model(torch.tensor([ids], device=self.device))[0].float()
         # Its many small kernels wait for their launches: recorded, with lengths rounded up so that few are recorded.
