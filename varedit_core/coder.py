@@ -75,7 +75,7 @@ class Coder:
         with self._lock:
             if self._beside is not None:  # where it may be at work
                 torch.cuda.current_stream(self.device).wait_stream(self._beside)
-            return self.text.encode(prompts, self.text_length)
+            return [features.to(self.device) for features in self.text.encode(prompts, self.text_length)]
 
     def features_of(self, prompts: Sequence[str | Tensor]) -> list[Tensor]:
         """`encode_text` of those prompts that are not text features already."""

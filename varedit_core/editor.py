@@ -82,7 +82,7 @@ class Editor(Coder):
         """Load the parts from files (see `checkpoints` and `text`). Raises WeightError.
 
         device: CUDA where there is one by default. dtype: of the transformer's blocks; bf16 on CUDA, else fp32.
-        The text encoder runs in fp16 on CUDA as published. Pictures are encoded in fp32, always, and decoded in fp32
+        The text encoder runs in fp16 on CUDA as published, or on the CPU where the device has no room for it. Pictures are encoded in fp32, always, and decoded in fp32
         too, but on CUDA in bf16 where the blocks run in bf16. linears: of the transformer's blocks, "exact" or "8-bit"
         (an approximation, see `fp8`). kind: what the transformer was trained for (see `load_transformer`). text_cache:
         a folder that keeps text features (see `text.cache`); of a text that is in it the text encoder is not loaded.
@@ -90,14 +90,14 @@ class Editor(Coder):
         device = device_of(device)
         on_cuda = device.type == "cuda"
         dtype = dtype or (torch.bfloat16 if on_cuda else torch.float32)
-        text, text_dtype = None, torch.float16 if on_cuda else torch.float32
+        network = load_transformer(transformer, dtype=dtype, device=device, linears=linears, kind=kind, warm=True)
+        decode_dtype = torch.bfloat16 if on_cuda and dtype == torch.bfloat16 else torch.float32
+        vae = load_autoencoder(autoencoder, device=device, decode_dtype=decode_dtype, warm=True)
+        text, text_dtype = None, torch.float16 if on_cuda else torch.float32  # last: it can do without the device
         if text_encoder and text_cache:
             text = cached_text_encoder(text_encoder, text_cache, tokenizer, text_dtype, device)
         elif text_encoder:
             text = load_text_encoder(text_encoder, tokenizer, text_dtype, device)
-        network = load_transformer(transformer, dtype=dtype, device=device, linears=linears, kind=kind, warm=True)
-        decode_dtype = torch.bfloat16 if on_cuda and dtype == torch.bfloat16 else torch.float32
-        vae = load_autoencoder(autoencoder, device=device, decode_dtype=decode_dtype, warm=True)
         editor = cls(network, vae, text, device)
         editor.made_for = MadeFor.of(transformer)
         return editor
@@ -271,7 +271,8 @@ class Editor(Coder):
         check(batch, self.drafter is not None)
         request.check(batch)
         # Who watches may decode, so that the VAE stays; the text encoder is done.
-        self.memory.others = [*(self.text.networks if self.text else ()), *([] if on_scale else [self.autoencoder])]
+        others = [*(self.text.networks if self.text else ()), *([] if on_scale else [self.autoencoder])]
+        self.memory.others = [one for one in others if next(one.parameters()).device.type == self.device.type]
         watch = on_scale and (lambda scale, results, of: on_scale(scale, [fitted[p] for p in of]))
         before = bool(options.controls.auto_mask or options.explain)
         wanted = Wanted(before=before, confidence=options.explain)

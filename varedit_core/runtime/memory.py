@@ -24,7 +24,7 @@ from ..model.transformer import Transformer
 from ..sampling.drafting import Drafting
 from .eight_bit_cache import exact_heads, query_scales
 from .graphs import State
-from .plan import STORES, Job, Plan, described, plan, plans, too_large
+from .plan import STORES, Job, Plan, described, gigabytes, plan, plans, too_large
 from .session import Session
 from .tiling import free_memory
 from .workspace import FOLDED, RECORDED_TOKENS, Shape, Workspace
@@ -314,6 +314,19 @@ def _weights(network: nn.Module) -> list[Tensor]:
 def nbytes(network: nn.Module) -> int:
     """Bytes of a network's weights."""
     return sum(tensor.nbytes for tensor in _weights(network))
+
+
+def with_room(device: torch.device | str, needed: int, name: str) -> torch.device:
+    """A device where it has room for a network of so many bytes, else the CPU, which is told."""
+    device = torch.device(device)
+    free = free_memory(device) - SPARE
+    if needed <= free:
+        return device
+    logger.warning(
+        "%s takes %s and %s are free on the GPU, so that it runs on the processor", name, gigabytes(needed),
+        gigabytes(max(0, free)),
+    )  # fmt: skip
+    return torch.device("cpu")
 
 
 def free_host_memory() -> float:

@@ -23,6 +23,7 @@ from ..files.shapes import checked
 from ..files.weights import WeightError, Weights, open_weights
 from ..runtime.graphs import Recorder
 from ..runtime.layers import Operations
+from ..runtime.memory import nbytes, with_room
 from ..runtime.unfilled import Unfilled
 from .t5 import T5Config, T5Encoder, layers_of
 from .tokenizers import load_tokenizer
@@ -150,11 +151,14 @@ def load_text_encoder(
     """Load a T5 encoder from a Hugging Face folder or a single file.
 
     tokenizer: folder or file with `tokenizer.json` or `spiece.model`; by default it is looked for with the
-    weights. Raises WeightError; never loads a part.
+    weights. It goes to the CPU, in fp32, where a CUDA device has no room for it. Raises WeightError; never loads a
+    part.
     """
     weights = encoder_weights(open_weights(path, has_encoder))
     tokenize = load_tokenizer(tokenizer or path)
     model = blank_encoder(Path(path), weights, operations, dtype)
+    if (here := with_room(device, nbytes(model), "the text encoder")) != torch.device(device):
+        device, model = here, blank_encoder(Path(path), weights, operations)  # its own type there
     model.load_state_dict(dict(placed(expected(model), _own(weights, expected(model)), device)), assign=True)
     return TextEncoder(model.eval().requires_grad_(False), tokenize, device)
 
