@@ -248,6 +248,18 @@ def shortcuts() -> str:
     return table(["what is left out", "8B 1024", "GPU peak", "success", "S", "background"], rows)
 
 
+def fits() -> str:
+    """What each fit does to pictures that are not square."""
+    facts, rows = json.loads((FOLDER / "fits.json").read_text()), []
+    for name, run in facts["runs"].items():
+        off = [f"{run[f'{kind}border']:.1f} / {run[f'{kind}inner']:.1f}" for kind in ("", "grey ")]
+        rows.append(
+            [f"`{name}`", f"{run['success']:.2f}", f"{run['in the middle']:.2f}", f"{run['psnr']:.1f} dB", *off]
+        )
+    edits = f"{facts['count']} edits: success", f"{facts['in the middle']} in the middle", "background"
+    return table(["fit", *edits, "off", f"grey ({facts['photographs']} photographs)"], rows)
+
+
 def library_memory() -> str:
     facts = json.loads((FOLDER / "library_memory_h100.json").read_text())
     stores = {"DeviceCache": "on the GPU", "HostCache": "in host memory", "EightBitCache": "in 8 bits"}
@@ -431,6 +443,7 @@ TABLES |= {
     "training cost": training_cost,
     "speed": speed,
     "shortcuts": shortcuts,
+    "fits": fits,
     "library memory": library_memory,
 }
 TABLES |= {"masks": masks, "dials": dials, "auto masks": auto_masks, "chains": chains, "presets": presets}

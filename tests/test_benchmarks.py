@@ -21,7 +21,7 @@ FOLDERS = {
 """Where scripts take a folder for what they write beside their result."""
 RECORDS = {
     "ablations": "ablations", "comfyui_memory": "comfyui_memory_h100", "comfyui_speed": "comfyui_speed_h200",
-    "controls": "controls", "demo": "demo_cpu", "library_memory": "library_memory_h100",
+    "controls": "controls", "demo": "demo_cpu", "fits": "fits", "library_memory": "library_memory_h100",
     "real_size": "real_size_h100", "shortcuts": "shortcuts",
 }  # fmt: skip
 """The shipped record of each script that has one."""
