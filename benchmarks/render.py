@@ -54,6 +54,45 @@ def training_cost() -> str:
     return table(head, rows) if rows else "Not measured yet."
 
 
+def precisions() -> str:
+    """What each precision of the 8B size takes and keeps, and ShapeEdit of the demo model in it."""
+    facts = json.loads((FOLDER / "precisions_h200.json").read_text())
+    found = {(case["size"], case["precision"]): case for case in facts["cases"] if case["model"] == "8B"}
+    rows = []
+    for name, score in facts["shapeedit"].items():
+        small, large = found["512", name], found["1024", name]
+        equal = f"{sum(small['equal']) / len(small['equal']):.1f}%" if small["equal"] else "all"
+        way = name.replace(" 8-bit", ", multiplied in 8 bits")
+        sizes = [f"{case['seconds']:.2f} s, {case['peak_gb']:.1f} GB" for case in (small, large)]
+        rows.append(
+            [way, f"{small['file_gb']:.1f} GB", *sizes, equal, f"{score['success']:.3f}", f"{score['psnr']:.1f} dB"]
+        )
+    head = ["file", "edit at 512, peak", "edit at 1024, peak", "bits as in bf16", "demo: success", "background"]
+    return table([f"8B, {facts['device']}", *head], rows)
+
+
+def cards() -> str:
+    """What runs whole on a card of some memory, and how it was seen."""
+    facts = json.loads((FOLDER / "cards_h200.json").read_text())
+    by = {(case["limit_gb"], case["model"], case["size"]): case for case in facts["cases"]}
+    limits = sorted({limit for limit, *_ in by})
+    kinds = [("2B", "512"), ("8B", "512"), ("8B", "1024")]
+    rows = [[f"{limit:g} GB", *(_card(by[(limit, *kind)], by) for kind in kinds)] for limit in limits]
+    return table([f"free, {facts['device']}", *(f"{model}-{size}" for model, size in kinds)], rows)
+
+
+def _card(case: dict, by: dict) -> str:
+    if "precision" not in case:
+        return "-"
+    found = case.get("measured") or by[case["as_with_gb"], case["model"], case["size"]]["measured"]
+    if "failed" in found:
+        return "-"
+    host = ", KV cache in host memory" if case["store"] == "host" else ""
+    host += ", text on the processor" if case["text_on_host"] else ""
+    peak = f", peak {found['peak_gb']:.1f} GB"
+    return f"{case['precision']}{host}: {found['seconds'][-1]:.2f} s{peak}"
+
+
 def table(heading: list[str], rows: list[list[str]]) -> str:
     lines = [heading, ["---"] * len(heading), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -441,6 +480,8 @@ TABLES = {
 TABLES |= {
     "real size": real_size,
     "training cost": training_cost,
+    "precisions": precisions,
+    "cards": cards,
     "speed": speed,
     "shortcuts": shortcuts,
     "fits": fits,

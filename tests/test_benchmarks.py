@@ -14,13 +14,14 @@ SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in (
 IN_COMFYUI = ("comfyui_memory", "comfyui_soak", "comfyui_speed")
 """Scripts that ComfyUI's Python runs."""
 FOLDERS = {
-    "comfyui_memory": "--folder", "comfyui_soak": "--folder", "comfyui_speed": "--folder",
+    "cards": "--folder", "comfyui_memory": "--folder", "comfyui_soak": "--folder", "comfyui_speed": "--folder",
     "control_pictures": "--folder", "library_memory": "--pictures", "real_size": "--folder", "render": "--folder",
     "training_cost": "--folder",
 }  # fmt: skip
 """Where scripts take a folder for what they write beside their result."""
 RECORDS = {
-    "ablations": "ablations", "comfyui_memory": "comfyui_memory_h100", "comfyui_speed": "comfyui_speed_h200",
+    "ablations": "ablations", "cards": "cards_h200", "precisions": "precisions_h200",
+    "training_cost": "training_cost_h200", "comfyui_memory": "comfyui_memory_h100", "comfyui_speed": "comfyui_speed_h200",
     "controls": "controls", "demo": "demo_cpu", "fits": "fits", "library_memory": "library_memory_h100",
     "real_size": "real_size_h100", "shortcuts": "shortcuts",
 }  # fmt: skip

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 
 import torch
 
@@ -20,6 +21,7 @@ from .files.published import AUTOENCODERS, TEXT, TRANSFORMERS
 from .model.transformer import Transformer
 from .runtime.memory import SPARE
 from .runtime.plan import Job, Plan, plans
+from .runtime.tiling import bytes_to_decode
 from .runtime.unfilled import Unfilled
 from .text.t5 import T5Encoder
 from .tokenizer.schedule import schedule_for
@@ -56,8 +58,8 @@ def choose(model: str, area: str, free: float, host: float = math.inf, eight: st
     """
     stores = [("bf16", "exact"), *((eight, store) for store in ("exact", "host", "8-bit"))]
     for precision, store in [*stores, *((FOUR_BITS, store) for store in ("exact", "host", "8-bit"))]:
-        for text in dict.fromkeys((beside(precision), TEXT_BITS)):
-            found = _fitting(model, area, precision, text, store, free, host)
+        for on_host, text in product((False, True), dict.fromkeys((beside(precision), TEXT_BITS))):
+            found = _fitting(_Wanted(model, area, precision, text, store, on_host), free, host)
             if found is not None:
                 return found
     return None
@@ -95,20 +97,28 @@ class Card:
         return least, f"{memory}: {least} is the nearest to the original that runs whole there"
 
 
-def _fitting(
-    model: str, area: str, precision: str, text: str, store: str, free: float, host: float
-) -> Choice | None:  # fmt: skip
-    """A choice whose KV cache is in this store, the text encoder on the GPU where it has room when all is loaded, else
-    on the processor."""
-    encoder, others = text_bytes(text), transformer_bytes(model, precision) + autoencoder_bytes(model)
-    weights = others + encoder if others + encoder + SPARE <= free else others
-    job = Job(TRANSFORMERS[model], schedule_for(area), 1, True, torch.bfloat16, text_tokens=_TEXT_TOKENS)
-    room = free - weights - SPARE
-    if room <= 0:
+@dataclass(frozen=True)
+class _Wanted:
+    """A model, its precisions, where its KV cache is kept, and whether the text encoder runs on the processor."""
+
+    model: str
+    area: str
+    precision: str
+    text: str
+    store: str
+    text_on_host: bool
+
+
+def _fitting(wanted: _Wanted, free: float, host: float) -> Choice | None:
+    model, own = wanted.model, transformer_bytes(wanted.model, wanted.precision)
+    movable = autoencoder_bytes(model) + (0 if wanted.text_on_host else text_bytes(wanted.text))
+    weights = own + movable
+    if weights + SPARE + picture_bytes(model, wanted.area) > free:  # before and after the loop, the VAE at work
         return None
-    ways = (way for way in plans(job, weights - transformer_bytes(model, precision)) if way.store == store)
-    way = next((way for way in ways if way.fits(room, host)), None)
-    return None if way is None else Choice(precision, text, weights, way, weights == others)
+    job = Job(TRANSFORMERS[model], schedule_for(wanted.area), 1, True, torch.bfloat16, text_tokens=_TEXT_TOKENS)
+    ways = (way for way in plans(job, movable) if way.store == wanted.store)
+    way = next((way for way in ways if way.fits(free - weights - SPARE, host)), None)
+    return None if way is None else Choice(wanted.precision, wanted.text, weights, way, wanted.text_on_host)
 
 
 @cache
@@ -132,6 +142,14 @@ def autoencoder_bytes(model: str) -> int:
     """Bytes of a published VAE, in fp32."""
     with Unfilled():
         return sum(x.nbytes for x in Autoencoder(AUTOENCODERS[model], device="meta").state_dict().values())
+
+
+def picture_bytes(model: str, area: str) -> int:
+    """Bytes that a published VAE takes to encode a picture, in fp32, beside its weights; about, and rather more."""
+    height, width = schedule_for(area).pixels
+    with Unfilled():
+        network = Autoencoder(AUTOENCODERS[model], device="meta")
+    return height * width // network.config.stride**2 * bytes_to_decode(network)
 
 
 def share(part: str, precision: str) -> float:
