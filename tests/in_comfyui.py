@@ -1172,9 +1172,35 @@ class Probe:
         found["hooked"] = self._hooked(torch, layer, eight, codes)
         found["given back"] = self._given_back(layers, torch)
         found["copied"] = self._copied()
+        found["fewer bits"] = self._fewer_bits(torch, layers, keep)
         eight.input_scale = torch.ones(())
         found["reads rounded"] += [eight.reads_rounded, eight.take(weight, eight.bias, keep)]
         layers.multiplies_eight_bit = real
+        return found
+
+    def _fewer_bits(self, torch, layers, keep) -> dict:
+        """Layers in int8 and in 4 bits with their weights in hand and without: how far they are off, and what they
+        take."""
+        from varedit_pack.varedit_core.runtime.formats import Int8, Nvfp4
+
+        ops, real, found = self.core_ops(), (layers.multiplies_whole, layers.unpacks), {}
+        layers.multiplies_whole = layers.unpacks = lambda device: True
+        x = torch.randn(2, 3, 64)
+        x[..., 5] *= 30
+        gelu = torch.nn.functional.gelu(x, approximate="tanh")
+        for name, form in (("int8", Int8()), ("int8, rotated", Int8(64)), ("nvfp4", Nvfp4())):
+            exact = isinstance(form, Nvfp4)  # as ComfyUI marks what the device does not multiply
+            layer = layers.quantised(ops.mixed_precision_ops({"mixed_ops": True}, torch.float32, exact)).Linear(64, 32)
+            parts, bias = form.round(torch.randn(32, 64)), torch.nn.Parameter(torch.randn(32), requires_grad=False)
+            note = torch.tensor(list(json.dumps(form.settings).encode()), dtype=torch.uint8)
+            layer.load_state_dict({**parts, "comfy_quant": note, "bias": bias})
+            wanted = [torch.nn.functional.linear(y, form.matrix(parts, torch.float32), bias) for y in (x, gelu)]
+            results = [layer(x), layer.after_gelu(x)]
+            layer.held = layer.take(layer.weight, layer.bias, lambda *given: torch.empty(given[2], dtype=given[3]))
+            results += [layer(x), layer.after_gelu(x)]
+            off = [((y - z).norm() / z.norm()).item() for y, z in zip(results, 2 * wanted)]
+            found[name] = {"off": off, "held": len(layer.held), "reads rounded": layer.reads_rounded}
+        layers.multiplies_whole, layers.unpacks = real
         return found
 
     def _hooked(self, torch, layer, eight, codes) -> dict:

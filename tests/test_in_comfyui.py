@@ -428,6 +428,10 @@ def test_eight_bit_weights_are_multiplied_as_in_the_library(found):
     assert result["8 bits elsewhere"] is None, "where the device does not multiply in 8 bits, ComfyUI does its work"
     assert max(result["8 bits"]) < 0.05
     assert result["reads rounded"] == [True, False, None], "other scales are ComfyUI's to heed"
+    for name, most, held in (("int8", 0.05, 3), ("int8, rotated", 0.01, 3), ("nvfp4", 1e-6, 4)):
+        fewer = result["fewer bits"][name]
+        assert max(fewer["off"]) <= most and fewer["off"][:2] == fewer["off"][2:], "with weights in hand and without"
+        assert fewer["held"] == held and not fewer["reads rounded"]
 
 
 def test_what_a_node_puts_around_a_layer_is_called_with_what_the_layer_reads(found):

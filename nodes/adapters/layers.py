@@ -163,7 +163,7 @@ class Stored(Holding):
         if name == Int8.name and not exact and multiplies_whole(device):
             params = self.weight._params
             return Int8(params.convrot_groupsize if getattr(params, "convrot", False) else 0)
-        return Nvfp4() if name == Nvfp4.name and exact and device.type == "cuda" else None
+        return Nvfp4() if name == Nvfp4.name and exact and unpacks(device) else None
 
     def take(self, weight: Tensor, bias: Tensor | None, keep: Keep) -> Held | None:
         if not hasattr(weight, "_qdata"):
@@ -205,6 +205,11 @@ class Stored(Holding):
             return _multiplied(form, _parts(form, weight, self.out_features), x, bias, gelu)
         finally:
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+
+
+def unpacks(device: torch.device) -> bool:
+    """Whether weights in 4 bits are unpacked here where the device does not multiply them."""
+    return device.type == "cuda"
 
 
 def _parts(form: Format, weight: Tensor, count: int) -> dict[str, Tensor]:
