@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -36,8 +37,9 @@ LORA_RANK = 16
 TEXT = "int8.safetensors"
 
 
-def prepared(options: argparse.Namespace) -> None:
-    """Networks of each model in a folder of its own, a LoRA and an 8-bit file where they are wanted."""
+def prepared(options: argparse.Namespace, further: Iterable[str] = ()) -> None:
+    """Networks of each model in a folder of its own, a LoRA and files of other precisions where edits want them.
+    further: edits beside those of the options."""
     import torch
     from safetensors.torch import save_file
 
@@ -49,7 +51,7 @@ def prepared(options: argparse.Namespace) -> None:
         original = folder / "diffusion_models" / FILES["diffusion_models"]
         if not original.exists():
             write(folder, sizes.depth, sizes.width, sizes.text_width, name, sizes.token_bits)
-        wanted = {edit for edit in (*options.edits, *(edit for _, edit in options.free)) if edit in PRECISIONS}
+        wanted = {edit for edit in (*options.edits, *further) if edit in PRECISIONS}
         for precision in sorted(wanted):
             if not (target := folder / "diffusion_models" / f"{precision}.safetensors").exists():
                 convert(original, target, precision)
@@ -218,14 +220,14 @@ def main() -> None:
     options.add_argument("--seconds", type=float, help="the longest that a case may take")
     options.add_argument("--cold", action="store_true", help="let every case compile its kernels anew")
     options.add_argument("--case", help=argparse.SUPPRESS)
-    tiny = dict(models=["tiny"], sizes=["256"], ways=["static"], edits=["plain", "lora", "int8"], limits=[0])
+    tiny = dict(models=["tiny"], sizes=["256"], ways=["static"], edits=["plain", "lora"], limits=[0])
     tiny |= dict(runs=1, warmups=1)
     args = parsed(options, **tiny)
     if args.case:
         model, size, way, edit, limit = args.case.split(",")
         print(json.dumps(one_case(args, model, size, way, edit, float(limit))))
         return
-    prepared(args)
+    prepared(args, (edit for _, edit in args.free))
     cases, whole = [], {}
     for model in args.models:
         for size in args.sizes:
