@@ -21,7 +21,8 @@ FOLDERS = {
 """Where scripts take a folder for what they write beside their result."""
 RECORDS = {
     "ablations": "ablations", "cards": "cards_h200", "precisions": "precisions_h200",
-    "training_cost": "training_cost_h200", "comfyui_memory": "comfyui_memory_h100", "comfyui_speed": "comfyui_speed_h200",
+    "training_cost": "training_cost_h200", "comfyui_memory": "comfyui_memory_h100",
+    "comfyui_speed": "comfyui_speed_h200",
     "controls": "controls", "demo": "demo_cpu", "fits": "fits", "library_memory": "library_memory_h100",
     "real_size": "real_size_h100", "shortcuts": "shortcuts",
 }  # fmt: skip

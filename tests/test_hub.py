@@ -154,7 +154,8 @@ def test_the_precision_that_a_card_takes(hub, monkeypatch):
     assert "precision bf16: no GPU is found here" in fetched("2B-512")
     for free, eight, names, precision in (
         (24e9, "fp8", ["8B-512"], "bf16"), (12e9, "int8", ["8B-512"], "int8"), (16e9, "fp8", ["8B-1024"], "fp8"),
-        (24e9, "fp8", ["8B-512", "8B-1024"], "fp8"), (8e9, "fp8", ["8B-512"], "nvfp4"), (3e9, "fp8", ["8B-512"], "nvfp4"),
+        (24e9, "fp8", ["8B-512", "8B-1024"], "fp8"), (8e9, "fp8", ["8B-512"], "nvfp4"),
+        (3e9, "fp8", ["8B-512"], "nvfp4"),
     ):  # fmt: skip
         card = Card("a card", free, eight)
         monkeypatch.setattr(Card, "here", lambda card=card: card)

@@ -17,13 +17,13 @@ import torch
 
 from .files.checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER
 from .files.convert import PRECISIONS, planned
-from .files.published import AUTOENCODERS, TEXT, TRANSFORMERS
+from .files.published import AUTOENCODERS, TRANSFORMERS
 from .model.transformer import Transformer
 from .runtime.memory import SPARE
 from .runtime.plan import Job, Plan, plans
 from .runtime.tiling import bytes_to_decode
 from .runtime.unfilled import Unfilled
-from .text.t5 import T5Encoder
+from .text.t5 import FLAN_T5_XL, T5Encoder
 from .tokenizer.schedule import schedule_for
 from .tokenizer.vae import Autoencoder
 
@@ -72,7 +72,7 @@ def beside(precision: str) -> str:
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU. free: bytes that edits may take, with nothing else on it. eight: the 8-bit precision that it multiplies."""
+    """A GPU. free: bytes that edits may take, with nothing else on it. eight: the 8-bit precision it multiplies."""
 
     name: str
     free: float
@@ -133,7 +133,7 @@ def transformer_bytes(model: str, precision: str) -> int:
 def text_bytes(precision: str) -> int:
     """Bytes of flan-t5-xl's encoder as `convert` writes it."""
     with Unfilled():
-        state = T5Encoder(TEXT, device="meta").state_dict()
+        state = T5Encoder(FLAN_T5_XL, device="meta").state_dict()
     return sum(entry.nbytes for entry in planned(state, TEXT_ENCODER, precision).values())
 
 

@@ -82,10 +82,11 @@ class Editor(Coder):
         """Load the parts from files (see `checkpoints` and `text`). Raises WeightError.
 
         device: CUDA where there is one by default. dtype: of the transformer's blocks; bf16 on CUDA, else fp32.
-        The text encoder runs in fp16 on CUDA as published, or on the CPU where the device has no room for it. Pictures are encoded in fp32, always, and decoded in fp32
-        too, but on CUDA in bf16 where the blocks run in bf16. linears: of the transformer's blocks, "exact" or "8-bit"
-        (an approximation, see `fp8`). kind: what the transformer was trained for (see `load_transformer`). text_cache:
-        a folder that keeps text features (see `text.cache`); of a text that is in it the text encoder is not loaded.
+        The text encoder runs in fp16 on CUDA as published, or on the CPU where the device has no room for it. Pictures
+        are encoded in fp32, always, and decoded in fp32 too, but on CUDA in bf16 where the blocks run in bf16. linears:
+        of the transformer's blocks, "exact" or "8-bit" (an approximation, see `fp8`). kind: what the transformer was
+        trained for (see `load_transformer`). text_cache: a folder that keeps text features (see `text.cache`); of a
+        text that is in it the text encoder is not loaded.
         """
         device = device_of(device)
         on_cuda = device.type == "cuda"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..editor import Editor
-from ..files.published import AUTOENCODERS, TEXT, TRANSFORMERS
+from ..files.published import AUTOENCODERS, TRANSFORMERS
 from ..model.config import AutoencoderConfig, TransformerConfig
 from ..model.transformer import Transformer
 from ..runtime.fp8 import LINEARS, eight_bit
@@ -22,7 +22,7 @@ from ..runtime.kernels import has_triton
 from ..runtime.layers import Operations
 from ..runtime.unfilled import Unfilled
 from ..text.encoder import TextEncoder
-from ..text.t5 import T5Config, T5Encoder
+from ..text.t5 import FLAN_T5_XL, T5Config, T5Encoder
 from ..text.tokenizers import END
 from ..tokenizer.vae import Autoencoder
 
@@ -43,8 +43,8 @@ class Sizes:
 
 
 MODELS = {
-    "8B": Sizes(TRANSFORMERS["8B"], AUTOENCODERS["8B"], TEXT),
-    "2B": Sizes(TRANSFORMERS["2B"], AUTOENCODERS["2B"], TEXT),
+    "8B": Sizes(TRANSFORMERS["8B"], AUTOENCODERS["8B"], FLAN_T5_XL),
+    "2B": Sizes(TRANSFORMERS["2B"], AUTOENCODERS["2B"], FLAN_T5_XL),
     "tiny": Sizes(
         TransformerConfig(2, 128, 2, 56, 128, 512, 512, 15),
         AutoencoderConfig(14, 32, (32, 32, 64, 64), (32, 32, 64, 64), 1, 2, 8),

@@ -1,7 +1,6 @@
 """Sizes of the published models. Loading does not need them: sizes are read off the file."""
 
 from ..model.config import AutoencoderConfig, TransformerConfig
-from ..text.t5 import T5Config
 
 TRANSFORMERS = {
     "2B": TransformerConfig(32, 2048, 16, 32, 2048, 512, 8192, 15),
@@ -11,5 +10,3 @@ AUTOENCODERS = {
     "2B": AutoencoderConfig(32, 128, (128, 256, 512, 512, 512), (128, 256, 512, 512, 512), 2, 3, 16),
     "8B": AutoencoderConfig(14, 128, (128, 256, 512, 512), (128, 256, 512, 512), 2, 3, 8),
 }
-TEXT = T5Config(32128, 2048, 64, 5120, 24, 32, gated=True)
-"""The encoder of flan-t5-xl, which all of them read."""

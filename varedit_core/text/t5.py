@@ -99,6 +99,10 @@ class T5Config:
         )
 
 
+FLAN_T5_XL = T5Config(32128, 2048, 64, 5120, 24, 32, gated=True)
+"""The encoder that all published transformers read."""
+
+
 def _matrix(shapes: Mapping[str, tuple[int, ...]], key: str) -> tuple[int, int]:
     if len(shapes[key]) != 2 or not all(shapes[key]):
         raise ValueError(f"{key} has the shape {list(shapes[key])} where that of a matrix was expected")
