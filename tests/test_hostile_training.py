@@ -595,7 +595,7 @@ def test_no_process_outlives_a_training(tmp_path, source, ending):
         assert json.loads((state / states.STATE).read_text())["step"] >= 1
 
 
-def end_worker(pair, size) -> None:
+def end_worker(pair, size, **more) -> None:
     os._exit(9)
 
 
@@ -627,7 +627,8 @@ def idle_stages():
         "reuse": 2,
     }.items():
         yield f"data.{name}", lora | {"data": settings.Data("pairs", **{name: value})}
-    for name, value in {"columns": {"source": "a"}, "on_error": "skip", "workers": 1}.items():
+    ours = {"columns": {"source": "a"}, "on_error": "skip", "workers": 1, "fit": "crop", "resize_targets": True}
+    for name, value in ours.items():
         yield f"data.{name}", vae | {"data": settings.Data(**{name: value})}
     yield "optimisation.muon_rate", lora | {"optimisation": settings.Optimisation(muon_rate=1.0)}
     yield "objective.inside", vae | {"objective": settings.Objective(inside=2.0)}
