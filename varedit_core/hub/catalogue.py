@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from ..cards import share
-from ..defaults import EDIT, TEXT_TO_IMAGE
+from ..defaults import EDIT, PUBLISHED_VAES, TEXT_TO_IMAGE
 from ..files.checkpoints import TEXT_ENCODER, TOKENIZER, TRANSFORMER
 from ..files.convert import PRECISIONS
 
@@ -68,8 +68,9 @@ def _file(name: str, what: str, repo: str, source: str, kind: str = "auto", size
 
 
 _VAREDIT, _INFINITY = "HiDream-ai/VAREdit", "FoundationVision/infinity"
-_VAE_8B = _file("infinity_vae_d56_f8_14_patchify", TOKENIZER, _INFINITY, "infinity_vae_d56_f8_14_patchify.pth")
-_VAE_2B = _file("infinity_vae_d32reg", TOKENIZER, _INFINITY, "infinity_vae_d32reg.pth")
+_VAE_8B, _VAE_2B = (
+    _file(file.removesuffix(".pth"), TOKENIZER, _INFINITY, file) for file in map(PUBLISHED_VAES.get, ("8B", "2B"))
+)
 _WORDS = ("config.json", "tokenizer.json", "spiece.model")
 _TEXT = Part(
     "flan-t5-xl", TEXT_ENCODER, "google/flan-t5-xl", "",

@@ -22,7 +22,7 @@ Parts = Mapping[str, Tensor]
 """The tensors of a stored matrix by those of PARTS that its format has."""
 Kinds = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 _ROWS = 64  # rounded at a time, in which a processor's caches help; on a GPU many more
-_ROWS_GPU = 4096
+_ROWS_GPU = 1024
 GROUPS = (256, 64, 16)
 """Channels that are rotated together; ComfyUI takes powers of four."""
 
@@ -100,12 +100,8 @@ class Int8(Format):
         return not self.group or shape[1] % self.group == 0
 
     def round(self, matrix: Tensor) -> dict[str, Tensor]:
-        parts = [quantise_rows(self._rotated(rows), torch.int8) for rows in _split(matrix)]
-        codes, scales = (torch.cat(kind) for kind in zip(*parts))
+        codes, scales = quantise_weight(matrix, torch.int8, self.group)
         return {"weight": codes, "weight_scale": scales[:, None]}
-
-    def _rotated(self, rows: Tensor) -> Tensor:
-        return plain.rotate(rows.float(), self.group) if self.group else rows
 
     def turned(self, parts: Parts, dtype: torch.dtype) -> Tensor:
         return _by_rows(parts, dtype)
@@ -150,6 +146,18 @@ FORMATS = {kind.name: kind for kind in (Float8, Int8, Nvfp4)}
 def int8_rotated(shape: tuple[int, int]) -> Int8:
     """Whole numbers whose inputs are rotated in the largest groups that fit."""
     return Int8(next((group for group in GROUPS if shape[1] % group == 0), 0))
+
+
+def quantise_weight(weight: Tensor, kind: torch.dtype = torch.float8_e4m3fn, group: int = 0) -> tuple[Tensor, Tensor]:
+    """Codes (of the type kind, [N, K]) and scales (fp32 [N]) of a weight on its device, a part of it at a time. group:
+    its inputs are rotated before."""
+    codes = torch.empty(weight.shape, dtype=kind, device=weight.device)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for part, *to in zip(*map(_split, (weight, codes, scales))):
+        rows = plain.rotate(part.float(), group) if group else part
+        for target, x in zip(to, quantise_rows(rows, kind)):
+            target.copy_(x)
+    return codes, scales
 
 
 def _split(matrix: Tensor) -> tuple[Tensor, ...]:

@@ -14,13 +14,12 @@ import re
 import torch
 from torch import Tensor, nn
 
-from .formats import Float8, Int8, scales_of
-from .kernels import Rounded, dequantise_rows, linear_eight_bit, quantise_rows, rotate
+from .formats import Float8, Int8, quantise_weight, scales_of
+from .kernels import Rounded, dequantise_rows, linear_eight_bit, rotate
 
 LINEARS = ("exact", "8-bit")
 """What `load_transformer` makes of the blocks' linear layers."""
 _LAYER = re.compile(r"blocks\.\d+\.(sa\.mat_qkv|sa\.proj|ca\.mat_q|ca\.proj|ffn\.fc1|ffn\.fc2)")
-_ROWS = 1024  # of a weight rounded at a time: what is made meanwhile is small beside the weight
 
 
 class EightBitLinear(nn.Linear):
@@ -104,16 +103,6 @@ def eight_bit(transformer: nn.Module) -> None:
             codes, scales = quantise_weight(layer.weight)
         rounded.weight, rounded.weight_scale = nn.Parameter(codes, requires_grad=False), scales
         _put(transformer, name, rounded.train(layer.training))
-
-
-def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (float8_e4m3fn [out, in]) and scales (fp32 [out]) of a weight on its device."""
-    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
-    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-    for part, *to in zip(weight.split(_ROWS), codes.split(_ROWS), scales.split(_ROWS)):
-        for target, x in zip(to, quantise_rows(part)):
-            target.copy_(x)
-    return codes, scales
 
 
 def _stored(layer: nn.Module):
